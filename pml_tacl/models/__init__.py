@@ -1,0 +1,3 @@
+from pml_tacl.models.attention_embedder import AttentionEmbedder, EmbedderOutput
+
+__all__ = ["AttentionEmbedder", "EmbedderOutput"]

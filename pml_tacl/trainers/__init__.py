@@ -1,0 +1,3 @@
+from pml_tacl.trainers.unsupervised_trainer import UnsupervisedTrainer
+
+__all__ = ["UnsupervisedTrainer"]
