@@ -1,0 +1,308 @@
+"""Pseudo-labels from embeddings: spherical k-means through faiss, or any clusterer's labels."""
+
+import warnings
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pml_tacl._rows import (
+    Embeddings,
+    FloatArray,
+    IntArray,
+    check_count,
+    check_embeddings,
+    check_rows,
+    chunks,
+    means_of,
+    nearest,
+    unit_rows,
+)
+
+# Mean cosine distance to the common direction below which rows differ by rounding alone.
+COLLAPSED = 1e-6
+
+
+class PseudoLabels(NamedTuple):
+    """What a clusterer found.
+
+    Attributes:
+        labels: (N,) int64, in {-1, 0..K'-1}; -1 is noise, every other label has a member.
+        centroids: (K', D) float32, unit norm; row `y` is the normalised mean of the normalised
+            members of cluster `y`.
+        distances: (N,) float32 in [0, 2], cosine distance (1 - cosine) to the own centroid; for
+            noise, to the nearest one.
+    """
+
+    labels: Tensor
+    centroids: Tensor
+    distances: Tensor
+
+
+@runtime_checkable
+class PseudoLabeler(Protocol):
+    """Anything that turns embeddings into pseudo-labels can take the place of k-means.
+
+    `initial_centroids` are the centroids of the previous call, or None; a clusterer that has no
+    use for them ignores them.
+
+    Example:
+        HDBSCAN of scikit-learn; its noise (-1) goes through the whole training.
+
+        >>> import numpy as np
+        >>> from sklearn.cluster import HDBSCAN
+        >>> def hdbscan(embeddings, initial_centroids=None):
+        ...     labels = HDBSCAN(min_cluster_size=5, copy=True).fit_predict(embeddings)
+        ...     return pseudo_labels_from(labels, embeddings)
+        >>> rng = np.random.default_rng(0)
+        >>> blobs = np.repeat(np.eye(3, 8), 20, axis=0) + 0.05 * rng.standard_normal((60, 8))
+        >>> hdbscan(blobs).labels.unique().tolist()
+        [0, 1, 2]
+    """
+
+    def __call__(
+        self, embeddings: Embeddings, initial_centroids: Embeddings | None = None
+    ) -> PseudoLabels:
+        """Cluster embeddings (N, D)."""
+
+
+def pseudo_labels_from(
+    labels: Tensor | npt.ArrayLike,
+    embeddings: Embeddings,
+    *,
+    min_cluster_size: int = 1,
+    chunk_size: int = 16384,
+) -> PseudoLabels:
+    """Turn the integer labels of any clusterer into `PseudoLabels`.
+
+    Labels are renumbered 0..K'-1 in ascending order, so their order is kept.
+
+    Args:
+        labels: (N,) integers; a negative one is noise.
+        embeddings: (N, D), array (a memory map too) or tensor on any device; normalised here.
+        min_cluster_size: clusters with fewer members become noise.
+        chunk_size: rows held in memory at once.
+
+    Returns:
+        PseudoLabels on the device of `embeddings` (CPU for arrays).
+
+    Raises:
+        ValueError: for shapes that do not fit, labels that are not integers, rows that are NaN,
+            infinite or zero, or when nothing but noise is left.
+    """
+    check_count("min_cluster_size", min_cluster_size, 1)
+    check_count("chunk_size", chunk_size, 1)
+    check_embeddings("embeddings", embeddings)
+    given = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if given.shape != (len(embeddings),):
+        raise ValueError(
+            f"labels must have the shape ({len(embeddings)},) of the embeddings, got {given.shape}"
+        )
+    if given.dtype.kind not in "iu":
+        raise ValueError(f"labels must be integers, got dtype {given.dtype}: pass labels.long()")
+    check_rows("embeddings", embeddings, chunk_size)
+    return _summarise(given.astype(np.int64), embeddings, min_cluster_size, chunk_size)
+
+
+class KMeansPseudoLabeler:
+    """Spherical k-means of faiss as a source of pseudo-labels.
+
+    Embeddings are L2-normalised inside. With one seed, one thread count and one faiss build, a
+    call on CPU gives the same result every time; when the installed faiss has GPUs it uses them,
+    and then gives no such promise. Empty clusters are dropped and the rest renumbered 0..K'-1
+    in order; centroids are then the normalised means of their members, so that labels and
+    centroids agree (a row may lie a little nearer to another centroid, since that is half an
+    iteration more than faiss made).
+
+    Args:
+        num_clusters: at least 2, or "auto": a tenth of the images, at least 2 and at most
+            10 000. About ten images a cluster leave enough positives, and clusters that split a
+            class do less harm than clusters that merge two; the bound keeps the cost linear in
+            the number of images.
+        num_iterations: of k-means.
+        seed: of k-means and of the sampling.
+        max_points: train k-means on at most that many rows, drawn at random; all rows are still
+            assigned. None trains on all, which takes a normalised copy of the embeddings;
+            otherwise memory is max_points rows, one chunk, centroids and labels.
+        min_cluster_size: clusters with fewer members become noise (-1). 1 keeps all: two views
+            of one image are a positive pair already.
+        chunk_size: rows that are checked and assigned at once.
+
+    Raises:
+        ValueError: when an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> embeddings = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+        >>> labels, centroids, distances = KMeansPseudoLabeler(num_clusters=10)(embeddings)
+        >>> labels.shape, centroids.shape, distances.shape
+        (torch.Size([200]), torch.Size([10, 16]), torch.Size([200]))
+    """
+
+    def __init__(
+        self,
+        num_clusters: int | Literal["auto"] = 100,
+        *,
+        num_iterations: int = 20,
+        seed: int = 0,
+        max_points: int | None = None,
+        min_cluster_size: int = 1,
+        chunk_size: int = 16384,
+    ) -> None:
+        if num_clusters != "auto":
+            check_count("num_clusters", num_clusters, 2, 'or "auto"')
+        check_count("num_iterations", num_iterations, 1)
+        check_count("seed", seed, 0)
+        if max_points is not None:
+            check_count("max_points", max_points, 2, "or None")
+        check_count("min_cluster_size", min_cluster_size, 1)
+        check_count("chunk_size", chunk_size, 1)
+        if isinstance(num_clusters, int) and max_points is not None and num_clusters > max_points:
+            raise ValueError(
+                f"num_clusters={num_clusters} is more than max_points={max_points}: "
+                "k-means needs a point for each cluster, raise max_points"
+            )
+        self.num_clusters = num_clusters
+        self.num_iterations = num_iterations
+        self.seed = seed
+        self.max_points = max_points
+        self.min_cluster_size = min_cluster_size
+        self.chunk_size = chunk_size
+
+    def __call__(
+        self, embeddings: Embeddings, initial_centroids: Embeddings | None = None
+    ) -> PseudoLabels:
+        """Cluster embeddings.
+
+        Args:
+            embeddings: (N, D), array (a memory map too) or tensor on any device, any float type.
+            initial_centroids: (K0, D), centroids to start from, so that labels keep their
+                meaning. Too few: the others are drawn from the embeddings. Too many: those with
+                most members are kept, in order.
+
+        Returns:
+            PseudoLabels on the device of `embeddings` (CPU for arrays).
+
+        Raises:
+            ValueError: for fewer rows than clusters, rows that are NaN, infinite or zero, wrong
+                shapes, all rows (nearly) in one direction, or nothing but noise in the end.
+
+        Warns:
+            UserWarning: when less than half of the clusters are used, or one cluster holds more
+                than half of the images.
+        """
+        check_embeddings("embeddings", embeddings)
+        count = len(embeddings)
+        number = self._number_for(count)
+        spread = check_rows("embeddings", embeddings, self.chunk_size)
+        if spread < COLLAPSED:
+            raise ValueError(
+                f"all {count} embeddings are nearly identical (mean cosine distance to their "
+                f"mean {spread:.1e}): the model has collapsed, lower the learning rate, raise "
+                "the weight of the metric loss or go back to an earlier checkpoint"
+            )
+        start = self._start(embeddings, initial_centroids, number)
+        centroids = self._train(embeddings, number, start)
+        labels = nearest(embeddings, centroids, self.chunk_size)[0]
+        _check_use(np.bincount(labels, minlength=number))
+        return _summarise(labels, embeddings, self.min_cluster_size, self.chunk_size)
+
+    def _number_for(self, count: int) -> int:
+        auto = self.num_clusters == "auto"
+        wanted = max(2, min(count // 10, 10_000)) if auto else int(self.num_clusters)
+        if wanted > count:
+            raise ValueError(
+                f"num_clusters={wanted} is more than the {count} embeddings: lower it or add images"
+            )
+        if auto and self.max_points is not None:
+            wanted = min(wanted, self.max_points)
+        return wanted
+
+    def _start(
+        self, embeddings: Embeddings, initial_centroids: Embeddings | None, number: int
+    ) -> FloatArray | None:
+        if initial_centroids is None:
+            return None
+        check_embeddings("initial_centroids", initial_centroids)
+        if initial_centroids.shape[1] != embeddings.shape[1]:
+            raise ValueError(
+                f"initial_centroids have {initial_centroids.shape[1]} dimensions, embeddings "
+                f"{embeddings.shape[1]}: pass the centroids of the same model, or None"
+            )
+        check_rows("initial_centroids", initial_centroids, self.chunk_size)
+        start = unit_rows(initial_centroids, slice(None))
+        if len(start) > number:
+            labels = nearest(embeddings, start, self.chunk_size)[0]
+            members = np.bincount(labels, minlength=len(start))
+            start = start[np.sort(np.argsort(-members, kind="stable")[:number])]
+        return start
+
+    def _train(self, embeddings: Embeddings, number: int, start: FloatArray | None) -> FloatArray:
+        rows: slice | IntArray = slice(None)
+        if self.max_points is not None and self.max_points < len(embeddings):
+            rng = np.random.default_rng(self.seed)
+            # Sorted, so that a memory map is read once from front to back.
+            rows = np.sort(rng.choice(len(embeddings), self.max_points, replace=False))
+        kmeans = faiss.Kmeans(
+            embeddings.shape[1],
+            number,
+            niter=self.num_iterations,
+            seed=self.seed,
+            spherical=True,
+            gpu=faiss.get_num_gpus() > 0,
+            # faiss warns below the first bound and silently subsamples above the second.
+            min_points_per_centroid=1,
+            max_points_per_centroid=2**31 - 1,
+        )
+        kmeans.train(unit_rows(embeddings, rows), init_centroids=start)
+        return np.asarray(kmeans.centroids, dtype=np.float32)
+
+
+def _check_use(members: IntArray) -> None:
+    """Warn in one line when the assigned clusters are few or one of them is huge."""
+    wanted, used = len(members), int((members > 0).sum())
+    if 2 * used < wanted:
+        trouble = (
+            f"only {used} of {wanted} clusters are used: the embeddings hold fewer groups, "
+            "lower num_clusters, or they are about to collapse"
+        )
+    elif wanted > 3 and 2 * members.max() > members.sum():
+        trouble = (
+            f"one cluster holds {members.max()} of {members.sum()} images: most images look the "
+            "same to the model, raise num_clusters or look for duplicates"
+        )
+    else:
+        return
+    warnings.warn(trouble, stacklevel=3)
+
+
+def _summarise(
+    labels: IntArray, embeddings: Embeddings, min_cluster_size: int, chunk_size: int
+) -> PseudoLabels:
+    """Drop small clusters, renumber, and compute centroids and distances that agree."""
+    found, inverse, members = np.unique(labels, return_inverse=True, return_counts=True)
+    keep = (found >= 0) & (members >= min_cluster_size)
+    if not keep.any():
+        raise ValueError(
+            f"all {len(labels)} embeddings are noise: lower min_cluster_size={min_cluster_size} "
+            "or the number of clusters, or give the clusterer looser settings"
+        )
+    number = int(keep.sum())
+    new_label = np.full(len(found), -1, dtype=np.int64)
+    new_label[keep] = np.arange(number)
+    labels = new_label[inverse]
+    centroids = means_of(labels, embeddings, number, chunk_size)
+    cosines = np.empty(len(labels), dtype=np.float32)
+    for chunk in chunks(len(labels), chunk_size):
+        rows = unit_rows(embeddings, chunk)
+        cosines[chunk] = np.einsum("nd,nd->n", rows, centroids[labels[chunk]])
+    noise = np.flatnonzero(labels < 0)
+    for chunk in chunks(len(noise), chunk_size):
+        rows = unit_rows(embeddings, noise[chunk])
+        cosines[noise[chunk]] = nearest(rows, centroids, chunk_size)[1]
+    device = embeddings.device if isinstance(embeddings, Tensor) else torch.device("cpu")
+    results = (labels, centroids, np.clip(1.0 - cosines, 0.0, 2.0))
+    return PseudoLabels(*(torch.from_numpy(result).to(device) for result in results))
