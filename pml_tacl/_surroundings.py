@@ -1,0 +1,188 @@
+"""Images on one another's surroundings, on whole batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+
+def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
+        raise ValueError(
+            f"{name} must be a positive int or a pair (rows, columns) of them, got {value!r}"
+        )
+    return pair[0], pair[1]
+
+
+class SwapOutput(NamedTuple):
+    """What `SurroundingsSwap` returns.
+
+    Args:
+        images: (N, C, H, W), the batch with surroundings swapped, dtype as given.
+        masks: (N, H, W) in [0, 1], float32: how much of each pixel is the image's own; 1
+            everywhere in an image that was not swapped.
+        swapped: (N,) bool: which images were swapped.
+    """
+
+    images: Tensor
+    masks: Tensor
+    swapped: Tensor
+
+
+class SurroundingsSwap(nn.Module):
+    """Keep what is distinctive in each image and put it on another image's surroundings.
+
+    After Li et al. 2020 (attention to what is discriminative between classes and consistent
+    within them); the definition is ours: `m * x + (1 - m) * x_other`, with a soft mask m. The
+    attention pattern must survive the swap, so weigh the cells of an attention loss by what was
+    kept: `cell_weights(output.masks, grid)`, and with `sample_at_points` of the second view's
+    masks if that was swapped too.
+
+    Args:
+        probability: of each image being swapped, in [0, 1].
+        mask: "distinctive" keeps the places with little in common with other clusters:
+            `sigmoid(sharpness * z)`, where z is the negated commonness, standardised within each
+            image and upsampled to its size. "centred" keeps the middle: a Gaussian, 1 at the
+            centre.
+        sharpness: of the "distinctive" mask, above 0; the larger, the nearer to a hard mask.
+        sigma: deviation of the "centred" mask as a fraction of the image's sides, above 0.
+
+    Raises:
+        ValueError: for an argument out of its range.
+
+    Example:
+        >>> swap = SurroundingsSwap(probability=0.7, mask="centred")
+        >>> images, masks, swapped = swap(torch.randn(8, 3, 64, 64))
+        >>> weights = cell_weights(masks, grid=4)  # (8, 16)
+    """
+
+    def __init__(
+        self,
+        probability: float = 0.7,
+        mask: Literal["distinctive", "centred"] = "distinctive",
+        *,
+        sharpness: float = 4.0,
+        sigma: float = 0.25,
+    ) -> None:
+        super().__init__()
+        if not 0 <= probability <= 1:
+            raise ValueError(f"probability must be in [0, 1], got {probability!r}")
+        if mask not in ("distinctive", "centred"):
+            raise ValueError(f"mask must be 'distinctive' or 'centred', got {mask!r}")
+        for name, value in (("sharpness", sharpness), ("sigma", sigma)):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
+        self.probability = probability
+        self.mask = mask
+        self.sharpness = sharpness
+        self.sigma = sigma
+
+    def forward(
+        self,
+        images: Tensor,
+        commonness: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> SwapOutput:
+        """Swap the surroundings of some images of a batch.
+
+        Every swapped image gets those of another one; a single image cannot, and is returned as
+        it is. Nothing here waits for the device.
+
+        Args:
+            images: (N, C, H, W), of a floating dtype, normalised or not.
+            commonness: (N, h, w), B of each image's own feature map (see `commonness` in
+                `pml_tacl.functional`); needed, and read, by the "distinctive" mask only. Where
+                it is constant the mask is 1/2.
+            generator: source of the random numbers; the default one of the images' device if
+                None. One on the CPU gives the same draws for every device.
+
+        Returns:
+            SwapOutput(images, masks, swapped).
+
+        Raises:
+            TypeError: if images are not of a floating dtype.
+            ValueError: if shapes do not fit, or commonness is missing.
+        """
+        if images.ndim != 4:
+            raise ValueError(f"images must have the shape (N, C, H, W), got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images must be of a floating dtype, got {images.dtype}; swap after normalising"
+            )
+        if self.mask == "distinctive":
+            keep = self._distinctive(images, commonness)
+        else:
+            keep = self._centred(images)
+        count = len(images)
+        device = images.device if generator is None else generator.device
+        draws = torch.rand(2, count, generator=generator, device=device)
+        draws = draws.to(images.device, non_blocking=True)
+        swapped = (draws[0] < self.probability) & (count > 1)
+        # Everyone takes from the next in a random circle: no image meets itself.
+        order = draws[1].argsort()
+        partner = torch.empty_like(order).scatter_(0, order, order.roll(1))
+        masks = torch.where(swapped[:, None, None], keep, 1.0)
+        blended = torch.lerp(images[partner], images, masks[:, None].to(images.dtype))
+        return SwapOutput(
+            torch.where(swapped[:, None, None, None], blended, images), masks, swapped
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments, for print()."""
+        return (
+            f"probability={self.probability}, mask={self.mask!r}, "
+            f"sharpness={self.sharpness}, sigma={self.sigma}"
+        )
+
+    def _distinctive(self, images: Tensor, commonness: Tensor | None) -> Tensor:
+        if commonness is None:
+            raise ValueError(
+                "commonness must be given for mask='distinctive'; or use mask='centred'"
+            )
+        if commonness.ndim != 3 or len(commonness) != len(images):
+            raise ValueError(
+                f"commonness must have the shape (N, h, w) with N = {len(images)} images, "
+                f"got {tuple(commonness.shape)}"
+            )
+        rare = -commonness.detach().float()
+        rare = rare - rare.mean(dim=(1, 2), keepdim=True)
+        deviation = rare.square().mean(dim=(1, 2), keepdim=True).sqrt()
+        # Below float's resolution the differences are rounding, not distinctiveness.
+        z = rare / deviation.clamp_min(1e-6)
+        size = images.shape[-2:]
+        z = nnf.interpolate(z[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+        return torch.sigmoid(self.sharpness * z)
+
+    def _centred(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        y = (torch.arange(height, device=images.device) + 0.5) / height - 0.5
+        x = (torch.arange(width, device=images.device) + 0.5) / width - 0.5
+        squared = y.square()[:, None] + x.square()
+        return torch.exp(squared / (-2 * self.sigma**2)).expand(len(images), height, width)
+
+
+def cell_weights(masks: Tensor, grid: int | Sequence[int]) -> Tensor:
+    """How much of each grid cell was kept: the weights of an attention loss.
+
+    Args:
+        masks: (N, H, W) in [0, 1], of `SurroundingsSwap`.
+        grid: cells, (rows, columns) or an int for both, as of `SiameseTransform`.
+
+    Returns:
+        (N, rows * columns), the mean of the mask over each cell, row by row.
+
+    Raises:
+        ValueError: if masks are not (N, H, W), or grid is not positive.
+
+    Example:
+        >>> cell_weights(torch.ones(2, 64, 64), grid=(4, 3)).shape
+        torch.Size([2, 12])
+    """
+    if masks.ndim != 3:
+        raise ValueError(f"masks must have the shape (N, H, W), got {tuple(masks.shape)}")
+    return nnf.adaptive_avg_pool2d(masks[:, None], as_pair("grid", grid)).flatten(1)

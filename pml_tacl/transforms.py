@@ -1,0 +1,231 @@
+"""Pictures to training views: two views with tracked points, and swapped surroundings.
+
+`SiameseTransform` works on one picture (in a data set, on the CPU), `SurroundingsSwap` on a whole
+batch (on the device).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import PIL.Image
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
+
+from pml_tacl._cell_points import NOWHERE, CellPoints
+from pml_tacl._surroundings import SurroundingsSwap, SwapOutput, as_pair, cell_weights
+
+__all__ = ["SiameseTransform", "SurroundingsSwap", "SwapOutput", "cell_weights"]
+
+
+def _default_photometric() -> v2.Compose:
+    # No hue: it costs 5 times the rest together, and colour often tells classes apart.
+    return v2.Compose(
+        [
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4)], p=0.8),
+            v2.RandomGrayscale(p=0.1),
+            v2.RandomApply([v2.GaussianBlur(kernel_size=3, sigma=(0.1, 1.2))], p=0.2),
+        ]
+    )
+
+
+class SiameseTransform:
+    """Two random views of a picture, and where each place of the first lies in the second.
+
+    After Li et al. 2020 (images compared with their transformed selves); the definition is ours.
+    The first view is a random resized crop and nothing else, so that its grid cells are known
+    exactly in the picture. The second is a crop of its own, perhaps mirrored, then `geometric`;
+    each view then gets its own draw of `photometric`, and is normalised.
+
+    Random numbers come from torch's global generator: `torch.manual_seed` makes a call
+    reproducible, and the workers of a DataLoader are seeded from its `generator` argument.
+
+    Args:
+        size: height and width of both views, in pixels; an int makes them square.
+        grid: cells of the first view, (rows, columns) or an int for both; the size of the feature
+            maps that the points are meant for.
+        crop_scale: least and greatest area of a crop, as a fraction of the picture's, in (0, 1].
+            None takes the largest centred box of the views' shape, for both views.
+        crop_ratio: least and greatest width / height of a crop, before it is resized.
+        geometric: transforms of torchvision.transforms.v2, or any callable that takes
+            (tv_tensors.Image, tv_tensors.KeyPoints) and returns both. Called on the second view
+            after its crop, so that amounts in pixels are in pixels of the view. A view of another
+            size is resized to `size`.
+        photometric: transforms of the pixels alone, on uint8 tensors (3, H, W); they must leave
+            everything in its place. "default" is colour jitter, some grey and some mild blur;
+            None is nothing.
+        flip: whether every other second view is mirrored left to right. Switch it off for
+            pictures that mean something else mirrored, as letters do.
+        mean: subtracted from each channel, of values in [0, 1]. ImageNet's by default.
+        std: divides each channel afterwards.
+        interpolation: of the crops' resizing, "bilinear" or "bicubic" or "nearest".
+
+    Raises:
+        ValueError: at once, for an argument out of its range.
+
+    Example:
+        >>> transform = SiameseTransform(size=64, grid=8, geometric=v2.RandomRotation(20))
+        >>> view, transformed, points = transform(PIL.Image.new("RGB", (80, 60)))
+        >>> view.shape, transformed.shape, points.shape
+        (torch.Size([3, 64, 64]), torch.Size([3, 64, 64]), torch.Size([64, 2]))
+    """
+
+    def __init__(
+        self,
+        size: int | Sequence[int] = 224,
+        grid: int | Sequence[int] = 7,
+        *,
+        crop_scale: tuple[float, float] | None = (0.4, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        geometric: Callable[..., Any] | None = None,
+        photometric: Callable[..., Any] | Literal["default"] | None = "default",
+        flip: bool = True,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        interpolation: str | v2.InterpolationMode = "bilinear",
+    ) -> None:
+        self.size = as_pair("size", size)
+        self.grid = as_pair("grid", grid)
+        if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(
+                f"crop_scale must be None or (least, greatest) with 0 < least <= greatest <= 1, "
+                f"got {crop_scale!r}"
+            )
+        if not 0 < crop_ratio[0] <= crop_ratio[1]:
+            raise ValueError(
+                f"crop_ratio must be (least, greatest) with 0 < least <= greatest, "
+                f"got {crop_ratio!r}"
+            )
+        for name, value in (("geometric", geometric), ("photometric", photometric)):
+            if not (
+                value is None or callable(value) or (name, value) == ("photometric", "default")
+            ):
+                raise TypeError(f"{name} must be a transform (a callable) or None, got {value!r}")
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(
+                f"mean and std must have 3 values each, std above 0, got {mean!r} and {std!r}"
+            )
+        if interpolation not in ("nearest", "bilinear", "bicubic"):
+            raise ValueError(
+                f"interpolation must be 'nearest', 'bilinear' or 'bicubic', got {interpolation!r}"
+            )
+        self.crop_scale = crop_scale
+        self.crop_ratio = crop_ratio
+        self.geometric = geometric
+        self.photometric = _default_photometric() if photometric == "default" else photometric
+        self.flip = flip
+        self.mean = [float(v) for v in mean]
+        self.std = [float(v) for v in std]
+        self.interpolation = v2.InterpolationMode(interpolation)
+        rows, columns = self.grid
+        y, x = torch.meshgrid(
+            (torch.arange(rows) + 0.5) / rows,
+            (torch.arange(columns) + 0.5) / columns,
+            indexing="ij",
+        )
+        # Centres of the cells, row by row, as fractions of the first view's sides.
+        self._centres = torch.stack((x, y), dim=-1).view(-1, 2)
+
+    def __call__(self, image: PIL.Image.Image | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Make the two views of a picture.
+
+        Args:
+            image: a PIL image (anything but RGB is converted), or a uint8 tensor (3, H, W).
+
+        Returns:
+            view (3, S, S) and transformed view (3, S, S), float32, normalised; points
+            (rows * columns, 2), float32: where the centre of each cell of the first view, row by
+            row, lies in the second, as (x, y) in [-1, 1] of grid_sample with
+            align_corners=False. Points outside that range are not visible.
+
+        Raises:
+            TypeError: if image is neither, or not uint8.
+            ValueError: if a tensor is not (3, H, W), or a transform changes what it must not.
+        """
+        source = _to_tensor(image)
+        view, (top, left, height, width) = self._crop(source)
+        other, (other_top, other_left, other_height, other_width) = self._crop(source)
+        # From fractions of the first view to fractions of the second, through the picture.
+        scale = torch.tensor([width / other_width, height / other_height])
+        offset = torch.tensor([(left - other_left) / other_width, (top - other_top) / other_height])
+        points = torch.addcmul(offset, self._centres, scale)
+        if self.flip and torch.rand(()) < 0.5:
+            other = other.flip(-1)
+            points[:, 0] = 1 - points[:, 0]
+        if self.geometric is not None:
+            other, points = self._move(other, points)
+        return self._finish(view), self._finish(other), points.mul_(2).sub_(1)
+
+    def __repr__(self) -> str:
+        names = ("size", "grid", "crop_scale", "crop_ratio", "geometric", "photometric", "flip")
+        return f"SiameseTransform({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
+
+    def _crop(self, source: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+        if self.crop_scale is None:
+            box = _centred_box(source.shape[-2], source.shape[-1], self.size)
+        else:
+            box = v2.RandomResizedCrop.get_params(
+                source, list(self.crop_scale), list(self.crop_ratio)
+            )
+        view = tvf.resized_crop(
+            source, *box, size=list(self.size), interpolation=self.interpolation, antialias=True
+        )
+        return view, box
+
+    def _move(self, view: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.geometric is not None
+        height, width = self.size
+        tracked = CellPoints(points * torch.tensor([width, height]), canvas_size=self.size)
+        moved, places = self.geometric(tv_tensors.Image(view), tracked)
+        if not isinstance(places, tv_tensors.KeyPoints) or places.shape != points.shape:
+            raise ValueError(
+                f"geometric must return an image and as many KeyPoints as it got "
+                f"({len(points)}), got {type(places).__name__} {tuple(places.shape)}"
+            )
+        height, width = moved.shape[-2:]
+        if tuple(places.canvas_size) != (height, width):
+            raise ValueError(
+                f"geometric must move image and KeyPoints alike: the image is {(height, width)}, "
+                f"the points' canvas {tuple(places.canvas_size)}"
+            )
+        moved = moved.as_subclass(torch.Tensor)
+        if (height, width) != self.size:
+            moved = tvf.resize(
+                moved, list(self.size), interpolation=self.interpolation, antialias=True
+            )
+        fractions = places.as_subclass(torch.Tensor) / torch.tensor([width, height])
+        return moved, fractions.nan_to_num(NOWHERE, NOWHERE, -NOWHERE)
+
+    def _finish(self, view: Tensor) -> Tensor:
+        if self.photometric is not None:
+            view = self.photometric(view)
+            if view.shape != (3, *self.size):
+                raise ValueError(
+                    f"photometric must keep the shape {(3, *self.size)}, got {tuple(view.shape)}; "
+                    f"transforms that move pixels belong in geometric"
+                )
+        view = tvf.to_dtype(view.contiguous(), torch.float32, scale=True)
+        normalised: Tensor = tvf.normalize(view, self.mean, self.std, inplace=True)
+        return normalised
+
+
+def _to_tensor(image: PIL.Image.Image | Tensor) -> Tensor:
+    if isinstance(image, PIL.Image.Image):
+        pixels: Tensor = tvf.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
+        return pixels
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8:
+        found = f"a {image.dtype} tensor" if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"image must be a PIL image or a uint8 tensor (3, H, W), got {found}")
+    if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+        raise ValueError(f"image must have the shape (3, H, W), got {tuple(image.shape)}")
+    return image.as_subclass(torch.Tensor)
+
+
+def _centred_box(height: int, width: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    scale = min(height / size[0], width / size[1])
+    box_height, box_width = max(1, round(scale * size[0])), max(1, round(scale * size[1]))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
