@@ -1,3 +1,7 @@
-from pml_tacl.models.attention_embedder import AttentionEmbedder, EmbedderOutput
+"""Models: a backbone with attention pooling."""
 
-__all__ = ["AttentionEmbedder", "EmbedderOutput"]
+from pml_tacl.models.attention_embedder import AttentionEmbedder
+from pml_tacl.models.attention_pooling import Embedder, EmbedderOutput
+from pml_tacl.models.trunk import Trunk, TrunkOutput
+
+__all__ = ["AttentionEmbedder", "Embedder", "EmbedderOutput", "Trunk", "TrunkOutput"]

@@ -1,0 +1,226 @@
+"""`AttentionEmbedder`: a backbone, attention pooling and a projection to unit embeddings."""
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from safetensors.torch import load_file, save_file
+from timm.models import group_parameters
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from pml_tacl.models.attention_pooling import Embedder, EmbedderOutput
+from pml_tacl.models.preprocessing import image_transform
+from pml_tacl.models.trunk import Trunk
+from pml_tacl.models.weights import Pretrained, flat_tensors
+
+_FORMAT_VERSION = 1
+_Self = TypeVar("_Self", bound="AttentionEmbedder")
+
+
+class AttentionEmbedder(nn.Module):
+    """Images to unit embeddings, with the attention map that they were pooled by.
+
+    `model.trunk` and `model.embedder` are the two modules that trainers and testers of
+    pytorch-metric-learning ask for: `embedder(trunk(x))` equals `model(x)`.
+
+    Args:
+        backbone: a timm model name; a timm module (its head is removed in place); or any module
+            that maps (N, C, H, W) images to (N, C, H, W) maps or to a list of them, finest first.
+        embedding_dim: D of the embeddings; None leaves the projection out.
+        pretrained: False; True, through timm, which downloads; or the path of a local
+            `.safetensors`, `.pth` or `.bin` state dict, with or without classifier.
+        feature_index: the stage (CNN) or block (ViT) whose maps carry attention, negative from the
+            end. None: the last one with stride 16 or finer.
+        attention: `"pool"` (learned, starts as average pooling), `"distinctive"`, `"none"`, or a
+            module from `TrunkOutput` to (N, H, W) logits; see `Embedder`.
+        freeze_batchnorm: BatchNorm of the trunk keeps its statistics and weights in training.
+        **timm_kwargs: passed to `timm.create_model`, such as `in_chans` or `drop_path_rate`.
+
+    Raises:
+        ValueError: for an unknown backbone (the nearest names are given) or a wrong argument.
+        OSError: if weights were asked for and can not be had.
+
+    Example:
+        >>> model = AttentionEmbedder("resnet18", embedding_dim=128)
+        >>> out = model.forward_features(torch.randn(2, 3, 224, 224))
+        >>> out.embeddings.shape, out.feature_maps.shape, out.attention.shape
+        (torch.Size([2, 128]), torch.Size([2, 256, 14, 14]), torch.Size([2, 14, 14]))
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        embedding_dim: int | None = 512,
+        pretrained: Pretrained = False,
+        *,
+        feature_index: int | None = None,
+        attention: str | nn.Module = "pool",
+        freeze_batchnorm: bool = False,
+        **timm_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.trunk = Trunk(
+            backbone,
+            pretrained,
+            feature_index=feature_index,
+            freeze_batchnorm=freeze_batchnorm,
+            **timm_kwargs,
+        )
+        self.embedder = Embedder(
+            self.trunk.num_features, self.trunk.map_channels, embedding_dim, attention
+        )
+        self._config = {
+            "backbone": backbone if isinstance(backbone, str) else None,
+            "embedding_dim": embedding_dim,
+            "feature_index": feature_index,
+            "attention": self.embedder.attention_name,
+            "freeze_batchnorm": freeze_batchnorm,
+            "timm_kwargs": timm_kwargs,
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Unit embeddings (N, D) of images (N, C, H, W)."""
+        embeddings: Tensor = self.embedder(self.trunk(images))
+        return embeddings
+
+    def forward_features(self, images: Tensor) -> EmbedderOutput:
+        """Embeddings (N, D), feature maps (N, C, H, W) and attention (N, H, W), in one pass."""
+        output: EmbedderOutput = self.embedder.forward_features(self.trunk(images))
+        return output
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """Of timm: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`."""
+        return self.trunk.data_config
+
+    def transform(
+        self, training: bool = False, image_size: int | tuple[int, int] | None = None
+    ) -> v2.Transform:
+        """The transform from a picture to what this model takes.
+
+        Args:
+            training: random crop and flip instead of the central crop.
+            image_size: side or (height, width) in pixels; None takes the data config's.
+
+        Returns:
+            A torchvision v2 transform from PIL images or uint8 tensors to normalised float32.
+        """
+        return image_transform(self.data_config, training, image_size)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades compute for memory, where timm has it; raises ValueError where not."""
+        self.trunk.set_grad_checkpointing(enable)
+
+    def parameter_groups(
+        self, lr: float, head_lr: float | None = None, layer_decay: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Groups of the trainable parameters for any torch optimiser.
+
+        Args:
+            lr: learning rate of the trunk; with `layer_decay` that of its last layer.
+            head_lr: learning rate of the embedder; None takes `lr`.
+            layer_decay: factor in (0, 1] from one layer to the one before it.
+
+        Returns:
+            Dicts with `params`, `lr` and `name`; groups without trainable parameters are left out.
+
+        Raises:
+            ValueError: for a rate or factor out of range, or if the backbone knows no layers.
+        """
+        for name, rate in (("lr", lr), ("head_lr", head_lr)):
+            if rate is not None and not rate >= 0:
+                raise ValueError(f"{name} must be at least 0, got {rate!r}")
+        groups: dict[str, dict[str, Any]] = {}
+        rates = self._trunk_rates(lr, layer_decay)
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                key, rate = rates.get(name, ("embedder", lr if head_lr is None else head_lr))
+                group = groups.setdefault(key, {"params": [], "lr": rate, "name": key})
+                group["params"].append(parameter)
+        return list(groups.values())
+
+    def _trunk_rates(self, lr: float, layer_decay: float | None) -> dict[str, tuple[str, float]]:
+        names = [name for name, _ in self.trunk.named_parameters(prefix="trunk")]
+        if layer_decay is None:
+            return dict.fromkeys(names, ("trunk", lr))
+        if not 0 < layer_decay <= 1:
+            raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay!r}")
+        model = self.trunk.model
+        if not hasattr(model, "group_matcher"):
+            raise ValueError(f"layer_decay: {type(model).__name__} has no group_matcher of timm's")
+        matcher = cast(Any, model).group_matcher(coarse=False)
+        layers = group_parameters(model, matcher, reverse=True)
+        last = max(layers.values(), default=0)
+        return {
+            f"trunk.model.{name}": (f"trunk layer {layer}", lr * layer_decay ** (last - layer))
+            for name, layer in layers.items()
+        }
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> Path:
+        """Writes `model.safetensors` and `config.json` into a folder, which is made if need be.
+
+        Raises:
+            ValueError: if an argument for timm can not be written as json.
+        """
+        config = {"format_version": _FORMAT_VERSION, **self._config}
+        try:
+            text = json.dumps(config, indent=2)
+        except TypeError as error:
+            raise ValueError(f"the arguments for timm can not be saved as json: {error}") from error
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Written aside and renamed: an interrupted save leaves the earlier model whole.
+        save_file(flat_tensors(self.state_dict()), folder / "model.safetensors.part")
+        (folder / "model.safetensors.part").replace(folder / "model.safetensors")
+        (folder / "config.json.part").write_text(text + "\n", encoding="utf-8")
+        (folder / "config.json.part").replace(folder / "config.json")
+        return folder
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_Self],
+        folder: str | PathLike[str],
+        *,
+        backbone: nn.Module | None = None,
+        attention: nn.Module | None = None,
+    ) -> _Self:
+        """Reads a model that `save_pretrained` wrote, in evaluation mode. Nothing is downloaded.
+
+        Args:
+            folder: the folder.
+            backbone: the module, if the model was built with a module of the user's.
+            attention: the module, if the attention was a module of the user's.
+
+        Raises:
+            FileNotFoundError: if the folder holds no such model.
+            ValueError: if it comes from a newer version, misses a module, or does not fit.
+        """
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"folder={str(folder)!r} holds no {name}: no saved model")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        version = config.pop("format_version", None)
+        if not isinstance(version, int) or version > _FORMAT_VERSION:
+            raise ValueError(
+                f"folder={str(folder)!r} has format version {version!r}, this pml_tacl reads up to "
+                f"{_FORMAT_VERSION}: upgrade pml_tacl"
+            )
+        if (config["backbone"] is None) != (backbone is not None):
+            need = "needs backbone=module" if backbone is None else "takes no backbone"
+            raise ValueError(f"folder={str(folder)!r} {need}: saved {config['backbone']!r}")
+        if (config["attention"] == "module") != (attention is not None):
+            need = "needs attention=module" if attention is None else "takes no attention"
+            raise ValueError(f"folder={str(folder)!r} {need}: saved {config['attention']!r}")
+        timm_kwargs = config.pop("timm_kwargs")
+        config["backbone"] = backbone or config["backbone"]
+        config["attention"] = attention or config["attention"]
+        model = cls(**config, **timm_kwargs)
+        try:
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+        except RuntimeError as error:
+            text = " ".join(str(error).split())
+            raise ValueError(f"folder={str(folder)!r}: weights do not fit: {text}") from error
+        return model.eval()

@@ -1,0 +1,236 @@
+"""The trunk: any timm model, or a module of the user's, as one forward to feature maps."""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pml_tacl.models.weights import Pretrained, create_timm_model, model_data_config
+
+_FINEST_USEFUL_STRIDE = (
+    16  # at stride 32 a 224 px image has 7 x 7 places: too coarse to point at things
+)
+
+
+class TrunkOutput(NamedTuple):
+    """What `Trunk` hands to `Embedder`.
+
+    Attributes:
+        features: (N, C, H, W) maps of the last stage, the ones that are pooled.
+        feature_maps: (N, C', H', W') maps of the stage at `feature_index`, which carry attention.
+    """
+
+    features: Tensor
+    feature_maps: Tensor
+
+
+class Trunk(nn.Module):
+    """A backbone as one forward pass from images to feature maps, always (N, C, H, W).
+
+    CNNs, ViTs (class, register and other prefix tokens dropped), models that are (N, H, W, C)
+    inside and hybrids all give the same shapes. The classifier head of a timm model is removed, so
+    that no parameter is left without a gradient; a timm module passed in loses its head in place.
+
+    Args:
+        backbone: a timm model name; a timm module; or any module that maps (N, C, H, W) images to
+            (N, C, H, W) maps, or to a list of such maps, finest first.
+        pretrained: False, True (through timm, which may download) or the path of a local
+            `.safetensors`, `.pth` or `.bin` state dict. Only with a model name.
+        feature_index: the stage (CNN) or block (ViT) whose maps carry attention, negative from the
+            end. None: the last one with stride 16 or finer, for a plain ViT its last block.
+        freeze_batchnorm: keep running statistics and affine parameters of BatchNorm as they are,
+            also in training mode.
+        **timm_kwargs: passed to `timm.create_model`: `in_chans`, `img_size`, `dynamic_img_size`,
+            `output_stride`, `drop_path_rate` and so on. Only with a model name.
+
+    Raises:
+        ValueError: for an unknown name (with the nearest ones), an index that the model does not
+            have, or an argument that does not go with a module.
+        OSError: if weights were asked for and can not be had.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        pretrained: Pretrained = False,
+        *,
+        feature_index: int | None = None,
+        freeze_batchnorm: bool = False,
+        **timm_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(backbone, str):
+            self.model = create_timm_model(backbone, pretrained, timm_kwargs)
+        elif isinstance(backbone, nn.Module):
+            if pretrained is not False or timm_kwargs:
+                given = "pretrained" if pretrained is not False else next(iter(timm_kwargs))
+                raise ValueError(f"{given} needs a timm model name: a module is used as it is")
+            self.model = backbone
+        else:
+            raise TypeError(f"backbone must be a timm model name or a module, got {backbone!r}")
+        self.freeze_batchnorm = freeze_batchnorm
+        self.data_config = model_data_config(self.model, timm_kwargs)
+        self.is_timm = hasattr(self.model, "forward_intermediates")
+        reductions = _reductions(self.model)
+        # The blocks of isotropic models give raw residual streams, which need the last norm.
+        self._isotropic = self.is_timm and len(set(reductions)) == 1
+        self.feature_index = _resolve_index(feature_index, reductions)
+        last_index = len(reductions) - 1
+        self._indices = sorted({self.feature_index or 0, last_index}) if self.is_timm else []
+        output, unused = self._probe()
+        if self.is_timm:
+            _remove_unused(self.model, unused)
+        self.num_features = output.features.shape[1]
+        self.map_channels = output.feature_maps.shape[1]
+        if freeze_batchnorm:
+            self._freeze_batchnorm()
+
+    def forward(self, images: Tensor) -> TrunkOutput:
+        """Runs the backbone once.
+
+        Args:
+            images: (N, C, H, W), normalised as `data_config` says.
+
+        Raises:
+            ValueError: if the images are no such batch, or the model takes no images of this size.
+        """
+        if images.ndim != 4:
+            raise ValueError(f"images must be (N, C, H, W), got shape {tuple(images.shape)}")
+        if not self.is_timm:
+            return self._select(self.model(images))
+        channels = self.data_config["input_size"][0]
+        if images.shape[1] != channels:
+            raise ValueError(
+                f"images have {images.shape[1]} channels and the backbone takes {channels}: "
+                f"convert them, or build the model with in_chans={images.shape[1]}"
+            )
+        try:
+            final, maps = cast(Any, self.model).forward_intermediates(
+                images, indices=self._indices, norm=self._isotropic, output_fmt="NCHW"
+            )
+        except AssertionError as error:
+            raise ValueError(
+                f"the backbone takes no images of {tuple(images.shape[2:])} px ({error}): resize "
+                "them, or pass img_size= or dynamic_img_size=True where timm has it"
+            ) from error
+        features = self._as_maps(final, maps[-1])
+        if self._isotropic and len(self._indices) == 1:
+            return TrunkOutput(features, features)
+        return TrunkOutput(features, maps[0])
+
+    def train(self, mode: bool = True) -> "Trunk":
+        """As in PyTorch, but BatchNorm stays in evaluation mode under `freeze_batchnorm`."""
+        super().train(mode)
+        if self.freeze_batchnorm:
+            self._freeze_batchnorm()
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades compute for memory, where timm has it for the model.
+
+        Raises:
+            ValueError: if the backbone has no gradient checkpointing.
+        """
+        if not hasattr(self.model, "set_grad_checkpointing"):
+            raise ValueError(f"{type(self.model).__name__} has no gradient checkpointing")
+        cast(Any, self.model).set_grad_checkpointing(enable)
+
+    def _freeze_batchnorm(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval().requires_grad_(False)
+
+    def _select(self, output: Any) -> TrunkOutput:
+        stages = list(output) if isinstance(output, list | tuple) else [output]
+        for maps in stages:
+            if not isinstance(maps, Tensor) or maps.ndim != 4:
+                got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+                raise ValueError(
+                    f"backbone must return (N, C, H, W) maps or a list of them, got {got}"
+                )
+        index = -1 if self.feature_index is None else self.feature_index
+        if not -len(stages) <= index < len(stages):
+            raise ValueError(f"feature_index={index}: the backbone returns {len(stages)} map(s)")
+        return TrunkOutput(stages[-1], stages[index])
+
+    def _as_maps(self, final: Tensor, last: Tensor) -> Tensor:
+        """timm's final features, which are (N, C, H, W), (N, H, W, C) or (N, L, C), as maps."""
+        height, width = last.shape[-2:]
+        if final.ndim == 4:
+            return final.permute(0, 3, 1, 2) if _channels_last(self.model, final) else final
+        if final.ndim != 3 or final.shape[1] < height * width:
+            return last
+        tokens = final[:, final.shape[1] - height * width :]
+        return tokens.transpose(1, 2).reshape(final.shape[0], -1, height, width)
+
+    def _probe(self) -> tuple[TrunkOutput, set[str]]:
+        """One pass without data: the shapes, and the parameters that no output depends on."""
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            state = {
+                name: torch.empty_like(value, device="meta")
+                for name, value in [*self.named_parameters(), *self.named_buffers()]
+            }
+            weights = {name: state[name].requires_grad_() for name, _ in self.named_parameters()}
+            first = next(self.parameters(), torch.empty(0))
+            images = torch.empty(1, *self.data_config["input_size"], dtype=first.dtype)
+            try:
+                with torch.enable_grad():
+                    output = functional_call(self, state, (images.to("meta"),))
+                    total = output.features.sum() + output.feature_maps.sum()
+                    gradients = torch.autograd.grad(
+                        total, list(weights.values()), allow_unused=True
+                    )
+            except (NotImplementedError, RuntimeError):  # operations without a meta kernel
+                with torch.no_grad():
+                    return self(images.zero_().to(first.device)), set()
+            unused = {n for n, g in zip(weights, gradients, strict=True) if g is None}
+            return output, {name.removeprefix("model.") for name in unused}
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _reductions(model: nn.Module) -> list[int]:
+    info = getattr(model, "feature_info", None)
+    if info is None or not hasattr(model, "forward_intermediates"):
+        return []
+    return [int(stage["reduction"]) for stage in getattr(info, "info", info)]
+
+
+def _resolve_index(feature_index: int | None, reductions: list[int]) -> int | None:
+    if not reductions:
+        return feature_index
+    count = len(reductions)
+    if feature_index is None:
+        limit = max(_FINEST_USEFUL_STRIDE, min(reductions))
+        return max(i for i, reduction in enumerate(reductions) if reduction <= limit)
+    if not isinstance(feature_index, int) or not -count <= feature_index < count:
+        raise ValueError(
+            f"feature_index={feature_index!r} must be in {-count}..{count - 1}: "
+            f"the stages of this backbone have strides {reductions}"
+        )
+    return feature_index % count
+
+
+def _channels_last(model: nn.Module, final: Tensor) -> bool:
+    return str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
+
+
+def _remove_unused(model: nn.Module, unused: set[str]) -> None:
+    """Takes out the modules of which no parameter matters (a head), freezes single parameters."""
+    removed: list[str] = []
+    for name, module in list(model.named_modules()):
+        inside = [f"{name}.{key}" for key, _ in module.named_parameters()]
+        if not name or not inside or name.startswith(tuple(f"{other}." for other in removed)):
+            continue
+        if unused.issuperset(inside):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, nn.Identity())
+            removed.append(name)
+    for name, parameter in model.named_parameters():
+        if name in unused:
+            parameter.requires_grad_(False)
