@@ -1,5 +1,20 @@
-"""Data sets: rendered characters that need no download, and folders of pictures."""
+"""Data sets: rendered characters, folders of pictures, and PML's benchmarks made ready."""
+
+from typing import TYPE_CHECKING, Any
 
 from pml_tacl.datasets.glyphs import Glyphs
+from pml_tacl.datasets.image_files import ImageFiles, load_rgb
 
-__all__ = ["Glyphs"]
+if TYPE_CHECKING:
+    from pml_tacl.datasets.benchmarks import CUB, Cars196, StanfordOnlineProducts
+
+__all__ = ["CUB", "Cars196", "Glyphs", "ImageFiles", "StanfordOnlineProducts", "load_rgb"]
+
+
+def __getattr__(name: str) -> Any:
+    # Only the benchmarks need PML.
+    if name in ("CUB", "Cars196", "StanfordOnlineProducts"):
+        from pml_tacl.datasets import benchmarks
+
+        return getattr(benchmarks, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
