@@ -1,0 +1,82 @@
+"""All that is used of PML's internals: a move to another PML version changes this file alone."""
+
+from typing import Any
+
+import torch
+from pytorch_metric_learning.losses.base_metric_loss_function import BaseMetricLossFunction
+from pytorch_metric_learning.miners.base_miner import BaseMiner
+from pytorch_metric_learning.reducers import MeanReducer, MultipleReducers
+from pytorch_metric_learning.utils import common_functions as c_f
+from torch import Tensor
+
+__all__ = [
+    "BaseMetricLossFunction",
+    "BaseMiner",
+    "loss_dict",
+    "miner_weights",
+    "positive_pairs",
+    "to_device",
+]
+
+to_device = c_f.to_device
+
+
+def positive_pairs(indices_tuple: tuple[Tensor, ...], device: torch.device) -> list[Tensor]:
+    """Anchors and positives of PML's triplets (a, p, n) or pairs (a1, p, a2, n).
+
+    Raises:
+        ValueError: if the tuple has another length.
+    """
+    if len(indices_tuple) not in (3, 4):
+        raise ValueError(
+            f"indices_tuple must hold 3 tensors (triplets) or 4 (pairs), got {len(indices_tuple)}"
+        )
+    return [x.to(device) for x in indices_tuple[:2]]
+
+
+def miner_weights(
+    indices_tuple: tuple[Tensor, ...] | None, size: int, like: Tensor, using_ref: bool
+) -> Tensor | None:
+    """How often a miner chose each element, over the largest count: PML's weights, without a sync.
+
+    Returns:
+        (size,) weights in [0, 1], or None where PML gives every element the weight 1.
+    """
+    if indices_tuple is None or all(len(x) == 0 for x in indices_tuple):
+        return None
+    anchors = (
+        [indices_tuple[0], *indices_tuple[2:3]] if len(indices_tuple) == 4 else indices_tuple[:1]
+    )
+    chosen = torch.cat([x.to(like.device) for x in (anchors if using_ref else indices_tuple)])
+    counts = torch.zeros(size, device=like.device, dtype=like.dtype)
+    counts = counts.index_add(0, chosen, torch.ones_like(chosen, dtype=like.dtype))
+    return counts / counts.max()
+
+
+def loss_dict(
+    losses: Tensor,
+    indices: Tensor | list[Tensor],
+    reduction_type: str,
+    valid: Tensor,
+    reducer: torch.nn.Module,
+) -> dict[str, dict[str, Any]] | None:
+    """PML's loss dictionary of the valid losses alone; None if there is none.
+
+    Selecting needs their number, which a GPU would have to be asked for. The mean does not:
+    it keeps all losses, zero where invalid, scaled so that their mean is that of the valid ones.
+    """
+    if isinstance(reducer, MultipleReducers):
+        named = reducer.reducers
+        reducer = named["loss"] if "loss" in named else reducer.default_reducer  # noqa: SIM401
+    if type(reducer) is MeanReducer:
+        scale = len(losses) / valid.sum().clamp(min=1)
+        losses = torch.where(valid, losses, 0.0) * scale.to(losses.dtype)
+        if len(losses) == 0:
+            return None
+    else:
+        keep = valid.nonzero().squeeze(1)
+        if len(keep) == 0:
+            return None
+        losses = losses[keep]
+        indices = indices[keep] if isinstance(indices, Tensor) else [i[keep] for i in indices]
+    return {"loss": {"losses": losses, "indices": indices, "reduction_type": reduction_type}}

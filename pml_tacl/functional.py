@@ -1,0 +1,203 @@
+"""The mathematics, in pure torch: definitions ours, after Li et al. 2020 (ECCV).
+
+Shapes: N images, C channels, H x W cells of a feature map, P pairs of images, K centroids,
+D dimensions of an embedding, G = H * W grid points.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pml_tacl._cross_attention import cross_attention
+
+__all__ = [
+    "attention_consistency",
+    "commonness",
+    "contrastive_clustering",
+    "cross_image_attention",
+    "sample_at_points",
+]
+
+
+def cross_image_attention(
+    feature_maps: Tensor,
+    other_maps: Tensor,
+    temperature: float | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """How well each place of an image is found anywhere in another image.
+
+    ``A(i|j)[u] = max_v cos(F_i[u], F_j[v])``; with a temperature t the maximum is softened to
+    ``t * logsumexp(cos / t) - t * log(H'W')``. After Li et al. 2020; definition ours.
+
+    Args:
+        feature_maps: (P, C, H, W), image i of each pair.
+        other_maps: (P, C, H', W'), image j of each pair.
+        temperature: None for the hard maximum, else t > 0.
+        chunk_size: pairs compared at once; None fits the chunk to the device. Memory is
+            chunk_size * HW * H'W' similarities, never P times that.
+
+    Returns:
+        (P, H, W) in [-1, 1], at least fp32.
+
+    Raises:
+        ValueError: if the shapes do not pair up.
+    """
+    if feature_maps.ndim != 4 or other_maps.ndim != 4:
+        raise ValueError(
+            "feature_maps and other_maps must be (P, C, H, W), got "
+            f"{tuple(feature_maps.shape)} and {tuple(other_maps.shape)}"
+        )
+    if feature_maps.shape[:2] != other_maps.shape[:2]:
+        raise ValueError(
+            "feature_maps and other_maps must agree in P and C, got "
+            f"{tuple(feature_maps.shape)} and {tuple(other_maps.shape)}"
+        )
+    pairs = torch.arange(len(feature_maps), device=feature_maps.device)
+    return cross_attention(feature_maps, None, other_maps, pairs, pairs, temperature, chunk_size)[0]
+
+
+def sample_at_points(maps: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Read maps at tracked points by bilinear sampling.
+
+    Args:
+        maps: (N, H, W) or (N, C, H, W).
+        points: (N, G, 2), (x, y) in grid_sample coordinates, align_corners=False; outside
+            [-1, 1] (or nan) is not visible.
+
+    Returns:
+        values: (N, G) or (N, C, G); 0 where not visible.
+        visible: (N, G) bool.
+    """
+    visible = (points.abs() <= 1).all(dim=-1)
+    # Points that are not visible may be nan or infinite: they must not reach the sampler.
+    safe = torch.where(visible.unsqueeze(-1), points, 0.0).to(maps.dtype)
+    stacked = maps.unsqueeze(1) if maps.ndim == 3 else maps
+    # "border": the outermost half cell belongs to its cell, not half to a zero outside.
+    values = F.grid_sample(
+        stacked, safe.unsqueeze(2), mode="bilinear", padding_mode="border", align_corners=False
+    ).squeeze(-1)
+    values = torch.where(visible.unsqueeze(1), values, 0.0)
+    return (values.squeeze(1) if maps.ndim == 3 else values), visible
+
+
+def attention_consistency(
+    feature_maps: Tensor,
+    transformed_feature_maps: Tensor,
+    points: Tensor,
+    anchors: Tensor,
+    positives: Tensor,
+    weights: Tensor | None = None,
+    temperature: float | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Transformed attention consistency of matched pairs (i, j).
+
+    ``l_ij = mean over visible u of (A(i|j)[u] - A(i'|j)[T u])^2``: the attention must follow
+    the transform. After Li et al. 2020; definition ours.
+
+    Args:
+        feature_maps: (N, C, H, W) of the first views.
+        transformed_feature_maps: (N, C, H', W') of the second views.
+        points: (N, H*W, 2), where each cell of the first view lies in the second.
+        anchors: (P,) indices i.
+        positives: (P,) indices j.
+        weights: (N, H*W) non-negative weight of each cell, None for ones. With surroundings
+            swapped, the mask at the cell: what is lost should not count.
+        temperature: None for the hard maximum, else t > 0.
+        chunk_size: pairs compared at once, see :func:`cross_image_attention`.
+
+    Returns:
+        (P,) losses in [0, 4], at least fp32. A pair with no visible cell gives 0 and has a graph.
+    """
+    attention, transformed = cross_attention(
+        feature_maps, transformed_feature_maps, None, anchors, positives, temperature, chunk_size
+    )
+    followed, visible = sample_at_points(transformed, points[anchors])  # (P, HW)
+    difference = torch.where(visible, attention.flatten(1) - followed, 0.0)
+    counted = visible.to(difference.dtype)
+    if weights is not None:
+        counted = counted * weights[anchors]
+    total = counted.sum(dim=1)
+    mean = (counted * difference.square()).sum(dim=1) / total.clamp(min=1e-12)
+    return torch.where(total > 0, mean, mean * 0)
+
+
+def contrastive_clustering(
+    own: Tensor, others: Tensor, margin: float = 0.2, valid: Tensor | None = None
+) -> Tensor:
+    """Contrastive clustering: a triplet loss between an image and cluster centres.
+
+    ``l_i = [ d(e_i, c_y) - mean_k d(e_i, c_k) + margin ]_+`` over the nearest other centres c_k.
+    After Li et al. 2020; definition ours.
+
+    Args:
+        own: (N,) distance of each embedding to its own centre.
+        others: (N, k) distances to the nearest other centres.
+        margin: in the unit of the distance.
+        valid: (N, k) bool, which of ``others`` count; None for all.
+
+    Returns:
+        (N,) losses; 0 with a graph where no other centre counts.
+    """
+    if valid is None:
+        valid = torch.ones_like(others, dtype=torch.bool)
+    count = valid.sum(dim=1)
+    mean = torch.where(valid, others, 0.0).sum(dim=1) / count.clamp(min=1)
+    return torch.where(count > 0, F.relu(own - mean + margin), own * 0)
+
+
+@torch.no_grad()
+def commonness(
+    feature_maps: Tensor,
+    labels: Tensor | None = None,
+    references: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    temperature: float | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """How well each place is found in images of *other* clusters: high is background.
+
+    ``B_i[u] = mean of A(i|j)[u] over images j of other clusters``. Without gradient: it says
+    where to look, not what to learn. After Li et al. 2020; definition ours.
+
+    Args:
+        feature_maps: (N, C, H, W).
+        labels: (N,) pseudo-labels; None takes every other image as another cluster.
+        references: (M, C, H', W') images j; None takes ``feature_maps``.
+        reference_labels: (M,) pseudo-labels of ``references``. Images labelled -1 are skipped.
+        temperature: as in :func:`cross_image_attention`.
+        chunk_size: images i compared with all references at once.
+
+    Returns:
+        (N, H, W) in [-1, 1], fp32; 0 for an image without any other cluster.
+    """
+    n, _, h, w = feature_maps.shape
+    own_batch = references is None
+    if references is None:
+        references, reference_labels = feature_maps, labels
+    m = len(references)
+    index = torch.arange(max(n, m), device=feature_maps.device)
+    if labels is None or reference_labels is None:
+        other = torch.ones(n, m, dtype=torch.bool, device=feature_maps.device)
+        if own_batch:
+            other &= index[:n, None] != index[None, :m]
+    else:
+        other = (labels[:, None] != reference_labels[None]) & (reference_labels[None] >= 0)
+    # One row of pairs at a time keeps n * m maps of attention out of memory.
+    rows = chunk_size or max(1, 2**24 // max(1, m * h * w))
+    maps = []
+    for start in range(0, n, rows):
+        i = index[start : min(n, start + rows)]
+        attention = cross_attention(
+            feature_maps,
+            None,
+            None if own_batch else references,
+            i.repeat_interleave(m),
+            index[:m].repeat(len(i)),
+            temperature,
+            None,
+        )[0].view(len(i), m, h, w)
+        chosen = other[i].to(attention.dtype)[:, :, None, None]
+        maps.append((attention * chosen).sum(dim=1) / chosen.sum(dim=1).clamp(min=1))
+    return torch.cat(maps)

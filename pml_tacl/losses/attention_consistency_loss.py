@@ -1,0 +1,162 @@
+from typing import Any
+
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from torch import Tensor
+
+from pml_tacl._compat import BaseMetricLossFunction, loss_dict, positive_pairs, to_device
+from pml_tacl.functional import attention_consistency
+
+
+class AttentionConsistencyLoss(BaseMetricLossFunction):
+    """Transformed attention consistency (TAC): attention to a matched image follows a transform.
+
+    For a matched pair (i, j), the attention of i seen against j and the attention of a
+    transformed view of i against the same j must agree, place by place, where the transform puts
+    each place: ``l_ij = mean over visible u of (A(i|j)[u] - A(i'|j)[T u])^2``. After Li et al.
+    2020 (ECCV); definition ours, see :func:`pml_tacl.functional.attention_consistency`.
+
+    Matched pairs are the positive pairs of ``indices_tuple`` (triplets or pairs of any miner),
+    else the pairs of the same label. A pair with label -1 (noise) is ignored.
+
+    Args:
+        temperature: None for the hard maximum, else t > 0 softens it.
+        max_pairs: at most this many of the same-label pairs, neighbours in the batch first;
+            a tuple given is used whole.
+        chunk_size: pairs compared at once; None fits them to the device. Never changes a value.
+        **kwargs: ``reducer`` and ``collect_stats``, as of any PML loss.
+
+    Raises:
+        ValueError: if an argument is out of range, or ``distance`` or ``embedding_regularizer``
+            is given (the definition fixes the cosine; feature maps have no embedding norm); in
+            the call, if shapes disagree, or both labels and indices_tuple are missing.
+
+    Example:
+        >>> import torch
+        >>> from pml_tacl import AttentionConsistencyLoss
+        >>> maps, flipped = torch.randn(4, 8, 7, 7), torch.randn(4, 8, 7, 7)
+        >>> points = torch.rand(4, 49, 2) * 2 - 1
+        >>> loss = AttentionConsistencyLoss()(maps, flipped, points, torch.tensor([0, 0, 1, 1]))
+    """
+
+    def __init__(
+        self,
+        temperature: float | None = None,
+        max_pairs: int = 256,
+        chunk_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("distance", "embedding_regularizer"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is not supported by AttentionConsistencyLoss")
+        super().__init__(**kwargs)
+        if temperature is not None and temperature <= 0:
+            raise ValueError(f"temperature must be positive or None, got {temperature}")
+        if max_pairs < 1:
+            raise ValueError(f"max_pairs must be at least 1, got {max_pairs}")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}")
+        self.temperature = temperature
+        self.max_pairs = max_pairs
+        self.chunk_size = chunk_size
+        self.add_to_recordable_attributes(list_of_names=["max_pairs"], is_stat=False)
+        self.add_to_recordable_attributes(list_of_names=["num_pairs"], is_stat=True)
+
+    def forward(
+        self,
+        feature_maps: Tensor,
+        transformed_feature_maps: Tensor,
+        points: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: tuple[Tensor, ...] | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Reduced loss of the matched pairs.
+
+        Args:
+            feature_maps: (N, C, H, W) of the first views.
+            transformed_feature_maps: (N, C, H', W') of the second views.
+            points: (N, H*W, 2), where each cell of the first view lies in the second, in
+                grid_sample coordinates (align_corners=False); outside [-1, 1] is not visible.
+            labels: (N,) pseudo-labels, -1 for noise.
+            indices_tuple: from a miner; its positive pairs are the matched pairs.
+            weights: (N, H*W) non-negative weight of each cell (kept share under a surroundings
+                swap); None for ones.
+
+        Returns:
+            What the reducer makes of the (P,) losses: a scalar for most reducers.
+        """
+        self.reset_stats()
+        self._check(feature_maps, transformed_feature_maps, points, labels, weights)
+        if labels is not None:
+            labels = to_device(labels, feature_maps)
+        if indices_tuple is not None:
+            anchors, positives = positive_pairs(indices_tuple, feature_maps.device)
+            valid = torch.ones_like(anchors, dtype=torch.bool)
+            if labels is not None:
+                valid = (labels[anchors] >= 0) & (labels[positives] >= 0)
+        elif labels is not None:
+            anchors, positives, valid = same_label_pairs(labels, self.max_pairs)
+        else:
+            raise ValueError("labels and indices_tuple cannot both be None: nothing is matched")
+
+        losses = None
+        if len(anchors) > 0:
+            pair_losses = attention_consistency(
+                feature_maps,
+                transformed_feature_maps,
+                points,
+                anchors,
+                positives,
+                weights,
+                self.temperature,
+                self.chunk_size,
+            )
+            losses = loss_dict(pair_losses, [anchors, positives], "pos_pair", valid, self.reducer)
+        if self.collect_stats:
+            self.num_pairs = int(valid.sum())
+        reduced: Tensor = self.reducer(losses or self.zero_losses(), feature_maps, labels)
+        return reduced
+
+    def get_default_distance(self) -> CosineSimilarity:
+        return CosineSimilarity()
+
+    @staticmethod
+    def _check(
+        maps: Tensor, second: Tensor, points: Tensor, labels: Tensor | None, weights: Tensor | None
+    ) -> None:
+        if maps.ndim != 4 or second.ndim != 4 or maps.shape[:2] != second.shape[:2]:
+            raise ValueError(
+                "feature_maps and transformed_feature_maps must be (N, C, H, W) with the same N "
+                f"and C, got {tuple(maps.shape)} and {tuple(second.shape)}"
+            )
+        n, _, h, w = maps.shape
+        if points.shape != (n, h * w, 2):
+            raise ValueError(
+                f"points must be ({n}, {h * w}, 2), one for each cell of the {h} x {w} "
+                f"feature_maps, got {tuple(points.shape)}: SiameseTransform's grid must be "
+                f"({h}, {w})"
+            )
+        if labels is not None and labels.shape != (n,):
+            raise ValueError(f"labels must be ({n},), got {tuple(labels.shape)}")
+        if weights is not None and weights.shape != (n, h * w):
+            raise ValueError(f"weights must be ({n}, {h * w}), got {tuple(weights.shape)}")
+
+
+def same_label_pairs(labels: Tensor, max_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Up to ``max_pairs`` pairs of the same label >= 0, those nearest in the batch first.
+
+    Returns:
+        (P,) anchors, (P,) positives and (P,) bool, which of them are pairs: on a GPU their
+        number is not asked for, and the places left over hold pairs that do not count.
+    """
+    n = len(labels)
+    index = torch.arange(n, device=labels.device)
+    apart = (index[None] - index[:, None]) % max(n, 1)
+    matched = (labels[:, None] == labels[None]) & (labels >= 0)[:, None] & (apart > 0)
+    count = min(max_pairs, n * (n - 1))
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        count = min(count, int(matched.sum()))
+    rank = torch.where(matched, apart, n).flatten()
+    nearest, flat = rank.topk(count, largest=False)
+    return flat // max(n, 1), flat % max(n, 1), nearest < n

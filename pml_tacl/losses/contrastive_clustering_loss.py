@@ -1,0 +1,91 @@
+from typing import Any
+
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from torch import Tensor
+
+from pml_tacl._centroids import Centroids
+from pml_tacl._compat import BaseMetricLossFunction, loss_dict, miner_weights
+from pml_tacl.functional import contrastive_clustering
+
+
+class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
+    """A triplet loss between an image and cluster centres.
+
+    ``l_i = [ d(e_i, c_y) - mean_k d(e_i, c_k) + margin ]_+``: the positive is the centre of the
+    image's own cluster, the negatives are the ``num_negatives`` nearest other centres. After Li
+    et al. 2020 (ECCV), *Unsupervised Deep Metric Learning with Transformed Attention Consistency
+    and Contrastive Clustering Loss*; definition ours.
+
+    Centres come from :meth:`set_centroids`; without them they are the means of each label in the
+    batch (of ``ref_emb``, if given), with gradient. Embeddings labelled -1 (noise) are ignored.
+    Miners' tuples weight the embeddings, as in PML's other losses that need no pairs.
+
+    Args:
+        margin: in the unit of the distance (cosine: [0, 2]).
+        num_negatives: nearest other centres per embedding; all of them if there are fewer.
+        **kwargs: ``distance`` (default CosineSimilarity, which works in every floating type),
+            ``reducer``, ``embedding_regularizer``, ``collect_stats``: as of any PML loss.
+
+    Raises:
+        ValueError: if ``margin`` is negative or ``num_negatives`` less than 1; in the call, if
+            labels are missing, a label has no centroid, the dimensions disagree, or ``ref_emb``
+            comes while centroids are set.
+
+    Example:
+        >>> import torch
+        >>> from pml_tacl import ContrastiveClusteringLoss
+        >>> loss_func = ContrastiveClusteringLoss(margin=0.2)
+        >>> loss = loss_func(torch.randn(8, 16), torch.tensor([0, 0, 1, 1, 2, 2, -1, -1]))
+    """
+
+    def __init__(self, margin: float = 0.2, num_negatives: int = 5, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if margin < 0:
+            raise ValueError(f"margin must not be negative, got {margin}")
+        if num_negatives < 1:
+            raise ValueError(f"num_negatives must be at least 1, got {num_negatives}")
+        self.margin = margin
+        self.num_negatives = num_negatives
+        self.add_to_recordable_attributes(list_of_names=["margin", "num_negatives"], is_stat=False)
+        self.add_to_recordable_attributes(
+            list_of_names=["own_centre_distance", "other_centre_distance"], is_stat=True
+        )
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: tuple[Tensor, ...] | None,
+        ref_emb: Tensor,
+        ref_labels: Tensor | None,
+    ) -> dict[str, Any]:
+        using_ref = ref_emb is not embeddings
+        if labels is None:
+            raise ValueError("labels are required: the pseudo-labels (N,) of the embeddings")
+        if ref_labels is None:
+            raise ValueError("ref_labels are required with ref_emb: they group it into centres")
+        if using_ref and self.centroids is not None:
+            raise ValueError(
+                "ref_emb has no use while centroids are set: leave it out, or call "
+                "set_centroids(None) to average the centres over it"
+            )
+        if len(embeddings) == 0 or len(ref_emb) == 0:
+            return dict(self.zero_losses())
+
+        near = self.nearest_centres(embeddings, labels, ref_emb, ref_labels, self.num_negatives)
+        valid = near.others.isfinite()
+        losses = contrastive_clustering(near.own, near.others, self.margin, valid)
+        weights = miner_weights(indices_tuple, len(losses), losses, using_ref)
+        if weights is not None:
+            losses = losses * weights
+        if self.collect_stats:
+            self.own_centre_distance = near.own.detach().mean().item()
+            self.other_centre_distance = near.others.detach()[valid].mean().item()
+        indices = torch.arange(len(losses), device=losses.device)
+        return loss_dict(losses, indices, "element", near.has_own, self.reducer) or dict(
+            self.zero_losses()
+        )
+
+    def get_default_distance(self) -> CosineSimilarity:
+        return CosineSimilarity()

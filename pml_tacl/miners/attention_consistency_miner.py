@@ -1,0 +1,60 @@
+from typing import Any
+
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from torch import Tensor
+
+from pml_tacl._compat import BaseMiner
+
+
+class AttentionConsistencyMiner(BaseMiner):
+    """Matched pairs for :class:`AttentionConsistencyLoss`: the most alike of each cluster.
+
+    For every image, the ``pairs_per_anchor`` images of the same pseudo-label whose average
+    features are nearest. There are no negative pairs: the third and fourth tensor are empty.
+    Images labelled -1 and images alone in their cluster get no pair. After Li et al. 2020;
+    definition ours.
+
+    Args:
+        pairs_per_anchor: matched images per image; all of them if there are fewer.
+        **kwargs: ``distance`` of the averaged features (default CosineSimilarity) and
+            ``collect_stats``, as of any PML miner.
+
+    Raises:
+        ValueError: if ``pairs_per_anchor`` is less than 1; in the call, if the feature maps are
+            not (N, C, H, W).
+    """
+
+    def __init__(self, pairs_per_anchor: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if pairs_per_anchor < 1:
+            raise ValueError(f"pairs_per_anchor must be at least 1, got {pairs_per_anchor}")
+        self.pairs_per_anchor = pairs_per_anchor
+        self.add_to_recordable_attributes(name="pairs_per_anchor", is_stat=False)
+
+    def mine(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if embeddings.ndim != 4 or ref_emb.ndim != 4:
+            raise ValueError(
+                f"feature_maps must be (N, C, H, W), got {tuple(embeddings.shape)} and, as "
+                f"reference, {tuple(ref_emb.shape)}"
+            )
+        empty = torch.empty(0, dtype=torch.long, device=embeddings.device)
+        if len(embeddings) == 0 or len(ref_emb) == 0:
+            return empty, empty.clone(), empty.clone(), empty.clone()
+        pooled = embeddings.mean(dim=(2, 3))
+        same_set = ref_emb is embeddings
+        mat = self.distance(pooled, pooled if same_set else ref_emb.mean(dim=(2, 3)))
+        if self.distance.is_inverted:
+            mat = -mat
+        matched = (labels[:, None] == ref_labels[None]) & (labels >= 0)[:, None]
+        if same_set:
+            matched.fill_diagonal_(False)
+        mat = torch.where(matched, mat, torch.inf)
+        nearest, columns = mat.topk(min(self.pairs_per_anchor, mat.shape[1]), largest=False)
+        anchors, rank = torch.where(nearest.isfinite())
+        return anchors, columns[anchors, rank], empty, empty.clone()
+
+    def get_default_distance(self) -> CosineSimilarity:
+        return CosineSimilarity()

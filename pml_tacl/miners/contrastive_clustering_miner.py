@@ -1,0 +1,77 @@
+from typing import Any
+
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from torch import Tensor
+
+from pml_tacl._centroids import Centroids
+from pml_tacl._compat import BaseMiner
+
+
+class ContrastiveClusteringMiner(Centroids, BaseMiner):
+    """Pairs that cluster centres call hard, of images whose cluster is sure.
+
+    Positives are images of the same cluster, negatives those of the ``num_negatives`` other
+    clusters with the nearest centres. An image is left out, in every role, if its ambiguity, the
+    distance to its own centre over that to the nearest other one, is above ``max_ambiguity``, or
+    if its label is -1. Centres: :meth:`set_centroids`, else means of the batch. After Li et al.
+    2020; definition ours.
+
+    Args:
+        num_negatives: nearest other centres per image; all of them if there are fewer.
+        max_ambiguity: 1 leaves out what lies nearer to another centre; less asks for more.
+        **kwargs: ``distance`` (default CosineSimilarity, compared as 1 - cosine) and
+            ``collect_stats``, as of any PML miner.
+
+    Raises:
+        ValueError: if an argument is out of range or the distance has no zero (a similarity
+            that does not normalise).
+    """
+
+    def __init__(self, num_negatives: int = 5, max_ambiguity: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if num_negatives < 1:
+            raise ValueError(f"num_negatives must be at least 1, got {num_negatives}")
+        if max_ambiguity <= 0:
+            raise ValueError(f"max_ambiguity must be positive, got {max_ambiguity}")
+        if self.distance.is_inverted and not self.distance.normalize_embeddings:
+            raise ValueError(
+                f"distance must normalise or be a true distance, got {self.distance}: ambiguity "
+                "is a ratio of distances"
+            )
+        self.num_negatives = num_negatives
+        self.max_ambiguity = max_ambiguity
+        self.add_to_recordable_attributes(
+            list_of_names=["num_negatives", "max_ambiguity"], is_stat=False
+        )
+        self.add_to_recordable_attributes(name="num_ambiguous", is_stat=True)
+
+    def mine(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if len(embeddings) == 0 or len(ref_emb) == 0:
+            empty = torch.empty(0, dtype=torch.long, device=embeddings.device)
+            return empty, empty.clone(), empty.clone(), empty.clone()
+        near = self.nearest_centres(embeddings, labels, ref_emb, ref_labels, self.num_negatives)
+        own, nearest = near.own, near.others[:, 0]
+        if self.distance.is_inverted:
+            own, nearest = (1 + own).clamp(min=0), (1 + nearest).clamp(min=0)
+        sure = near.has_own & (own <= self.max_ambiguity * nearest)
+        if self.collect_stats:
+            self.num_ambiguous = int((near.has_own & ~sure).sum())
+
+        same_set = ref_emb is embeddings
+        ref_sure = sure if same_set else ref_labels >= 0
+        same = labels[:, None] == ref_labels[None]
+        both = sure[:, None] & ref_sure[None]
+        chosen = torch.where(near.others.isfinite(), near.columns, -2)
+        hard = (chosen[:, :, None] == near.ref_column[None, None]).any(dim=1)
+        matched = same & both
+        if same_set:
+            matched.fill_diagonal_(False)
+        a1, p = torch.where(matched)
+        a2, n = torch.where(hard & both & ~same)
+        return a1, p, a2, n
+
+    def get_default_distance(self) -> CosineSimilarity:
+        return CosineSimilarity()
