@@ -1,0 +1,36 @@
+"""Figures: what a model attends to, what it retrieves, and how training went.
+
+Every function returns a :class:`matplotlib.figure.Figure` that pyplot knows nothing of: no window
+opens, no backend changes, nothing has to be closed. A notebook shows it, :func:`save_figure`
+writes it. Pictures are RGB: PIL images, uint8, or floating point in [0, 1], as (N, H, W, 3),
+(N, 3, H, W) or a list of any sizes; an image still normalised for a network is refused.
+"""
+
+try:
+    import matplotlib  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        'pml_tacl.visualize needs matplotlib: pip install "pml_tacl[examples]"'
+    ) from error
+
+from pml_tacl.visualize._attention import (
+    attention_overlay,
+    cross_attention_pair,
+    similar_regions,
+)
+from pml_tacl.visualize._curves import recall_curve, training_curves
+from pml_tacl.visualize._drawing import RIGHT_COLOUR, WRONG_COLOUR
+from pml_tacl.visualize._figures import save_figure
+from pml_tacl.visualize._gallery import retrieval_gallery
+
+__all__ = [
+    "RIGHT_COLOUR",
+    "WRONG_COLOUR",
+    "attention_overlay",
+    "cross_attention_pair",
+    "recall_curve",
+    "retrieval_gallery",
+    "save_figure",
+    "similar_regions",
+    "training_curves",
+]

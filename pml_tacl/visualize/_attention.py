@@ -1,0 +1,258 @@
+"""Figures of attention: over a picture, across a pair, across a query and its neighbours."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+
+from pml_tacl.functional import sample_at_points
+from pml_tacl.visualize import _drawing as drawing
+from pml_tacl.visualize._figures import styled
+from pml_tacl.visualize._inputs import (
+    Numbers,
+    Picture,
+    Pictures,
+    Pixels,
+    normalised,
+    require_count,
+    require_some,
+    to_maps,
+    to_numbers,
+    to_pictures,
+    to_pixels,
+    upsampled,
+)
+
+
+@styled
+def attention_overlay(
+    images: Pictures,
+    attention: Numbers,
+    titles: Sequence[str] | None = None,
+    columns: int | None = None,
+) -> Figure:
+    """Picture, attention map and the map laid over the picture, for each image.
+
+    Each map is stretched to its own minimum and maximum, so colours compare places within an
+    image and not across images; an even map is drawn in the middle colour.
+
+    Args:
+        images: N pictures.
+        attention: (N, h, w), any finite values; upsampled bilinearly for the overlay.
+        titles: N titles.
+        columns: images on one line, at least 1; by default 2, or 1 for a single image.
+
+    Returns:
+        A figure with three axes for each image, in order.
+
+    Raises:
+        ValueError: no image, counts or shapes that do not fit, values out of range.
+        TypeError: something that is not a picture.
+
+    Example:
+        >>> out = model.forward_features(images)
+        >>> save_figure(attention_overlay(pictures, out.attention), "attention.png")
+    """
+    pictures = to_pictures(images)
+    require_some(pictures, "images")
+    maps = to_maps(attention, len(pictures), "attention")
+    if titles is not None:
+        require_count(titles, len(pictures), "titles", "images")
+    per_line = min(len(pictures), 2) if columns is None else columns
+    if per_line < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    grid = drawing.Grid(
+        -(-len(pictures) // per_line),
+        3 * per_line,
+        aspect=_typical_aspect(pictures),
+        gap=(0.05, 0.26 if titles is not None else 0.05),
+        top=0.42 if titles is not None else 0.24,
+        titles=titles is not None,
+        column_gaps={3 * i: 0.12 for i in range(1, per_line)},
+    )
+    for index, (picture, single) in enumerate(zip(pictures, normalised(maps), strict=True)):
+        row, left = divmod(index, per_line)
+        axes = [grid.axes(row, 3 * left + offset) for offset in range(3)]
+        drawing.picture(axes[0], picture)
+        drawing.cells(axes[1], single)
+        drawing.picture(axes[2], _overlaid(picture, single))
+        if row == 0:
+            for axis, name in zip(axes, ("picture", "attention", "overlay"), strict=True):
+                grid.header(axis, name)
+        if titles is not None:
+            drawing.title(axes[0], titles[index], 48)
+    return grid.figure
+
+
+@styled
+def cross_attention_pair(
+    image_i: Picture,
+    transformed_i: Picture,
+    image_j: Picture,
+    attention_ij: Numbers,
+    attention_transformed: Numbers,
+    points: Numbers,
+) -> Figure:
+    """The picture that explains transformed attention consistency, for one matched pair (i, j).
+
+    Above: image i with its grid, its transformed view i' with the same grid carried along, and
+    image j. Below: A(i|j); A(i'|j); A(i'|j) read back into the grid of i at ``points``; and the
+    difference that the loss squares. Cells of i that i' does not show are grey and hatched.
+    After Li et al. 2020; definition ours.
+
+    Args:
+        image_i: the first view of image i.
+        transformed_i: its second view, i'.
+        image_j: the image that both are seen against.
+        attention_ij: (h, w), A(i|j), as from
+            :func:`pml_tacl.functional.cross_image_attention`.
+        attention_transformed: (h', w'), A(i'|j).
+        points: (h * w, 2), where each cell of the first view lies in the second, as (x, y) in
+            [-1, 1], row by row; outside means not visible.
+
+    Returns:
+        A figure with seven axes, in the order above, and one with the colour scale.
+
+    Raises:
+        ValueError: counts or shapes that do not fit, values out of range.
+        TypeError: something that is not a picture.
+    """
+    view = to_pixels(image_i, "image_i")
+    transformed = to_pixels(transformed_i, "transformed_i")
+    other = to_pixels(image_j, "image_j")
+    first = to_maps(attention_ij, 1, "attention_ij")[0]
+    second = to_maps(attention_transformed, 1, "attention_transformed")[0]
+    places = to_numbers(points)
+    if places.shape != (first.size, 2):
+        raise ValueError(
+            f"points has shape {places.shape}, attention_ij has {first.size} cells: "
+            f"give ({first.size}, 2), one (x, y) for each cell of {first.shape}"
+        )
+    read_back, visible = _read_back(second, places, first.shape)
+    difference = np.abs(first - read_back)
+
+    grid = drawing.Grid(
+        2, 4, aspect=_typical_aspect([view, transformed]), gap=(0.1, 0.32), top=0.25, bottom=0.5
+    )
+    shown = [grid.axes(0, column) for column in range(3)]
+    for axes, pixels, text in zip(
+        shown,
+        (view, transformed, other),
+        ("image i", "transformed view i'", "image j"),
+        strict=True,
+    ):
+        drawing.picture(axes, pixels)
+        drawing.title(axes, text)
+    drawing.tracked_cells(shown[0], view, _centres(first.shape), visible.ravel())
+    drawing.tracked_cells(shown[1], transformed, places, visible.ravel())
+
+    low = min(first.min(), second.min())
+    high = max(first.max(), second.max())
+    scale = (low, high) if high > low else (low - 0.5, low + 0.5)
+    below = (
+        ("A(i|j)", first, None, scale),
+        ("A(i'|j)", second, None, scale),
+        ("A(i'|j) read back at T u", read_back, visible, scale),
+        ("|difference|", difference, visible, (0.0, scale[1] - scale[0])),
+    )
+    for column, (text, values, mask, limits) in enumerate(below):
+        axes = grid.axes(1, column)
+        drawing.cells(axes, values, limits, mask)
+        drawing.title(axes, text)
+    count = int(visible.sum())
+    loss = float((difference[visible] ** 2).mean()) if count else 0.0
+    grid.note(
+        (0, 3),
+        f"mean of difference²\n= {loss:.4f}\nover {count} of {first.size}\nvisible cells",
+    )
+    grid.colour_scale((0, 2), scale, "attention")
+    return grid.figure
+
+
+@styled
+def similar_regions(
+    query: Picture,
+    neighbours: Pictures,
+    maps: Numbers,
+    query_maps: Numbers | None = None,
+    captions: Sequence[str] | None = None,
+) -> Figure:
+    """What makes a query and its neighbours alike: where each is found in the other.
+
+    Args:
+        query: the query picture.
+        neighbours: its K nearest pictures.
+        maps: (K, h, w), A(neighbour|query) from
+            :func:`pml_tacl.functional.cross_image_attention`, laid over the neighbours.
+        query_maps: (K, h', w'), A(query|neighbour), laid over the query, one line above.
+        captions: K texts.
+
+    Returns:
+        A figure with the query, then (with ``query_maps``) the query seen against each
+        neighbour, then each neighbour seen against the query. Each map is stretched on its own.
+
+    Raises:
+        ValueError: no neighbour, counts that do not fit, values out of range.
+        TypeError: something that is not a picture.
+    """
+    asked = to_pixels(query, "query")
+    found = to_pictures(neighbours, "neighbours")
+    require_some(found, "neighbours")
+    on_found = normalised(to_maps(maps, len(found), "maps"))
+    lines = [[_overlaid(p, m) for p, m in zip(found, on_found, strict=True)]]
+    if query_maps is not None:
+        on_query = normalised(to_maps(query_maps, len(found), "query_maps"))
+        lines.insert(0, [_overlaid(asked, single) for single in on_query])
+    if captions is not None:
+        require_count(captions, len(found), "captions", "neighbours")
+    grid = drawing.Grid(
+        len(lines),
+        len(found) + 1,
+        top=0.2,
+        bottom=0.18 if captions else 0.04,
+        gap=(0.07, 0.07),
+        column_gaps={1: 0.14},
+    )
+    axes = grid.axes(0, 0)
+    drawing.picture(axes, asked, drawing.QUERY_COLOUR)
+    grid.header(axes, "query")
+    for line, overlays in enumerate(lines):
+        for k, overlay in enumerate(overlays):
+            axes = grid.axes(line, k + 1)
+            drawing.picture(axes, overlay, drawing.NEUTRAL_COLOUR)
+            if line == 0:
+                grid.header(axes, "nearest" if k == 0 else str(k + 1))
+            if captions is not None and line == len(lines) - 1:
+                grid.caption(axes, [captions[k]])
+    return grid.figure
+
+
+def _overlaid(picture: Pixels, single: npt.NDArray[np.float64]) -> Pixels:
+    size = (picture.shape[0], picture.shape[1])
+    heat = drawing.heat(upsampled(single, size))
+    # The picture in grey, so that every colour seen is attention.
+    grey = (picture @ np.array([0.299, 0.587, 0.114]))[..., None] / 255
+    blended: Pixels = np.round(255 * (0.45 * grey + 0.55 * heat)).astype(np.uint8)
+    return blended
+
+
+def _typical_aspect(pictures: Sequence[Pixels]) -> float:
+    heights_to_widths = [picture.shape[0] / picture.shape[1] for picture in pictures]
+    return float(np.clip(np.median(heights_to_widths), 0.6, 1.6))
+
+
+def _centres(shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    """Cell centres of an (h, w) grid, row by row, as (x, y) in [-1, 1]."""
+    y, x = ((2 * np.arange(n) + 1) / n - 1 for n in shape)
+    return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+
+
+def _read_back(
+    single: npt.NDArray[np.float64], points: npt.NDArray[np.float64], shape: tuple[int, ...]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    values, visible = sample_at_points(
+        torch.from_numpy(single)[None], torch.from_numpy(points)[None]
+    )
+    return values[0].numpy().reshape(shape), visible[0].numpy().reshape(shape)

@@ -1,0 +1,106 @@
+"""The gallery of retrieved pictures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+
+from pml_tacl.visualize import _drawing as drawing
+from pml_tacl.visualize._figures import styled
+from pml_tacl.visualize._inputs import (
+    Pictures,
+    require_count,
+    require_some,
+    rows_like,
+    to_pictures,
+)
+
+
+@styled
+def retrieval_gallery(
+    queries: Pictures,
+    neighbours: Sequence[Pictures] | npt.NDArray[Any] | torch.Tensor,
+    correct: Sequence[Sequence[bool]] | npt.NDArray[np.bool_] | torch.Tensor | None = None,
+    distances: Sequence[Sequence[float]] | npt.NDArray[Any] | torch.Tensor | None = None,
+    captions: Sequence[Sequence[str]] | None = None,
+    title: str | None = None,
+    *,
+    query_captions: Sequence[str] | None = None,
+    columns: int = 8,
+) -> Figure:
+    """Each query at the left of its nearest pictures, right and wrong ones marked.
+
+    A right neighbour has a blue frame (``RIGHT_COLOUR``) and a tick, a wrong one an orange frame
+    (``WRONG_COLOUR``) and a cross, so that no one needs to tell red from green.
+
+    Args:
+        queries: Q pictures.
+        neighbours: for each query its nearest pictures, nearest first; rows may differ in length.
+        correct: for each neighbour whether it is right; neutral frames without it.
+        distances: for each neighbour a number, written below it.
+        captions: for each neighbour a text, written below it and shortened in the middle.
+        title: a line above everything.
+        query_captions: Q texts.
+        columns: neighbours on one line; longer rows go on below.
+
+    Returns:
+        A figure with one axes for each picture: a query, then its neighbours, row by row.
+
+    Raises:
+        ValueError: no query, counts that do not fit, values out of range.
+        TypeError: something that is not a picture.
+
+    Example:
+        >>> retrieval_gallery([query], [found], captions=[[path.name for path in paths]])
+    """
+    asked = to_pictures(queries, "queries")
+    require_some(asked, "queries")
+    require_count(neighbours, len(asked), "neighbours", "queries")
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    found = [to_pictures(row, f"neighbours[{i}]") for i, row in enumerate(neighbours)]
+    right = rows_like(correct, found, "correct")
+    numbers = rows_like(distances, found, "distances")
+    texts = rows_like(captions, found, "captions")
+    if query_captions is not None:
+        require_count(query_captions, len(asked), "query_captions", "queries")
+
+    widest = max(1, min(columns, max(map(len, found))))
+    lines = (numbers is not None) + (texts is not None)
+    lines = max(lines, int(query_captions is not None))
+    grid = drawing.Grid(
+        sum(max(1, -(-len(row) // widest)) for row in found),
+        widest + 1,
+        gap=(0.07, 0.07 + 0.125 * lines),
+        top=0.2 + 0.25 * (title is not None),
+        bottom=0.04 + 0.125 * lines,
+        column_gaps={1: 0.14},
+    )
+    first_line = 0
+    for q, (query, row) in enumerate(zip(asked, found, strict=True)):
+        axes = grid.axes(first_line, 0)
+        drawing.picture(axes, query, drawing.QUERY_COLOUR)
+        if q == 0:
+            grid.header(axes, "query")
+        if query_captions is not None:
+            grid.caption(axes, [query_captions[q]])
+        for k, neighbour in enumerate(row):
+            line, column = divmod(k, widest)
+            axes = grid.axes(first_line + line, 1 + column)
+            if right is None:
+                drawing.picture(axes, neighbour, drawing.NEUTRAL_COLOUR)
+            else:
+                drawing.picture(axes, neighbour)
+                drawing.verdict(axes, bool(right[q][k]))
+            if q == 0 and line == 0:
+                grid.header(axes, "nearest" if column == 0 else str(column + 1))
+            below = [] if texts is None else [str(texts[q][k])]
+            below += [] if numbers is None else [f"{float(numbers[q][k]):.3f}"]
+            grid.caption(axes, below)
+        first_line += max(1, -(-len(row) // widest))
+    if title is not None:
+        grid.title(title)
+    return grid.figure

@@ -1,0 +1,197 @@
+"""What the figures take in: pictures, maps and captions, checked and brought to one form."""
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+from torch.nn import functional as F
+
+Picture: TypeAlias = Image.Image | npt.NDArray[Any] | torch.Tensor
+Pictures: TypeAlias = Picture | Sequence[Picture]
+Numbers: TypeAlias = npt.ArrayLike | torch.Tensor
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+
+_CHANNELS = (1, 3, 4)
+_ROUNDING = 1e-3  # an interpolated picture may leave [0, 1] by this much
+_LONGEST_SIDE = 640  # pixels; more is never seen in a figure, and photographs would fill memory
+
+
+def to_pixels(picture: Picture, name: str = "image") -> Pixels:
+    """One picture as (H, W, 3) uint8.
+
+    Args:
+        picture: a PIL image of any mode, or an array or tensor of shape (H, W), (H, W, C) or
+            (C, H, W) with C = 1, 3 or 4, uint8 or floating point in [0, 1]. Where both layouts
+            fit, a tensor is read as (C, H, W) and an array as (H, W, C). Transparent is white.
+        name: the argument that errors speak of.
+
+    Raises:
+        TypeError: not a picture, or of another dtype.
+        ValueError: another shape, an empty picture, NaN, or values out of range.
+    """
+    if isinstance(picture, Image.Image):
+        return _to_rgb(picture)
+    if not isinstance(picture, torch.Tensor | np.ndarray):
+        raise TypeError(
+            f"{name} must hold PIL images, arrays or tensors, got {type(picture).__name__}: "
+            "open files with PIL.Image.open first"
+        )
+    array = _as_array(picture)
+    if array.ndim == 2:
+        array = array[..., None]
+    channels_last = array.ndim == 3 and array.shape[2] in _CHANNELS
+    channels_first = array.ndim == 3 and array.shape[0] in _CHANNELS
+    if 0 in array.shape or not (channels_last or channels_first):
+        raise ValueError(
+            f"{name} must hold pictures of shape (H, W, C) or (C, H, W) with 1, 3 or 4 channels, "
+            f"got {tuple(array.shape)}: give grayscale batches as (N, 1, H, W)"
+        )
+    if channels_first and (not channels_last or isinstance(picture, torch.Tensor)):
+        array = np.moveaxis(array, 0, 2)
+    if np.issubdtype(array.dtype, np.floating):
+        low, high = float(array.min()), float(array.max())
+        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN lands here too
+            raise ValueError(
+                f"{name} holds values from {low:.3g} to {high:.3g}, floating-point pictures go "
+                "from 0 to 1: undo the normalisation (x * std + mean) or divide by 255"
+            )
+        array = np.round(np.clip(array, 0, 1) * 255).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise TypeError(f"{name} must be uint8 or floating point in [0, 1], got {array.dtype}")
+    return _to_rgb(
+        Image.fromarray(np.ascontiguousarray(array.squeeze(2) if array.shape[2] == 1 else array))
+    )
+
+
+def to_pictures(pictures: Pictures, name: str = "images") -> list[Pixels]:
+    """Pictures as a list of (H, W, 3) uint8; a picture alone is a list of one.
+
+    Args:
+        pictures: (N, H, W, C), (N, C, H, W), a sequence of pictures, or one picture.
+        name: the argument that errors speak of.
+
+    Raises:
+        TypeError, ValueError: as :func:`to_pixels` does.
+    """
+    if isinstance(pictures, Image.Image):
+        return [to_pixels(pictures, name)]
+    if isinstance(pictures, torch.Tensor | np.ndarray) and pictures.ndim in (2, 3):
+        return [to_pixels(pictures, name)]
+    return [to_pixels(picture, name) for picture in pictures]
+
+
+def to_maps(maps: Numbers, count: int | None, name: str) -> npt.NDArray[np.float64]:
+    """Maps as (N, h, w) float64; one map (h, w) is a batch of one.
+
+    Raises:
+        ValueError: another shape, a count other than ``count``, or values that are not finite.
+    """
+    array = to_numbers(maps)
+    array = array[None] if array.ndim == 2 else array
+    if array.ndim != 3 or 0 in array.shape[1:]:
+        raise ValueError(f"{name} must have shape (N, h, w) or (h, w), got {array.shape}")
+    if count is not None and len(array) != count:
+        raise ValueError(f"{name} holds {len(array)} maps for {count} pictures: give one for each")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinite values: draw finite maps only")
+    return array
+
+
+def to_numbers(values: Numbers) -> npt.NDArray[np.float64]:
+    """Any array, tensor (on any device, with or without a graph) or nested list as float64."""
+    return _as_array(values).astype(np.float64)
+
+
+def normalised(maps: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Each map (N, h, w) stretched to [0, 1]; a map that is even up to rounding becomes 0.5.
+
+    Without the second rule the rounding errors of an even map, such as that of an untrained
+    attention pooling, would be drawn as if they were attention.
+    """
+    low = maps.min(axis=(1, 2), keepdims=True)
+    spread = maps.max(axis=(1, 2), keepdims=True) - low
+    even = spread <= 1e-5 * np.abs(maps).max(axis=(1, 2), keepdims=True)
+    stretched: npt.NDArray[np.float64] = np.where(
+        even, 0.5, (maps - low) / np.where(even, 1.0, spread)
+    )
+    return stretched
+
+
+def upsampled(single: npt.NDArray[np.float64], size: tuple[int, int]) -> npt.NDArray[np.float64]:
+    """One map (h, w), bilinear at (H, W) pixels, cell centres kept (align_corners=False)."""
+    tensor = torch.from_numpy(single)[None, None]
+    large = F.interpolate(tensor, size=size, mode="bilinear", align_corners=False)
+    array: npt.NDArray[np.float64] = large[0, 0].numpy()
+    return array
+
+
+def shortened(text: str, width: int) -> str:
+    """``text`` on one line in at most ``width`` columns, the middle left out if need be.
+
+    The ends of a file name tell more than its middle. East Asian wide characters count double.
+    """
+    text = " ".join(text.split())
+    if sum(map(_columns, text)) <= width:
+        return text
+    head, tail, room = "", "", width - 1
+    while True:
+        from_tail = len(tail) <= len(head)
+        character = text[-len(tail) - 1] if from_tail else text[len(head)]
+        room -= _columns(character)
+        if room < 0:
+            return f"{head}…{tail}"
+        head, tail = (head, character + tail) if from_tail else (head + character, tail)
+
+
+def _columns(character: str) -> int:
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _as_array(values: Any) -> npt.NDArray[Any]:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values  # NumPy has no bf16
+        return np.asarray(values.numpy())
+    if isinstance(values, list | tuple):
+        return np.stack([_as_array(value) for value in values]) if values else np.empty(0)
+    return np.asarray(values)
+
+
+def _to_rgb(image: Image.Image) -> Pixels:
+    if max(image.size) > _LONGEST_SIDE:
+        image = ImageOps.contain(image, (_LONGEST_SIDE, _LONGEST_SIDE))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))
+
+
+def require_some(values: Sequence[Any], name: str) -> None:
+    """Raises ValueError when ``values`` is empty."""
+    if not len(values):
+        raise ValueError(f"{name} is empty: give at least one picture")
+
+
+def require_count(values: Any, count: int, name: str, of: str) -> None:
+    """Raises ValueError when ``values`` does not hold one entry for each of ``count``."""
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} entries for {count} {of}: give one for each")
+
+
+def rows_like(values: Any, rows: Sequence[Sequence[Any]], name: str) -> list[list[Any]] | None:
+    """``values`` as nested lists, None as None.
+
+    Raises:
+        ValueError: not one row for each of ``rows`` with one entry for each of its entries.
+    """
+    if values is None:
+        return None
+    require_count(values, len(rows), name, "queries")
+    nested = [list(row.tolist() if hasattr(row, "tolist") else row) for row in values]
+    for index, (given, row) in enumerate(zip(nested, rows, strict=True)):
+        require_count(given, len(row), f"{name}[{index}]", "neighbours")
+    return nested
