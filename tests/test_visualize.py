@@ -1,4 +1,5 @@
 import builtins
+import io
 import sys
 import warnings
 
@@ -111,12 +112,15 @@ def test_grayscale_and_transparent_pictures():
     clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     assert (to_pixels(clear) == 255).all()
     assert to_pixels(Image.new("CMYK", (4, 4))).shape == (4, 4, 3)
+    deep = Image.fromarray(gray.astype(np.uint16) << 8)
+    np.testing.assert_array_equal(to_pixels(deep), expected)
 
 
 def test_a_large_photograph_is_made_small_and_the_callers_stays():
     large = Image.new("RGB", (3000, 1500))
     assert to_pixels(large).shape == (320, 640, 3)
     assert large.size == (3000, 1500)
+    assert to_pixels(Image.new("P", (3000, 1))).shape == (1, 640, 3)
 
 
 @pytest.mark.parametrize(
@@ -419,7 +423,7 @@ def test_training_curves_show_raw_and_smooth_values_and_recall():
     np.testing.assert_array_equal(smooth.get_ydata(), [2, np.nan, 1, np.nan, 0.5])
     assert len(recall.lines) == 1
     np.testing.assert_allclose(recall.lines[0].get_xydata(), [[0, 20], [2, 60]])
-    assert "R@1  60.0" in texts(figure)
+    assert "R@1 60.0" in texts(figure)
     rendered(figure)
 
 
@@ -451,7 +455,7 @@ def test_recall_curve_has_one_labelled_line_for_each_result():
     (axes,) = figure.axes
     np.testing.assert_allclose(axes.lines[0].get_xydata(), [[1, 25], [8, 50]])
     np.testing.assert_allclose(axes.lines[1].get_xydata(), [[1, 70], [2, 80]])
-    assert {"raw pixels  50.0", "after  80.0"} <= set(texts(figure))
+    assert {"raw pixels 50.0", "after 80.0", "25.0", "70.0"} <= set(texts(figure))
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "8"]
     rendered(figure)
     with pytest.raises(ValueError, match="results is empty"):
@@ -501,6 +505,12 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
         save_figure(training_curves({"loss": [2.0, 3.0]}), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["curve.png"]
+
+
+def test_a_notebook_shows_the_figure():
+    content = training_curves({"loss": [1.0]})._repr_png_()
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.size == (830, 220)
 
 
 def test_save_arguments_are_checked(tmp_path):

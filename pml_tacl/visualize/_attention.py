@@ -113,7 +113,8 @@ def cross_attention_pair(
             [-1, 1], row by row; outside means not visible.
 
     Returns:
-        A figure with seven axes, in the order above, and one with the colour scale.
+        A figure with seven axes in the order above, then two with the colour scales, which are
+        equally wide, so that the difference is as bright as it is large beside the attention.
 
     Raises:
         ValueError: counts or shapes that do not fit, values out of range.
@@ -134,7 +135,7 @@ def cross_attention_pair(
     difference = np.abs(first - read_back)
 
     grid = drawing.Grid(
-        2, 4, aspect=_typical_aspect([view, transformed]), gap=(0.1, 0.32), top=0.25, bottom=0.5
+        2, 4, aspect=_typical_aspect([view, transformed]), gap=(0.1, 0.3), top=0.25, bottom=0.42
     )
     shown = [grid.axes(0, column) for column in range(3)]
     for axes, pixels, text in zip(
@@ -168,6 +169,7 @@ def cross_attention_pair(
         f"mean of difference²\n= {loss:.4f}\nover {count} of {first.size}\nvisible cells",
     )
     grid.colour_scale((0, 2), scale, "attention")
+    grid.colour_scale((3, 3), (0.0, scale[1] - scale[0]), "|difference|")
     return grid.figure
 
 
@@ -230,12 +232,13 @@ def similar_regions(
 
 
 def _overlaid(picture: Pixels, single: npt.NDArray[np.float64]) -> Pixels:
-    size = (picture.shape[0], picture.shape[1])
-    heat = drawing.heat(upsampled(single, size))
-    # The picture in grey, so that every colour seen is attention.
+    level = upsampled(single, (picture.shape[0], picture.shape[1]))[..., None]
+    # The picture in grey, so that every colour seen is attention; it shades the colours by
+    # multiplying, which keeps what is attended to legible, and shows dimly where there are none.
     grey = (picture @ np.array([0.299, 0.587, 0.114]))[..., None] / 255
-    blended: Pixels = np.round(255 * (0.45 * grey + 0.55 * heat)).astype(np.uint8)
-    return blended
+    blended = drawing.heat(level[..., 0]) * (0.45 + 0.55 * grey) + 0.35 * grey * (1 - level)
+    pixels: Pixels = np.round(255 * np.clip(blended, 0, 1)).astype(np.uint8)
+    return pixels
 
 
 def _typical_aspect(pictures: Sequence[Pixels]) -> float:

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pml_tacl.visualize import _drawing as drawing
-from pml_tacl.visualize._figures import fitted, styled
+from pml_tacl.visualize._figures import NotebookFigure, fitted, styled
 from pml_tacl.visualize._inputs import to_numbers
 
 _WIDTH = 8.3  # inches; a README shows about 830 pixels
@@ -90,15 +91,21 @@ def recall_curve(results: Mapping[str, Mapping[str, float]]) -> Figure:
     _require_fractions(lines)
     figure, axes = _panels(1, width=5.6, height=3.4)
     _percent_lines(axes[0], lines, "K", "Recall@K")
-    _powers_of_two(axes[0], {k for line in lines.values() for k in line})
+    ks = sorted({k for line in lines.values() for k in line})
+    axes[0].set_xscale("log", base=2)
+    axes[0].set_xticks(ks, [str(k) for k in ks])
+    axes[0].minorticks_off()
+    axes[0].margins(x=0.14)
+    first = [next(iter(line.values())) for line in lines.values()]
+    _beside(axes[0], [ks[0]] * len(lines), first, [f"{100 * value:.1f}" for value in first], -1)
     return figure
 
 
 def _panels(count: int, width: float = _WIDTH, height: float = 2.2) -> tuple[Figure, list[Any]]:
     columns = 2 if count == 4 else min(count, 3)
     rows = -(-count // columns)
-    figure = Figure(figsize=(width, rows * height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.04, hspace=0.04)
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.04, hspace=0.04)
+    figure = NotebookFigure(figsize=(width, rows * height), layout=layout)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[count:]:
         axis.remove()
@@ -147,7 +154,7 @@ def _percent_lines(
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     last = [list(line.values())[-1] for line in lines.values()]
-    names = [f"{name}  {100 * value:.1f}" for name, value in zip(lines, last, strict=True)]
+    names = [f"{name} {100 * value:.1f}" for name, value in zip(lines, last, strict=True)]
     _beside(axes, [max(line) for line in lines.values()], last, names, 1)
 
 
@@ -180,12 +187,6 @@ def spread_apart(values: Sequence[float], gap: float) -> list[float]:
         blocks.append((start, size))
     places = [start + k * gap for start, size in blocks for k in range(size)]
     return [place for _, place in sorted(zip(order.tolist(), places, strict=True))]
-
-
-def _powers_of_two(axes: Any, ks: set[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(ks), [str(k) for k in sorted(ks)])
-    axes.minorticks_off()
 
 
 def _require_fractions(lines: Mapping[str, Mapping[int, float]]) -> None:

@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pml_tacl.visualize._figures import fitted
+from pml_tacl.visualize._figures import NotebookFigure, fitted
 from pml_tacl.visualize._inputs import Pixels
 
 # From the palette of Okabe and Ito, which every kind of colour vision tells apart.
@@ -51,7 +51,7 @@ class Grid:
         titles: bool = False,
         max_cell: float = 1.9,
     ) -> None:
-        self._titles = titles
+        self._rows, self._titles = rows, titles
         self._gap, self._top, self._side = gap, top, 0.04
         further = column_gaps or {}
         extra = sum(further.values()) + 2 * self._side + (columns - 1) * gap[0]
@@ -65,7 +65,7 @@ class Grid:
             columns * width + extra,
             rows * width * aspect + (rows - 1) * gap[1] + top + bottom,
         )
-        self.figure = Figure(figsize=self._size)
+        self.figure = NotebookFigure(figsize=self._size)
 
     def axes(self, row: int, column: int) -> Any:
         """New axes in a cell, without ticks."""
@@ -124,24 +124,23 @@ class Grid:
             color="#333333",
         )
 
-    def colour_scale(self, cell: tuple[int, int], limits: tuple[float, float], name: str) -> None:
-        """A colour bar below the first column up to this one."""
-        first, last = self._place(cell[0] + 1, 0), self._place(cell[0] + 1, cell[1])
-        width = last[0] + last[2] - first[0]
-        axes = self.figure.add_axes(
-            (
-                first[0] + width * 0.25,
-                first[1] - 0.2 / self._size[1],
-                width * 0.5,
-                0.08 / self._size[1],
-            )
-        )
+    def colour_scale(
+        self, columns: tuple[int, int], limits: tuple[float, float], name: str
+    ) -> None:
+        """A colour bar below the last row, under the middle of the first to last column."""
+        row = self._rows - 1
+        first, last = self._place(row, columns[0]), self._place(row, columns[1])
+        middle = (first[0] + last[0] + last[2]) / 2
+        width = 0.7 * first[2]
+        box = (middle - width / 2, first[1] - 0.15 / self._size[1], width, 0.07 / self._size[1])
+        axes = self.figure.add_axes(box)
         bar = self.figure.colorbar(
             ScalarMappable(Normalize(*limits), _MAP), cax=axes, orientation="horizontal"
         )
         bar.outline.set_visible(False)
+        bar.set_ticks(list(limits), labels=[f"{limit:.2g}" for limit in limits])
         axes.tick_params(labelsize=6.5, length=2)
-        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
+        axes.set_xlabel(name, fontsize=7, labelpad=-7)
 
     def _place(self, row: int, column: int) -> tuple[float, float, float, float]:
         width, height = self._size
@@ -210,8 +209,8 @@ def tracked_cells(
     """Dots where cells lie, each in its own colour so that it can be followed across pictures."""
     size = np.array([pixels.shape[1], pixels.shape[0]])
     places = (points + 1) / 2 * size - 0.5
-    colours = colormaps["viridis"](np.linspace(0, 1, len(points)))
-    axes.scatter(*places[visible].T, s=9, c=colours[visible], edgecolors="white", linewidths=0.5)
+    colours = colormaps["turbo"](np.linspace(0, 1, len(points)))
+    axes.scatter(*places[visible].T, s=16, c=colours[visible], edgecolors="white", linewidths=0.7)
 
 
 def heat(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

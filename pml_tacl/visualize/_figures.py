@@ -53,6 +53,15 @@ _METADATA: dict[str, dict[str, None]] = {
 _P = ParamSpec("_P")
 
 
+class NotebookFigure(Figure):
+    """A figure that a notebook shows although pyplot, which would have told it how, is not used."""
+
+    def _repr_png_(self) -> bytes:
+        content = BytesIO()
+        self.savefig(content, format="png", metadata=_METADATA["png"])
+        return content.getvalue()
+
+
 def styled(function: Callable[_P, Figure]) -> Callable[_P, Figure]:
     """Draws in our style whatever the user's is, and leaves the user's as it was."""
 

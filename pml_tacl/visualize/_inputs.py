@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn import functional as F
 
 Picture: TypeAlias = Image.Image | npt.NDArray[Any] | torch.Tensor
@@ -162,12 +162,17 @@ def _as_array(values: Any) -> npt.NDArray[Any]:
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
-    if max(image.size) > _LONGEST_SIDE:
-        image = ImageOps.contain(image, (_LONGEST_SIDE, _LONGEST_SIDE))
-    if image.has_transparency_data:
+    if image.mode.startswith("I;16"):  # convert() would clip it to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
+    image = image.convert("RGB")
+    shrink = _LONGEST_SIDE / max(image.size)
+    if shrink < 1:
+        width, height = (max(1, round(side * shrink)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return np.asarray(image)
 
 
 def require_some(values: Sequence[Any], name: str) -> None:
