@@ -205,6 +205,7 @@ def _place(
     glyph.thumbnail((side, side))
     angle = rng.uniform(-max_angle, max_angle)
     glyph = glyph.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+    glyph = glyph.crop(glyph.getbbox())  # so that the shift is that of the ink
     glyph.thumbnail((size, size))
     shifts = rng.integers(-max_shift, max_shift + 1, 2)
     left, top = (

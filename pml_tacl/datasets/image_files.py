@@ -27,7 +27,8 @@ class ImageFiles(Dataset[tuple[Any, int]]):
 
     Files that cannot be decoded are found once, at the start, named in one warning of the logger
     ``pml_tacl.datasets.image_files`` and left out. Hidden files and folders (a leading dot) are
-    skipped; links to folders are followed, and each folder is read once. See :func:`load_rgb` for what happens to each mode.
+    skipped; links to folders are followed, and each folder is read once. See :func:`load_rgb`
+    for what happens to the modes.
 
     Args:
         root: Folder to search, with all its subfolders, for files ending in .jpg, .jpeg, .png,
@@ -168,7 +169,10 @@ def _to_eight_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         return high_byte
     finite = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
     low, high = finite.min(), finite.max()
-    return np.rint((finite - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    stretched: npt.NDArray[np.uint8] = np.rint(
+        (finite - low) * (255 / max(high - low, 1e-12))
+    ).astype(np.uint8)
+    return stretched
 
 
 def _find_pictures(root: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
