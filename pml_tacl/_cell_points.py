@@ -1,7 +1,8 @@
-"""Points that follow torchvision's geometric transforms exactly."""
+"""Points that follow torchvision's geometric transforms exactly, and know when they are lost."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,38 +11,52 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as tvf
 
-# Where points without a place in the picture go: far outside [-1, 1], yet finite.
-NOWHERE = 1e4
 _ELASTIC_STEPS = 20
 
 
 class CellPoints(tv_tensors.KeyPoints):  # type: ignore[misc]
     """KeyPoints in continuous coordinates: 0 is the canvas' left edge, its width the right one.
 
-    torchvision's kernels for crop, resize, pad, affine and perspective agree with that. Those that
-    do not (flips count pixels, elastic rounds to a pixel and reverses the field only roughly, an
-    expanding rotation rounds the canvas) are replaced below, for this class alone.
+    Two things differ from torchvision's KeyPoints. A place outside the canvas is gone from the
+    picture, so its point becomes NaN and stays it, though a later step would turn it back in.
+    And the kernels that do not move points as they move pixels (flips count pixels, elastic
+    rounds and reverses the field only roughly, expanding rotations and padding centre crops
+    round the canvas otherwise) are replaced.
     """
 
+    @classmethod
+    def like(cls, places: Tensor, points: CellPoints, **kwargs: Any) -> CellPoints:
+        """Plain places (G, 2) as points, on the canvas of others unless `canvas_size` is given."""
+        wrapped: CellPoints = tv_tensors.wrap(places, like=points, **kwargs)
+        return wrapped
 
-def _plain(points: CellPoints) -> Tensor:
-    plain: Tensor = points.as_subclass(torch.Tensor)
-    return plain
+    def visible(self) -> Tensor:
+        """The places (G, 2), plain, with NaN for those outside the canvas."""
+        places: Tensor = self.as_subclass(torch.Tensor)
+        height, width = self.canvas_size
+        inside = (places >= 0) & (places <= places.new_tensor([width, height]))
+        return places.where(inside.all(-1, keepdim=True), torch.nan)
 
 
-def _like(places: Tensor, points: CellPoints, **kwargs: Any) -> CellPoints:
-    wrapped: CellPoints = tv_tensors.wrap(places, like=points, **kwargs)
-    return wrapped
+def _losing_outside(functional: Callable[..., Any]) -> Callable[..., CellPoints]:
+    def kernel(points: CellPoints, *args: Any, **kwargs: Any) -> CellPoints:
+        visible = tv_tensors.KeyPoints(points.visible(), canvas_size=points.canvas_size)
+        moved = functional(visible, *args, **kwargs)
+        return CellPoints.like(
+            moved.as_subclass(torch.Tensor), points, canvas_size=moved.canvas_size
+        )
+
+    return kernel
 
 
 def _horizontal_flip(points: CellPoints) -> CellPoints:
-    x, y = _plain(points).unbind(-1)
-    return _like(torch.stack((points.canvas_size[1] - x, y), -1), points)
+    x, y = points.as_subclass(torch.Tensor).unbind(-1)
+    return CellPoints.like(torch.stack((points.canvas_size[1] - x, y), -1), points)
 
 
 def _vertical_flip(points: CellPoints) -> CellPoints:
-    x, y = _plain(points).unbind(-1)
-    return _like(torch.stack((x, points.canvas_size[0] - y), -1), points)
+    x, y = points.as_subclass(torch.Tensor).unbind(-1)
+    return CellPoints.like(torch.stack((x, points.canvas_size[0] - y), -1), points)
 
 
 def _rotate(
@@ -53,24 +68,36 @@ def _rotate(
 ) -> CellPoints:
     height, width = points.canvas_size
     turned, _size = tvf.rotate_keypoints(
-        _plain(points), (height, width), angle, expand=False, center=center
+        points.visible(), (height, width), angle, expand=False, center=center
     )
     if not expand:
-        return _like(turned, points)
-    # The size of the expanded canvas is torchvision's secret; an empty picture tells it.
-    blank = torch.empty(1, height, width, dtype=torch.uint8)
+        return CellPoints.like(turned, points)
+    # torchvision keeps the size of the expanded canvas to itself; an empty picture tells it.
+    blank = torch.zeros(1, height, width, dtype=torch.uint8)
     size = tvf.rotate(blank, angle, expand=True, center=center).shape[-2:]
     shift = turned.new_tensor([(size[1] - width) / 2, (size[0] - height) / 2])
-    return _like(turned + shift, points, canvas_size=tuple(size))
+    return CellPoints.like(turned + shift, points, canvas_size=tuple(size))
+
+
+def _center_crop(points: CellPoints, output_size: int | Sequence[int]) -> CellPoints:
+    pair = [output_size] if isinstance(output_size, int) else list(output_size)
+    crop = (pair[0], pair[-1])
+    # Pixels: first padded to at least the crop, the odd one right and below, then cropped.
+    shift = [
+        (wanted - side) // 2 if wanted > side else -round((side - wanted) / 2)
+        for wanted, side in zip(crop, points.canvas_size, strict=True)
+    ]
+    places = points.visible()
+    return CellPoints.like(places + places.new_tensor(shift[::-1]), points, canvas_size=crop)
 
 
 def _elastic(points: CellPoints, displacement: Tensor, **_: Any) -> CellPoints:
     height, width = points.canvas_size
     half = torch.tensor([width / 2, height / 2])
-    target = _plain(points) / half - 1
+    target = points.visible() / half - 1
     field = displacement.to(target.dtype).permute(0, 3, 1, 2)
 
-    def moved(place: Tensor) -> Tensor:
+    def shown(place: Tensor) -> Tensor:
         grid = place.view(1, 1, -1, 2)
         step = nnf.grid_sample(field, grid, padding_mode="border", align_corners=False)
         return place + step[0, :, 0].T
@@ -78,16 +105,19 @@ def _elastic(points: CellPoints, displacement: Tensor, **_: Any) -> CellPoints:
     # The picture at q shows the place q + displacement(q): solve that for q, step by step.
     place = target
     for _step in range(_ELASTIC_STEPS):
-        place = place + (target - moved(place))
-    lost = ((moved(place) - target) * half).abs().amax(-1, keepdim=True) > 0.5
-    # In a fold of the field a place is seen several times or never: none is the right one.
-    return _like(torch.where(lost, NOWHERE, (place + 1) * half), points)
+        place = place + (target - shown(place))
+    # Where the field folds, a place is seen several times or never, and the steps do not settle.
+    lost = ((shown(place) - target) * half).abs().amax(-1, keepdim=True) > 0.5
+    return CellPoints.like(torch.where(lost, torch.nan, (place + 1) * half), points)
 
 
+for _functional in (tvf.affine, tvf.perspective, tvf.pad, tvf.crop, tvf.resized_crop):
+    tvf.register_kernel(_functional, CellPoints)(_losing_outside(_functional))
 for _functional, _kernel in (
     (tvf.horizontal_flip, _horizontal_flip),
     (tvf.vertical_flip, _vertical_flip),
     (tvf.rotate, _rotate),
+    (tvf.center_crop, _center_crop),
     (tvf.elastic, _elastic),
 ):
     tvf.register_kernel(_functional, CellPoints)(_kernel)

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 
 def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
-        raise ValueError(
-            f"{name} must be a positive int or a pair (rows, columns) of them, got {value!r}"
-        )
-    return pair[0], pair[1]
+    """An int, or a pair of ints, as a pair (rows, columns); ValueError if it is neither."""
+    pair = (value, value) if isinstance(value, int) else value
+    if isinstance(pair, Sequence) and len(pair) == 2:
+        rows, columns = pair
+        if isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0:
+            return rows, columns
+    raise ValueError(
+        f"{name} must be an int above 0 or a pair (rows, columns) of them, got {value!r}"
+    )
 
 
 class SwapOutput(NamedTuple):
@@ -144,7 +147,7 @@ class SurroundingsSwap(nn.Module):
             raise ValueError(
                 "commonness must be given for mask='distinctive'; or use mask='centred'"
             )
-        if commonness.ndim != 3 or len(commonness) != len(images):
+        if commonness.ndim != 3 or len(commonness) != len(images) or 0 in commonness.shape[1:]:
             raise ValueError(
                 f"commonness must have the shape (N, h, w) with N = {len(images)} images, "
                 f"got {tuple(commonness.shape)}"
@@ -152,8 +155,8 @@ class SurroundingsSwap(nn.Module):
         rare = -commonness.detach().float()
         rare = rare - rare.mean(dim=(1, 2), keepdim=True)
         deviation = rare.square().mean(dim=(1, 2), keepdim=True).sqrt()
-        # Below float's resolution the differences are rounding, not distinctiveness.
-        z = rare / deviation.clamp_min(1e-6)
+        # B is made of cosines: what differs by less than this is rounding, not distinctiveness.
+        z = torch.where(deviation > 1e-6, rare / deviation, 0.0)
         size = images.shape[-2:]
         z = nnf.interpolate(z[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
         return torch.sigmoid(self.sharpness * z)

@@ -16,10 +16,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from pml_tacl._cell_points import NOWHERE, CellPoints
+from pml_tacl._cell_points import CellPoints
 from pml_tacl._surroundings import SurroundingsSwap, SwapOutput, as_pair, cell_weights
 
 __all__ = ["SiameseTransform", "SurroundingsSwap", "SwapOutput", "cell_weights"]
+
+# Where points without a place in the second view go: far outside [-1, 1], yet finite.
+_NOWHERE = 1e4
 
 
 def _default_photometric() -> v2.Compose:
@@ -53,8 +56,9 @@ class SiameseTransform:
         crop_ratio: least and greatest width / height of a crop, before it is resized.
         geometric: transforms of torchvision.transforms.v2, or any callable that takes
             (tv_tensors.Image, tv_tensors.KeyPoints) and returns both. Called on the second view
-            after its crop, so that amounts in pixels are in pixels of the view. A view of another
-            size is resized to `size`.
+            after its crop, so that amounts in pixels are in pixels of the view; the points count
+            from the view's left and upper edge, and are NaN where the crop left a place out. A
+            view of another size is resized to `size`.
         photometric: transforms of the pixels alone, on uint8 tensors (3, H, W); they must leave
             everything in its place. "default" is colour jitter, some grey and some mild blur;
             None is nothing.
@@ -90,16 +94,9 @@ class SiameseTransform:
     ) -> None:
         self.size = as_pair("size", size)
         self.grid = as_pair("grid", grid)
-        if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(
-                f"crop_scale must be None or (least, greatest) with 0 < least <= greatest <= 1, "
-                f"got {crop_scale!r}"
-            )
-        if not 0 < crop_ratio[0] <= crop_ratio[1]:
-            raise ValueError(
-                f"crop_ratio must be (least, greatest) with 0 < least <= greatest, "
-                f"got {crop_ratio!r}"
-            )
+        if crop_scale is not None:
+            _check_range("crop_scale", crop_scale, 1.0)
+        _check_range("crop_ratio", crop_ratio, float("inf"))
         for name, value in (("geometric", geometric), ("photometric", photometric)):
             if not (
                 value is None or callable(value) or (name, value) == ("photometric", "default")
@@ -180,11 +177,17 @@ class SiameseTransform:
         assert self.geometric is not None
         height, width = self.size
         tracked = CellPoints(points * torch.tensor([width, height]), canvas_size=self.size)
-        moved, places = self.geometric(tv_tensors.Image(view), tracked)
-        if not isinstance(places, tv_tensors.KeyPoints) or places.shape != points.shape:
+        # What this crop left out is gone, even if a turn of the view brings its place back in.
+        tracked = CellPoints.like(tracked.visible(), tracked)
+        result = self.geometric(tv_tensors.Image(view), tracked)
+        moved, places = result if isinstance(result, Sequence) and len(result) == 2 else (0, 0)
+        if not isinstance(moved, Tensor) or not isinstance(places, tv_tensors.KeyPoints):
+            found = type(result).__name__
+            raise TypeError(f"geometric must return (image tensor, KeyPoints), got {found}")
+        if moved.shape[:-2] != (3,) or places.shape != points.shape:
             raise ValueError(
-                f"geometric must return an image and as many KeyPoints as it got "
-                f"({len(points)}), got {type(places).__name__} {tuple(places.shape)}"
+                f"geometric must keep the 3 channels and all {len(points)} points, got an image "
+                f"{tuple(moved.shape)} and points {tuple(places.shape)}"
             )
         height, width = moved.shape[-2:]
         if tuple(places.canvas_size) != (height, width):
@@ -198,7 +201,7 @@ class SiameseTransform:
                 moved, list(self.size), interpolation=self.interpolation, antialias=True
             )
         fractions = places.as_subclass(torch.Tensor) / torch.tensor([width, height])
-        return moved, fractions.nan_to_num(NOWHERE, NOWHERE, -NOWHERE)
+        return moved, fractions.nan_to_num(_NOWHERE, _NOWHERE, -_NOWHERE)
 
     def _finish(self, view: Tensor) -> Tensor:
         if self.photometric is not None:
@@ -209,8 +212,17 @@ class SiameseTransform:
                     f"transforms that move pixels belong in geometric"
                 )
         view = tvf.to_dtype(view.contiguous(), torch.float32, scale=True)
-        normalised: Tensor = tvf.normalize(view, self.mean, self.std, inplace=True)
+        normalised: Tensor = tvf.normalize(view, self.mean, self.std)
         return normalised
+
+
+def _check_range(name: str, value: Sequence[float], limit: float) -> None:
+    fits = isinstance(value, Sequence) and len(value) == 2 and 0 < value[0] <= value[1] <= limit
+    if not fits:
+        upper = f" <= {limit:g}" if limit < float("inf") else ""
+        raise ValueError(
+            f"{name} must be (least, greatest) with 0 < least <= greatest{upper}, got {value!r}"
+        )
 
 
 def _to_tensor(image: PIL.Image.Image | Tensor) -> Tensor:
