@@ -1,0 +1,185 @@
+"""How well embeddings retrieve: PML's tester with our calculator, and evaluation in one line."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from pml_tacl._calculator import RetrievalCalculator
+from pml_tacl._rows import check_count
+
+__all__ = ["RetrievalCalculator", "embed", "evaluate", "make_tester"]
+
+
+def embed(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Embed all images of a data set, in its order.
+
+    The model runs in evaluation and inference mode; its modules' training flags are restored.
+
+    Args:
+        model: any module, images (N, C, H, W) -> embeddings (N, D).
+        dataset: items (image, label), image a tensor.
+        batch_size: images at once.
+        num_workers: processes that load images.
+        device: where to run; the model is moved there. None is where the model is.
+        progress: show a bar.
+
+    Returns:
+        Embeddings (N, D) as the model gives them, float32, and labels (N,) int64, or (N, L) for
+        labels of several levels; both on CPU.
+
+    Raises:
+        ValueError: for an empty data set or a model that does not give (N, D).
+        TypeError: for items that are not (image, label) pairs.
+    """
+    check_count("batch_size", batch_size, 1)
+    check_count("num_workers", num_workers, 0)
+    count = len(dataset)  # type: ignore[arg-type]
+    if not count:
+        raise ValueError("dataset is empty: there is nothing to embed")
+    where = _device_of(model) if device is None else torch.device(device)
+    model.to(where)
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
+    embeddings, labels = torch.empty(0), []
+    done = 0
+    with (
+        _evaluating(model),
+        tqdm(total=count, desc="embedding", unit="img", disable=not progress, leave=False) as bar,
+    ):
+        for batch in loader:
+            if not isinstance(batch, list | tuple) or len(batch) != 2:
+                raise TypeError("dataset must give (image, label) pairs: wrap it to do so")
+            images, batch_labels = batch
+            with torch.inference_mode():
+                rows = model(images.to(where, non_blocking=True))
+            if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != len(images):
+                shape = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+                raise ValueError(
+                    f"model must turn {len(images)} images into ({len(images)}, D) embeddings, "
+                    f"got {shape}"
+                )
+            if not done:
+                embeddings = torch.empty(count, rows.shape[1])
+            embeddings[done : done + len(rows)] = rows
+            labels.append(torch.as_tensor(batch_labels).long())
+            done += len(rows)
+            bar.update(len(rows))
+    return embeddings, torch.cat(labels)
+
+
+def make_tester(
+    calculator: AccuracyCalculator | None = None, **kwargs: Any
+) -> GlobalEmbeddingSpaceTester:
+    """Make PML's tester, with our calculator and defaults that suit small data on any machine.
+
+    Args:
+        calculator: None for `RetrievalCalculator()`.
+        **kwargs: of PML's GlobalEmbeddingSpaceTester, hooks among them. Unless given,
+            batch_size is 64 and images are loaded in this process (dataloader_num_workers=0).
+
+    Returns:
+        A tester; its `test({"test": dataset}, epoch, trunk, embedder)` gives the metrics, named
+        like `recall_at_1_level0`.
+    """
+    settings = {"batch_size": 64, "dataloader_num_workers": 0, **kwargs}
+    calculator = RetrievalCalculator() if calculator is None else calculator
+    return GlobalEmbeddingSpaceTester(accuracy_calculator=calculator, **settings)
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+    metrics: Sequence[str] = (),
+    progress: bool = True,
+    reference: Dataset[Any] | None = None,
+) -> dict[str, float]:
+    """Measure how well a model retrieves images of the same class.
+
+    Embeddings are L2-normalised, and each image searches among all others.
+
+    Args:
+        model: any module, images (N, C, H, W) -> embeddings (N, D).
+        dataset: items (image, label) of the queries.
+        batch_size: images at once.
+        num_workers: processes that load images.
+        device: where to run; the model is moved there. None is where the model is.
+        metrics: names, `recall_at_<k>` for any k among them; empty for all that
+            `RetrievalCalculator` has.
+        progress: show a bar.
+        reference: the gallery to search in, if it is another data set.
+
+    Returns:
+        Value in [0, 1] by name of metric.
+
+    Raises:
+        ValueError: for an empty data set, images without a label (-1), unknown metrics, or a
+            model whose embeddings are NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> images = torch.eye(4)[[0, 0, 1, 1]]
+        >>> dataset = torch.utils.data.TensorDataset(images, torch.tensor([0, 0, 1, 1]))
+        >>> evaluate(torch.nn.Identity(), dataset, metrics=["recall_at_1"], progress=False)
+        {'recall_at_1': 1.0}
+    """
+    asked = [name.removeprefix("recall_at_") for name in metrics if name.startswith("recall_at_")]
+    ks = [int(at) for at in asked if at.isdecimal() and int(at)] or (1, 2, 4, 8)
+    calculator = RetrievalCalculator(include=tuple(metrics), ks=ks)
+
+    def labelled(name: str, images: Dataset[Any]) -> tuple[Tensor, Tensor]:
+        embeddings, labels = embed(
+            model,
+            images,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            device=device,
+            progress=progress,
+        )
+        unlabelled = int((labels < 0).sum())
+        if unlabelled:
+            raise ValueError(
+                f"{unlabelled} of {len(labels)} images of {name} have no label (-1): "
+                "evaluate on labelled images"
+            )
+        return F.normalize(embeddings), labels
+
+    query, query_labels = labelled("dataset", dataset)
+    if reference is None:
+        return calculator.get_accuracy(query, query_labels)
+    return calculator.get_accuracy(query, query_labels, *labelled("reference", reference))
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    tensor = next(model.parameters(), next(model.buffers(), None))
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    # Each flag by itself: model.train() would wake modules that were frozen on purpose.
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
