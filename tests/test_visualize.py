@@ -61,6 +61,8 @@ def leaves_no_trace():
     pyplot_was_loaded = "matplotlib.pyplot" in sys.modules
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # What an older matplotlib asks of a newer pyparsing is between the two.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="matplotlib")
         yield
     assert dict(matplotlib.rcParams) == before
     if pyplot_was_loaded:
@@ -165,6 +167,16 @@ def test_maps_are_stretched_each_on_its_own_and_even_ones_stay_even():
     np.testing.assert_allclose(shown[0], ramp / 3)
     np.testing.assert_allclose(shown[1], ramp / 3)
     np.testing.assert_allclose(shown[2], 0.5)
+
+
+def test_a_map_is_as_wide_and_high_as_its_picture():
+    figure = attention_overlay(
+        np.full((1, 20, 40, 3), 0.5), np.random.default_rng(0).random((3, 3))
+    )
+    rendered(figure)
+    boxes = [axes.get_window_extent() for axes in figure.axes]
+    np.testing.assert_allclose([box.width for box in boxes], boxes[0].width)
+    np.testing.assert_allclose([box.height for box in boxes], boxes[0].width / 2)
 
 
 @pytest.mark.parametrize(("count", "columns", "lines"), [(1, None, 1), (5, None, 3), (5, 3, 2)])

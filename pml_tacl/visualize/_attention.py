@@ -76,7 +76,7 @@ def attention_overlay(
         row, left = divmod(index, per_line)
         axes = [grid.axes(row, 3 * left + offset) for offset in range(3)]
         drawing.picture(axes[0], picture)
-        drawing.cells(axes[1], single)
+        drawing.cells(axes[1], single, _aspect(picture))
         drawing.picture(axes[2], _overlaid(picture, single))
         if row == 0:
             for axis, name in zip(axes, ("picture", "attention", "overlay"), strict=True):
@@ -153,14 +153,14 @@ def cross_attention_pair(
     high = max(first.max(), second.max())
     scale = (low, high) if high > low else (low - 0.5, low + 0.5)
     below = (
-        ("A(i|j)", first, None, scale),
-        ("A(i'|j)", second, None, scale),
-        ("A(i'|j) read back at T u", read_back, visible, scale),
-        ("|difference|", difference, visible, (0.0, scale[1] - scale[0])),
+        ("A(i|j)", first, view, None, scale),
+        ("A(i'|j)", second, transformed, None, scale),
+        ("A(i'|j) read back at T u", read_back, view, visible, scale),
+        ("|difference|", difference, view, visible, (0.0, scale[1] - scale[0])),
     )
-    for column, (text, values, mask, limits) in enumerate(below):
+    for column, (text, values, pixels, mask, limits) in enumerate(below):
         axes = grid.axes(1, column)
-        drawing.cells(axes, values, limits, mask)
+        drawing.cells(axes, values, _aspect(pixels), limits, mask)
         drawing.title(axes, text)
     count = int(visible.sum())
     loss = float((difference[visible] ** 2).mean()) if count else 0.0
@@ -241,9 +241,12 @@ def _overlaid(picture: Pixels, single: npt.NDArray[np.float64]) -> Pixels:
     return pixels
 
 
+def _aspect(picture: Pixels) -> float:
+    return float(picture.shape[0] / picture.shape[1])
+
+
 def _typical_aspect(pictures: Sequence[Pixels]) -> float:
-    heights_to_widths = [picture.shape[0] / picture.shape[1] for picture in pictures]
-    return float(np.clip(np.median(heights_to_widths), 0.6, 1.6))
+    return float(np.clip(np.median([_aspect(picture) for picture in pictures]), 0.6, 1.6))
 
 
 def _centres(shape: tuple[int, ...]) -> npt.NDArray[np.float64]:

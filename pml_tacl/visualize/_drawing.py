@@ -8,7 +8,6 @@ import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pml_tacl.visualize._figures import NotebookFigure, fitted
@@ -34,6 +33,7 @@ class Grid:
         gap: inches between columns and between rows.
         top, bottom: inches kept free above and below.
         column_gaps: further inches before single columns.
+        min_width: inches that the figure is at least wide, for its title.
         titles: whether cells of the first row have titles, above which its headers go.
         max_cell: inches that a cell is at most wide.
     """
@@ -48,6 +48,7 @@ class Grid:
         top: float = 0.04,
         bottom: float = 0.04,
         column_gaps: Mapping[int, float] | None = None,
+        min_width: float = 0.0,
         titles: bool = False,
         max_cell: float = 1.9,
     ) -> None:
@@ -62,7 +63,7 @@ class Grid:
             for c in range(columns)
         ]
         self._size = (
-            columns * width + extra,
+            max(min_width, columns * width + extra),
             rows * width * aspect + (rows - 1) * gap[1] + top + bottom,
         )
         self.figure = NotebookFigure(figsize=self._size)
@@ -84,6 +85,8 @@ class Grid:
     def caption(self, axes: Any, lines: Sequence[str]) -> None:
         """Small lines below a cell, cut to its width."""
         left, bottom, width, _ = axes.get_position(original=True).bounds
+        if lines:
+            axes.set_anchor("S")  # a wide picture stays next to what is said of it
         room = int(self._cell[0] / 0.058)
         for index, line in enumerate(lines):
             y = (1 - bottom) * self._size[1] + 0.035 + 0.125 * index
@@ -182,12 +185,19 @@ def verdict(axes: Any, right: bool) -> None:
 def cells(
     axes: Any,
     values: npt.NDArray[np.float64],
+    aspect: float,
     limits: tuple[float, float] = (0.0, 1.0),
     visible: npt.NDArray[np.bool_] | None = None,
 ) -> None:
-    """Shows a map cell by cell; cells that are not visible are grey and hatched."""
+    """Shows a map cell by cell in the aspect (height over width) of its picture.
+
+    Cells that are not visible are grey and hatched.
+    """
     shown = np.ma.array(values, mask=False if visible is None else ~visible)
-    axes.imshow(shown, cmap=_MAP, vmin=limits[0], vmax=limits[1], interpolation="nearest")
+    cell = aspect * values.shape[1] / values.shape[0]
+    axes.imshow(
+        shown, cmap=_MAP, vmin=limits[0], vmax=limits[1], interpolation="nearest", aspect=cell
+    )
     axes.set(xticks=[], yticks=[])
     for y, x in np.argwhere(np.ma.getmaskarray(shown)):
         axes.add_patch(
@@ -210,7 +220,10 @@ def tracked_cells(
     size = np.array([pixels.shape[1], pixels.shape[0]])
     places = (points + 1) / 2 * size - 0.5
     colours = colormaps["turbo"](np.linspace(0, 1, len(points)))
-    axes.scatter(*places[visible].T, s=16, c=colours[visible], edgecolors="white", linewidths=0.7)
+    area = min(16.0, 16 * 64 / len(points))
+    axes.scatter(
+        *places[visible].T, s=area, c=colours[visible], edgecolors="white", linewidths=area / 24
+    )
 
 
 def heat(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

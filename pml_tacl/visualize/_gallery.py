@@ -78,6 +78,7 @@ def retrieval_gallery(
         top=0.2 + 0.25 * (title is not None),
         bottom=0.04 + 0.125 * lines,
         column_gaps={1: 0.14},
+        min_width=5.6 if title is not None else 0.0,
     )
     first_line = 0
     for q, (query, row) in enumerate(zip(asked, found, strict=True)):
