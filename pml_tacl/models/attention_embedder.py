@@ -37,6 +37,7 @@ class AttentionEmbedder(nn.Module):
             module from `TrunkOutput` to (N, H, W) logits; see `Embedder`.
         freeze_batchnorm: BatchNorm of the trunk keeps its statistics and weights in training.
         **timm_kwargs: passed to `timm.create_model`, such as `in_chans` or `drop_path_rate`.
+            With a module, `in_chans` and `img_size` say what it takes where that is not plain.
 
     Raises:
         ValueError: for an unknown backbone (the nearest names are given) or a wrong argument.
@@ -68,8 +69,9 @@ class AttentionEmbedder(nn.Module):
             freeze_batchnorm=freeze_batchnorm,
             **timm_kwargs,
         )
+        norm, self.trunk.head_norm = self.trunk.head_norm, None
         self.embedder = Embedder(
-            self.trunk.num_features, self.trunk.map_channels, embedding_dim, attention
+            self.trunk.num_features, self.trunk.map_channels, embedding_dim, attention, norm
         )
         self._config = {
             "backbone": backbone if isinstance(backbone, str) else None,

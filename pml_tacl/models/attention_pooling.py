@@ -1,5 +1,6 @@
 """From feature maps to unit embeddings through an attention map."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,8 +42,9 @@ class PoolAttention(nn.Module):
     def forward(self, trunk_output: TrunkOutput) -> Tensor:
         maps = at_least_float32(trunk_output.feature_maps)
         with torch.autocast(maps.device.type, enabled=False):  # logits in bf16 are off by tenths
-            scores = F.conv2d(maps, self.score.weight.to(maps.dtype)).squeeze(1)
-        return scores / torch.linalg.vector_norm(maps, dim=1).clamp_min(1e-6)
+            scores: Tensor = F.conv2d(maps, self.score.weight.to(maps.dtype)).squeeze(1)
+        length: Tensor = torch.linalg.vector_norm(maps, dim=1)
+        return scores / length.clamp_min(1e-6)
 
 
 class Embedder(nn.Module):
@@ -56,6 +58,7 @@ class Embedder(nn.Module):
             `"distinctive"`: softmax(-B / 0.1), with B the commonness of each place among reference
             images (after Li et al. 2020; definition ours), see `set_attention_references`; or a
             module that maps a `TrunkOutput` to (N, H', W') logits on the grid of its feature maps.
+        norm: applied to the pooled features (N, C), such as `Trunk.head_norm`.
 
     Raises:
         ValueError: for another `attention` or a dimension below 1.
@@ -67,6 +70,7 @@ class Embedder(nn.Module):
         map_channels: int,
         embedding_dim: int | None = 512,
         attention: str | nn.Module = "pool",
+        norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if embedding_dim is not None and (not isinstance(embedding_dim, int) or embedding_dim < 1):
@@ -84,6 +88,7 @@ class Embedder(nn.Module):
             raise ValueError(
                 f"attention must be 'pool', 'distinctive', 'none' or a module, got {attention!r}"
             )
+        self.norm = nn.Identity() if norm is None else norm
         self.projection = nn.Linear(num_features, embedding_dim) if embedding_dim else nn.Identity()
         # No buffer: its size changes with each new bank, which load_state_dict would refuse.
         self.references = torch.empty(0)
@@ -100,8 +105,8 @@ class Embedder(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             weights = resample_attention(attention, features.shape[-2:])
             pooled = torch.einsum("nchw,nhw->nc", at_least_float32(features), weights)
-        if isinstance(self.projection, nn.Linear):
-            pooled = self.projection(pooled.to(self.projection.weight.dtype))
+        dtype = next((parameter.dtype for parameter in self.parameters()), pooled.dtype)
+        pooled = self.projection(self.norm(pooled.to(dtype)))
         return EmbedderOutput(F.normalize(at_least_float32(pooled), dim=1), maps, attention)
 
     def set_attention_references(self, feature_maps: Tensor | None) -> None:
@@ -129,6 +134,11 @@ class Embedder(nn.Module):
             )
         places = at_least_float32(feature_maps.detach()).flatten(2).transpose(1, 2)
         self.references = F.normalize(places, dim=2).contiguous()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Embedder":
+        super()._apply(fn, recurse)
+        self.references = fn(self.references)  # .to() and .cuda() take the bank along
+        return self
 
     def get_extra_state(self) -> Tensor:
         return self.references

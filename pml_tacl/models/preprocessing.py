@@ -36,7 +36,7 @@ def image_transform(
     """
     channels, *size = config["input_size"]
     if image_size is not None:
-        size = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
+        size = list(image_size) if isinstance(image_size, tuple | list) else [image_size] * 2
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(f"image_size must be pixels or (height, width), got {image_size!r}")
     interpolation = (

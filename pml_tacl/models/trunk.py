@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple, cast
 
 import torch
+from timm.layers import ClNormMlpClassifierHead, NormMlpClassifierHead
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,6 +13,7 @@ from pml_tacl.models.weights import Pretrained, create_timm_model, model_data_co
 _FINEST_USEFUL_STRIDE = (
     16  # at stride 32 a 224 px image has 7 x 7 places: too coarse to point at things
 )
+_SIZES = {"in_chans", "img_size"}
 
 
 class TrunkOutput(NamedTuple):
@@ -32,6 +34,8 @@ class Trunk(nn.Module):
     CNNs, ViTs (class, register and other prefix tokens dropped), models that are (N, H, W, C)
     inside and hybrids all give the same shapes. The classifier head of a timm model is removed, so
     that no parameter is left without a gradient; a timm module passed in loses its head in place.
+    Where the head starts with a LayerNorm after pooling (ConvNeXt, MaxViT), `head_norm` holds it
+    for an `Embedder` to take; else it is None.
 
     Args:
         backbone: a timm model name; a timm module; or any module that maps (N, C, H, W) images to
@@ -43,7 +47,8 @@ class Trunk(nn.Module):
         freeze_batchnorm: keep running statistics and affine parameters of BatchNorm as they are,
             also in training mode.
         **timm_kwargs: passed to `timm.create_model`: `in_chans`, `img_size`, `dynamic_img_size`,
-            `output_stride`, `drop_path_rate` and so on. Only with a model name.
+            `output_stride`, `drop_path_rate` and so on. With a module only `in_chans` and
+            `img_size`: they say what it takes, where that can not be read off it.
 
     Raises:
         ValueError: for an unknown name (with the nearest ones), an index that the model does not
@@ -64,26 +69,28 @@ class Trunk(nn.Module):
         if isinstance(backbone, str):
             self.model = create_timm_model(backbone, pretrained, timm_kwargs)
         elif isinstance(backbone, nn.Module):
-            if pretrained is not False or timm_kwargs:
-                given = "pretrained" if pretrained is not False else next(iter(timm_kwargs))
+            others = {"pretrained"} if pretrained is not False else {*timm_kwargs} - _SIZES
+            for given in sorted(others):
                 raise ValueError(f"{given} needs a timm model name: a module is used as it is")
             self.model = backbone
         else:
             raise TypeError(f"backbone must be a timm model name or a module, got {backbone!r}")
         self.freeze_batchnorm = freeze_batchnorm
-        self.data_config = model_data_config(self.model, timm_kwargs)
-        self.is_timm = hasattr(self.model, "forward_intermediates")
+        self.data_config = model_data_config(self.model, timm_kwargs, isinstance(backbone, str))
         reductions = _reductions(self.model)
+        self.is_timm = bool(reductions)
         # The blocks of isotropic models give raw residual streams, which need the last norm.
-        self._isotropic = self.is_timm and len(set(reductions)) == 1
+        self._isotropic = len(set(reductions)) == 1
         self.feature_index = _resolve_index(feature_index, reductions)
+        _normalise_before_pooling(self.model)
         last_index = len(reductions) - 1
         self._indices = sorted({self.feature_index or 0, last_index}) if self.is_timm else []
         output, unused = self._probe()
-        if self.is_timm:
-            _remove_unused(self.model, unused)
         self.num_features = output.features.shape[1]
         self.map_channels = output.feature_maps.shape[1]
+        self.head_norm = _head_norm(self.model, self.num_features)
+        if self.is_timm:
+            _remove_unused(self.model, unused)
         if freeze_batchnorm:
             self._freeze_batchnorm()
 
@@ -110,7 +117,9 @@ class Trunk(nn.Module):
             final, maps = cast(Any, self.model).forward_intermediates(
                 images, indices=self._indices, norm=self._isotropic, output_fmt="NCHW"
             )
-        except AssertionError as error:
+        except (AssertionError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not self._wrong_size(images):
+                raise
             raise ValueError(
                 f"the backbone takes no images of {tuple(images.shape[2:])} px ({error}): resize "
                 "them, or pass img_size= or dynamic_img_size=True where timm has it"
@@ -137,6 +146,10 @@ class Trunk(nn.Module):
             raise ValueError(f"{type(self.model).__name__} has no gradient checkpointing")
         cast(Any, self.model).set_grad_checkpointing(enable)
 
+    def _wrong_size(self, images: Tensor) -> bool:
+        fixed = getattr(self.model, "pretrained_cfg", {}).get("fixed_input_size", False)
+        return bool(fixed) and tuple(images.shape[1:]) != tuple(self.data_config["input_size"])
+
     def _freeze_batchnorm(self) -> None:
         for module in self.model.modules():
             if isinstance(module, _BatchNorm):
@@ -155,15 +168,21 @@ class Trunk(nn.Module):
             raise ValueError(f"feature_index={index}: the backbone returns {len(stages)} map(s)")
         return TrunkOutput(stages[-1], stages[index])
 
-    def _as_maps(self, final: Tensor, last: Tensor) -> Tensor:
+    def _as_maps(self, final: Any, last: Tensor) -> Tensor:
         """timm's final features, which are (N, C, H, W), (N, H, W, C) or (N, L, C), as maps."""
         height, width = last.shape[-2:]
-        if final.ndim == 4:
-            return final.permute(0, 3, 1, 2) if _channels_last(self.model, final) else final
-        if final.ndim != 3 or final.shape[1] < height * width:
+        if isinstance(final, Tensor) and final.ndim == 4:
+            return final.permute(0, 3, 1, 2) if self._channels_last(final, last) else final
+        if not isinstance(final, Tensor) or final.ndim != 3 or final.shape[1] < height * width:
             return last
         tokens = final[:, final.shape[1] - height * width :]
         return tokens.transpose(1, 2).reshape(final.shape[0], -1, height, width)
+
+    def _channels_last(self, final: Tensor, last: Tensor) -> bool:
+        here, there = final.shape[1:3] == last.shape[-2:], final.shape[2:] == last.shape[-2:]
+        if here != there:
+            return here
+        return str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
 
     def _probe(self) -> tuple[TrunkOutput, set[str]]:
         """One pass without data: the shapes, and the parameters that no output depends on."""
@@ -184,7 +203,7 @@ class Trunk(nn.Module):
                     gradients = torch.autograd.grad(
                         total, list(weights.values()), allow_unused=True
                     )
-            except (NotImplementedError, RuntimeError):  # operations without a meta kernel
+            except Exception:  # no meta kernel, or data needed; what is wrong shows in a real pass
                 with torch.no_grad():
                     return self(images.zero_().to(first.device)), set()
             unused = {n for n, g in zip(weights, gradients, strict=True) if g is None}
@@ -216,8 +235,23 @@ def _resolve_index(feature_index: int | None, reductions: list[int]) -> int | No
     return feature_index % count
 
 
-def _channels_last(model: nn.Module, final: Tensor) -> bool:
-    return str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
+def _normalise_before_pooling(model: nn.Module) -> None:
+    """Average-pooled ViTs normalise after pooling; their places need it to be compared."""
+    norm, after = getattr(model, "norm", None), getattr(model, "fc_norm", None)
+    if isinstance(norm, nn.Identity) and isinstance(after, nn.LayerNorm):
+        model.norm, model.fc_norm = after, norm
+
+
+def _head_norm(model: nn.Module, num_features: int) -> nn.LayerNorm | None:
+    head = getattr(model, "head", None)
+    if not isinstance(head, NormMlpClassifierHead | ClNormMlpClassifierHead | nn.Sequential):
+        return None
+    norm = getattr(head, "norm", None)
+    if not isinstance(norm, nn.LayerNorm) or norm.normalized_shape != (num_features,):
+        return None
+    plain = nn.LayerNorm(num_features, norm.eps, norm.elementwise_affine)
+    plain.load_state_dict(norm.state_dict())
+    return plain
 
 
 def _remove_unused(model: nn.Module, unused: set[str]) -> None:
@@ -227,7 +261,7 @@ def _remove_unused(model: nn.Module, unused: set[str]) -> None:
         inside = [f"{name}.{key}" for key, _ in module.named_parameters()]
         if not name or not inside or name.startswith(tuple(f"{other}." for other in removed)):
             continue
-        if unused.issuperset(inside):
+        if unused.issuperset(inside) and not isinstance(module, nn.ModuleList | nn.ModuleDict):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, nn.Identity())
             removed.append(name)

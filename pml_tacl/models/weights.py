@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 Pretrained: TypeAlias = bool | str | PathLike[str]
 
-_OURS = ("num_classes", "global_pool", "features_only", "pretrained_cfg", "pretrained_cfg_overlay")
+_OURS = ("num_classes", "features_only", "pretrained_cfg", "pretrained_cfg_overlay")
 _NETWORK_PACKAGES = {"huggingface_hub", "httpx", "requests", "urllib3", "urllib"}
 
 
@@ -82,7 +82,7 @@ def _create_from_file(name: str, path: Path, timm_kwargs: dict[str, Any]) -> nn.
         model = timm.create_model(
             name, True, pretrained_cfg_overlay=overlay, num_classes=0, **timm_kwargs
         )
-    except RuntimeError as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"pretrained={str(path)!r} does not fit {name!r}: {_one_line(error, 400)}"
         ) from error
@@ -90,17 +90,24 @@ def _create_from_file(name: str, path: Path, timm_kwargs: dict[str, Any]) -> nn.
     return cast(nn.Module, model)
 
 
-def model_data_config(model: nn.Module, timm_kwargs: dict[str, Any]) -> dict[str, Any]:
+def model_data_config(model: nn.Module, timm_kwargs: dict[str, Any], named: bool) -> dict[str, Any]:
     """timm's data config of a model, with the channels and the size that it was built for.
+
+    Args:
+        model: the model.
+        timm_kwargs: of these `in_chans` and `img_size`.
+        named: whether timm built it under a name; else its first convolution tells the channels.
 
     Returns:
         `input_size` (C, H, W), `interpolation`, `mean`, `std` (one each a channel), `crop_pct`,
         `crop_mode`.
     """
     config = dict(resolve_data_config({}, model=model))
-    _, height, width = config["input_size"]
-    channels = timm_kwargs.get("in_chans") or _input_channels(model) or config["input_size"][0]
-    size = timm_kwargs.get("img_size")
+    channels, height, width = config["input_size"]
+    if not named:
+        channels = _input_channels(model, channels)
+    channels = timm_kwargs.get("in_chans") or channels
+    size = timm_kwargs.get("img_size") or getattr(_patch_embed(model), "img_size", None)
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
     config["input_size"] = (channels, height, width)
@@ -112,11 +119,16 @@ def model_data_config(model: nn.Module, timm_kwargs: dict[str, Any]) -> dict[str
     return config
 
 
-def _input_channels(model: nn.Module) -> int | None:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
-    return None
+def _patch_embed(model: nn.Module) -> Any:
+    return getattr(model, "patch_embed", None)
+
+
+def _input_channels(model: nn.Module, usual: int) -> int:
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    # Some stems fold 2 x 2, 4 x 4 or 8 x 8 pixels into channels before the first convolution.
+    if first is None or first.in_channels in (4 * usual, 16 * usual, 64 * usual):
+        return usual
+    return first.in_channels
 
 
 def _one_line(error: BaseException, limit: int) -> str:

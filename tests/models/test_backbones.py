@@ -1,0 +1,319 @@
+"""Every family of timm, and modules of the user's own, through the same few questions."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pml_tacl.models import AttentionEmbedder, Trunk
+
+_SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 2}
+_TINY_VIT = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2}
+
+# name, arguments, a size that the model takes, an odd one (None: the size is fixed), the maps' grid
+FAMILIES = {
+    "resnet": ("test_resnet", {}, (64, 64), (65, 39), (4, 4)),
+    "resnet dilated": ("test_resnet", {"output_stride": 8}, (64, 64), (65, 39), (8, 8)),
+    "convnext": ("test_convnext", {"drop_path_rate": 0.1}, (64, 64), (71, 47), (4, 4)),
+    "efficientnet": ("test_efficientnet", {}, (64, 64), (65, 39), (4, 4)),
+    "mobilenetv3": ("mobilenetv3_small_050", {}, (64, 64), (65, 39), (4, 4)),
+    "regnet": ("regnetx_002", {}, (64, 64), (65, 39), (4, 4)),
+    "nfnet": ("test_nfnet", {}, (64, 64), (65, 39), (4, 4)),
+    "vit": ("test_vit", {"dynamic_img_size": True}, (64, 64), (48, 80), (4, 4)),
+    "vit pooled": ("test_vit2", {"img_size": 64}, (64, 64), None, (4, 4)),
+    "vit without class token": (
+        "test_vit",
+        {"img_size": 64, "class_token": False, "global_pool": "avg"},
+        (64, 64),
+        None,
+        (4, 4),
+    ),
+    "vit with registers": ("test_vit", {"img_size": 64, "reg_tokens": 4}, (64, 64), None, (4, 4)),
+    "dinov2": (
+        "vit_small_patch14_reg4_dinov2",
+        {**_TINY_VIT, "img_size": 56, "dynamic_img_size": True},
+        (56, 56),
+        (28, 42),
+        (4, 4),
+    ),
+    "dinov3": (
+        "vit_small_patch16_dinov3",
+        {**_TINY_VIT, "embed_dim": 48},
+        (64, 64),
+        (32, 80),
+        (4, 4),
+    ),
+    "beit": ("beitv2_base_patch16_224", _TINY_VIT, (32, 32), None, (2, 2)),
+    "swin": ("swin_tiny_patch4_window7_224", {"img_size": 64, **_SWIN}, (64, 64), None, (4, 4)),
+    "maxvit": ("test_maxvit", {"img_size": 64}, (64, 64), None, (4, 4)),
+    "coatnet": ("test_coatnet", {"img_size": 64}, (64, 64), None, (4, 4)),
+    "hiera": (
+        "hiera_tiny_224",
+        {"img_size": 64, "embed_dim": 16, "stages": (1, 1, 1, 1), "num_heads": 1},
+        (64, 64),
+        None,
+        (4, 4),
+    ),
+    "mambaout": (
+        "mambaout_femto",
+        {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)},
+        (64, 64),
+        (71, 47),
+        (4, 4),
+    ),
+}
+
+
+def build(family, embedding_dim=8, **overrides):
+    name, kwargs, size, odd, grid = FAMILIES[family]
+    torch.manual_seed(0)
+    return AttentionEmbedder(name, embedding_dim, **{**kwargs, **overrides}), size, odd, grid
+
+
+def images(size, channels=3, n=2):
+    return torch.randn(n, channels, *size, generator=torch.Generator().manual_seed(1))
+
+
+def check_output(model, x, dim=8):
+    out = model.forward_features(x)
+    assert out.embeddings.shape == (len(x), dim)
+    torch.testing.assert_close(out.embeddings.norm(dim=1), torch.ones(len(x)))
+    assert out.feature_maps.shape[1] == model.trunk.map_channels
+    assert out.attention.shape == (len(x), *out.feature_maps.shape[2:])
+    assert (out.attention >= 0).all()
+    torch.testing.assert_close(out.attention.sum((1, 2)), torch.ones(len(x)))
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_and_gradients(family):
+    model, size, _, grid = build(family)
+    out = check_output(model, images(size))
+    assert out.feature_maps.shape[2:] == grid
+    assert model.trunk.num_features == model.trunk(images(size)).features.shape[1]
+    (out.embeddings * torch.randn_like(out.embeddings)).sum().backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+    assert model.embedder.attention.score.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_starts_as_average_pooling_of_timms_features(family):
+    model, size, *_ = build(family, embedding_dim=None)
+    model.eval()
+    with torch.no_grad():
+        embeddings = model(images(size))
+        final = model.trunk.model.forward_features(images(size))
+    if final.ndim == 3:
+        pooled = final[:, getattr(model.trunk.model, "num_prefix_tokens", 0) :].mean(1)
+    else:
+        channels_last = final.shape[-1] == model.trunk.num_features
+        pooled = final.mean((1, 2) if channels_last else (2, 3))
+    with torch.no_grad():
+        pooled = model.embedder.norm(pooled)
+    torch.testing.assert_close(embeddings, F.normalize(pooled), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["resnet", "convnext", "efficientnet", "regnet", "nfnet", "swin", "coatnet", "hiera"],
+)
+def test_starts_as_timms_own_embedding(family):
+    """Where timm's head is average pooling and a norm, the two agree to the last step."""
+    name, kwargs, size, *_ = FAMILIES[family]
+    timms = timm.create_model(name, num_classes=0, **kwargs).eval()
+    for parameter in timms.parameters():  # a fresh LayerNorm would hide a lost scale
+        nn.init.normal_(
+            parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel())
+        )
+    module = timm.create_model(name, num_classes=0, **kwargs)
+    module.load_state_dict(timms.state_dict())
+    hint = {"img_size": 64} if family in ("coatnet", "hiera") else {}
+    model = AttentionEmbedder(module, None, **hint).eval()
+    with torch.no_grad():
+        expected = F.normalize(timms(images(size)))
+        torch.testing.assert_close(model(images(size)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row[3]])
+def test_odd_sizes(family):
+    model, _, odd, _ = build(family)
+    check_output(model.eval(), images(odd))
+
+
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if not row[3]])
+def test_fixed_sizes_say_so(family):
+    model, *_ = build(family)
+    with pytest.raises(ValueError, match=r"takes no images of \(50, 34\) px .*img_size="):
+        model(images((50, 34)))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_channels(family, channels):
+    model, size, *_ = build(family, in_chans=channels)
+    assert model.data_config["input_size"][0] == len(model.data_config["mean"]) == channels
+    check_output(model.eval(), images(size, channels))
+    with pytest.raises(ValueError, match=rf"3 channels and the backbone takes {channels}"):
+        model(images(size))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_trunk(family):
+    model, size, *_ = build(family)
+    model.trunk.requires_grad_(False)
+    out = model.forward_features(images(size))
+    assert not out.feature_maps.requires_grad
+    (out.embeddings * torch.randn_like(out.embeddings)).sum().backward()
+    assert all(p.grad is None for p in model.trunk.parameters())
+    assert all(p.grad is not None for p in model.embedder.parameters())
+    assert [group["name"] for group in model.parameter_groups(0.1)] == ["embedder"]
+
+
+@pytest.mark.parametrize("family", ["resnet", "vit", "swin", "hiera", "mambaout"])
+def test_maps_follow_the_picture(family):
+    """Places keep their place: a change in the last corner moves that corner's features most."""
+    model, size, *_ = build(family)
+    model.eval()
+    first, second = images(size, n=1), images(size, n=1)
+    second[..., -16:, -16:] += 3
+    with torch.no_grad():
+        for one, other in zip(model.trunk(first), model.trunk(second), strict=True):
+            moved = (one - other).norm(dim=1)[0]
+            assert moved.argmax() == moved.numel() - 1
+
+
+def test_intermediate_blocks_of_a_vit_are_normalised():
+    model = AttentionEmbedder("test_vit", 8, feature_index=2, img_size=64).eval()
+    with torch.no_grad():
+        out = model.trunk(images((64, 64)))
+        maps = model.trunk.model.forward_intermediates(
+            images((64, 64)), indices=[2], norm=True, intermediates_only=True
+        )[0]
+    torch.testing.assert_close(out.feature_maps, maps)
+    assert not torch.equal(out.feature_maps, out.features)
+
+
+def test_feature_index_picks_the_stage():
+    strides = [4, 8, 16, 32]
+    for index, stride in enumerate(strides):
+        for given in (index, index - 4):
+            trunk = Trunk("test_convnext", feature_index=given)
+            assert trunk(images((64, 64))).feature_maps.shape[2:] == (64 // stride,) * 2
+    with pytest.raises(ValueError, match=r"feature_index=4 must be in -4\.\.3.*\[4, 8, 16, 32\]"):
+        Trunk("test_convnext", feature_index=4)
+
+
+@pytest.mark.parametrize("name", ["test_vit2", "beitv2_base_patch16_224"])
+def test_places_of_average_pooled_vits_are_normalised(name):
+    kwargs = {"depth": 2, "embed_dim": 32, "num_heads": 2} if "beit" in name else {}
+    trunk = AttentionEmbedder(name, 8, img_size=32, **kwargs).eval().trunk
+    maps = trunk(images((32, 32))).feature_maps
+    torch.testing.assert_close(maps.std(1, correction=0), torch.ones(2, 2, 2), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["tresnet_m", "csatv2", "coat_tiny", "crossvit_9_240"])
+def test_families_with_ways_of_their_own(name):
+    """Folded pixels before the first convolution, a list instead of final features."""
+    with torch.device("meta"):
+        trunk = Trunk(name)
+    channels, *size = trunk.data_config["input_size"]
+    assert channels == 3
+    out = trunk.eval()(torch.empty(2, 3, *size, device="meta"))
+    assert out.features.shape[:2] == (2, trunk.num_features)
+    assert out.feature_maps.shape[:2] == (2, trunk.map_channels)
+    assert out.feature_maps.shape[2] >= size[0] // 16
+
+
+def test_a_backbone_coarser_than_16_takes_its_finest():
+    assert Trunk("test_vit", patch_size=32, img_size=64).feature_index == 5
+
+
+@pytest.mark.parametrize("name", ["resnet", "mobilenetv3", "vit pooled", "swin"])
+def test_one_pass_of_the_backbone(name):
+    model, size, *_ = build(name)
+    calls = []
+    stem = next(m for m in model.trunk.modules() if isinstance(m, nn.Conv2d))
+    stem.register_forward_hook(lambda *_: calls.append(1))
+    model.forward_features(images(size))
+    assert len(calls) == 1
+
+
+class Plain(nn.Module):
+    """What a user may bring: no timm, maps out, a list if asked."""
+
+    def __init__(self, channels=3, stages=False):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(channels, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(6, 10, 3, 2, 1), nn.BatchNorm2d(10))
+        self.stages = stages
+
+    def forward(self, x):
+        maps = self.first(x)
+        last = self.second(maps)
+        return [maps, last] if self.stages else last
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_own_module(channels):
+    model = AttentionEmbedder(Plain(channels), 8)
+    out = check_output(model, images((33, 21), channels))
+    assert out.feature_maps.shape == (2, 10, 9, 6)
+    assert model.data_config["input_size"] == (channels, 224, 224)
+    out.embeddings.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_own_module_with_stages():
+    model = AttentionEmbedder(Plain(stages=True), 8, feature_index=0)
+    assert check_output(model, images((32, 32))).feature_maps.shape == (2, 6, 16, 16)
+    assert model.trunk.num_features == 10
+    with pytest.raises(ValueError, match=r"feature_index=2: the backbone returns 2 map\(s\)"):
+        AttentionEmbedder(Plain(stages=True), 8, feature_index=2)
+
+
+def test_own_module_is_left_as_it_was():
+    module = Plain().eval()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    module.first.train()
+    model = AttentionEmbedder(module, 8)
+    assert model.trunk.model is module
+    assert module.first.training
+    assert not module.second.training
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_own_module_that_the_probe_without_data_can_not_run():
+    class ByNumpy(Plain):
+        def forward(self, x):
+            return super().forward(torch.from_numpy(x.detach().numpy()))
+
+    assert AttentionEmbedder(ByNumpy(), 8).trunk.num_features == 10
+
+
+@pytest.mark.parametrize("result", [torch.zeros(1, 5), "maps"])
+def test_own_module_with_other_output(result):
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return result
+
+    with pytest.raises(ValueError, match=r"must return \(N, C, H, W\) maps or a list"):
+        AttentionEmbedder(Wrong(), 8)
+
+
+def test_timm_module_and_features_only_net():
+    module = timm.create_model("test_resnet", num_classes=7, in_chans=1)
+    model = AttentionEmbedder(module, 8)
+    assert check_output(model, images((64, 64), 1)).feature_maps.shape[2:] == (4, 4)
+    model(images((64, 64), 1)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    net = timm.create_model("test_resnet", features_only=True, out_indices=(2, 4))
+    assert check_output(
+        AttentionEmbedder(net, 8, feature_index=0), images((64, 64))
+    ).attention.shape == (
+        2,
+        8,
+        8,
+    )
