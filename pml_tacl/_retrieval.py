@@ -166,7 +166,7 @@ def finite_rows(name: str, embeddings: Embeddings, device: torch.device) -> Tens
     """Embeddings as contiguous float32 on a device, or a ValueError that names what is wrong."""
     if isinstance(embeddings, np.ndarray):
         # torch warns about arrays it may not write to, such as memory maps.
-        embeddings = torch.from_numpy(np.require(embeddings, np.float32, "CW"))
+        embeddings = torch.from_numpy(np.require(embeddings, np.float32, ["C", "W"]))
     rows = torch.as_tensor(embeddings).detach()
     if rows.ndim != 2 or 0 in rows.shape:
         raise ValueError(

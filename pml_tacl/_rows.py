@@ -1,5 +1,6 @@
-"""Rows of embeddings, read in chunks from arrays, memory maps or tensors on any device."""
+"""Normalised rows of embeddings, from arrays, memory maps or tensors on any device."""
 
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,88 +16,131 @@ Embeddings = Tensor | npt.NDArray[Any]
 
 
 def check_count(name: str, value: object, least: int, alternative: str = "") -> None:
+    """Raise unless `value` is an integer of at least `least`."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         also = f" {alternative}" if alternative else ""
         raise ValueError(f"{name} must be an integer of at least {least}{also}, got {value!r}")
 
 
-def check_embeddings(name: str, embeddings: Embeddings) -> None:
-    if not isinstance(embeddings, Tensor | np.ndarray):
-        raise TypeError(f"{name} must be a tensor or an array, got {type(embeddings).__name__}")
-    if embeddings.ndim != 2 or 0 in embeddings.shape:
-        raise ValueError(
-            f"{name} must be (rows, dimensions) and not empty, got {tuple(embeddings.shape)}"
-        )
+class UnitRows:
+    """L2-normalised rows of embeddings (N, D), read from their source when asked for.
+
+    Args:
+        name: of the argument, for messages.
+        embeddings: array, memory map or tensor.
+        chunk_size: rows in each of `chunks()`.
+
+    Raises:
+        TypeError: when `embeddings` is neither a tensor nor an array.
+        ValueError: when it is empty or not two-dimensional, or rows are NaN, infinite or zero.
+    """
+
+    def __init__(self, name: str, embeddings: Embeddings, chunk_size: int) -> None:
+        if not isinstance(embeddings, Tensor | np.ndarray):
+            raise TypeError(f"{name} must be a tensor or an array, got {type(embeddings).__name__}")
+        if embeddings.ndim != 2 or 0 in embeddings.shape:
+            raise ValueError(
+                f"{name} must be (rows, dimensions) and not empty, got {tuple(embeddings.shape)}"
+            )
+        self.source = embeddings
+        self.chunk_size = chunk_size
+        self.dim = embeddings.shape[1]
+        self._held: FloatArray | None = None
+        not_finite = zero = 0
+        total = np.zeros(self.dim)
+        for chunk in self.chunks():
+            rows = self._read(chunk)
+            norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+            if not _ordinary(norms):
+                largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+                not_finite += int((~np.isfinite(largest)).sum())
+                zero += int((largest == 0).sum())
+            if not not_finite + zero:
+                total += _normalise(rows).sum(axis=0, dtype=np.float64)
+        for bad, what, remedy in (
+            (not_finite, "NaN or infinite", "look for NaN images or a diverged model"),
+            (zero, "all zero", "they have no direction, look for a dead layer"),
+        ):
+            if bad:
+                raise ValueError(f"{bad} of {len(self)} rows of {name} are {what}: {remedy}")
+        # Mean cosine distance of the rows to the direction of their mean.
+        self.spread = 1.0 - float(np.linalg.norm(total)) / len(self)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: slice | IntArray) -> FloatArray:
+        return _normalise(self._read(index)) if self._held is None else self._held[index]
+
+    def chunks(self, count: int | None = None) -> Iterator[slice]:
+        """Give slices that cover `count` rows, or all."""
+        starts = range(0, len(self) if count is None else count, self.chunk_size)
+        return (slice(start, start + self.chunk_size) for start in starts)
+
+    def take(self, index: IntArray) -> FloatArray:
+        """Give some rows, touching no more than a chunk of the source at a time."""
+        taken = np.empty((len(index), self.dim), dtype=np.float32)
+        for chunk in self.chunks(len(index)):
+            taken[chunk] = self[index[chunk]]
+        return taken
+
+    def hold(self) -> FloatArray:
+        """Keep all rows in memory, and give them."""
+        if self._held is None:
+            held = np.empty((len(self), self.dim), dtype=np.float32)
+            for chunk in self.chunks():
+                held[chunk] = self[chunk]
+            self._held = held
+        return self._held
+
+    def nearest(self, centroids: FloatArray) -> IntArray:
+        """Give the index (N,) of each row's nearest centroid."""
+        index = faiss.IndexFlatIP(self.dim)
+        index.add(centroids)
+        labels = np.empty(len(self), dtype=np.int64)
+        for chunk in self.chunks():
+            labels[chunk] = index.search(self[chunk], 1)[1][:, 0]
+        return labels
+
+    def means(self, labels: IntArray, number: int) -> FloatArray:
+        """Give the normalised means (number, D) of the members of each cluster."""
+        sums = torch.zeros(number, self.dim, dtype=torch.float64)
+        for chunk in self.chunks():
+            member = np.flatnonzero(labels[chunk] >= 0)
+            rows = torch.from_numpy(self[chunk][member])
+            sums.index_add_(0, torch.from_numpy(labels[chunk][member]), rows.double())
+        means = sums.numpy()
+        # Members that cancel out have no mean direction: their first member stands for them.
+        for cluster in np.flatnonzero(np.linalg.norm(means, axis=1) < 1e-6):
+            means[cluster] = self[np.flatnonzero(labels == cluster)[:1]][0]
+        norms = np.linalg.norm(means, axis=1, keepdims=True)
+        return np.asarray(means / norms, dtype=np.float32)
+
+    def _read(self, index: slice | IntArray) -> FloatArray:
+        source = self.source
+        if isinstance(source, Tensor):
+            where = index if isinstance(index, slice) else torch.from_numpy(index)
+            rows = source[where].detach().to("cpu", torch.float32)
+            return np.array(rows.numpy(), order="C")
+        copied = np.array(source[index], dtype=np.float32, order="C")
+        if isinstance(source, np.memmap) and source.mode != "c":
+            # Pages once read would count as this process's memory until others need it.
+            pages = getattr(source, "_mmap", None)
+            if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
+                pages.madvise(mmap.MADV_DONTNEED)
+        return copied
 
 
-def chunks(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, count, size))
+def _ordinary(norms: FloatArray) -> bool:
+    """Whether squares neither under- nor overflow float32; false for NaN."""
+    return bool(((norms > 1e-15) & (norms < 1e15)).all())
 
 
-def rows_of(embeddings: Embeddings, index: slice | IntArray) -> FloatArray:
-    if isinstance(embeddings, Tensor):
-        where = index if isinstance(index, slice) else torch.from_numpy(index)
-        embeddings = embeddings[where].detach().to("cpu", torch.float32).numpy()
-        return np.array(embeddings, dtype=np.float32, order="C")
-    return np.array(embeddings[index], dtype=np.float32, order="C")
-
-
-def unit_rows(embeddings: Embeddings, index: slice | IntArray) -> FloatArray:
-    rows = rows_of(embeddings, index)
-    # Largest entry first, so that tiny and huge rows neither underflow nor overflow.
-    rows /= np.maximum(rows.max(axis=1), -rows.min(axis=1))[:, None]
-    rows /= np.sqrt(np.einsum("nd,nd->n", rows, rows))[:, None]
+def _normalise(rows: FloatArray) -> FloatArray:
+    """Divide rows by their norms, in place."""
+    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    if not _ordinary(norms):
+        rows /= np.maximum(rows.max(axis=1), -rows.min(axis=1))[:, None]
+        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    rows /= norms[:, None]
     return rows
-
-
-def check_rows(name: str, embeddings: Embeddings, chunk_size: int) -> float:
-    """Raise for rows without a direction; return the mean cosine distance to the mean."""
-    not_finite = zero = 0
-    total = np.zeros(embeddings.shape[1])
-    for chunk in chunks(len(embeddings), chunk_size):
-        rows = rows_of(embeddings, chunk)
-        finite = np.isfinite(rows).all(axis=1)
-        nonzero = rows.any(axis=1)
-        not_finite += int((~finite).sum())
-        zero += int((~nonzero).sum())
-        if not not_finite + zero:
-            total += unit_rows(rows, slice(None)).sum(axis=0, dtype=np.float64)
-    for bad, what, remedy in (
-        (not_finite, "NaN or infinite", "look for NaN images or a diverged model"),
-        (zero, "all zero", "they have no direction, look for a dead layer"),
-    ):
-        if bad:
-            raise ValueError(f"{bad} of {len(embeddings)} rows of {name} are {what}: {remedy}")
-    return 1.0 - float(np.linalg.norm(total)) / len(embeddings)
-
-
-def nearest(
-    embeddings: Embeddings, centroids: FloatArray, chunk_size: int
-) -> tuple[IntArray, FloatArray]:
-    """Index of and cosine to the nearest centroid of each row, chunk by chunk."""
-    index = faiss.IndexFlatIP(centroids.shape[1])
-    index.add(centroids)
-    labels = np.empty(len(embeddings), dtype=np.int64)
-    cosines = np.empty(len(embeddings), dtype=np.float32)
-    for chunk in chunks(len(embeddings), chunk_size):
-        found, closest = index.search(unit_rows(embeddings, chunk), 1)
-        cosines[chunk], labels[chunk] = found[:, 0], closest[:, 0]
-    return labels, cosines
-
-
-def means_of(labels: IntArray, embeddings: Embeddings, number: int, chunk_size: int) -> FloatArray:
-    """Normalised means of the normalised members of each cluster: (number, D)."""
-    sums = torch.zeros(number, embeddings.shape[1], dtype=torch.float64)
-    for chunk in chunks(len(labels), chunk_size):
-        clustered = labels[chunk] >= 0
-        rows = unit_rows(embeddings, chunk)[clustered]
-        members = torch.from_numpy(labels[chunk][clustered])
-        sums.index_add_(0, members, torch.from_numpy(rows).double())
-    means = sums.numpy()
-    norms = np.linalg.norm(means, axis=1)
-    # Members that cancel out have no mean direction: their first member stands for them.
-    for cluster in np.flatnonzero(norms < 1e-6):
-        first = np.flatnonzero(labels == cluster)[:1]
-        means[cluster] = unit_rows(embeddings, first)[0]
-        norms[cluster] = np.linalg.norm(means[cluster])
-    return np.asarray(means / norms[:, None], dtype=np.float32)

@@ -9,18 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pml_tacl._rows import (
-    Embeddings,
-    FloatArray,
-    IntArray,
-    check_count,
-    check_embeddings,
-    check_rows,
-    chunks,
-    means_of,
-    nearest,
-    unit_rows,
-)
+from pml_tacl._rows import Embeddings, FloatArray, IntArray, UnitRows, check_count
 
 # Mean cosine distance to the common direction below which rows differ by rounding alone.
 COLLAPSED = 1e-6
@@ -95,16 +84,15 @@ def pseudo_labels_from(
     """
     check_count("min_cluster_size", min_cluster_size, 1)
     check_count("chunk_size", chunk_size, 1)
-    check_embeddings("embeddings", embeddings)
+    rows = UnitRows("embeddings", embeddings, chunk_size)
     given = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-    if given.shape != (len(embeddings),):
+    if given.shape != (len(rows),):
         raise ValueError(
-            f"labels must have the shape ({len(embeddings)},) of the embeddings, got {given.shape}"
+            f"labels must have the shape ({len(rows)},) of the embeddings, got {given.shape}"
         )
     if given.dtype.kind not in "iu":
         raise ValueError(f"labels must be integers, got dtype {given.dtype}: pass labels.long()")
-    check_rows("embeddings", embeddings, chunk_size)
-    return _summarise(given.astype(np.int64), embeddings, min_cluster_size, chunk_size)
+    return _summarise(given.astype(np.int64), rows, min_cluster_size)
 
 
 class KMeansPseudoLabeler:
@@ -194,21 +182,18 @@ class KMeansPseudoLabeler:
             UserWarning: when less than half of the clusters are used, or one cluster holds more
                 than half of the images.
         """
-        check_embeddings("embeddings", embeddings)
-        count = len(embeddings)
-        number = self._number_for(count)
-        spread = check_rows("embeddings", embeddings, self.chunk_size)
-        if spread < COLLAPSED:
+        rows = UnitRows("embeddings", embeddings, self.chunk_size)
+        number = self._number_for(len(rows))
+        if rows.spread < COLLAPSED:
             raise ValueError(
-                f"all {count} embeddings are nearly identical (mean cosine distance to their "
-                f"mean {spread:.1e}): the model has collapsed, lower the learning rate, raise "
-                "the weight of the metric loss or go back to an earlier checkpoint"
+                f"all {len(rows)} embeddings are nearly identical (mean cosine distance to their "
+                f"mean {rows.spread:.1e}): the model has collapsed, lower the learning rate, "
+                "raise the weight of the metric loss or go back to an earlier checkpoint"
             )
-        start = self._start(embeddings, initial_centroids, number)
-        centroids = self._train(embeddings, number, start)
-        labels = nearest(embeddings, centroids, self.chunk_size)[0]
+        centroids = self._train(rows, number, self._start(rows, initial_centroids, number))
+        labels = rows.nearest(centroids)
         _check_use(np.bincount(labels, minlength=number))
-        return _summarise(labels, embeddings, self.min_cluster_size, self.chunk_size)
+        return _summarise(labels, rows, self.min_cluster_size)
 
     def _number_for(self, count: int) -> int:
         auto = self.num_clusters == "auto"
@@ -222,32 +207,30 @@ class KMeansPseudoLabeler:
         return wanted
 
     def _start(
-        self, embeddings: Embeddings, initial_centroids: Embeddings | None, number: int
+        self, rows: UnitRows, initial_centroids: Embeddings | None, number: int
     ) -> FloatArray | None:
         if initial_centroids is None:
             return None
-        check_embeddings("initial_centroids", initial_centroids)
-        if initial_centroids.shape[1] != embeddings.shape[1]:
+        start = UnitRows("initial_centroids", initial_centroids, self.chunk_size).hold()
+        if start.shape[1] != rows.dim:
             raise ValueError(
-                f"initial_centroids have {initial_centroids.shape[1]} dimensions, embeddings "
-                f"{embeddings.shape[1]}: pass the centroids of the same model, or None"
+                f"initial_centroids have {start.shape[1]} dimensions, embeddings {rows.dim}: "
+                "pass the centroids of the same model, or None"
             )
-        check_rows("initial_centroids", initial_centroids, self.chunk_size)
-        start = unit_rows(initial_centroids, slice(None))
         if len(start) > number:
-            labels = nearest(embeddings, start, self.chunk_size)[0]
-            members = np.bincount(labels, minlength=len(start))
+            members = np.bincount(rows.nearest(start), minlength=len(start))
             start = start[np.sort(np.argsort(-members, kind="stable")[:number])]
         return start
 
-    def _train(self, embeddings: Embeddings, number: int, start: FloatArray | None) -> FloatArray:
-        rows: slice | IntArray = slice(None)
-        if self.max_points is not None and self.max_points < len(embeddings):
+    def _train(self, rows: UnitRows, number: int, start: FloatArray | None) -> FloatArray:
+        if self.max_points is not None and self.max_points < len(rows):
             rng = np.random.default_rng(self.seed)
             # Sorted, so that a memory map is read once from front to back.
-            rows = np.sort(rng.choice(len(embeddings), self.max_points, replace=False))
+            points = rows.take(np.sort(rng.choice(len(rows), self.max_points, replace=False)))
+        else:
+            points = rows.hold()
         kmeans = faiss.Kmeans(
-            embeddings.shape[1],
+            rows.dim,
             number,
             niter=self.num_iterations,
             seed=self.seed,
@@ -257,7 +240,7 @@ class KMeansPseudoLabeler:
             min_points_per_centroid=1,
             max_points_per_centroid=2**31 - 1,
         )
-        kmeans.train(unit_rows(embeddings, rows), init_centroids=start)
+        kmeans.train(points, init_centroids=start)
         return np.asarray(kmeans.centroids, dtype=np.float32)
 
 
@@ -279,9 +262,7 @@ def _check_use(members: IntArray) -> None:
     warnings.warn(trouble, stacklevel=3)
 
 
-def _summarise(
-    labels: IntArray, embeddings: Embeddings, min_cluster_size: int, chunk_size: int
-) -> PseudoLabels:
+def _summarise(labels: IntArray, rows: UnitRows, min_cluster_size: int) -> PseudoLabels:
     """Drop small clusters, renumber, and compute centroids and distances that agree."""
     found, inverse, members = np.unique(labels, return_inverse=True, return_counts=True)
     keep = (found >= 0) & (members >= min_cluster_size)
@@ -294,15 +275,13 @@ def _summarise(
     new_label = np.full(len(found), -1, dtype=np.int64)
     new_label[keep] = np.arange(number)
     labels = new_label[inverse]
-    centroids = means_of(labels, embeddings, number, chunk_size)
-    cosines = np.empty(len(labels), dtype=np.float32)
-    for chunk in chunks(len(labels), chunk_size):
-        rows = unit_rows(embeddings, chunk)
-        cosines[chunk] = np.einsum("nd,nd->n", rows, centroids[labels[chunk]])
-    noise = np.flatnonzero(labels < 0)
-    for chunk in chunks(len(noise), chunk_size):
-        rows = unit_rows(embeddings, noise[chunk])
-        cosines[noise[chunk]] = nearest(rows, centroids, chunk_size)[1]
-    device = embeddings.device if isinstance(embeddings, Tensor) else torch.device("cpu")
-    results = (labels, centroids, np.clip(1.0 - cosines, 0.0, 2.0))
+    centroids = rows.means(labels, number)
+    noise = labels < 0
+    own = np.where(noise, rows.nearest(centroids), labels) if noise.any() else labels
+    distances = np.empty(len(labels), dtype=np.float32)
+    for chunk in rows.chunks():
+        distances[chunk] = 1.0 - np.einsum("nd,nd->n", rows[chunk], centroids[own[chunk]])
+    source = rows.source
+    device = source.device if isinstance(source, Tensor) else torch.device("cpu")
+    results = (labels, centroids, distances.clip(0.0, 2.0))
     return PseudoLabels(*(torch.from_numpy(result).to(device) for result in results))
