@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from pml_tacl.models.attention_pooling import Embedder, EmbedderOutput
 from pml_tacl.models.preprocessing import image_transform
+from pml_tacl.models.self_attention import self_attention_map
 from pml_tacl.models.trunk import Trunk
 from pml_tacl.models.weights import Pretrained, flat_tensors
 
@@ -91,6 +92,10 @@ class AttentionEmbedder(nn.Module):
         """Embeddings (N, D), feature maps (N, C, H, W) and attention (N, H, W), in one pass."""
         output: EmbedderOutput = self.embedder.forward_features(self.trunk(images))
         return output
+
+    def self_attention(self, images: Tensor, block: int = -1) -> Tensor:
+        """Where a ViT itself looks: (N, H, W), sums to 1; see `self_attention_map`."""
+        return self_attention_map(self.trunk.model, images, block)
 
     @property
     def data_config(self) -> dict[str, Any]:

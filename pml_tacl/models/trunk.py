@@ -10,9 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pml_tacl.models.weights import Pretrained, create_timm_model, model_data_config
 
-_FINEST_USEFUL_STRIDE = (
-    16  # at stride 32 a 224 px image has 7 x 7 places: too coarse to point at things
-)
+_USEFUL_STRIDE = 16  # at 32 an image of 224 px has 7 x 7 places: too coarse to point at things
 _SIZES = {"in_chans", "img_size"}
 
 
@@ -69,9 +67,9 @@ class Trunk(nn.Module):
         if isinstance(backbone, str):
             self.model = create_timm_model(backbone, pretrained, timm_kwargs)
         elif isinstance(backbone, nn.Module):
-            others = {"pretrained"} if pretrained is not False else {*timm_kwargs} - _SIZES
-            for given in sorted(others):
-                raise ValueError(f"{given} needs a timm model name: a module is used as it is")
+            others = ["pretrained"] if pretrained is not False else [*timm_kwargs]
+            if others := [name for name in others if name not in _SIZES]:
+                raise ValueError(f"{others[0]} needs a timm model name: a module is used as it is")
             self.model = backbone
         else:
             raise TypeError(f"backbone must be a timm model name or a module, got {backbone!r}")
@@ -225,7 +223,7 @@ def _resolve_index(feature_index: int | None, reductions: list[int]) -> int | No
         return feature_index
     count = len(reductions)
     if feature_index is None:
-        limit = max(_FINEST_USEFUL_STRIDE, min(reductions))
+        limit = max(_USEFUL_STRIDE, min(reductions))
         return max(i for i, reduction in enumerate(reductions) if reduction <= limit)
     if not isinstance(feature_index, int) or not -count <= feature_index < count:
         raise ValueError(

@@ -40,7 +40,10 @@ def create_timm_model(name: str, pretrained: Pretrained, timm_kwargs: dict[str, 
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
         raise ValueError(f"backbone={name!r} is no timm model: {hint}")
     if pretrained is False or pretrained is None:
-        return cast(nn.Module, timm.create_model(name, num_classes=0, **timm_kwargs))
+        try:
+            return cast(nn.Module, timm.create_model(name, num_classes=0, **timm_kwargs))
+        except RuntimeError as error:  # such as a tag that timm does not know
+            raise ValueError(f"backbone={name!r}: {_one_line(error, 200)}") from error
     if pretrained is True:
         return _create_downloaded(name, timm_kwargs)
     if not isinstance(pretrained, str | PathLike):

@@ -10,6 +10,7 @@ from PIL import Image
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 from pytorch_metric_learning.utils.inference import InferenceModel
 from torch import nn
+from torch.nn.parallel import scatter_gather
 from torchvision.transforms import v2
 
 from pml_tacl.models import AttentionEmbedder, EmbedderOutput, TrunkOutput
@@ -65,15 +66,17 @@ class TestModules:
         torch.testing.assert_close(embeddings.cpu(), model(images(6)).detach())
         assert labels.flatten().tolist() == [0, 1] * 3
 
-    def test_outputs_survive_data_parallel(self, model):
-        """DataParallel takes outputs apart and puts them together by type, field by field."""
-        from torch.nn.parallel._functions import Gather
-        from torch.nn.parallel.scatter_gather import _is_namedtuple
-
-        assert Gather is not None
-        out = model.forward_features(images())
-        assert _is_namedtuple(out)
-        assert type(out)(*out) == out
+    def test_data_parallel_gathers_the_outputs(self, model, monkeypatch):
+        """As on two devices: only the copy between them is replaced."""
+        monkeypatch.setattr(
+            scatter_gather.Gather, "apply", lambda device, dim, *parts: torch.cat(parts, dim)
+        )
+        model.eval()
+        parts = [model.forward_features(part) for part in images(4).chunk(2)]
+        gathered = scatter_gather.gather(parts, "cpu")
+        assert isinstance(gathered, EmbedderOutput)
+        for mine, other in zip(gathered, model.forward_features(images(4)), strict=True):
+            torch.testing.assert_close(mine, other)
 
     def test_compile(self, model):
         model.eval()

@@ -137,6 +137,8 @@ def test_unknown_names():
         AttentionEmbedder("resnet5O")
     with pytest.raises(ValueError, match=r"timm.list_models\(\) lists them"):
         AttentionEmbedder("$$$$")
+    with pytest.raises(ValueError, match=r"backbone='test_resnet\.nope': .*nope"):
+        Trunk("test_resnet.nope")
     with pytest.raises(TypeError, match="pretrained must be True, False or a path, got 3"):
         AttentionEmbedder("test_resnet", pretrained=3)
 

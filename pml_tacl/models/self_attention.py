@@ -1,0 +1,57 @@
+"""The self-attention of a vision transformer, as a map over its places."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def self_attention_map(model: nn.Module, images: Tensor, block: int = -1) -> Tensor:
+    """Attention of the class token to each place, averaged over heads.
+
+    Without a class token: how much a place is attended to, averaged over all queries. Fused
+    attention, which keeps no weights, is switched off for the one block and restored afterwards,
+    also after an error. This runs the whole model once more: for looking, not for training.
+
+    Args:
+        model: a timm ViT, such as `Trunk.model`.
+        images: (N, C, H, W), normalised.
+        block: which block, negative from the end.
+
+    Returns:
+        (N, H', W') on the grid of the patches, non-negative, sums to 1.
+
+    Raises:
+        ValueError: if the model has no such block or keeps its attention to itself.
+    """
+    blocks = getattr(model, "blocks", None)
+    if not hasattr(model, "forward_intermediates") or not isinstance(blocks, nn.Module):
+        raise ValueError(f"{type(model).__name__} is no ViT: it has no blocks with self-attention")
+    layers = list(blocks.children())
+    if not -len(layers) <= block < len(layers):
+        raise ValueError(f"block={block} must be in {-len(layers)}..{len(layers) - 1}")
+    attention = getattr(layers[block], "attn", None)
+    dropout = getattr(attention, "attn_drop", None)
+    if not isinstance(dropout, nn.Module):
+        raise ValueError(f"block {block} of {type(model).__name__} has no self-attention weights")
+    seen: list[Tensor] = []
+    fused = getattr(attention, "fused_attn", False)
+    # The dropout is the one module that the weights pass through.
+    hook = dropout.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        attention.fused_attn = False  # type: ignore[union-attr]
+        maps = cast(Any, model).forward_intermediates(
+            images, indices=[block % len(layers)], output_fmt="NCHW", intermediates_only=True
+        )[0]
+    finally:
+        attention.fused_attn = fused  # type: ignore[union-attr]
+        hook.remove()
+    height, width = maps.shape[-2:]
+    places = height * width
+    if not seen or seen[0].ndim != 4 or seen[0].shape[-1] < places:
+        raise ValueError(f"block {block} of {type(model).__name__} attends not over its places")
+    weights = seen[0].float()
+    rows = weights[:, :, 0] if getattr(model, "cls_token", None) is not None else weights.mean(2)
+    onto_places = rows.mean(1)[:, -places:]
+    return (onto_places / onto_places.sum(1, keepdim=True)).view(-1, height, width)
