@@ -69,6 +69,30 @@ class TestGlyphs:
         assert len(data) == 50
         assert len({image.tobytes() for image in data.images}) == 50
 
+    def test_faces_come_in_an_order_of_their_own_and_evenly(self, monkeypatch):
+        drawn = []
+        place = drawing._place
+
+        def place_and_note(rng, char, face, *arguments):
+            drawn.append((char, face))
+            return place(rng, char, face, *arguments)
+
+        monkeypatch.setattr(drawing, "_place", place_and_note)
+        Glyphs("test", num_classes=20, images_per_class=1).preload(progress=False)
+        assert len({face for _, face in drawn}) > 5
+        drawn.clear()
+        data = Glyphs("test", num_classes=1)
+        Glyphs("test", num_classes=1, images_per_class=2 * len(data)).preload(progress=False)
+        faces = selection.characters()[data.classes[0]]
+        assert Counter(drawn) == {(data.classes[0], face): 2 for face in faces}
+
+    def test_a_shift_never_cuts_a_glyph(self):
+        def extents(shift):
+            boxes = Glyphs("test", num_classes=20, max_shift=shift).boxes
+            return boxes[:, 2:] - boxes[:, :2]
+
+        assert np.array_equal(extents(0), extents(32))
+
     def test_boxes_hold_the_ink_tightly(self):
         # Without clutter the ground is flat, so whatever differs from it is the glyph.
         for size, shift, angle in ((64, 4, 10), (64, 32, 180), (33, 16, 45)):
@@ -129,7 +153,7 @@ class TestGlyphs:
         assert len(pickle.dumps(data)) < 20_000
         expected = data.images.copy()
         assert np.array_equal(pickle.loads(pickle.dumps(data)).images, expected)
-        fresh = Glyphs("test", num_classes=2, transform=np.asarray)
+        fresh = Glyphs("test", num_classes=2, transform=np.array)
         loader = DataLoader(fresh, batch_size=7, num_workers=1)
         loaded = np.concatenate([images.numpy() for images, _ in loader])
         assert np.array_equal(loaded, expected)
@@ -272,7 +296,7 @@ class TestImageFiles:
 
     def test_folder_labels(self, tree):
         flat("L", HALF).save(tree / "top.png")
-        data = ImageFiles(str(tree), labels="folder", transform=np.asarray, progress=False)
+        data = ImageFiles(str(tree), labels="folder", transform=np.array, progress=False)
         assert data.classes == [".", "a", "b/deep"]
         assert data.labels.dtype == np.int64
         assert data.labels.tolist() == [1, 2, 2, 0]
@@ -393,7 +417,7 @@ class TestImageFiles:
             load_rgb(tree / "bomb.png")
 
     def test_survives_pickling_and_worker_processes(self, tree):
-        data = ImageFiles(tree, labels="folder", transform=np.asarray, progress=False)
+        data = ImageFiles(tree, labels="folder", transform=np.array, progress=False)
         copy = pickle.loads(pickle.dumps(data))
         assert copy.paths == data.paths
         ((images, labels),) = DataLoader(copy, batch_size=3, num_workers=1)
@@ -568,7 +592,7 @@ class TestBenchmarks:
 
     def test_transforms_and_pickling(self, tmp_path):
         make_cub(tmp_path, [101, 150])
-        data = CUB(tmp_path, "test", transform=np.asarray, target_transform=str)
+        data = CUB(tmp_path, "test", transform=np.array, target_transform=str)
         image, label = pickle.loads(pickle.dumps(data))[1]
         assert (image.shape, label) == ((8, 12, 3), "1")
 

@@ -25,7 +25,7 @@ def characters() -> dict[str, tuple[str, ...]]:
     """Characters that can be told apart by their shape, each with the faces that have it.
 
     A face counts if it has every ASCII letter and digit under its own name, which leaves out the
-    symbol faces that put other glyphs on those codes; Computer Modern is trusted for ASCII only.
+    symbol faces that put other glyphs on those codes.
     A character counts if it is a letter or digit (Unicode L* without modifiers, Nd) without a
     decomposition, since an accented letter or a ligature is another one in disguise, and on at
     least eight faces. Look-alikes go by measurement: each character is drawn on up to three
@@ -105,8 +105,7 @@ def _usable_codes(face: str) -> list[int]:
         own_name = char if char.isalpha() else unicodedata.name(char).split()[-1].lower()
         if ord(char) not in charmap or font.get_glyph_name(charmap[ord(char)]) != own_name:
             return []
-    highest = 127 if face.startswith("cm") else max(charmap)
-    return [code for code in charmap if code <= highest and _is_plain(chr(code))]
+    return [code for code in charmap if _is_plain(chr(code))]
 
 
 def _is_plain(char: str) -> bool:

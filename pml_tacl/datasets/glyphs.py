@@ -173,7 +173,8 @@ class Glyphs(Dataset[tuple[Any, int]]):
         if self.cache_dir is None:
             return False
         try:
-            with np.load(self._cache_path(self.cache_dir)) as file:
+            # Opened here, since NumPy leaves a damaged file open.
+            with self._cache_path(self.cache_dir).open("rb") as stream, np.load(stream) as file:
                 pixels, boxes = file["images"], file["boxes"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return False  # none yet, or a damaged one, which is rendered again and replaced
