@@ -1,0 +1,166 @@
+"""Train on characters without reading a label, then retrieve characters never seen before.
+
+    python examples/quickstart.py
+
+Writes runs/quickstart/: metrics.json, loss and recall curves, attention overlays, a retrieval
+gallery and record-keeper's records. The same script runs on a GPU if there is one.
+"""
+
+import argparse
+from collections import defaultdict
+
+import torch
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+from torch.nn.functional import normalize
+from torchvision.transforms import v2
+
+from pml_tacl import (
+    AttentionConsistencyLoss,
+    AttentionConsistencyMiner,
+    AttentionEmbedder,
+    ContrastiveClusteringLoss,
+    KMeansPseudoLabeler,
+    RetrievalCalculator,
+    SiameseTransform,
+    UnsupervisedTrainer,
+    runs,
+)
+from pml_tacl import visualize as vis
+from pml_tacl.datasets import Glyphs
+from pml_tacl.evaluation import make_tester
+
+CONFIG = {
+    "backbone": "resnet10t",  # any timm model; this one is small and starts from scratch
+    "channels": [32, 64, 128, 256],
+    "embedding_dim": 128,
+    "num_clusters": 280,
+    "batch_size": 64,
+    "images_per_cluster": 4,
+    "epochs": 10,
+    "warmup_epochs": 5,  # each picture is its own cluster until features are worth clustering
+    "learning_rate": 2e-3,
+    "loss_weights": {"metric_loss": 1.0, "clustering_loss": 1.0, "attention_loss": 1.0},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run", default="runs/quickstart", help="folder for the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run there")
+    args = parser.parse_args()
+    config = {**CONFIG, "seed": args.seed}
+    run = runs.open_run(args.run, config, overwrite=args.overwrite)
+    runs.seed_everything(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    # The labels of the training half are never read; the test half has other characters.
+    train, test = Glyphs("train"), Glyphs("test")
+    for half in (train, test):
+        half.preload()
+
+    model = AttentionEmbedder(
+        config["backbone"], config["embedding_dim"], channels=config["channels"], stem_width=16
+    ).to(device, memory_format=torch.channels_last)
+    test.transform = model.transform(image_size=64)
+    siamese = SiameseTransform(
+        size=64,
+        grid=4,  # the feature maps of a 64-pixel picture at stride 16
+        crop_scale=(0.6, 1.0),
+        geometric=v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), shear=10, fill=220),
+        photometric=v2.Compose(
+            [
+                v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, 0.2)], 0.9),
+                v2.RandomGrayscale(0.2),
+                v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.5))], 0.3),
+            ]
+        ),
+        flip=False,  # a mirrored letter is another letter
+        mean=model.data_config["mean"],
+        std=model.data_config["std"],
+    )
+
+    hooks = runs.make_hooks(run / "records")
+    calculator = RetrievalCalculator(exclude=("AMI",))
+    tester = make_tester(calculator, end_of_testing_hook=hooks.end_of_testing_hook)
+    recalls, history = {}, defaultdict(list)
+
+    def test_at(epoch: int) -> dict[str, float]:
+        found = tester.test({"test": test}, epoch, model.trunk, model.embedder)["test"]
+        recalls[epoch] = {k.removesuffix("_level0"): v for k, v in found.items() if k != "epoch"}
+        return recalls[epoch]
+
+    def remember_losses(trainer: UnsupervisedTrainer) -> None:
+        hooks.end_of_iteration_hook(trainer)
+        for name, value in trainer.losses.items():
+            history[name].append(float(value))
+
+    def end_epoch(trainer: UnsupervisedTrainer) -> None:
+        if trainer.epoch % 5 == 0:  # watched, never chosen by: the last epoch is the result
+            test_at(trainer.epoch)
+        hooks.record_keeper.save_records()
+        trainer.save_checkpoint(run / "checkpoints")
+
+    optimizer = torch.optim.AdamW(model.parameters(), config["learning_rate"], weight_decay=1e-2)
+    steps = config["epochs"] * (len(train) // config["batch_size"])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config["learning_rate"], total_steps=steps + 1, pct_start=0.1
+    )
+    trainer = UnsupervisedTrainer(
+        model,
+        optimizer,
+        config["batch_size"],
+        {
+            "metric_loss": MultiSimilarityLoss(),
+            "clustering_loss": ContrastiveClusteringLoss(),
+            "attention_loss": AttentionConsistencyLoss(),
+        },
+        train,
+        transform=siamese,
+        eval_transform=test.transform,
+        labeler=KMeansPseudoLabeler(config["num_clusters"], seed=args.seed),
+        mining_funcs={"attention_miner": AttentionConsistencyMiner()},
+        images_per_cluster=config["images_per_cluster"],
+        warmup_epochs=config["warmup_epochs"],
+        loss_weights=config["loss_weights"],
+        lr_schedulers={"trunk_scheduler_by_iteration": schedule},
+        dataloader_num_workers=1,
+        end_of_iteration_hook=remember_losses,
+        end_of_epoch_hook=end_epoch,
+    )
+
+    before = test_at(0)
+    trainer.train(num_epochs=config["epochs"])
+    after = recalls[config["epochs"]]
+    labels = torch.from_numpy(test.labels)
+    pictures = torch.from_numpy(test.images)
+    pixels = normalize(pictures.flatten(1).float(), dim=1)
+    rows = {"raw pixels": calculator.get_accuracy(pixels, labels), "before": before, "after": after}
+    runs.write_json(run / "metrics.json", {**rows, "config": config, "versions": runs.versions()})
+
+    model.eval().save_pretrained(run / "model")
+    shown = torch.linspace(0, len(test) - 1, 8).long()  # eight pictures, evenly over the classes
+    images = torch.stack([test[int(i)][0] for i in range(len(test))])
+    with torch.inference_mode():
+        embeddings = torch.cat([model(part.to(device)).cpu() for part in images.split(256)])
+        attention = model.forward_features(images[shown].to(device)).attention.cpu()
+    nearest = (embeddings[shown] @ embeddings.T).topk(9).indices[:, 1:]
+    for name, figure in {
+        "curves": vis.training_curves(history, recalls),
+        "recall": vis.recall_curve(rows),
+        "attention": vis.attention_overlay(pictures[shown].numpy(), attention),
+        "gallery": vis.retrieval_gallery(
+            pictures[shown].numpy(),
+            [pictures[row].numpy() for row in nearest],
+            correct=labels[nearest] == labels[shown, None],
+            title="characters never seen in training, and their 8 nearest",
+        ),
+    }.items():
+        vis.save_figure(figure, run / f"{name}.png")
+    print(f"\n{runs.metrics_table(rows)}\n\nper cent, on {len(test.classes)} unseen characters")
+    print(f"pictures, metrics and model: {run}")
+
+
+if __name__ == "__main__":
+    with runs.one_line_errors():
+        main()

@@ -1,0 +1,178 @@
+"""A run's folder: opened without harming another run, written without a half-written file."""
+
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_PACKAGES = (
+    "pml_tacl",
+    "pytorch-metric-learning",
+    "torch",
+    "torchvision",
+    "timm",
+    "faiss-cpu",
+    "record-keeper",
+)
+_MARK = "run.json"
+_COLUMNS = {
+    "recall_at_1": "R@1",
+    "recall_at_2": "R@2",
+    "recall_at_4": "R@4",
+    "recall_at_8": "R@8",
+    "mean_average_precision_at_r": "MAP@R",
+    "NMI": "NMI",
+}
+
+
+def open_run(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Make a run's folder, or open one to go on in it; its config is kept in ``run.json``.
+
+    Call it last, when all arguments have been found good: with ``overwrite`` the earlier run's
+    files are deleted here.
+
+    Args:
+        folder: made if it is not there.
+        config: what the run was asked to do; numbers, strings and lists of them.
+        resume: go on with the run that the folder holds (or begin, if it holds nothing).
+        overwrite: delete the run that the folder holds.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if the folder holds another run or other files, or both flags are set, or the
+            run to resume had another config.
+    """
+    folder = Path(folder)
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other: give one of them")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run folder {folder} is a file: give another folder")
+    there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+    config = json.loads(json.dumps(dict(config)))
+    if there and _MARK not in there:
+        raise ValueError(f"run folder {folder} holds files that are no run: give another folder")
+    if there and not (resume or overwrite):
+        raise ValueError(
+            f"run folder {folder} holds another run: give --resume to go on with it, --overwrite "
+            "to replace it, or another folder"
+        )
+    if there and resume:
+        earlier = json.loads((folder / _MARK).read_text(encoding="utf-8"))
+        changed = sorted(k for k in {*earlier, *config} if earlier.get(k) != config.get(k))
+        if changed:
+            raise ValueError(
+                f"run folder {folder} was begun with other settings ({', '.join(changed)}): "
+                "resume with the same, or give --overwrite"
+            )
+        return folder
+    for name in there:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / _MARK, config)
+    return folder
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON atomically: a reader sees the old file or the new one, never half of it."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and its core dependencies."""
+    found = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy (which PML's samplers draw from) and torch."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def make_hooks(folder: str | Path, log_freq: int = 10, **kwargs: Any) -> Any:
+    """PML's logging hooks with record-keeper's csv and sqlite records in a folder.
+
+    Args:
+        folder: of the records.
+        log_freq: iterations between two records of the losses.
+        **kwargs: as of PML's HookContainer.
+
+    Returns:
+        A ``pytorch_metric_learning.utils.logging_presets.HookContainer``; call
+        ``hooks.record_keeper.save_records()`` at the end of an epoch.
+    """
+    import record_keeper
+    from pytorch_metric_learning.utils import common_functions, logging_presets
+
+    # PML's own get_record_keeper wants tensorboard even where nothing is written for it.
+    keeper = record_keeper.RecordKeeper(
+        record_writer=record_keeper.RecordWriter(str(folder)),
+        attributes_to_search_for=common_functions.list_of_recordable_attributes_list_names(),
+    )
+    return logging_presets.HookContainer(keeper, log_freq=log_freq, **kwargs)
+
+
+def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Retrieval metrics in per cent, one line per row.
+
+    Args:
+        rows: name of the row -> metrics, named as :class:`RetrievalCalculator` does.
+    """
+    names = [name for name in _COLUMNS if any(name in row for row in rows.values())]
+    width = max(map(len, rows), default=0)
+    lines = [" " * width + "".join(f"{_COLUMNS[name]:>8}" for name in names)]
+    for title, row in rows.items():
+        cells = (f"{100 * row[name]:8.1f}" if name in row else " " * 7 + "-" for name in names)
+        lines.append(f"{title:<{width}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+@contextmanager
+def one_line_errors(kinds: Sequence[type[BaseException]] = ()) -> Iterator[None]:
+    """End a script with one line instead of a traceback, for errors that a user can mend.
+
+    Args:
+        kinds: more exceptions of that kind than ValueError, TypeError, OSError, ImportError and
+            FloatingPointError.
+    """
+    mendable = (ValueError, TypeError, OSError, ImportError, FloatingPointError, *kinds)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except mendable as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
