@@ -62,6 +62,15 @@ class TestPool:
         other = embedder.forward_features(TrunkOutput(features, 100 * feature_maps)).attention
         torch.testing.assert_close(one, other)
 
+    def test_pooling_is_exact_under_autocast(self):
+        embedder = Embedder(6, 5, None)
+        nn.init.normal_(embedder.attention.score.weight)
+        expected = embedder.forward_features(self.output())
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = embedder.forward_features(self.output())
+        torch.testing.assert_close(actual.attention, expected.attention, rtol=0, atol=0)
+        torch.testing.assert_close(actual.embeddings, expected.embeddings, rtol=0, atol=0)
+
     def test_dead_places_do_no_harm(self):
         embedder = Embedder(6, 5, 4)
         out = TrunkOutput(torch.zeros(1, 6, 3, 3), torch.zeros(1, 5, 7, 7, requires_grad=True))

@@ -184,6 +184,13 @@ def test_maps_follow_the_picture(family):
             assert moved.argmax() == moved.numel() - 1
 
 
+def test_the_layout_is_seen_where_a_model_says_it_wrongly():
+    trunk = Trunk("test_mambaout").eval()
+    expected = trunk(images((64, 96))).features
+    trunk.model.output_fmt = "NLC"
+    torch.testing.assert_close(trunk(images((64, 96))).features, expected, rtol=0, atol=0)
+
+
 def test_intermediate_blocks_of_a_vit_are_normalised():
     model = AttentionEmbedder("test_vit", 8, feature_index=2, img_size=64).eval()
     with torch.no_grad():
