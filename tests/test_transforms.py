@@ -164,23 +164,64 @@ def test_flip_mirrors_half_of_the_second_views_and_no_first_one():
     assert 15 < mirrored < 45
 
 
-def test_a_place_that_left_the_view_does_not_come_back():
-    there_and_back = v2.Compose(
-        [v2.RandomRotation((45, 45), BILINEAR), v2.RandomRotation((-45, -45), BILINEAR)]
-    )
-    transform = plain(size=80, grid=80, crop_scale=None, geometric=there_and_back)
-    white = torch.full((3, 80, 80), 255, dtype=torch.uint8)
-    _, transformed, points = transform(white)
-    visible = (points.abs() <= 1).all(-1).view(80, 80)
-    shown = transformed[0] > 0.5
-    assert (visible != shown).float().mean() < 0.02
-    assert not visible[0, 0]
-    assert visible[40, 40]
+def shifted_by_hand(image, points):
+    """A user's own transform: 24 pixels to the right, with no call of torchvision's."""
+    moved = torch.zeros_like(image)
+    moved[..., 24:] = image[..., :-24]
+    return moved, tv_tensors.wrap(points + points.new_tensor([24.0, 0.0]), like=points)
 
 
-def test_a_place_outside_the_second_crop_is_not_turned_into_view():
-    turn = v2.RandomRotation((45, 45), BILINEAR)
-    transform = plain(size=64, grid=64, crop_scale=(0.2, 0.3), geometric=turn)
+THERE_AND_BACK = {
+    "rotation": [v2.RandomRotation((45, 45), BILINEAR), v2.RandomRotation((-45, -45), BILINEAR)],
+    "affine": [
+        v2.RandomAffine((0, 0), scale=(1.5, 1.5), interpolation=BILINEAR),
+        v2.RandomAffine((0, 0), scale=(1 / 1.5, 1 / 1.5), interpolation=BILINEAR),
+    ],
+    "crop and pad": [v2.CenterCrop(60), v2.Pad(10)],
+    "crop and centre crop": [v2.RandomCrop(50), v2.CenterCrop(80)],
+    "crop and padded crop": [v2.CenterCrop(60), v2.RandomCrop(80, padding=10)],
+    "crop and crop beyond": [
+        v2.CenterCrop(60),
+        v2.Lambda(lambda x: v2.functional.crop(x, -10, -10, 80, 80)),
+    ],
+    "crop and resized crop beyond": [
+        v2.CenterCrop(60),
+        v2.Lambda(lambda x: v2.functional.resized_crop(x, -10, -10, 80, 80, [80, 80])),
+    ],
+    "crop and zoom out": [v2.CenterCrop(40), v2.RandomZoomOut(side_range=(2.0, 2.0), p=1.0)],
+    "crop and perspective": [
+        v2.CenterCrop(60),
+        v2.Lambda(
+            lambda x: v2.functional.perspective(
+                x, [[0, 0], [60, 0], [60, 60], [0, 60]], [[15, 15], [45, 15], [45, 45], [15, 45]]
+            )
+        ),
+    ],
+    "crop and elastic": [
+        v2.CenterCrop(60),
+        v2.Lambda(lambda x: v2.functional.elastic(x, torch.full((1, 60, 60, 2), 0.25))),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", THERE_AND_BACK)
+def test_a_place_that_left_the_view_does_not_come_back(name):
+    geometric = v2.Compose(THERE_AND_BACK[name])
+    transform = plain(size=80, grid=80, crop_scale=None, geometric=geometric)
+    _, transformed, points = transform(torch.full((3, 80, 80), 255, dtype=torch.uint8))
+    visible = points[(points.abs() <= 1).all(-1)]
+    assert 300 < len(visible) < 6000
+    lit = nnf.grid_sample(transformed[None, :1], visible[None, None], align_corners=False)
+    assert (lit > 0.4).float().mean() > 0.99
+    # Nor is anything seen called lost: the lit area holds as many cells.
+    magnified = {"crop and perspective": 30 / 60 * 80 / 60, "crop and elastic": 80 / 60}
+    cells = transformed[0].sum().item() / magnified.get(name, 1.0) ** 2
+    assert len(visible) == pytest.approx(cells, rel=0.05)
+
+
+@pytest.mark.parametrize("geometric", [v2.RandomRotation((45, 45), BILINEAR), shifted_by_hand])
+def test_a_place_outside_the_second_crop_is_not_moved_into_view(geometric):
+    transform = plain(size=64, grid=64, crop_scale=(0.2, 0.3), geometric=geometric)
     torch.manual_seed(1)
     shares = []
     for _ in range(10):
