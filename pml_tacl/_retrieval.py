@@ -85,7 +85,8 @@ def per_query_metrics(
         indices = search(queries[rows], k + int(ref_includes_query), reference)
         if ref_includes_query:
             indices = _without_self(indices, rows)
-        return reference_classes[indices] == query_classes[rows, None]
+        # An approximate search may come back short, with -1.
+        return (reference_classes[indices] == query_classes[rows, None]) & (indices >= 0)
 
     fixed = max([_fixed_depth(name) for name in names])
     if "mean_average_precision" in names:
@@ -106,7 +107,7 @@ def per_query_metrics(
         unresolved.append(rows[~hits.any(dim=1)])
     if "mean_reciprocal_rank" in names and depth is None and unresolved:
         k, rows = min(max(fixed, 1), gallery), torch.cat(unresolved)
-        while len(rows):
+        while len(rows) and k < gallery:
             k = min(k * WIDEN, gallery)
             missing = []
             for start, stop, _ in _plan([k] * len(rows)):

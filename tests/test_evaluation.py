@@ -229,6 +229,15 @@ def test_far_first_answers_are_found_in_few_searches():
     assert calls == [2, 17, 257, 2000]
 
 
+def test_an_approximate_search_that_misses_ends():
+    def blind(queries, k, reference, ref_includes_query):
+        return None, torch.full((len(queries), k), -1)
+
+    embeddings, labels = clustered(20, 4)
+    calculator = RetrievalCalculator(exclude=("NMI", "AMI"), device=CPU, knn_func=blind)
+    assert set(calculator.get_accuracy(embeddings, labels).values()) == {0.0}
+
+
 class _SlowL2:
     is_inverted = False
 
