@@ -1,12 +1,10 @@
 """A run's folder: opened without harming another run, written without a half-written file."""
 
 import json
-import os
 import random
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from pml_tacl._files import written_whole
 
 _PACKAGES = (
     "pml_tacl",
@@ -93,16 +93,9 @@ def open_run(
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON atomically: a reader sees the old file or the new one, never half of it."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    with written_whole(path) as file:
+        file.write(f"{text}\n".encode())
 
 
 def versions() -> dict[str, str]:
@@ -162,17 +155,11 @@ def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 @contextmanager
-def one_line_errors(kinds: Sequence[type[BaseException]] = ()) -> Iterator[None]:
-    """End a script with one line instead of a traceback, for errors that a user can mend.
-
-    Args:
-        kinds: more exceptions of that kind than ValueError, TypeError, OSError, ImportError and
-            FloatingPointError.
-    """
-    mendable = (ValueError, TypeError, OSError, ImportError, FloatingPointError, *kinds)
+def one_line_errors() -> Iterator[None]:
+    """End a script with one line instead of a traceback, for errors that a user can mend."""
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
-    except mendable as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ from PIL import Image, ImageDraw, features
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from pml_tacl._files import written_whole
 from pml_tacl.datasets.characters import characters, ink, split_characters
 
 # Raised when a change of the drawing code changes pixels: caches on disk are keyed by it.
@@ -185,16 +184,9 @@ class Glyphs(Dataset[tuple[Any, int]]):
     def _save_cache(self) -> None:
         if self.cache_dir is None:
             return
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=self.cache_dir)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, images=self._memory(), boxes=self._boxes)
-            # A reader sees no file or a whole one, also when two processes render at once.
-            os.replace(temporary, self._cache_path(self.cache_dir))
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        # A reader sees no file or a whole one, also when two processes render at once.
+        with written_whole(self._cache_path(self.cache_dir)) as file:
+            np.savez(file, images=self._memory(), boxes=self._boxes)
 
 
 def _place(

@@ -1,10 +1,23 @@
-"""The data sets that a trainer reads: two views of each picture, or one for evaluation."""
+"""What a trainer reads: two views of each picture, or one for evaluation."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset
+
+from pml_tacl.functional import commonness, sample_at_points
+from pml_tacl.transforms import SurroundingsSwap, cell_weights
+
+
+class Batch(NamedTuple):
+    """N pictures: both views (N, 3, S, S), points (N, G, 2) and pseudo-labels (N,)."""
+
+    views: Tensor
+    transformed: Tensor
+    points: Tensor
+    labels: Tensor
 
 
 class TwoViews(Dataset[Any]):
@@ -35,3 +48,28 @@ class OneView(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(self.dataset[index][0]), index
+
+
+@torch.no_grad()
+def swap_surroundings(
+    swap: SurroundingsSwap, trunk: nn.Module, batch: Batch, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Swap the surroundings of both views.
+
+    A distinctive mask takes a pass of the trunk over the unswapped views, in evaluation mode.
+
+    Returns:
+        Both views (N, 3, S, S), and how far both kept each cell of the first: (N, H*W) in [0, 1].
+    """
+    common: list[Tensor | None] = [None, None]
+    if swap.mask == "distinctive":
+        training = {module: module.training for module in trunk.modules()}
+        trunk.eval()
+        maps = trunk(torch.cat([batch.views, batch.transformed])).feature_maps
+        for module, mode in training.items():
+            module.training = mode
+        common = [commonness(part, batch.labels) for part in maps.chunk(2)]
+    first = swap(batch.views, common[0])
+    second = swap(batch.transformed, common[1])
+    kept, _ = sample_at_points(second.masks, batch.points)
+    return first.images, second.images, cell_weights(first.masks, grid) * kept

@@ -1,15 +1,17 @@
 """A training's whole state in one file, written so that a crash leaves the last one whole."""
 
-import os
 import random
 import re
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from pml_tacl._files import written_whole
+
+_SAVED = ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs")
 _NAME = re.compile(r"epoch_(\d+)\.pt$")
 
 
@@ -26,18 +28,9 @@ def save_checkpoint(folder: str | Path, epoch: int, state: dict[str, Any], keep:
         The path written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"epoch_{epoch:04d}.pt"
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"epoch": epoch, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with written_whole(path) as file:
+        torch.save({"epoch": epoch, **state}, file)
     for old in checkpoints(folder)[:-keep]:
         old.unlink()
     return path
@@ -97,3 +90,42 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state.get("cuda", ())) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def trainer_state(trainer: Any, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What an :class:`UnsupervisedTrainer` needs to go on as if it had never stopped."""
+    state: dict[str, Any] = {
+        kind: {name: thing.state_dict() for name, thing in getattr(trainer, kind).items()}
+        for kind in _SAVED
+    }
+    state |= {"labels": trainer.labels, "centroids": trainer.centroids, "extra": dict(extra or {})}
+    state |= {"scaler": trainer.scaler.state_dict(), "random": random_state()}
+    return state
+
+
+def restore_trainer(trainer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Undo :func:`trainer_state`; gives back its ``extra``.
+
+    Raises:
+        ValueError: if the state is of another number of pictures or of other losses.
+    """
+    if len(state["labels"]) != len(trainer.labels):
+        raise ValueError(
+            f"checkpoint is of {len(state['labels'])} pictures and the data set has "
+            f"{len(trainer.labels)}: resume on the same pictures"
+        )
+    for kind in _SAVED:
+        if set(state[kind]) != set(getattr(trainer, kind)):
+            raise ValueError(
+                f"checkpoint holds {kind} {sorted(state[kind])} and the trainer has "
+                f"{sorted(getattr(trainer, kind))}: resume with the same"
+            )
+    for kind in _SAVED:
+        for name, thing in getattr(trainer, kind).items():
+            thing.load_state_dict(state[kind][name])
+    trainer.labels, trainer.centroids = state["labels"], state["centroids"]
+    trainer.epoch = state["epoch"]
+    trainer.scaler.load_state_dict(state["scaler"])
+    set_random_state(state["random"])
+    extra: dict[str, Any] = state["extra"]
+    return extra

@@ -1,7 +1,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pytorch_metric_learning.losses import SelfSupervisedLoss
@@ -14,28 +14,17 @@ from tqdm import tqdm
 from pml_tacl._centroids import Centroids
 from pml_tacl.clustering import PseudoLabeler
 from pml_tacl.evaluation import embed
-from pml_tacl.functional import commonness, sample_at_points
 from pml_tacl.losses import AttentionConsistencyLoss
-from pml_tacl.trainers._views import OneView, TwoViews
+from pml_tacl.trainers._views import Batch, OneView, TwoViews, swap_surroundings
 from pml_tacl.trainers.checkpoint import (
     load_checkpoint,
-    random_state,
+    restore_trainer,
     save_checkpoint,
-    set_random_state,
+    trainer_state,
 )
-from pml_tacl.transforms import SurroundingsSwap, cell_weights
+from pml_tacl.transforms import SurroundingsSwap
 
 _LOGGER = logging.getLogger(__name__)
-_SAVED = ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs")
-
-
-class Batch(NamedTuple):
-    """N pictures: both views (N, 3, S, S), points (N, G, 2) and pseudo-labels (N,)."""
-
-    views: Tensor
-    transformed: Tensor
-    points: Tensor
-    labels: Tensor
 
 
 class UnsupervisedTrainer(BaseTrainer):
@@ -264,7 +253,10 @@ class UnsupervisedTrainer(BaseTrainer):
         views, transformed, points, labels = curr_batch
         weights = None
         if self.swap is not None:
-            views, transformed, weights = self._swap_surroundings(curr_batch)
+            grid = self.transform.grid  # type: ignore[attr-defined]
+            views, transformed, weights = swap_surroundings(
+                self.swap, self.models["trunk"], curr_batch, grid
+            )
         images = torch.cat([views, transformed])
         if images.device.type == "cpu":
             images = images.contiguous(memory_format=torch.channels_last)
@@ -295,6 +287,8 @@ class UnsupervisedTrainer(BaseTrainer):
                 "lower the learning rate or resume from the last checkpoint"
             )
         self.scaler.scale(total).backward()
+        for name, value in self.losses.items():  # the graph has done its work
+            self.losses[name] = value.detach() if isinstance(value, Tensor) else value
 
     def clip_gradients(self) -> None:
         if self.gradient_clippers:
@@ -318,13 +312,7 @@ class UnsupervisedTrainer(BaseTrainer):
             keep: how many of the last checkpoints stay.
             extra: more to keep, of tensors, numbers, strings and containers.
         """
-        state: dict[str, Any] = {
-            kind: {name: thing.state_dict() for name, thing in getattr(self, kind).items()}
-            for kind in _SAVED
-        }
-        state |= {"labels": self.labels, "centroids": self.centroids, "extra": dict(extra or {})}
-        state |= {"scaler": self.scaler.state_dict(), "random": random_state()}
-        return save_checkpoint(folder, self.epoch, state, keep)
+        return save_checkpoint(folder, self.epoch, trainer_state(self, extra), keep)
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint (a folder: its last one); train on from ``trainer.epoch + 1``.
@@ -336,21 +324,7 @@ class UnsupervisedTrainer(BaseTrainer):
             FileNotFoundError: if there is none.
             ValueError: if it is of another number of pictures.
         """
-        state = load_checkpoint(path)
-        if len(state["labels"]) != len(self.labels):
-            raise ValueError(
-                f"checkpoint is of {len(state['labels'])} pictures and the data set has "
-                f"{len(self.labels)}: resume on the same folder"
-            )
-        for kind in _SAVED:
-            for name, thing in getattr(self, kind).items():
-                thing.load_state_dict(state[kind][name])
-        self.labels, self.centroids = state["labels"], state["centroids"]
-        self.epoch = state["epoch"]
-        self.scaler.load_state_dict(state["scaler"])
-        set_random_state(state["random"])
-        extra: dict[str, Any] = state["extra"]
-        return extra
+        return restore_trainer(self, load_checkpoint(path))
 
     def _attention_loss(
         self,
@@ -374,20 +348,3 @@ class UnsupervisedTrainer(BaseTrainer):
             pairs = (index, index, index[:0], index[:0])
         loss: Tensor = loss_func(first, second, points, labels, pairs, weights)
         return loss
-
-    @torch.no_grad()
-    def _swap_surroundings(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.swap is not None
-        common: list[Tensor | None] = [None, None]
-        if self.swap.mask == "distinctive":
-            trunk = self.models["trunk"]
-            trunk.eval()
-            maps = trunk(torch.cat([batch.views, batch.transformed])).feature_maps
-            self.set_to_train()
-            common = [commonness(part, batch.labels) for part in maps.chunk(2)]
-        first = self.swap(batch.views, common[0])
-        second = self.swap(batch.transformed, common[1])
-        # A cell counts as far as both views kept it.
-        grid = self.transform.grid  # type: ignore[attr-defined]
-        kept, _ = sample_at_points(second.masks, batch.points)
-        return first.images, second.images, cell_weights(first.masks, grid) * kept

@@ -1,7 +1,6 @@
 """The style of every figure, its fonts, and how it is written to a file."""
 
 import os
-import uuid
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from io import BytesIO
@@ -12,6 +11,7 @@ import matplotlib
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
+from pml_tacl._files import written_whole
 from pml_tacl.visualize._inputs import shortened
 
 _FONT = "DejaVu Sans"  # comes with matplotlib
@@ -97,13 +97,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: float = 100.0
     content = BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "pml_tacl"}):
         figure.savefig(content, format=kind, dpi=dpi, metadata=_METADATA[kind])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        unfinished.write_bytes(content.getvalue())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with written_whole(path) as file:
+        file.write(content.getvalue())
     return path
 
 
