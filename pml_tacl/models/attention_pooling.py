@@ -133,7 +133,8 @@ class Embedder(nn.Module):
                 f"got shape {tuple(feature_maps.shape)}"
             )
         places = at_least_float32(feature_maps.detach()).flatten(2).transpose(1, 2)
-        self.references = F.normalize(places, dim=2).contiguous()
+        device = next((parameter.device for parameter in self.parameters()), places.device)
+        self.references = F.normalize(places, dim=2).contiguous().to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Embedder":
         super()._apply(fn, recurse)

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple, cast
 
+import timm
 import torch
 from timm.layers import ClNormMlpClassifierHead, NormMlpClassifierHead
 from torch import Tensor, nn
@@ -77,6 +78,11 @@ class Trunk(nn.Module):
         self.data_config = model_data_config(self.model, timm_kwargs, isinstance(backbone, str))
         reductions = _reductions(self.model)
         self.is_timm = bool(reductions)
+        if isinstance(backbone, str) and not self.is_timm:
+            raise ValueError(
+                f"timm {timm.__version__} gives no feature maps of {backbone!r}: upgrade timm, or "
+                "pass timm.create_model(..., features_only=True)"
+            )
         # The blocks of isotropic models give raw residual streams, which need the last norm.
         self._isotropic = len(set(reductions)) == 1
         self.feature_index = _resolve_index(feature_index, reductions)

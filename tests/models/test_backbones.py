@@ -233,6 +233,12 @@ def test_families_with_ways_of_their_own(name):
     assert out.feature_maps.shape[2] >= size[0] // 16
 
 
+def test_a_timm_too_old_for_a_model(monkeypatch):
+    monkeypatch.setattr("timm.create_model", lambda *args, **kwargs: nn.Flatten())
+    with pytest.raises(ValueError, match=r"gives no feature maps of 'test_nfnet': upgrade timm"):
+        Trunk("test_nfnet")
+
+
 def test_a_backbone_coarser_than_16_takes_its_finest():
     assert Trunk("test_vit", patch_size=32, img_size=64).feature_index == 5
 
