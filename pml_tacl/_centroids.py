@@ -1,11 +1,14 @@
 """Cluster centres as the contrastive clustering loss and its miner hold and compare them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, DotProductSimilarity
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pml_tacl._precision import wide_dtype, without_autocast
 
 
 class NearestCentres(NamedTuple):
@@ -17,7 +20,7 @@ class NearestCentres(NamedTuple):
     own: Tensor  # (N,)
     others: Tensor  # (N, k), ascending
     columns: Tensor  # (N, k), which centres ``others`` are
-    own_column: Tensor  # (N,)
+    valid: Tensor | None  # (N, k) bool, which of ``others`` there are; None for all
     ref_column: Tensor  # (M,), the centre of each reference element
     has_own: Tensor  # (N,) bool, False for noise and for labels that the reference lacks
 
@@ -48,14 +51,15 @@ class Centroids:
         centroids = torch.as_tensor(centroids).detach()
         if centroids.ndim != 2 or len(centroids) == 0:
             raise ValueError(f"centroids must be (K, D) with K >= 1, got {tuple(centroids.shape)}")
-        norms = centroids.float().norm(dim=1)
+        centroids = centroids.to(wide_dtype(centroids))
+        norms = centroids.norm(dim=1)
         bad = ~(norms.isfinite() & (norms > 0))
         if bad.any():
             raise ValueError(
                 f"centroids must be finite and not zero, got {int(bad.sum())} bad rows of "
                 f"{len(centroids)}"
             )
-        self.centroids = F.normalize(centroids.float(), dim=1)
+        self.centroids = F.normalize(centroids, dim=1)
 
     def get_extra_state(self) -> dict[str, Tensor | None]:
         return {"centroids": self.centroids}
@@ -74,48 +78,74 @@ class Centroids:
         ref_labels: Tensor,
         num_negatives: int,
     ) -> NearestCentres:
-        """Compare embeddings (N, D) with their own and the nearest other centres.
+        """Compare embeddings (N, D) with their own and the nearest other centres, in fp32 or more.
 
         Raises:
             ValueError: if a label has no centroid or the dimensions disagree.
         """
-        labels, ref_labels = labels.long(), ref_labels.long()
-        if self.centroids is None:
-            centres, own, ref_own, usable = self._batch_means(labels, ref_emb, ref_labels)
-            has_own = own >= 0
-            own = own.clamp(min=0)
-        else:
-            centres = self._set_centres(embeddings, labels)
-            own, ref_own, usable = labels.clamp(min=0), ref_labels, None
-            has_own = labels >= 0
-
-        wide = torch.promote_types(embeddings.dtype, torch.float32)
-        sign = -1 if self.distance.is_inverted else 1
-        rows = self._is_plain_similarity()
-        if rows:
-            # The gradient reaches only the chosen centres: the matrix need not carry one.
-            unit = self.distance.maybe_normalize(embeddings.to(wide))
-            centres = centres.to(wide)
+        with without_autocast(embeddings.device):
+            embeddings = embeddings.to(wide_dtype(embeddings))
+            labels, ref_labels = labels.long(), ref_labels.long()
             if self.centroids is None:
-                centres = self.distance.maybe_normalize(centres)
-            mat = sign * (unit.detach() @ centres.detach().T)
-        else:
-            mat = sign * self.distance(embeddings, centres.to(embeddings.dtype)).to(wide)
+                return self._nearest_means(
+                    embeddings, labels, ref_emb.to(embeddings.dtype), ref_labels, num_negatives
+                )
+            return self._nearest_centroids(embeddings, labels, ref_labels, num_negatives)
 
-        ranked = mat.detach().clone() if mat.requires_grad else mat
-        if usable is not None:
-            ranked = ranked.masked_fill(~usable, torch.inf)
-        ranked = ranked.scatter(1, own[:, None], torch.inf)
-        num_negatives = min(num_negatives, ranked.shape[1])
-        nearest, columns = ranked.topk(num_negatives, dim=1, largest=False)
-        if rows:
-            own_distance = sign * (unit * centres[own]).sum(dim=1)
-            others = sign * (unit.unsqueeze(1) * centres[columns]).sum(dim=2)
+    def _nearest_centroids(
+        self, embeddings: Tensor, labels: Tensor, ref_labels: Tensor, num_negatives: int
+    ) -> NearestCentres:
+        centres = self._set_centres(embeddings, labels)
+        own = labels.clamp(min=0)
+        num_negatives = min(num_negatives, len(centres) - 1)
+        if self._is_plain_similarity():
+            own_distance, others, columns = _NearestSimilarities.apply(
+                embeddings, centres, own, num_negatives, self.distance.normalize_embeddings
+            )
         else:
-            own_distance = mat.gather(1, own[:, None]).squeeze(1)
-            others = mat.gather(1, columns)
-        others = torch.where(nearest.isfinite(), others, torch.inf)
-        return NearestCentres(own_distance, others, columns, own, ref_own, has_own)
+            mat = self.distance(embeddings, centres)
+            own_distance, others, columns = self._nearest(
+                mat, own, num_negatives, mat.detach().clone()
+            )
+        return NearestCentres(own_distance, others, columns, None, ref_labels, labels >= 0)
+
+    def _nearest_means(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor,
+        ref_labels: Tensor,
+        num_negatives: int,
+    ) -> NearestCentres:
+        """One centre per reference element, of which the first of each label stands for it."""
+        same = (ref_labels[:, None] == ref_labels) & (ref_labels >= 0)
+        first = same.byte().argmax(dim=1)
+        members = same.to(ref_emb.dtype)
+        means = members @ self.distance.maybe_normalize(ref_emb)
+        means = means / members.sum(dim=1, keepdim=True).clamp(min=1)
+        stands = (first == torch.arange(len(first), device=first.device)) & (ref_labels >= 0)
+        found = (labels[:, None] == ref_labels) & stands
+        own, has_own = found.byte().argmax(dim=1), found.any(dim=1)
+        mat = self.distance(embeddings, means)
+        ranked = mat.detach().masked_fill(~stands, self._farthest())
+        near = self._nearest(mat, own, min(num_negatives, len(ref_labels)), ranked)
+        # An embedding without an own centre is no concern of anyone: which others count neither.
+        rank = torch.arange(near[1].shape[1], device=near[1].device)
+        valid = rank < stands.sum() - 1
+        return NearestCentres(*near, valid.expand_as(near[1]), first, has_own)
+
+    def _nearest(
+        self, mat: Tensor, own: Tensor, num_negatives: int, ranked: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Own distance, nearest other distances and their columns; writes into ``ranked``."""
+        own = own.unsqueeze(1)
+        ranked.scatter_(1, own, self._farthest())
+        columns = ranked.topk(num_negatives, dim=1, largest=self.distance.is_inverted).indices
+        sign = -1 if self.distance.is_inverted else 1
+        return sign * mat.gather(1, own).squeeze(1), sign * mat.gather(1, columns), columns
+
+    def _farthest(self) -> float:
+        return -torch.inf if self.distance.is_inverted else torch.inf
 
     def _is_plain_similarity(self) -> bool:
         distance = self.distance
@@ -136,27 +166,55 @@ class Centroids:
                 f"{self.centroids.shape[1]}: call set_centroids with centres of this model"
             )
         # On a GPU the question would stall the queue; there the indexing itself complains.
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and len(labels):
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             largest = int(labels.max())
             if largest >= len(self.centroids):
                 raise ValueError(
                     f"labels must index the {len(self.centroids)} centroids, got label {largest}: "
                     "set the centroids and the labels of the same clustering"
                 )
-        return self.centroids
+        return self.centroids.to(embeddings.dtype)
 
-    def _batch_means(
-        self, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One row per reference element, of which the first of each label stands for the label."""
-        same = (ref_labels[:, None] == ref_labels[None]) & (ref_labels >= 0)[None]
-        first = same.int().argmax(dim=1)
-        wide = torch.promote_types(ref_emb.dtype, torch.float32)
-        with torch.autocast(ref_emb.device.type, enabled=False):
-            members = same.to(wide)
-            unit = self.distance.maybe_normalize(ref_emb.to(wide))
-            means = (members @ unit) / members.sum(dim=1, keepdim=True).clamp(min=1)
-        usable = (first == torch.arange(len(first), device=first.device)) & (ref_labels >= 0)
-        found = (labels[:, None] == ref_labels[None]) & usable[None]
-        own = torch.where(found.any(dim=1), found.int().argmax(dim=1), -1)
-        return means, own, torch.where(ref_labels >= 0, first, -1), usable
+
+class _NearestSimilarities(torch.autograd.Function):
+    """Negated similarity to the own and to the most similar other of fixed unit centres.
+
+    The gradient reaches the chosen centres alone: neither the (N, K) matrix nor normalised
+    embeddings need be kept or gone through again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, embeddings: Tensor, centres: Tensor, own: Tensor, count: int, normalize: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        own = own.unsqueeze(1)
+        similarity = embeddings @ centres.T
+        own_value = similarity.gather(1, own)
+        similarity.scatter_(1, own, -torch.inf)
+        # Scaling a row does not change its order.
+        value, columns = similarity.topk(count, dim=1)
+        values = torch.cat([own_value, value], dim=1)
+        inverse_norms = None
+        if normalize:
+            norms = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
+            inverse_norms = norms.clamp_(min=1e-12).reciprocal_()
+            values *= inverse_norms
+        ctx.save_for_backward(embeddings, centres, own, columns, values, inverse_norms)
+        ctx.mark_non_differentiable(columns)
+        distances = values.neg()
+        return distances[:, 0].clone(), distances[:, 1:].clone(), columns
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_own: Tensor, grad_others: Tensor, _: None) -> tuple[Any, ...]:
+        embeddings, centres, own, columns, values, inverse_norms = ctx.saved_tensors
+        weights = torch.cat([grad_own.unsqueeze(1), grad_others], dim=1).neg_()
+        chosen = torch.cat([own, columns], dim=1)
+        along = None
+        if inverse_norms is not None:
+            weights *= inverse_norms
+            along = (weights * values).sum(dim=1, keepdim=True).mul_(inverse_norms)
+        grad = F.embedding_bag(chosen, centres, per_sample_weights=weights, mode="sum")
+        if along is not None:
+            grad.addcmul_(embeddings, along, value=-1)
+        return grad, None, None, None, None

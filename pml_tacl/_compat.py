@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from pytorch_metric_learning.losses.base_metric_loss_function import BaseMetricLossFunction
 from pytorch_metric_learning.miners.base_miner import BaseMiner
-from pytorch_metric_learning.reducers import MeanReducer, MultipleReducers
+from pytorch_metric_learning.reducers import DoNothingReducer, MeanReducer, MultipleReducers
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
@@ -15,6 +15,7 @@ __all__ = [
     "loss_dict",
     "miner_weights",
     "positive_pairs",
+    "reduce_without_noise",
     "to_device",
 ]
 
@@ -68,15 +69,45 @@ def loss_dict(
     if isinstance(reducer, MultipleReducers):
         named = reducer.reducers
         reducer = named["loss"] if "loss" in named else reducer.default_reducer  # noqa: SIM401
-    if type(reducer) is MeanReducer:
-        scale = len(losses) / valid.sum().clamp(min=1)
-        losses = torch.where(valid, losses, 0.0) * scale.to(losses.dtype)
+    if type(reducer) is MeanReducer and not reducer.collect_stats:
         if len(losses) == 0:
             return None
+        scale = len(losses) / valid.sum().clamp(min=1)
+        losses = torch.where(valid, losses * scale.to(losses.dtype), 0.0)
     else:
         keep = valid.nonzero().squeeze(1)
         if len(keep) == 0:
             return None
         losses = losses[keep]
         indices = indices[keep] if isinstance(indices, Tensor) else [i[keep] for i in indices]
-    return {"loss": {"losses": losses, "indices": indices, "reduction_type": reduction_type}}
+    return {
+        "loss": {
+            "losses": losses,
+            "indices": indices,
+            "reduction_type": reduction_type,
+            "divisor": len(losses),
+        }
+    }
+
+
+def reduce_without_noise(
+    reducer: torch.nn.Module,
+    losses: dict[str, dict[str, Any]],
+    feature_maps: Tensor,
+    labels: Tensor | None,
+) -> Any:
+    """What the reducer makes of pair losses in a batch that has no image labelled -1.
+
+    Some reducers divide by the size of the batch. They read nothing else of the maps, so each
+    is represented by a single number; a zero loss keeps its graph.
+    """
+    stand_ins = feature_maps[:, 0, 0, :1]
+    if labels is not None and not isinstance(reducer, (MeanReducer, DoNothingReducer)):
+        clean = labels >= 0
+        position = clean.cumsum(0) - 1
+        stand_ins, labels = stand_ins[clean], labels[clean]
+        losses = {
+            name: {**loss, "indices": [position[i] for i in loss["indices"] or ()] or None}
+            for name, loss in losses.items()
+        }
+    return reducer(losses, stand_ins, labels)

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pml_tacl._precision import wide_dtype, without_autocast
 
 
 def cross_attention(
@@ -30,11 +33,8 @@ def cross_attention(
     Returns:
         (P, H, W) and (P, H', W') (empty without a second view), at least fp32.
     """
-    if temperature is not None and temperature <= 0:
-        raise ValueError(f"temperature must be positive or None, got {temperature}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}")
-    with torch.autocast(queries.device.type, enabled=False):
+    check_options(temperature, chunk_size)
+    with without_autocast(queries.device):
         first, second = _CrossAttention.apply(
             queries, second_queries, references, anchors, others, temperature, chunk_size
         )
@@ -44,15 +44,12 @@ def cross_attention(
     return first, second
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _pairs_at_once(channels: int, places: int, device: torch.device) -> int:
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        # The features of a chunk should stay in the second-level cache.
-        return max(1, 2**18 // max(1, channels * places))
-    return max(1, 2**26 // max(1, places * places))
+def check_options(temperature: float | None, chunk_size: int | None) -> None:
+    """ValueError if an option of the attention is out of range."""
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"temperature must be positive or None, got {temperature}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}")
 
 
 class _CrossAttention(torch.autograd.Function):
@@ -73,143 +70,215 @@ class _CrossAttention(torch.autograd.Function):
         temperature: float | None,
         chunk_size: int | None,
     ) -> tuple[Tensor, Tensor]:
-        parts = [p for p in (queries, second_queries, references) if p is not None]
-        table, norms = _unit_rows(parts)
-        starts = [0]
-        for part in parts:
-            starts.append(starts[-1] + len(part) * part.shape[2] * part.shape[3])
-        places = [part.shape[2] * part.shape[3] for part in parts]
-        views = [
-            table[a:b].view(-1, hw, table.shape[1])
-            for a, b, hw in zip(starts, starts[1:], places, strict=False)
-        ]
-        num_queries = 2 if second_queries is not None else 1
-        r = 0 if references is None else len(parts) - 1
-        step = chunk_size or _pairs_at_once(table.shape[1], max(places), table.device)
-        dtype = _wide(table.dtype)
+        maps = [m for m in (queries, second_queries, references) if m is not None]
+        table, inverse_norms = unit_rows(maps)
+        shapes = [m.shape for m in maps]
+        r = 0 if references is None else len(maps) - 1
+        num_queries = 1 if second_queries is None else 2
+        views = _views(table, shapes)
+        step = chunk_size or _pairs_at_once(shapes, table.device)
 
-        attention = [
-            torch.empty(len(anchors), hw, dtype=dtype, device=table.device)
-            for hw in places[:num_queries]
-        ]
-        arg_max = [torch.empty_like(a, dtype=torch.long) for a in attention]
+        attention = [inverse_norms.new_empty(len(anchors), v.shape[1]) for v in views[:num_queries]]
+        nearest = [torch.empty_like(a, dtype=torch.long) for a in attention]
         for s in range(0, len(anchors), step):
             chunk = slice(s, s + step)
             other = views[r][others[chunk]].transpose(1, 2)
-            for a, index, view in zip(attention, arg_max, views, strict=False):
+            for a, index, view in zip(attention, nearest, views, strict=False):
                 similarity = torch.bmm(view[anchors[chunk]], other)
                 if temperature is None:
-                    value, index[chunk] = similarity.max(dim=2)
-                    a[chunk] = value
+                    a[chunk], index[chunk] = similarity.max(dim=2)
                 else:
-                    soft = torch.logsumexp(similarity.to(dtype) / temperature, dim=2)
-                    a[chunk] = temperature * (soft - torch.log(soft.new_tensor(places[r])))
+                    a[chunk] = soft_maximum(similarity.to(a.dtype), temperature)
 
-        ctx.save_for_backward(table, norms, anchors, others, *arg_max)
-        ctx.layout = (starts, places, r, step, temperature, [p.shape for p in parts])
-        ctx.present = [p is not None for p in (queries, second_queries, references)]
-        return attention[0], (
-            attention[1] if num_queries == 2 else attention[0].new_empty(len(anchors), 0)
-        )
+        ctx.save_for_backward(table, inverse_norms, anchors, others, *attention, *nearest)
+        ctx.layout = (shapes, r, step, temperature)
+        ctx.channels_last = [_is_channels_last(m) for m in maps]
+        ctx.present = [m is not None for m in (queries, second_queries, references)]
+        ctx.set_materialize_grads(False)
+        return attention[0], (attention[1] if num_queries == 2 else attention[0].new_empty(0))
 
     @staticmethod
-    def backward(ctx: Any, *grad_attention: Tensor) -> tuple[Tensor | None, ...]:
-        table, norms, anchors, others, *arg_max = ctx.saved_tensors
-        starts, places, r, step, temperature, shapes = ctx.layout
-        if temperature is None:
-            grad = _hard_backward(
-                table, anchors, others, arg_max, grad_attention, starts, places, r
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        table, inverse_norms, anchors, others, *rest = ctx.saved_tensors
+        shapes, r, step, temperature = ctx.layout
+        attention, nearest = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        weights = [
+            torch.zeros_like(a) if g is None else g for a, g in zip(attention, grads, strict=False)
+        ]
+        with without_autocast(table.device):
+            if temperature is None:
+                grad = _hard_backward(
+                    table, inverse_norms, anchors, others, attention, nearest, weights, shapes, r
+                )
+            else:
+                grad = _soft_backward(
+                    table, inverse_norms, anchors, others, weights, shapes, r, step, temperature
+                )
+        parts = [
+            _as_maps(part, shape, channels_last)
+            for part, shape, channels_last in zip(
+                _views(grad, shapes), shapes, ctx.channels_last, strict=True
             )
-        else:
-            grad = _soft_backward(
-                table, anchors, others, grad_attention, starts, places, r, step, temperature
-            )
-        # Through the normalisation x / |x|, in place: g <- (g - f (f . g)) / |x|.
-        # In slices, so that no third table is held.
-        step = max(1, 2**20 // table.shape[1])
-        for g, f, norm in zip(grad.split(step), table.split(step), norms.split(step), strict=True):
-            g.addcmul_(f, torch.linalg.vecdot(g, f).unsqueeze(1), value=-1).div_(norm.unsqueeze(1))
-        pieces = iter(
-            grad[a:b].view(n, h, w, c).permute(0, 3, 1, 2)
-            for a, b, (n, c, h, w) in zip(starts, starts[1:], shapes, strict=False)
-        )
-        return (*(next(pieces) if there else None for there in ctx.present), *[None] * 4)
+        ]
+        return (*[parts.pop(0) if there else None for there in ctx.present], *[None] * 4)
 
 
-def _unit_rows(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(rows, C) unit vectors of all places of all maps, and their (rows,) norms."""
-    counts = [len(p) * p.shape[2] * p.shape[3] for p in parts]
-    table = parts[0].new_empty(sum(counts), parts[0].shape[1])
-    norms = parts[0].new_empty(sum(counts))
-    start = 0
-    for part, count in zip(parts, counts, strict=True):
-        norm = torch.linalg.vector_norm(part, dim=1, dtype=_wide(part.dtype))
-        norm = norm.clamp(min=1e-12 if part.dtype != torch.float16 else 1e-6).to(part.dtype)
-        rows = table[start : start + count].view(len(part), *part.shape[2:], -1)
-        rows.copy_(part.permute(0, 2, 3, 1)).div_(norm.unsqueeze(-1))
-        norms[start : start + count] = norm.flatten()
-        start += count
-    return table, norms
+def soft_maximum(similarity: Tensor, temperature: float) -> Tensor:
+    """Temperature times the log of the mean of exp(similarity / temperature) over the last dim."""
+    count = torch.full_like(similarity[..., 0], similarity.shape[-1])
+    return temperature * (torch.logsumexp(similarity / temperature, dim=-1) - count.log())
+
+
+def _pairs_at_once(shapes: list[torch.Size], device: torch.device) -> int:
+    places = max(shape[2] * shape[3] for shape in shapes)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        # The features of a chunk should stay in the second-level cache.
+        return max(1, 2**18 // max(1, shapes[0][1] * places))
+    return max(1, 2**26 // max(1, places * places))
+
+
+def _starts(shapes: list[torch.Size]) -> list[int]:
+    """Row of the table where each of the maps begins, and where the last one ends."""
+    starts = [0]
+    for n, _, h, w in shapes:
+        starts.append(starts[-1] + n * h * w)
+    return starts
+
+
+def _views(table: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
+    """(N, H * W, C) of each of the maps in the table."""
+    return [
+        table[start : start + n * h * w].view(n, h * w, c)
+        for start, (n, c, h, w) in zip(_starts(shapes), shapes, strict=False)
+    ]
+
+
+def unit_rows(maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(rows + 1, C) unit vectors of all places of all maps, and one over their norms.
+
+    The last row is zero, and so is the inverse norm of a zero vector, which has no direction.
+    """
+    shapes = [m.shape for m in maps]
+    rows = _starts(shapes)[-1]
+    table = maps[0].new_empty(rows + 1, shapes[0][1])
+    table[rows] = 0
+    for view, m in zip(_views(table, shapes), maps, strict=True):
+        _copy_rows(m, view)
+    wide = wide_dtype(table)
+    norms = torch.linalg.vector_norm(table, dim=1, dtype=wide)
+    inverse_norms = torch.where(norms > torch.finfo(wide).tiny, norms.reciprocal(), 0.0)
+    # In slices that stay in the cache.
+    step = max(1, 2**18 // max(1, table.shape[1]))
+    for part, inverse in zip(table.split(step), inverse_norms.split(step), strict=True):
+        part.mul_(inverse.unsqueeze(1))
+    return table, inverse_norms
+
+
+def _is_channels_last(m: Tensor) -> bool:
+    return m.is_contiguous(memory_format=torch.channels_last)
+
+
+def _copies_by_image(m: Tensor) -> bool:
+    """Whether copying image by image, two dimensions at a time, reaches torch's fast transpose."""
+    if m.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return m.is_contiguous() and len(m) > 0
+
+
+def _copy_rows(m: Tensor, rows: Tensor) -> None:
+    """(N, C, H, W) into (N, H * W, C)."""
+    if _copies_by_image(m):
+        torch._foreach_copy_(list(rows), list(m.flatten(2).transpose(1, 2)))
+    else:
+        n, c, h, w = m.shape
+        rows.view(n, h, w, c).copy_(m.permute(0, 2, 3, 1))
+
+
+def _as_maps(rows: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+    """(N, H * W, C) as (N, C, H, W) in the same memory, laid out as the maps that they come from.
+
+    Whoever takes the gradient next would otherwise copy all of it, more slowly.
+    """
+    n, c, h, w = shape
+    if channels_last or not _copies_by_image(rows):
+        return rows.view(n, h, w, c).permute(0, 3, 1, 2)
+    for part in rows.split(max(1, 2**18 // max(1, c * h * w))):
+        copied = part.clone()
+        torch._foreach_copy_(list(part.view(-1, c, h * w)), list(copied.transpose(1, 2)))
+    return rows.view(n, c, h, w)
 
 
 def _hard_backward(
     table: Tensor,
+    inverse_norms: Tensor,
     anchors: Tensor,
     others: Tensor,
-    arg_max: list[Tensor],
-    grads: tuple[Tensor, ...],
-    starts: list[int],
-    places: list[int],
+    attention: list[Tensor],
+    nearest: list[Tensor],
+    weights: list[Tensor],
+    shapes: list[torch.Size],
     r: int,
 ) -> Tensor:
-    sources, targets, weights = [], [], []
-    for q, index in enumerate(arg_max):
-        query = starts[q] + anchors[:, None] * places[q]
-        query = (query + torch.arange(places[q], device=table.device)).flatten()
-        reference = (starts[r] + others[:, None] * places[r] + index).flatten()
-        sources += [reference, query]
+    """Gradient of all rows: through the maximum, and through the normalisation x / |x|.
+
+    The latter is ``(g - (g . f) f) / |x|``; as g is a weighted sum of rows, g . f is the sum of
+    the same weights times the attention: one more row in the bag, no further pass.
+    """
+    starts, zero_row = _starts(shapes), len(table) - 1
+    rows = torch.arange(zero_row, device=table.device)
+    targets, sources, factors = [rows], [rows], [torch.zeros_like(inverse_norms[:zero_row])]
+    for q, (value, index, weight) in enumerate(zip(attention, nearest, weights, strict=True)):
+        places = value.shape[1]
+        query = (starts[q] + anchors[:, None] * places + rows[:places]).flatten()
+        reference = (starts[r] + others[:, None] * (shapes[r][2] * shapes[r][3]) + index).flatten()
         targets += [query, reference]
-        weights += [grads[q].flatten()] * 2
+        sources += [reference, query]
+        factors += [weight.flatten()] * 2
+        along = torch.where(weight != 0, weight * value, 0.0).flatten()
+        factors[0].index_add_(0, query, -along).index_add_(0, reference, -along)
     target, order = torch.cat(targets).sort(stable=True)
-    rows = torch.arange(len(table), device=table.device)
-    weight = torch.cat(weights)[order].to(table.dtype)
+    factor = torch.cat(factors)[order] * inverse_norms[target]
+    # What has no weight must not be read, since it may be nan.
+    source = torch.where(factor != 0, torch.cat(sources)[order], zero_row)
     return F.embedding_bag(
-        torch.cat(sources)[order],
+        source,
         table,
         torch.searchsorted(target, rows),
         mode="sum",
-        per_sample_weights=weight,
+        per_sample_weights=factor.to(table.dtype),
     )
 
 
 def _soft_backward(
     table: Tensor,
+    inverse_norms: Tensor,
     anchors: Tensor,
     others: Tensor,
-    grads: tuple[Tensor, ...],
-    starts: list[int],
-    places: list[int],
+    weights: list[Tensor],
+    shapes: list[torch.Size],
     r: int,
     step: int,
     temperature: float,
 ) -> Tensor:
-    total = torch.zeros_like(table)
-    views, sums = (
-        [
-            t[a:b].view(-1, hw, t.shape[1])
-            for a, b, hw in zip(starts, starts[1:], places, strict=False)
-        ]
-        for t in (table, total)
-    )
+    """The same where every row of the reference has its share; similarities are recomputed."""
+    grad = torch.zeros_like(table)
+    views, sums = _views(table, shapes), _views(grad, shapes)
     for s in range(0, len(anchors), step):
         i, j = anchors[s : s + step], others[s : s + step]
         other = views[r][j]
-        for view, sum_, grad in zip(views, sums, grads, strict=False):
-            if grad.shape[1] == 0:
-                continue
-            query = view[i]
-            soft = torch.bmm(query, other.transpose(1, 2)).to(grad.dtype).div_(temperature)
-            soft = (soft.softmax(dim=2) * grad[s : s + step].unsqueeze(2)).to(table.dtype)
-            sum_.index_add_(0, i, torch.bmm(soft, other))
-            sums[r].index_add_(0, j, torch.bmm(soft.transpose(1, 2), query))
-    return total
+        for view, total, weight in zip(views, sums, weights, strict=False):
+            weight = weight[s : s + step].unsqueeze(2)
+            # What has no weight must not be read, since it may be nan.
+            query = view[i].masked_fill_(weight == 0, 0.0)
+            share = torch.bmm(query, other.transpose(1, 2)).to(weight.dtype).div_(temperature)
+            share = (share.softmax(dim=2) * weight).to(table.dtype)
+            total.index_add_(0, i, torch.bmm(share, other))
+            sums[r].index_add_(0, j, torch.bmm(share.transpose(1, 2), query))
+    step = max(1, 2**18 // max(1, table.shape[1]))
+    for g, f, inverse in zip(
+        grad.split(step), table.split(step), inverse_norms.split(step), strict=True
+    ):
+        g.addcmul_(f, torch.linalg.vecdot(g, f).unsqueeze(1), value=-1)
+        g.mul_(inverse.unsqueeze(1)).masked_fill_(inverse.unsqueeze(1) == 0, 0.0)
+    return grad

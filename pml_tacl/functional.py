@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pml_tacl._cross_attention import cross_attention
+from pml_tacl._cross_attention import check_options, cross_attention, soft_maximum, unit_rows
+from pml_tacl._precision import wide_dtype, without_autocast
 
 __all__ = [
     "attention_consistency",
@@ -66,18 +67,25 @@ def sample_at_points(maps: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
             [-1, 1] (or nan) is not visible.
 
     Returns:
-        values: (N, G) or (N, C, G); 0 where not visible.
+        values: (N, G) or (N, C, G), 0 where not visible.
         visible: (N, G) bool.
+
+    Raises:
+        ValueError: if the shapes do not match.
     """
+    if maps.ndim not in (3, 4) or points.shape[2:] != (2,) or len(maps) != len(points):
+        raise ValueError(
+            "maps must be (N, H, W) or (N, C, H, W) and points (N, G, 2) with the same N, got "
+            f"{tuple(maps.shape)} and {tuple(points.shape)}"
+        )
     visible = (points.abs() <= 1).all(dim=-1)
+    wide = wide_dtype(maps)
     # Points that are not visible may be nan or infinite: they must not reach the sampler.
-    safe = torch.where(visible.unsqueeze(-1), points, 0.0).to(maps.dtype)
-    stacked = maps.unsqueeze(1) if maps.ndim == 3 else maps
+    safe = torch.where(visible.unsqueeze(-1), points, 0.0).to(wide).unsqueeze(2)
+    stacked = (maps.unsqueeze(1) if maps.ndim == 3 else maps).to(wide)
     # "border": the outermost half cell belongs to its cell, not half to a zero outside.
-    values = F.grid_sample(
-        stacked, safe.unsqueeze(2), mode="bilinear", padding_mode="border", align_corners=False
-    ).squeeze(-1)
-    values = torch.where(visible.unsqueeze(1), values, 0.0)
+    values = F.grid_sample(stacked, safe, padding_mode="border", align_corners=False)
+    values = torch.where(visible.unsqueeze(1), values.squeeze(-1), 0.0).to(maps.dtype)
     return (values.squeeze(1) if maps.ndim == 3 else values), visible
 
 
@@ -109,18 +117,43 @@ def attention_consistency(
 
     Returns:
         (P,) losses in [0, 4], at least fp32. A pair with no visible cell gives 0 and has a graph.
+
+    Raises:
+        ValueError: if the shapes do not match.
     """
+    n, h, w = _check_views(feature_maps, transformed_feature_maps)
+    if points.shape != (n, h * w, 2):
+        raise ValueError(
+            f"points must be ({n}, {h * w}, 2), one for each cell of the {h} x {w} feature_maps, "
+            f"got {tuple(points.shape)}: SiameseTransform's grid must be ({h}, {w})"
+        )
+    if weights is not None and weights.shape != (n, h * w):
+        raise ValueError(f"weights must be ({n}, {h * w}), got {tuple(weights.shape)}")
     attention, transformed = cross_attention(
         feature_maps, transformed_feature_maps, None, anchors, positives, temperature, chunk_size
     )
     followed, visible = sample_at_points(transformed, points[anchors])  # (P, HW)
-    difference = torch.where(visible, attention.flatten(1) - followed, 0.0)
-    counted = visible.to(difference.dtype)
+    counted = visible.to(followed.dtype)
     if weights is not None:
         counted = counted * weights[anchors]
-    total = counted.sum(dim=1)
-    mean = (counted * difference.square()).sum(dim=1) / total.clamp(min=1e-12)
-    return torch.where(total > 0, mean, mean * 0)
+    # What does not count may be nan.
+    difference = torch.where(counted > 0, attention.flatten(1) - followed, 0.0)
+    total = counted.sum(dim=1).clamp(min=torch.finfo(counted.dtype).tiny)
+    return (counted * difference.square()).sum(dim=1) / total
+
+
+def _check_views(feature_maps: Tensor, transformed: Tensor) -> tuple[int, int, int]:
+    if (
+        feature_maps.ndim != 4
+        or transformed.ndim != 4
+        or feature_maps.shape[:2] != transformed.shape[:2]
+    ):
+        raise ValueError(
+            "feature_maps and transformed_feature_maps must be (N, C, H, W) with the same N and "
+            f"C, got {tuple(feature_maps.shape)} and {tuple(transformed.shape)}"
+        )
+    n, _, h, w = feature_maps.shape
+    return n, h, w
 
 
 def contrastive_clustering(
@@ -140,8 +173,10 @@ def contrastive_clustering(
     Returns:
         (N,) losses; 0 with a graph where no other centre counts.
     """
+    if others.shape[1] == 0:
+        return own * 0
     if valid is None:
-        valid = torch.ones_like(others, dtype=torch.bool)
+        return F.relu(own - others.mean(dim=1) + margin)
     count = valid.sum(dim=1)
     mean = torch.where(valid, others, 0.0).sum(dim=1) / count.clamp(min=1)
     return torch.where(count > 0, F.relu(own - mean + margin), own * 0)
@@ -167,37 +202,57 @@ def commonness(
         references: (M, C, H', W') images j; None takes ``feature_maps``.
         reference_labels: (M,) pseudo-labels of ``references``. Images labelled -1 are skipped.
         temperature: as in :func:`cross_image_attention`.
-        chunk_size: images i compared with all references at once.
+        chunk_size: pairs compared at once, see :func:`cross_image_attention`.
 
     Returns:
-        (N, H, W) in [-1, 1], fp32; 0 for an image without any other cluster.
+        (N, H, W) in [-1, 1], at least fp32; 0 for an image without any other cluster.
+
+    Raises:
+        ValueError: if the shapes do not match, or ``temperature`` or ``chunk_size`` is not
+            positive.
     """
-    n, _, h, w = feature_maps.shape
+    check_options(temperature, chunk_size)
+    n, c, h, w = feature_maps.shape
     own_batch = references is None
     if references is None:
         references, reference_labels = feature_maps, labels
-    m = len(references)
-    index = torch.arange(max(n, m), device=feature_maps.device)
-    if labels is None or reference_labels is None:
-        other = torch.ones(n, m, dtype=torch.bool, device=feature_maps.device)
-        if own_batch:
-            other &= index[:n, None] != index[None, :m]
-    else:
-        other = (labels[:, None] != reference_labels[None]) & (reference_labels[None] >= 0)
-    # One row of pairs at a time keeps n * m maps of attention out of memory.
-    rows = chunk_size or max(1, 2**24 // max(1, m * h * w))
-    maps = []
-    for start in range(0, n, rows):
-        i = index[start : min(n, start + rows)]
-        attention = cross_attention(
-            feature_maps,
-            None,
-            None if own_batch else references,
-            i.repeat_interleave(m),
-            index[:m].repeat(len(i)),
-            temperature,
-            None,
-        )[0].view(len(i), m, h, w)
-        chosen = other[i].to(attention.dtype)[:, :, None, None]
-        maps.append((attention * chosen).sum(dim=1) / chosen.sum(dim=1).clamp(min=1))
-    return torch.cat(maps)
+    elif references.shape[1] != c:
+        raise ValueError(
+            f"references must have the {c} channels of feature_maps, got {tuple(references.shape)}"
+        )
+    m, places = len(references), references.shape[2] * references.shape[3]
+    other = _others(n, m, labels, reference_labels, own_batch, feature_maps.device)
+    with without_autocast(feature_maps.device):
+        table, norms = unit_rows([feature_maps] if own_batch else [feature_maps, references])
+        rows = table[: n * h * w].view(n, h * w, c)
+        reference_rows = table[-1 - m * places : -1].view(m, places, c)
+        total = norms.new_zeros(n, h * w)
+        pairs = chunk_size or max(1, 2**22 // max(1, h * w * places))
+        for j in range(0, m, pairs):
+            reference = reference_rows[j : j + pairs]
+            step = max(1, pairs // len(reference))
+            for i in range(0, n, step):
+                similarity = rows[i : i + step].flatten(0, 1) @ reference.flatten(0, 1).T
+                similarity = similarity.view(-1, h * w, len(reference), places).to(total.dtype)
+                if temperature is None:
+                    attention = similarity.amax(dim=3)
+                else:
+                    attention = soft_maximum(similarity, temperature)
+                counts = other[i : i + step, None, j : j + pairs]
+                total[i : i + step] += torch.where(counts, attention, 0.0).sum(dim=2)
+    return (total / other.sum(dim=1, keepdim=True).clamp(min=1)).view(n, h, w)
+
+
+def _others(
+    n: int,
+    m: int,
+    labels: Tensor | None,
+    reference_labels: Tensor | None,
+    own_batch: bool,
+    device: torch.device,
+) -> Tensor:
+    """(N, M) bool: which references are of another cluster than each image."""
+    if labels is not None and reference_labels is not None:
+        return (labels[:, None] != reference_labels) & (reference_labels >= 0)
+    other = torch.ones(n, m, dtype=torch.bool, device=device)
+    return other.fill_diagonal_(False) if own_batch else other

@@ -4,7 +4,13 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
-from pml_tacl._compat import BaseMetricLossFunction, loss_dict, positive_pairs, to_device
+from pml_tacl._compat import (
+    BaseMetricLossFunction,
+    loss_dict,
+    positive_pairs,
+    reduce_without_noise,
+    to_device,
+)
 from pml_tacl.functional import attention_consistency
 
 
@@ -87,8 +93,11 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
             What the reducer makes of the (P,) losses: a scalar for most reducers.
         """
         self.reset_stats()
-        self._check(feature_maps, transformed_feature_maps, points, labels, weights)
         if labels is not None:
+            if labels.shape != (len(feature_maps),):
+                raise ValueError(
+                    f"labels must be ({len(feature_maps)},), got {tuple(labels.shape)}"
+                )
             labels = to_device(labels, feature_maps)
         if indices_tuple is not None:
             anchors, positives = positive_pairs(indices_tuple, feature_maps.device)
@@ -100,47 +109,26 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
         else:
             raise ValueError("labels and indices_tuple cannot both be None: nothing is matched")
 
-        losses = None
-        if len(anchors) > 0:
-            pair_losses = attention_consistency(
-                feature_maps,
-                transformed_feature_maps,
-                points,
-                anchors,
-                positives,
-                weights,
-                self.temperature,
-                self.chunk_size,
-            )
-            losses = loss_dict(pair_losses, [anchors, positives], "pos_pair", valid, self.reducer)
+        losses = attention_consistency(
+            feature_maps,
+            transformed_feature_maps,
+            points,
+            anchors,
+            positives,
+            weights,
+            self.temperature,
+            self.chunk_size,
+        )
         if self.collect_stats:
             self.num_pairs = int(valid.sum())
-        reduced: Tensor = self.reducer(losses or self.zero_losses(), feature_maps, labels)
+        pairs = loss_dict(losses, [anchors, positives], "pos_pair", valid, self.reducer)
+        reduced: Tensor = reduce_without_noise(
+            self.reducer, pairs or self.zero_losses(), feature_maps, labels
+        )
         return reduced
 
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()
-
-    @staticmethod
-    def _check(
-        maps: Tensor, second: Tensor, points: Tensor, labels: Tensor | None, weights: Tensor | None
-    ) -> None:
-        if maps.ndim != 4 or second.ndim != 4 or maps.shape[:2] != second.shape[:2]:
-            raise ValueError(
-                "feature_maps and transformed_feature_maps must be (N, C, H, W) with the same N "
-                f"and C, got {tuple(maps.shape)} and {tuple(second.shape)}"
-            )
-        n, _, h, w = maps.shape
-        if points.shape != (n, h * w, 2):
-            raise ValueError(
-                f"points must be ({n}, {h * w}, 2), one for each cell of the {h} x {w} "
-                f"feature_maps, got {tuple(points.shape)}: SiameseTransform's grid must be "
-                f"({h}, {w})"
-            )
-        if labels is not None and labels.shape != (n,):
-            raise ValueError(f"labels must be ({n},), got {tuple(labels.shape)}")
-        if weights is not None and weights.shape != (n, h * w):
-            raise ValueError(f"weights must be ({n}, {h * w}), got {tuple(weights.shape)}")
 
 
 def same_label_pairs(labels: Tensor, max_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,11 +140,12 @@ def same_label_pairs(labels: Tensor, max_pairs: int) -> tuple[Tensor, Tensor, Te
     """
     n = len(labels)
     index = torch.arange(n, device=labels.device)
-    apart = (index[None] - index[:, None]) % max(n, 1)
-    matched = (labels[:, None] == labels[None]) & (labels >= 0)[:, None] & (apart > 0)
+    apart = (index - index[:, None]) % max(n, 1)
+    matched = (labels[:, None] == labels) & (labels >= 0) & (apart > 0)
     count = min(max_pairs, n * (n - 1))
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         count = min(count, int(matched.sum()))
-    rank = torch.where(matched, apart, n).flatten()
+    # No two ranks alike: every device takes the same pairs.
+    rank = torch.where(matched, apart * n + index[:, None], n * n).flatten()
     nearest, flat = rank.topk(count, largest=False)
-    return flat // max(n, 1), flat % max(n, 1), nearest < n
+    return flat // max(n, 1), flat % max(n, 1), nearest < n * n

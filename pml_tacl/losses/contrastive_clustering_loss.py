@@ -4,7 +4,7 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
-from pml_tacl._centroids import Centroids
+from pml_tacl._centroids import Centroids, NearestCentres
 from pml_tacl._compat import BaseMetricLossFunction, loss_dict, miner_weights
 from pml_tacl.functional import contrastive_clustering
 
@@ -74,18 +74,27 @@ class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
             return dict(self.zero_losses())
 
         near = self.nearest_centres(embeddings, labels, ref_emb, ref_labels, self.num_negatives)
-        valid = near.others.isfinite()
-        losses = contrastive_clustering(near.own, near.others, self.margin, valid)
+        losses = contrastive_clustering(near.own, near.others, self.margin, near.valid)
         weights = miner_weights(indices_tuple, len(losses), losses, using_ref)
         if weights is not None:
             losses = losses * weights
         if self.collect_stats:
-            self.own_centre_distance = near.own.detach().mean().item()
-            self.other_centre_distance = near.others.detach()[valid].mean().item()
+            self._set_stats(near)
         indices = torch.arange(len(losses), device=losses.device)
         return loss_dict(losses, indices, "element", near.has_own, self.reducer) or dict(
             self.zero_losses()
         )
+
+    def _set_stats(self, near: NearestCentres) -> None:
+        """Means over the embeddings that have a centre, in the distance's own sign; else 0."""
+        valid = near.has_own.unsqueeze(1).expand_as(near.others)
+        if near.valid is not None:
+            valid = valid & near.valid
+        sign = -1 if self.distance.is_inverted else 1
+        if near.has_own.any():
+            self.own_centre_distance = sign * near.own.detach()[near.has_own].mean().item()
+        if valid.any():
+            self.other_centre_distance = sign * near.others.detach()[valid].mean().item()
 
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()

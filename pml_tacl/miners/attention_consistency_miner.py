@@ -5,6 +5,7 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
 from pml_tacl._compat import BaseMiner
+from pml_tacl._precision import wide_dtype, without_autocast
 
 
 class AttentionConsistencyMiner(BaseMiner):
@@ -43,18 +44,22 @@ class AttentionConsistencyMiner(BaseMiner):
         empty = torch.empty(0, dtype=torch.long, device=embeddings.device)
         if len(embeddings) == 0 or len(ref_emb) == 0:
             return empty, empty.clone(), empty.clone(), empty.clone()
-        pooled = embeddings.mean(dim=(2, 3))
         same_set = ref_emb is embeddings
-        mat = self.distance(pooled, pooled if same_set else ref_emb.mean(dim=(2, 3)))
-        if self.distance.is_inverted:
-            mat = -mat
-        matched = (labels[:, None] == ref_labels[None]) & (labels >= 0)[:, None]
+        with without_autocast(embeddings.device):
+            pooled = _pool(embeddings)
+            mat = self.distance(pooled, pooled if same_set else _pool(ref_emb))
+        matched = (labels[:, None] == ref_labels) & (labels >= 0)[:, None]
         if same_set:
             matched.fill_diagonal_(False)
-        mat = torch.where(matched, mat, torch.inf)
+        mat = torch.where(matched, -mat if self.distance.is_inverted else mat, torch.inf)
         nearest, columns = mat.topk(min(self.pairs_per_anchor, mat.shape[1]), largest=False)
         anchors, rank = torch.where(nearest.isfinite())
         return anchors, columns[anchors, rank], empty, empty.clone()
 
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()
+
+
+def _pool(feature_maps: Tensor) -> Tensor:
+    wide = wide_dtype(feature_maps)
+    return feature_maps.mean(dim=(2, 3), dtype=wide)

@@ -14,7 +14,8 @@ class ContrastiveClusteringMiner(Centroids, BaseMiner):
     Positives are images of the same cluster, negatives those of the ``num_negatives`` other
     clusters with the nearest centres. An image is left out, in every role, if its ambiguity, the
     distance to its own centre over that to the nearest other one, is above ``max_ambiguity``, or
-    if its label is -1. Centres: :meth:`set_centroids`, else means of the batch. After Li et al.
+    if its label is -1. Of ``ref_emb``, if given, only those labelled -1 are left out. Centres:
+    :meth:`set_centroids`, else means of the batch (of ``ref_emb``, if given). After Li et al.
     2020; definition ours.
 
     Args:
@@ -53,19 +54,22 @@ class ContrastiveClusteringMiner(Centroids, BaseMiner):
             empty = torch.empty(0, dtype=torch.long, device=embeddings.device)
             return empty, empty.clone(), empty.clone(), empty.clone()
         near = self.nearest_centres(embeddings, labels, ref_emb, ref_labels, self.num_negatives)
-        own, nearest = near.own, near.others[:, 0]
+        own, others, chosen = near.own, near.others, near.columns
         if self.distance.is_inverted:
-            own, nearest = (1 + own).clamp(min=0), (1 + nearest).clamp(min=0)
-        sure = near.has_own & (own <= self.max_ambiguity * nearest)
+            own, others = (1 + own).clamp(min=0), (1 + others).clamp(min=0)
+        sure = near.has_own
+        if near.valid is not None:
+            others = torch.where(near.valid, others, torch.inf)
+            chosen = torch.where(near.valid, chosen, -2)  # the column of no reference
+        if others.shape[1] > 0:
+            sure = sure & (own <= self.max_ambiguity * others[:, 0])
         if self.collect_stats:
             self.num_ambiguous = int((near.has_own & ~sure).sum())
 
         same_set = ref_emb is embeddings
-        ref_sure = sure if same_set else ref_labels >= 0
-        same = labels[:, None] == ref_labels[None]
-        both = sure[:, None] & ref_sure[None]
-        chosen = torch.where(near.others.isfinite(), near.columns, -2)
-        hard = (chosen[:, :, None] == near.ref_column[None, None]).any(dim=1)
+        both = sure[:, None] & (sure if same_set else ref_labels >= 0)
+        same = labels[:, None] == ref_labels
+        hard = (chosen[:, :, None] == near.ref_column).any(dim=1)
         matched = same & both
         if same_set:
             matched.fill_diagonal_(False)

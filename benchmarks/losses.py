@@ -1,0 +1,215 @@
+"""Forward + backward time of the losses and miners beside PML's own and beside a dense floor.
+
+All contenders of a case take turns in one run, on one thread; what is written down is the ratio
+of their medians. Times of one machine say little about another, ratios more.
+
+    python benchmarks/losses.py                 # writes docs/benchmarks/losses.md
+    python benchmarks/losses.py --only miners --rounds 5 --output -
+"""
+
+import argparse
+import datetime
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytorch_metric_learning
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning.losses import MultiSimilarityLoss, ProxyAnchorLoss, SoftTripleLoss
+from pytorch_metric_learning.miners import MultiSimilarityMiner
+from torch import Tensor
+from torch.utils.benchmark import Measurement, Timer
+
+from pml_tacl import (
+    AttentionConsistencyLoss,
+    AttentionConsistencyMiner,
+    ContrastiveClusteringLoss,
+    ContrastiveClusteringMiner,
+    __version__,
+)
+
+BATCH, DIMENSIONS, PER_CLUSTER, NEGATIVES = 240, 512, 5, 5
+Contenders = dict[str, Callable[[], object]]
+
+
+def clustered(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A batch of embeddings in loose clusters of five, and their labels."""
+    labels = torch.arange(BATCH) // PER_CLUSTER
+    middles = torch.randn(BATCH // PER_CLUSTER, DIMENSIONS, generator=generator)
+    return middles[labels] + 2 * torch.randn(BATCH, DIMENSIONS, generator=generator), labels
+
+
+def train_step(loss: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], None]:
+    """Forward and backward, gradients thrown away."""
+
+    def step() -> None:
+        loss().backward()
+        for x in inputs:
+            x.grad = None
+
+    return step
+
+
+def centre_losses(num_centroids: int) -> Contenders:
+    generator = torch.Generator().manual_seed(0)
+    embeddings, labels = clustered(generator)
+    embeddings.requires_grad_()
+    centroids = torch.randn(num_centroids, DIMENSIONS, generator=generator)
+    centroids[: BATCH // PER_CLUSTER] += embeddings.detach()[::PER_CLUSTER]
+    ours = ContrastiveClusteringLoss(num_negatives=NEGATIVES)
+    ours.set_centroids(centroids)
+    unit = F.normalize(centroids, dim=1)
+
+    def floor() -> Tensor:
+        return (F.normalize(embeddings, dim=1) @ unit.T).topk(NEGATIVES + 1, dim=1).values.sum()
+
+    anchor = ProxyAnchorLoss(num_centroids, DIMENSIONS)
+    triple = SoftTripleLoss(num_centroids, DIMENSIONS, centers_per_class=1)
+    similarity, miner = MultiSimilarityLoss(), MultiSimilarityMiner()
+    return {
+        "floor": train_step(floor, embeddings),
+        "ContrastiveClusteringLoss": train_step(lambda: ours(embeddings, labels), embeddings),
+        "MultiSimilarityLoss + miner": train_step(
+            lambda: similarity(embeddings, labels, miner(embeddings, labels)), embeddings
+        ),
+        "ProxyAnchorLoss": train_step(
+            lambda: anchor(embeddings, labels), embeddings, *anchor.parameters()
+        ),
+        "SoftTripleLoss": train_step(
+            lambda: triple(embeddings, labels), embeddings, *triple.parameters()
+        ),
+    }
+
+
+def attention_losses(channels: int, side: int, pairs: int = 120) -> Contenders:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (
+        torch.randn(pairs, channels, side, side, generator=generator).requires_grad_()
+        for _ in range(2)
+    )
+    points = 2.2 * torch.rand(pairs, side * side, 2, generator=generator) - 1.1
+    anchors = torch.arange(pairs)
+    positives = anchors // PER_CLUSTER * PER_CLUSTER + (anchors + 1) % PER_CLUSTER
+    empty = torch.empty(0, dtype=torch.long)
+    ours = AttentionConsistencyLoss()
+
+    def floor() -> Tensor:
+        a, b = F.normalize(first.flatten(2), dim=1), F.normalize(second.flatten(2), dim=1)
+        other = a[positives]
+        seen, followed = (
+            torch.bmm(view.transpose(1, 2), other).max(dim=2).values for view in (a, b)
+        )
+        return (seen - followed).square().mean()
+
+    return {
+        "floor": train_step(floor, first, second),
+        "AttentionConsistencyLoss": train_step(
+            lambda: ours(first, second, points, None, (anchors, positives, empty, empty)),
+            first,
+            second,
+        ),
+    }
+
+
+def miners() -> Contenders:
+    generator = torch.Generator().manual_seed(0)
+    embeddings, labels = clustered(generator)
+    maps = torch.randn(BATCH, DIMENSIONS, 7, 7, generator=generator)
+    with_centroids = ContrastiveClusteringMiner(num_negatives=NEGATIVES)
+    with_centroids.set_centroids(embeddings[::PER_CLUSTER])
+    of_means = ContrastiveClusteringMiner(num_negatives=NEGATIVES)
+    of_attention, similarity = AttentionConsistencyMiner(), MultiSimilarityMiner()
+    return {
+        "MultiSimilarityMiner": lambda: similarity(embeddings, labels),
+        "ContrastiveClusteringMiner, centroids set": lambda: with_centroids(embeddings, labels),
+        "ContrastiveClusteringMiner, means of the batch": lambda: of_means(embeddings, labels),
+        "AttentionConsistencyMiner, 512 x 7 x 7": lambda: of_attention(maps, labels),
+    }
+
+
+CASES: dict[str, Callable[[], Contenders]] = {
+    **{f"centre losses, K = {k}": lambda k=k: centre_losses(k) for k in (100, 1000, 10000)},
+    **{
+        f"attention losses, 120 pairs, {c} x {s} x {s}": lambda c=c, s=s: attention_losses(c, s)
+        for c, s in ((2048, 7), (1024, 14))
+    },
+    "miners, N = 240": miners,
+}
+
+
+def medians(contenders: Contenders, rounds: int) -> dict[str, float]:
+    """Median seconds of each, taking turns, so that a slow minute slows all of them alike."""
+    timers = {
+        name: Timer("run()", globals={"run": run}, num_threads=1)
+        for name, run in contenders.items()
+    }
+    # Enough calls in a round to last some milliseconds.
+    calls = {name: max(1, round(5e-3 / timer.timeit(2).median)) for name, timer in timers.items()}
+    rows: dict[str, list[Measurement]] = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            rows[name].append(timer.timeit(calls[name]))
+    return {name: Measurement.merge(row)[0].median for name, row in rows.items()}
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def report(results: dict[str, dict[str, float]], rounds: int) -> str:
+    lines = [
+        "# Speed of the losses and miners",
+        "",
+        f"Written by `benchmarks/losses.py` on {datetime.date.today()}: {cpu_model()}, one thread, "
+        f"fp32, Python {platform.python_version()}, torch {torch.__version__.partition('+')[0]}, "
+        f"pytorch-metric-learning {pytorch_metric_learning.__version__}, pml_tacl {__version__}.",
+        "",
+        f"Forward + backward (miners: the call), median of {rounds} rounds in which all contenders "
+        "of a table take turns, over the median of the first row. N = 240 embeddings of "
+        "D = 512, five of each cluster; attention losses: 120 images of 24 clusters.",
+        "",
+        "- Floor of the centre losses: normalise, one matmul with the K centres, top-k, backward.",
+        "- Floor of the attention losses: normalise, two batched matmuls, maximum, backward; dense,"
+        " by autograd.",
+        "- ProxyAnchorLoss and SoftTripleLoss have K proxies and train them; ours is given its "
+        "centres.",
+    ]
+    for case, times in results.items():
+        first = next(iter(times.values()))
+        lines += ["", f"## {case[0].upper()}{case[1:]}", "", "| | time |", "| --- | ---: |"]
+        lines += [f"| {name} | {time / first:.2f} x |" for name, time in times.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--output", default="docs/benchmarks/losses.md", help="- prints it")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {}
+    for case, make in CASES.items():
+        if arguments.only in case:
+            print(case, file=sys.stderr)
+            results[case] = medians(make(), arguments.rounds)
+    text = report(results, arguments.rounds)
+    if arguments.output == "-":
+        print(text)
+        for case, times in results.items():
+            print(case, {name: f"{time * 1e3:.2f} ms" for name, time in times.items()})
+    else:
+        path = Path(arguments.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""Sums are made in at least fp32, whatever autocast says."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of ``x``, at least fp32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Switch autocast off; nothing on a device that has none."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
