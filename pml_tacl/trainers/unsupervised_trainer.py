@@ -280,15 +280,15 @@ class UnsupervisedTrainer(BaseTrainer):
 
     def backward(self) -> None:
         total = self.losses["total_loss"]
+        self.scaler.scale(total).backward()
+        for name, value in self.losses.items():  # the graph has done its work
+            self.losses[name] = value.detach() if isinstance(value, Tensor) else value
         if not torch.isfinite(total):
             parts = ", ".join(f"{k} {float(v):.4g}" for k, v in self.losses.items())
             raise FloatingPointError(
                 f"loss is not finite in epoch {self.epoch}, iteration {self.iteration} ({parts}): "
                 "lower the learning rate or resume from the last checkpoint"
             )
-        self.scaler.scale(total).backward()
-        for name, value in self.losses.items():  # the graph has done its work
-            self.losses[name] = value.detach() if isinstance(value, Tensor) else value
 
     def clip_gradients(self) -> None:
         if self.gradient_clippers:
