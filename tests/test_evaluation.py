@@ -1,3 +1,4 @@
+import doctest
 import math
 import os
 import pickle
@@ -18,7 +19,7 @@ from sklearn.metrics import (
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from pml_tacl import _retrieval
+from pml_tacl import _calculator, _retrieval, evaluation
 from pml_tacl.evaluation import RetrievalCalculator, embed, evaluate, make_tester
 
 CPU = torch.device("cpu")
@@ -99,9 +100,10 @@ def cases(draw):
     engine=st.sampled_from(["faiss", "torch"]),
     depth=st.sampled_from([None, None, 1, 4, 200, "max_bin_count"]),
     entries=st.sampled_from([1, 64, 2**22]),
+    names=st.one_of(st.just(set(RANKING)), st.sets(st.sampled_from(RANKING), min_size=1)),
 )
-def test_every_metric_equals_brute_force(case, engine, depth, entries):
-    settings = {"include": RANKING, "ks": KS, "k": depth, "device": CPU, "engine": engine}
+def test_every_metric_equals_brute_force(case, engine, depth, entries, names):
+    settings = {"include": tuple(names), "ks": KS, "k": depth, "device": CPU, "engine": engine}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_retrieval, "RESULT_ENTRIES", entries)
         patch.setattr(_retrieval, "DISTANCE_ENTRIES", entries)
@@ -113,9 +115,9 @@ def test_every_metric_equals_brute_force(case, engine, depth, entries):
         labels, includes = case[3].tolist(), case[4]
         depth = max(1, *(labels.count(label) - includes for label in case[1].tolist()), 1)
     found = brute_force(*(part.tolist() for part in case[:4]), case[4], depth)
-    assert list(values) == sorted(RANKING)
+    assert list(values) == sorted(names)
     assert plain.num_lone_queries == len(case[0]) - sum(map(len, found.values()))
-    for name in RANKING:
+    for name in names:
         assert values[name] == pytest.approx(mean(found, name), abs=1e-12, nan_ok=True), name
         if not found:
             assert all(map(math.isnan, [averages[name], *per_class[name]]))
@@ -161,6 +163,30 @@ def test_average_precision_equals_scikit_learn():
     calculator = RetrievalCalculator(("mean_average_precision",), device=CPU)
     actual = calculator.get_accuracy(embeddings, labels, embeddings[10:], labels[10:])
     assert actual["mean_average_precision"] == pytest.approx(np.mean(expected), abs=1e-6)
+
+
+def test_ranking_metrics_equal_torchmetrics():
+    retrieval = pytest.importorskip("torchmetrics.functional.retrieval")
+    embeddings, labels = clustered(60, 12, noise=1)
+    # Positive, since torchmetrics takes scores of 0 and less for not retrieved.
+    scores = torch.exp(-torch.cdist(embeddings, embeddings[10:]).double())
+    hits = labels[:, None] == labels[10:]
+    rows = list(zip(scores, hits, strict=True))
+    expected = {
+        "mean_average_precision": [retrieval.retrieval_average_precision(*row) for row in rows],
+        "mean_reciprocal_rank": [retrieval.retrieval_reciprocal_rank(*row) for row in rows],
+        "r_precision": [retrieval.retrieval_r_precision(*row) for row in rows],
+        "precision_at_1": [retrieval.retrieval_precision(*row, top_k=1) for row in rows],
+        **{
+            f"recall_at_{k}": [retrieval.retrieval_hit_rate(*row, top_k=k) for row in rows]
+            for k in (1, 2, 4)
+        },
+    }
+    calculator = RetrievalCalculator(tuple(expected), ks=(1, 2, 4), device=CPU)
+    actual = calculator.get_accuracy(embeddings, labels, embeddings[10:], labels[10:])
+    assert actual == pytest.approx(
+        {name: float(torch.stack(values).mean()) for name, values in expected.items()}, abs=1e-6
+    )
 
 
 def test_clustering_scores_equal_scikit_learn():
@@ -544,3 +570,9 @@ def test_evaluate_with_chosen_metrics_and_gallery():
     assert values == calculator.get_accuracy(
         embeddings[:20], labels[:20], embeddings[20:], labels[20:]
     )
+
+
+def test_examples_in_docstrings():
+    for module in (_calculator, evaluation):
+        result = doctest.testmod(module)
+        assert (result.failed, result.attempted > 0) == (0, True)
