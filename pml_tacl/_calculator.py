@@ -44,7 +44,8 @@ class RetrievalCalculator(AccuracyCalculator):
     - memory stays flat: queries go through in chunks;
     - labels are compared as int64, so large ids do not collide;
     - the query itself is left out also when copies of it are in the gallery;
-    - equal distances are ordered by index.
+    - distances that come out equal in float32 are ordered by index (of copies of one row a BLAS
+      may round some differently).
 
     Nearest is by L2 distance of the embeddings as given; PML's testers normalise them before.
     Queries without a right answer in the gallery are left out of the means, as in PML; their

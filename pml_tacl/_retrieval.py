@@ -21,7 +21,7 @@ Search = Callable[[Tensor, int, Tensor], Tensor]
 
 
 def faiss_search(queries: Tensor, k: int, reference: Tensor) -> Tensor:
-    """Indices (Q, k) of the nearest rows of `reference` by L2; equal distances by index."""
+    """Indices (Q, k) of the nearest rows of `reference` by L2, ties by index."""
     _, indices = faiss.knn(queries.cpu().numpy(), reference.cpu().numpy(), k)
     return torch.from_numpy(indices).to(queries.device)
 
