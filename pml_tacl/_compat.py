@@ -72,8 +72,8 @@ def loss_dict(
     if type(reducer) is MeanReducer and not reducer.collect_stats:
         if len(losses) == 0:
             return None
-        scale = len(losses) / valid.sum().clamp(min=1)
-        losses = torch.where(valid, losses * scale.to(losses.dtype), 0.0)
+        scale = len(losses) / valid.sum(dtype=losses.dtype).clamp(min=1)
+        losses = torch.where(valid, losses * scale, 0.0)
     else:
         keep = valid.nonzero().squeeze(1)
         if len(keep) == 0:

@@ -59,7 +59,7 @@ def test_sampling_is_bilinear_and_zero_where_not_visible():
 
 def test_sampling_reads_every_channel():
     values, points = maps(2, 3, 4, 5), some_points(2, 7)
-    read, visible = core.sample_at_points(values, points)
+    read, _ = core.sample_at_points(values, points)
     assert read.shape == (2, 3, 7)
     for c in range(3):
         torch.testing.assert_close(read[:, c], core.sample_at_points(values[:, c], points)[0])

@@ -65,7 +65,7 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
         self.temperature = temperature
         self.max_pairs = max_pairs
         self.chunk_size = chunk_size
-        self.add_to_recordable_attributes(list_of_names=["max_pairs"], is_stat=False)
+        self.add_to_recordable_attributes(list_of_names=["temperature", "max_pairs"], is_stat=False)
         self.add_to_recordable_attributes(list_of_names=["num_pairs"], is_stat=True)
 
     def forward(
@@ -96,7 +96,8 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
         if labels is not None:
             if labels.shape != (len(feature_maps),):
                 raise ValueError(
-                    f"labels must be ({len(feature_maps)},), got {tuple(labels.shape)}"
+                    f"labels must be (N,) for feature_maps of {tuple(feature_maps.shape)}, got "
+                    f"{tuple(labels.shape)}"
                 )
             labels = to_device(labels, feature_maps)
         if indices_tuple is not None:
