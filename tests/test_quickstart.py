@@ -1,0 +1,82 @@
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pml_tacl import AttentionEmbedder
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "quickstart.py"
+
+
+@pytest.fixture
+def quickstart(monkeypatch):
+    """The script with the smallest settings that still take every step."""
+    spec = importlib.util.spec_from_file_location("quickstart", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    small = {"channels": [8, 8, 16, 16], "num_clusters": 20, "epochs": 2, "warmup_epochs": 1}
+    monkeypatch.setattr(module, "CONFIG", {**module.CONFIG, **small, "batch_size": 32})
+    original = module.Glyphs
+    monkeypatch.setattr(module, "Glyphs", lambda split: original(split, num_classes=12))
+    return module
+
+
+def run(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *map(str, arguments)])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        module.main()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_quickstart_writes_everything_and_repeats_itself(
+    quickstart, monkeypatch, tmp_path, capsys
+):
+    run(quickstart, monkeypatch, "--run", tmp_path / "first")
+    printed = capsys.readouterr().out
+    for word in ("raw_pixels", "before", "after", "R@1", "MAP@R", "NMI", "12 unseen characters"):
+        assert word in printed
+    names = {p.name for p in (tmp_path / "first").iterdir()}
+    assert names >= {"metrics.json", "model", "records", "checkpoints", "gallery.png"}
+    assert {"curves.png", "recall.png", "attention.png"} <= names
+    metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
+    assert set(metrics) == {"raw_pixels", "before", "after", "config", "versions"}
+    for row in ("raw_pixels", "before", "after"):
+        assert {"recall_at_1", "recall_at_8", "mean_average_precision_at_r", "NMI"} <= set(
+            metrics[row]
+        )
+        assert all(0 <= value <= 1 for value in metrics[row].values())
+    assert (tmp_path / "first" / "records" / "loss_histories.csv").stat().st_size > 100
+    AttentionEmbedder.from_pretrained(tmp_path / "first" / "model")
+
+    run(quickstart, monkeypatch, "--run", tmp_path / "second")
+    assert (tmp_path / "second" / "metrics.json").read_bytes() == (
+        tmp_path / "first" / "metrics.json"
+    ).read_bytes()
+    with pytest.raises(ValueError, match="holds another run"):
+        run(quickstart, monkeypatch, "--run", tmp_path / "first")
+
+
+def test_training_labels_are_never_read(quickstart, monkeypatch, tmp_path):
+    small = quickstart.Glyphs
+
+    def without_labels(split):
+        half = small(split)
+        half.preload(progress=False)  # rendering reads the labels, training must not
+        if split == "train":
+            half.labels[:] = 0
+        return half
+
+    run(quickstart, monkeypatch, "--run", tmp_path / "with")
+    monkeypatch.setattr(quickstart, "Glyphs", without_labels)
+    run(quickstart, monkeypatch, "--run", tmp_path / "without")
+    first, second = (
+        json.loads((tmp_path / name / "metrics.json").read_text())["after"]
+        for name in ("with", "without")
+    )
+    assert first == second

@@ -1,0 +1,144 @@
+import json
+import stat
+
+import numpy as np
+import pytest
+import torch
+
+from pml_tacl import runs
+from pml_tacl._files import written_whole
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_new_run_keeps_its_config(tmp_path):
+    folder = runs.open_run(tmp_path / "a" / "b", {"epochs": 3, "losses": ["x"]})
+    assert json.loads((folder / "run.json").read_text()) == {"epochs": 3, "losses": ["x"]}
+
+
+def test_another_run_is_refused_and_left_whole(tmp_path):
+    folder = runs.open_run(tmp_path / "run", {"epochs": 3})
+    (folder / "metrics.json").write_text("{}")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="holds another run: give --resume"):
+        runs.open_run(folder, {"epochs": 3})
+    with pytest.raises(ValueError, match=r"begun with other settings \(epochs\)"):
+        runs.open_run(folder, {"epochs": 4}, resume=True)
+    with pytest.raises(ValueError, match="exclude each other"):
+        runs.open_run(folder, {"epochs": 3}, resume=True, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_resuming_keeps_and_overwriting_replaces(tmp_path):
+    folder = runs.open_run(tmp_path / "run", {"epochs": 3})
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "epoch_0001.pt").write_text("state")
+    before = contents(tmp_path)
+    assert runs.open_run(folder, {"epochs": 3}, resume=True) == folder
+    assert contents(tmp_path) == before
+    runs.open_run(folder, {"epochs": 4}, overwrite=True)
+    assert {str(p) for p in contents(folder)} == {"run.json"}
+    assert json.loads((folder / "run.json").read_text()) == {"epochs": 4}
+
+
+@pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_folder_that_is_no_run_is_never_touched(tmp_path, flags):
+    (tmp_path / "holiday.jpg").write_text("precious")
+    with pytest.raises(ValueError, match="holds files that are no run"):
+        runs.open_run(tmp_path, {}, **flags)
+    assert contents(tmp_path) == {(tmp_path / "holiday.jpg").relative_to(tmp_path): b"precious"}
+    with pytest.raises(ValueError, match="is a file"):
+        runs.open_run(tmp_path / "holiday.jpg", {}, **flags)
+
+
+def test_overwriting_does_not_follow_links(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("kept")
+    folder = runs.open_run(tmp_path / "run", {})
+    (folder / "link").symlink_to(elsewhere)
+    runs.open_run(folder, {}, overwrite=True)
+    assert (elsewhere / "precious").read_text() == "kept"
+
+
+def test_files_are_whole_or_not_there(tmp_path):
+    path = tmp_path / "deep" / "file"
+    with written_whole(path) as file:
+        file.write(b"first")
+        assert not path.exists()
+    with pytest.raises(KeyError), written_whole(path) as file:  # noqa: PT012
+        file.write(b"half of the second")
+        raise KeyError
+    assert path.read_bytes() == b"first"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+    (tmp_path / "ordinary").write_text("")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)
+
+
+def test_a_value_that_is_not_json_leaves_the_earlier_file(tmp_path):
+    path = tmp_path / "metrics.json"
+    runs.write_json(path, {"é": 1.5})
+    before = path.read_bytes()
+    assert json.loads(before) == {"é": 1.5}
+    with pytest.raises(TypeError):
+        runs.write_json(path, {"tensor": torch.ones(1)})
+    assert path.read_bytes() == before
+
+
+def test_the_table_has_a_row_for_each_result():
+    table = runs.metrics_table(
+        {
+            "raw pixels": {"recall_at_1": 0.25, "NMI": 0.5},
+            "after": {"recall_at_1": 0.8312, "recall_at_8": 1.0, "NMI": 0.791},
+        }
+    )
+    header, raw, after = table.splitlines()
+    assert header.split() == ["R@1", "R@8", "NMI"]
+    assert raw.split() == ["raw", "pixels", "25.0", "-", "50.0"]
+    assert after.split() == ["after", "83.1", "100.0", "79.1"]
+    assert len({len(line) for line in (header, raw, after)}) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, TypeError, FloatingPointError])
+def test_errors_become_one_line(error):
+    with pytest.raises(SystemExit) as stop, runs.one_line_errors():
+        raise error("first line\n  second line")
+    assert stop.value.code == "error: first line second line"
+
+
+def test_bugs_keep_their_traceback_and_interrupts_their_code():
+    with pytest.raises(RuntimeError), runs.one_line_errors():
+        raise RuntimeError
+    with pytest.raises(SystemExit) as stop, runs.one_line_errors():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+
+
+def test_a_seed_fixes_all_three_generators():
+    import random
+
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+
+    runs.seed_everything(3)
+    first = draw()
+    runs.seed_everything(3)
+    assert draw() == first
+    assert len(set(first)) == 3
+
+
+def test_versions_name_the_core_dependencies():
+    found = runs.versions()
+    assert found["torch"] == torch.__version__.split("+")[0]
+    assert set(found) >= {"python", "pml_tacl", "pytorch-metric-learning", "timm", "faiss-cpu"}
+
+
+def test_hooks_write_csv_and_sqlite_without_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorboard", None)
+    hooks = runs.make_hooks(tmp_path / "records")
+    hooks.record_keeper.update_records({"loss": 1.5}, 0, parent_name="loss_histories")
+    hooks.record_keeper.save_records()
+    assert hooks.get_loss_history() == {"~iteration~": [0], "loss": [1.5]}
+    assert "1.5" in (tmp_path / "records" / "loss_histories.csv").read_text()
