@@ -12,6 +12,7 @@ import datetime
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytorch_metric_learning
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from pytorch_metric_learning.losses import MultiSimilarityLoss, ProxyAnchorLoss, SoftTripleLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Measurement, Timer
 
 from pml_tacl import (
@@ -83,7 +85,7 @@ def centre_losses(num_centroids: int) -> Contenders:
     }
 
 
-def attention_losses(channels: int, side: int, pairs: int = 120) -> Contenders:
+def attention_losses(channels: int, side: int, pairs: int) -> Contenders:
     generator = torch.Generator().manual_seed(0)
     first, second = (
         torch.randn(pairs, channels, side, side, generator=generator).requires_grad_()
@@ -129,13 +131,19 @@ def miners() -> Contenders:
     }
 
 
+PAIRS, SHAPES = 120, ((2048, 7), (1024, 14))
 CASES: dict[str, Callable[[], Contenders]] = {
-    **{f"centre losses, K = {k}": lambda k=k: centre_losses(k) for k in (100, 1000, 10000)},
+    **{f"centre losses, K = {k}": partial(centre_losses, k) for k in (100, 1000, 10000)},
     **{
-        f"attention losses, 120 pairs, {c} x {s} x {s}": lambda c=c, s=s: attention_losses(c, s)
-        for c, s in ((2048, 7), (1024, 14))
+        f"attention losses, {PAIRS} pairs, {c} x {s} x {s}": partial(attention_losses, c, s, PAIRS)
+        for c, s in SHAPES
     },
     "miners, N = 240": miners,
+}
+# Bytes of two normalised maps and of their gradients.
+MEMORY_UNITS = {
+    f"attention losses, {PAIRS} pairs, {c} x {s} x {s}": 4 * PAIRS * c * s * s * 4
+    for c, s in SHAPES
 }
 
 
@@ -154,6 +162,19 @@ def medians(contenders: Contenders, rounds: int) -> dict[str, float]:
     return {name: Measurement.merge(row)[0].median for name, row in rows.items()}
 
 
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Most memory that the allocator held at once beyond what there was before."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
 def cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -163,7 +184,10 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def report(results: dict[str, dict[str, float]], rounds: int) -> str:
+Results = dict[str, tuple[dict[str, float], dict[str, float]]]
+
+
+def report(results: Results, rounds: int) -> str:
     lines = [
         "# Speed of the losses and miners",
         "",
@@ -173,7 +197,9 @@ def report(results: dict[str, dict[str, float]], rounds: int) -> str:
         "",
         f"Forward + backward (miners: the call), median of {rounds} rounds in which all contenders "
         "of a table take turns, over the median of the first row. N = 240 embeddings of "
-        "D = 512, five of each cluster; attention losses: 120 images of 24 clusters.",
+        "D = 512, five of each cluster; attention losses: 120 images of 24 clusters. Memory: what "
+        "the allocator held at its peak beyond the inputs, over two normalised maps and their "
+        "gradients.",
         "",
         "- Floor of the centre losses: normalise, one matmul with the K centres, top-k, backward.",
         "- Floor of the attention losses: normalise, two batched matmuls, maximum, backward; dense,"
@@ -181,10 +207,16 @@ def report(results: dict[str, dict[str, float]], rounds: int) -> str:
         "- ProxyAnchorLoss and SoftTripleLoss have K proxies and train them; ours is given its "
         "centres.",
     ]
-    for case, times in results.items():
+    for case, (times, memory) in results.items():
         first = next(iter(times.values()))
-        lines += ["", f"## {case[0].upper()}{case[1:]}", "", "| | time |", "| --- | ---: |"]
-        lines += [f"| {name} | {time / first:.2f} x |" for name, time in times.items()]
+        rows = [[name, f"{time / first:.2f} x"] for name, time in times.items()]
+        head = ["", "time"]
+        if memory:
+            head.append("peak extra memory")
+            rows = [[*row, f"{memory[row[0]]:.2f} x"] for row in rows]
+        lines += ["", f"## {case[0].upper()}{case[1:]}", ""]
+        lines += ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+        lines.insert(len(lines) - len(rows), "| --- |" + " ---: |" * (len(head) - 1))
     return "\n".join(lines) + "\n"
 
 
@@ -199,11 +231,13 @@ def main() -> None:
     for case, make in CASES.items():
         if arguments.only in case:
             print(case, file=sys.stderr)
-            results[case] = medians(make(), arguments.rounds)
+            contenders, unit = make(), MEMORY_UNITS.get(case)
+            memory = {k: peak_bytes(run) / unit for k, run in contenders.items()} if unit else {}
+            results[case] = medians(contenders, arguments.rounds), memory
     text = report(results, arguments.rounds)
     if arguments.output == "-":
         print(text)
-        for case, times in results.items():
+        for case, (times, _) in results.items():
             print(case, {name: f"{time * 1e3:.2f} ms" for name, time in times.items()})
     else:
         path = Path(arguments.output)

@@ -132,10 +132,9 @@ def soft_maximum(similarity: Tensor, temperature: float) -> Tensor:
 
 def _pairs_at_once(shapes: list[torch.Size], device: torch.device) -> int:
     places = max(shape[2] * shape[3] for shape in shapes)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        # The features of a chunk should stay in the second-level cache.
-        return max(1, 2**18 // max(1, shapes[0][1] * places))
-    return max(1, 2**26 // max(1, places * places))
+    numbers = places * max(places, shapes[0][1])  # of a pair's similarities or features
+    # On a CPU a chunk should stay in the second-level cache.
+    return max(1, 2 ** (18 if device.type == "cpu" else 26) // max(1, numbers))
 
 
 def _starts(shapes: list[torch.Size]) -> list[int]:

@@ -227,7 +227,8 @@ def commonness(
         rows = table[: n * h * w].view(n, h * w, c)
         reference_rows = table[-1 - m * places : -1].view(m, places, c)
         total = norms.new_zeros(n, h * w)
-        pairs = chunk_size or max(1, 2**22 // max(1, h * w * places))
+        budget = 2 ** (22 if feature_maps.device.type == "cpu" else 26)
+        pairs = chunk_size or max(1, budget // max(1, h * w * places))
         for j in range(0, m, pairs):
             reference = reference_rows[j : j + pairs]
             step = max(1, pairs // len(reference))

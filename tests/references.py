@@ -91,6 +91,8 @@ def normalise(x, p=2):
 # Less is nearer; a similarity is negated. The distances normalise what they compare.
 DISTANCES = {
     "cosine": lambda a, b: -cosine(a, b),
+    "cosine cubed": lambda a, b: -(cosine(a, b) ** 3),
+    "l1-normalised dot": lambda a, b: -float(np.dot(normalise(a, 1), normalise(b, 1))),
     "dot": lambda a, b: -float(np.dot(a, b)),
     "l2": lambda a, b: np.linalg.norm(normalise(a) - normalise(b)),
     "l2 squared": lambda a, b: np.linalg.norm(normalise(a) - normalise(b)) ** 2,

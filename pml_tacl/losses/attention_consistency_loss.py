@@ -11,6 +11,7 @@ from pml_tacl._compat import (
     reduce_without_noise,
     to_device,
 )
+from pml_tacl._cross_attention import check_options
 from pml_tacl.functional import attention_consistency
 
 
@@ -56,12 +57,9 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is not supported by AttentionConsistencyLoss")
         super().__init__(**kwargs)
-        if temperature is not None and temperature <= 0:
-            raise ValueError(f"temperature must be positive or None, got {temperature}")
+        check_options(temperature, chunk_size)
         if max_pairs < 1:
             raise ValueError(f"max_pairs must be at least 1, got {max_pairs}")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}")
         self.temperature = temperature
         self.max_pairs = max_pairs
         self.chunk_size = chunk_size

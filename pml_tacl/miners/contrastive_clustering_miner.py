@@ -54,13 +54,12 @@ class ContrastiveClusteringMiner(Centroids, BaseMiner):
             empty = torch.empty(0, dtype=torch.long, device=embeddings.device)
             return empty, empty.clone(), empty.clone(), empty.clone()
         near = self.nearest_centres(embeddings, labels, ref_emb, ref_labels, self.num_negatives)
-        own, others, chosen = near.own, near.others, near.columns
+        own, others = near.own, near.others
         if self.distance.is_inverted:
             own, others = (1 + own).clamp(min=0), (1 + others).clamp(min=0)
         sure = near.has_own
         if near.valid is not None:
             others = torch.where(near.valid, others, torch.inf)
-            chosen = torch.where(near.valid, chosen, -2)  # the column of no reference
         if others.shape[1] > 0:
             sure = sure & (own <= self.max_ambiguity * others[:, 0])
         if self.collect_stats:
@@ -69,7 +68,8 @@ class ContrastiveClusteringMiner(Centroids, BaseMiner):
         same_set = ref_emb is embeddings
         both = sure[:, None] & (sure if same_set else ref_labels >= 0)
         same = labels[:, None] == ref_labels
-        hard = (chosen[:, :, None] == near.ref_column).any(dim=1)
+        # Columns that are not valid are of the own cluster or of no reference.
+        hard = (near.columns[:, :, None] == near.ref_column).any(dim=1)
         matched = same & both
         if same_set:
             matched.fill_diagonal_(False)

@@ -41,9 +41,10 @@ def test_the_formula_over_pairs_of_the_same_label(weighted, temperature):
 
 
 def test_the_formula_over_a_miner_s_pairs():
-    anchors, positives, none = torch.tensor([0, 3, 1]), torch.tensor([1, 2, 1]), torch.tensor([])
+    anchors, positives = torch.tensor([0, 3, 1, 0]), torch.tensor([1, 2, 1, 6])
+    none = torch.empty(0, dtype=torch.long)
     loss = AttentionConsistencyLoss(max_pairs=1)  # which bounds only pairs of its own choice
-    chosen = expected([(0, 1), (3, 2), (1, 1)])
+    chosen = expected([(0, 1), (3, 2), (1, 1), (0, 6)])
     for mined in ((anchors, positives, none, none), (anchors, positives, positives)):
         assert loss(*batch(), indices_tuple=mined) == pytest.approx(chosen.mean(), rel=1e-12)
     # With labels, a pair with noise is left out.

@@ -17,6 +17,8 @@ from tests import references as slow
 # Name in the references: (distance, does it normalise, with which norm).
 DISTANCES = {
     "cosine": (CosineSimilarity, True, 2),
+    "cosine cubed": (lambda: CosineSimilarity(power=3), True, 2),
+    "l1-normalised dot": (lambda: DotProductSimilarity(p=1), True, 1),
     "dot": (lambda: DotProductSimilarity(normalize_embeddings=False), False, 2),
     "l2": (LpDistance, True, 2),
     "l2 squared": (lambda: LpDistance(power=2), True, 2),

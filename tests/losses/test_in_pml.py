@@ -1,12 +1,5 @@
 """What PML asks of every loss, asked of ours, as its own tests do."""
 
-import copy
-import doctest
-import io
-import pickle
-import sqlite3
-import sys
-
 import pytest
 import torch
 from pytorch_metric_learning.losses import CrossBatchMemory, MultipleLosses, TripletMarginLoss
@@ -23,14 +16,10 @@ from pytorch_metric_learning.reducers import (
     ThresholdReducer,
 )
 from pytorch_metric_learning.regularizers import LpRegularizer
-from pytorch_metric_learning.utils import common_functions
 from pytorch_metric_learning.utils.loss_and_miner_utils import get_all_pairs_indices
-from record_keeper import RecordKeeper, RecordWriter
-from torch import nn
 
 from pml_tacl import (
     AttentionConsistencyLoss,
-    AttentionConsistencyMiner,
     ContrastiveClusteringLoss,
     ContrastiveClusteringMiner,
 )
@@ -191,104 +180,3 @@ def test_cross_batch_memory_refuses_ours_by_name_and_its_pattern_works():
     assert loss(EMBEDDINGS, LABELS, pairs, memory, memory_labels) > 0
     alone = loss(EMBEDDINGS, LABELS, None, EMBEDDINGS.clone(), LABELS.clone())
     torch.testing.assert_close(alone, loss(EMBEDDINGS, LABELS))
-
-
-def everything():
-    """Losses and miners, with and without centroids."""
-    made = [
-        ContrastiveClusteringLoss(0.3, 2),
-        ContrastiveClusteringLoss(0.3, 2, embedding_regularizer=LpRegularizer()),
-        AttentionConsistencyLoss(0.2, 9, 2),
-        ContrastiveClusteringMiner(3, 0.9),
-        AttentionConsistencyMiner(2),
-    ]
-    for x in made[:2] + made[3:4]:
-        x.set_centroids(CENTROIDS)
-    return made
-
-
-def results_of(x):
-    if isinstance(x, AttentionConsistencyLoss):
-        return (x(*MAPS, POINTS, LABELS),)
-    if isinstance(x, AttentionConsistencyMiner):
-        return x(MAPS[0], LABELS)
-    result = x(EMBEDDINGS, LABELS)
-    return result if isinstance(result, tuple) else (result,)
-
-
-@pytest.mark.parametrize(
-    "clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
-)
-@pytest.mark.parametrize("x", everything(), ids=lambda x: type(x).__name__)
-def test_copies_do_the_same(clone, x):
-    for got, expected in zip(results_of(clone(x)), results_of(x), strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=0)
-
-
-def saved(x):
-    file = io.BytesIO()
-    torch.save(x.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-@pytest.mark.parametrize("make", [ContrastiveClusteringLoss, ContrastiveClusteringMiner])
-@pytest.mark.parametrize("before", [None, 2, 4, 7])
-@pytest.mark.parametrize("stored", [None, 4])
-def test_state_dict_brings_centroids_of_any_number(make, stored, before):
-    x, y = make(), make()
-    x.set_centroids(None if stored is None else torch.randn(stored, 6))
-    y.set_centroids(None if before is None else torch.randn(before, 6))
-    y.load_state_dict(saved(x))
-    assert (x.centroids is None) == (y.centroids is None)
-    for got, expected in zip(results_of(y), results_of(x), strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=0)
-    assert list(y.parameters()) == list(y.buffers()) == []
-
-
-def test_stats():
-    loss, _ = of_centroids(collect_stats=True)
-    unit = nn.functional.normalize
-    similarity = unit(EMBEDDINGS) @ unit(CENTROIDS).T
-    similarity, labels = similarity[CLEAN], LABELS[CLEAN]
-    own = similarity.gather(1, labels[:, None]).mean().item()
-    others = similarity.scatter(1, labels[:, None], -2).topk(3).values.mean().item()
-    assert loss.own_centre_distance == pytest.approx(own, rel=1e-5)
-    assert loss.other_centre_distance == pytest.approx(others, rel=1e-5)
-    loss(EMBEDDINGS, torch.full((10,), -1))
-    assert loss.own_centre_distance == loss.other_centre_distance == 0
-    assert of_attention(collect_stats=True)[0].num_pairs == 10
-    plain = ContrastiveClusteringLoss()
-    plain(EMBEDDINGS, LABELS)
-    assert not hasattr(plain, "own_centre_distance")
-    with_reducer_stats, _ = of_means(reducer=MeanReducer(collect_stats=True))
-    assert with_reducer_stats.reducer.losses_size == CLEAN.sum()
-
-
-def test_record_keeper_logs_numbers_and_never_a_list(tmp_path):
-    losses = dict(zip("abcde", everything(), strict=True))
-    for x in losses.values():
-        x.collect_stats = True
-    writer = RecordWriter(str(tmp_path))
-    keeper = RecordKeeper(
-        record_writer=writer,
-        attributes_to_search_for=common_functions.list_of_recordable_attributes_list_names(),
-    )
-    for step in (1, 2):
-        for x in losses.values():
-            results_of(x)
-        keeper.update_records(losses, step, recursive_types=[nn.Module, dict])
-    assert not writer.records_that_are_lists
-    keeper.save_records()
-    with sqlite3.connect(tmp_path / "logs.db") as logs:
-        tables = {name for (name,) in logs.execute("SELECT name FROM sqlite_master")}
-        rows = logs.execute("SELECT margin, num_negatives FROM a_ContrastiveClusteringLoss")
-        assert rows.fetchall() == [(0.3, 2), (0.3, 2)]
-    assert {"c_AttentionConsistencyLoss", "d_ContrastiveClusteringMiner"} <= tables
-
-
-@pytest.mark.parametrize("make", [ContrastiveClusteringLoss, AttentionConsistencyLoss])
-def test_examples_of_the_docstrings_run(make):
-    results = doctest.testmod(sys.modules[make.__module__])
-    assert results.attempted > 0
-    assert results.failed == 0
