@@ -21,7 +21,7 @@ class Batch(NamedTuple):
 
 
 class TwoViews(Dataset[Any]):
-    """(view, transformed view, points, index) of each picture."""
+    """(view, transformed view, points, index) of each picture; ValueError for NaN in it."""
 
     def __init__(
         self, dataset: Dataset[Any], transform: Callable[[Any], tuple[Tensor, Tensor, Tensor]]
@@ -33,11 +33,12 @@ class TwoViews(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        return (*self.transform(self.dataset[index][0]), index)
+        view, transformed, points = self.transform(self.dataset[index][0])
+        return _finite(view, index), _finite(transformed, index), points, index
 
 
 class OneView(Dataset[Any]):
-    """(evaluation view, index) of each picture."""
+    """(evaluation view, index) of each picture; ValueError for NaN in it."""
 
     def __init__(self, dataset: Dataset[Any], transform: Callable[[Any], Tensor]) -> None:
         self.dataset = dataset
@@ -47,7 +48,14 @@ class OneView(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.dataset[index][0]), index
+        return _finite(self.transform(self.dataset[index][0]), index), index
+
+
+def _finite(image: Tensor, index: int) -> Tensor:
+    # Here, where the picture is known: one NaN would spread to the batch through BatchNorm.
+    if not torch.isfinite(image.sum()):
+        raise ValueError(f"picture {index} of the data set is NaN or infinite: mend or remove it")
+    return image
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_metric_learning.losses import SelfSupervisedLoss
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.trainers import BaseTrainer
 from torch import Tensor, nn
@@ -14,7 +13,8 @@ from tqdm import tqdm
 from pml_tacl._centroids import Centroids
 from pml_tacl.clustering import PseudoLabeler
 from pml_tacl.evaluation import embed
-from pml_tacl.losses import AttentionConsistencyLoss
+from pml_tacl.trainers._arguments import check_arguments, check_clusters
+from pml_tacl.trainers._steps import Step, loss_of
 from pml_tacl.trainers._views import Batch, OneView, TwoViews, swap_surroundings
 from pml_tacl.trainers.checkpoint import (
     load_checkpoint,
@@ -64,7 +64,7 @@ class UnsupervisedTrainer(BaseTrainer):
 
     Raises:
         ValueError: for an argument that does not fit, before anything is computed.
-        FloatingPointError: in training, if the loss is nan or infinite.
+        FloatingPointError: in training, if the loss is NaN or infinite.
     """
 
     def __init__(
@@ -92,32 +92,20 @@ class UnsupervisedTrainer(BaseTrainer):
         if isinstance(optimizers, torch.optim.Optimizer):
             optimizers = {"trunk_optimizer": optimizers}
         count = len(dataset)  # type: ignore[arg-type]
-        if not 1 <= batch_size <= count:
-            raise ValueError(
-                f"batch_size must be from 1 to the number of pictures, {count}, got {batch_size}"
-            )
-        if images_per_cluster < 1 or batch_size % images_per_cluster:
-            raise ValueError(
-                f"images_per_cluster must divide batch_size={batch_size}, got {images_per_cluster}"
-            )
-        if recluster_every < 1 or warmup_epochs < 0:
-            raise ValueError(
-                "recluster_every must be at least 1 and warmup_epochs at least 0, got "
-                f"{recluster_every} and {warmup_epochs}"
-            )
-        if amp_dtype not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"amp_dtype must be torch.bfloat16, float16 or None, got {amp_dtype}")
         mining_funcs = dict(mining_funcs or {})
-        if unknown := set(mining_funcs) - {"tuple_miner", "attention_miner"}:
-            raise ValueError(
-                f"mining_funcs must be named tuple_miner or attention_miner, got {sorted(unknown)}"
-            )
         weights = dict(kwargs.pop("loss_weights", None) or {})
-        if unknown := set(weights) - set(loss_funcs):
-            raise ValueError(
-                f"loss_weights must be named as loss_funcs, {sorted(loss_funcs)}, "
-                f"got {sorted(unknown)}"
-            )
+        check_arguments(
+            count=count,
+            batch_size=batch_size,
+            images_per_cluster=images_per_cluster,
+            recluster_every=recluster_every,
+            warmup_epochs=warmup_epochs,
+            amp_dtype=amp_dtype,
+            labeler=labeler,
+            miners=mining_funcs,
+            weights=weights,
+            losses=loss_funcs,
+        )
         self.transform, self.eval_transform, self.labeler = transform, eval_transform, labeler
         self.images_per_cluster, self.recluster_every = images_per_cluster, recluster_every
         self.warmup_epochs, self.swap = warmup_epochs, swap
@@ -208,14 +196,8 @@ class UnsupervisedTrainer(BaseTrainer):
         Raises:
             ValueError: if there are fewer clusters than a batch needs.
         """
-        needed = self.batch_size // self.images_per_cluster
         there = int(labels[labels >= 0].unique().numel())
-        if there < needed:
-            raise ValueError(
-                f"{there} clusters are fewer than the {needed} that a batch of {self.batch_size} "
-                f"with images_per_cluster={self.images_per_cluster} needs: lower batch_size, raise "
-                "images_per_cluster or ask for more clusters"
-            )
+        check_clusters(there, self.batch_size, self.images_per_cluster)
         self.labels, self.centroids = labels.cpu().long(), centroids
         for module in (*self.loss_funcs.values(), *self.mining_funcs.values()):
             if isinstance(module, Centroids):
@@ -224,20 +206,17 @@ class UnsupervisedTrainer(BaseTrainer):
     def initialize_dataloader(self) -> None:
         """A new sampler and loader: a loader already running would hand out old labels."""
         size = self.iterations_per_epoch * self.batch_size
-        pictures = TwoViews(self.dataset, self.transform)
-        chosen: Any = None
-        if self.centroids is None:
-            sampler: Any = RandomSampler(range(len(pictures)), num_samples=size)
-        else:
+        order: Any = RandomSampler(self.labels, num_samples=size)  # type: ignore[arg-type]
+        if self.centroids is not None:
             chosen = torch.where(self.labels >= 0)[0]
             sampler = MPerClassSampler(
                 self.labels[chosen], self.images_per_cluster, self.batch_size, size
             )
-            chosen = chosen[list(sampler)].tolist()
+            order = chosen[list(sampler)].tolist()
         self.dataloader = DataLoader(
-            pictures,
+            TwoViews(self.dataset, self.transform),
             self.batch_size,
-            sampler=chosen or sampler,
+            sampler=order,
             num_workers=self.dataloader_num_workers,
             collate_fn=self.collate_fn,
             pin_memory=torch.device(self.data_device).type == "cuda",
@@ -250,7 +229,7 @@ class UnsupervisedTrainer(BaseTrainer):
         return Batch(views, transformed, points, self.labels[index].to(self.data_device))
 
     def calculate_loss(self, curr_batch: Batch) -> None:
-        views, transformed, points, labels = curr_batch
+        views, transformed, _, labels = curr_batch
         weights = None
         if self.swap is not None:
             grid = self.transform.grid  # type: ignore[attr-defined]
@@ -263,20 +242,12 @@ class UnsupervisedTrainer(BaseTrainer):
         with torch.autocast(images.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             trunk_output = self.models["trunk"](images)
             embeddings = self.models["embedder"](trunk_output)
-            both = torch.cat([labels, labels])
-            metric_tuple = self.maybe_mine_embeddings(embeddings, both)
+            pairs = self.maybe_mine_embeddings(embeddings, torch.cat([labels, labels]))
+            miner, warming_up = self.mining_funcs.get("attention_miner"), self.centroids is None
+            step = Step(trunk_output, embeddings, curr_batch, weights, pairs, miner, warming_up)
             for name, loss_func in self.loss_funcs.items():
-                if self.loss_weights[name] == 0:
-                    continue
-                if isinstance(loss_func, AttentionConsistencyLoss):
-                    loss = self._attention_loss(loss_func, trunk_output, points, labels, weights)
-                elif isinstance(loss_func, SelfSupervisedLoss):
-                    loss = loss_func(*embeddings.chunk(2))
-                else:
-                    # Centres say themselves what is hard; a miner's pairs are for the others.
-                    pairs = None if isinstance(loss_func, Centroids) else metric_tuple
-                    loss = loss_func(embeddings, both, pairs)
-                self.losses[name] = loss
+                if self.loss_weights[name] != 0:
+                    self.losses[name] = loss_of(loss_func, step)
 
     def backward(self) -> None:
         total = self.losses["total_loss"]
@@ -325,26 +296,3 @@ class UnsupervisedTrainer(BaseTrainer):
             ValueError: if it is of another number of pictures.
         """
         return restore_trainer(self, load_checkpoint(path))
-
-    def _attention_loss(
-        self,
-        loss_func: AttentionConsistencyLoss,
-        trunk_output: Any,
-        points: Tensor,
-        labels: Tensor,
-        weights: Tensor | None,
-    ) -> Tensor:
-        maps = getattr(trunk_output, "feature_maps", None)
-        if maps is None:
-            raise ValueError(
-                "AttentionConsistencyLoss needs a trunk with feature_maps: use AttentionEmbedder"
-            )
-        first, second = maps.chunk(2)
-        miner = self.mining_funcs.get("attention_miner")
-        pairs = miner(first, labels) if miner is not None else None
-        if self.centroids is None:
-            # Every picture is its own cluster: matched with itself, seen through the transform.
-            index = torch.arange(len(labels), device=labels.device)
-            pairs = (index, index, index[:0], index[:0])
-        loss: Tensor = loss_func(first, second, points, labels, pairs, weights)
-        return loss

@@ -339,6 +339,31 @@ def test_nan_pictures_are_reported_before_a_step():
         trainer.train(num_epochs=1)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_nan_picture_is_named_before_it_reaches_the_model(workers):
+    model = make_model()
+    to_input = model.transform(image_size=SIZE)
+
+    def siamese(picture):
+        view = to_input(picture)
+        if torch.equal(picture, Pictures().pictures[5]):
+            view[0, 3, 3] = float("nan")
+        return to_input(picture), view, torch.zeros(4, 2)
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make_trainer(
+        model,
+        transform=siamese,
+        warmup_epochs=1,
+        dataloader_num_workers=workers,
+        batch_size=COUNT,
+        images_per_cluster=6,
+    )
+    with pytest.raises(ValueError, match="picture 5 of the data set is NaN or infinite"):
+        trainer.train(num_epochs=1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_too_few_clusters_for_a_batch_say_so():
     def labeler(embeddings, initial_centroids=None):
         return pseudo_labels_from(torch.arange(COUNT) % 2, embeddings)
@@ -403,6 +428,8 @@ def test_the_clustering_is_logged(caplog):
         ({"amp_dtype": torch.float64}, "amp_dtype must be"),
         ({"mining_funcs": {"tuple_miners": None}}, "mining_funcs must be named"),
         ({"loss_weights": {"metric": 1.0}}, "loss_weights must be named as loss_funcs"),
+        ({"labeler": KMeansPseudoLabeler(25)}, "num_clusters=25 is more than the 24 pictures"),
+        ({"labeler": KMeansPseudoLabeler(3)}, "3 clusters are fewer than the 4 that a batch of 8"),
     ],
 )
 def test_arguments_are_checked_before_anything_is_computed(kwargs, message):

@@ -1,0 +1,74 @@
+"""What a trainer refuses before anything is computed."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+_MINERS = {"tuple_miner", "attention_miner"}
+
+
+def check_arguments(
+    *,
+    count: int,
+    batch_size: int,
+    images_per_cluster: int,
+    recluster_every: int,
+    warmup_epochs: int,
+    amp_dtype: torch.dtype | None,
+    labeler: Any,
+    miners: Iterable[str],
+    weights: Iterable[str],
+    losses: Iterable[str],
+) -> None:
+    """Raise ValueError for an argument of :class:`UnsupervisedTrainer` that does not fit.
+
+    Args:
+        count: pictures in the data set.
+        batch_size: as of the trainer, and so on.
+        miners: names of mining_funcs.
+        weights: names of loss_weights.
+        losses: names of loss_funcs.
+    """
+    if not 1 <= batch_size <= count:
+        raise ValueError(
+            f"batch_size must be from 1 to the number of pictures, {count}, got {batch_size}"
+        )
+    if images_per_cluster < 1 or batch_size % images_per_cluster:
+        raise ValueError(
+            f"images_per_cluster must divide batch_size={batch_size}, got {images_per_cluster}"
+        )
+    if recluster_every < 1 or warmup_epochs < 0:
+        raise ValueError(
+            "recluster_every must be at least 1 and warmup_epochs at least 0, got "
+            f"{recluster_every} and {warmup_epochs}"
+        )
+    if amp_dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"amp_dtype must be torch.bfloat16, float16 or None, got {amp_dtype}")
+    if unknown := set(miners) - _MINERS:
+        raise ValueError(
+            f"mining_funcs must be named tuple_miner or attention_miner, got {sorted(unknown)}"
+        )
+    if unknown := set(weights) - set(losses):
+        raise ValueError(
+            f"loss_weights must be named as loss_funcs, {sorted(losses)}, got {sorted(unknown)}"
+        )
+    clusters = getattr(labeler, "num_clusters", None)
+    if isinstance(clusters, int):  # else only a clustering tells
+        if clusters > count:
+            raise ValueError(
+                f"num_clusters={clusters} is more than the {count} pictures: lower it or add "
+                "pictures"
+            )
+        check_clusters(clusters, batch_size, images_per_cluster)
+
+
+def check_clusters(clusters: int, batch_size: int, images_per_cluster: int) -> None:
+    """Raise ValueError for fewer clusters than a batch needs."""
+    needed = batch_size // images_per_cluster
+    if clusters < needed:
+        raise ValueError(
+            f"{clusters} clusters are fewer than the {needed} that a batch of {batch_size} with "
+            f"images_per_cluster={images_per_cluster} needs: lower batch_size, raise "
+            "images_per_cluster or ask for more clusters"
+        )

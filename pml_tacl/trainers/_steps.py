@@ -1,0 +1,61 @@
+"""What each loss of a training step is given."""
+
+from typing import Any, NamedTuple
+
+import torch
+from pytorch_metric_learning.losses import SelfSupervisedLoss
+from torch import Tensor, nn
+
+from pml_tacl._centroids import Centroids
+from pml_tacl.losses import AttentionConsistencyLoss
+from pml_tacl.trainers._views import Batch
+
+
+class Step(NamedTuple):
+    """What the losses of one step see.
+
+    Attributes:
+        trunk_output: of (views, transformed views), 2N images.
+        embeddings: (2N, D).
+        batch: the N pictures.
+        weights: (N, H*W) of the cells, or None.
+        pairs: what the tuple miner found among the embeddings, or None.
+        attention_miner: feature maps and labels of the first views -> pairs, or None.
+        warming_up: whether every picture is its own cluster.
+    """
+
+    trunk_output: Any
+    embeddings: Tensor
+    batch: Batch
+    weights: Tensor | None
+    pairs: Any
+    attention_miner: nn.Module | None
+    warming_up: bool
+
+
+def loss_of(loss_func: nn.Module, step: Step) -> Any:
+    """A loss of the step: each kind of loss gets what it understands."""
+    if isinstance(loss_func, AttentionConsistencyLoss):
+        return _attention_loss(loss_func, step)
+    if isinstance(loss_func, SelfSupervisedLoss):
+        return loss_func(*step.embeddings.chunk(2))
+    # Centres say themselves what is hard; a miner's pairs are for the others.
+    pairs = None if isinstance(loss_func, Centroids) else step.pairs
+    return loss_func(step.embeddings, torch.cat([step.batch.labels] * 2), pairs)
+
+
+def _attention_loss(loss_func: AttentionConsistencyLoss, step: Step) -> Any:
+    maps = getattr(step.trunk_output, "feature_maps", None)
+    if maps is None:
+        raise ValueError(
+            "AttentionConsistencyLoss needs a trunk with feature_maps: use AttentionEmbedder"
+        )
+    first, second = maps.chunk(2)
+    labels = step.batch.labels
+    pairs = None
+    if step.warming_up:  # a picture is matched with itself, seen through the transform
+        index = torch.arange(len(labels), device=labels.device)
+        pairs = (index, index, index[:0], index[:0])
+    elif step.attention_miner is not None:
+        pairs = step.attention_miner(first, labels)
+    return loss_func(first, second, step.batch.points, labels, pairs, step.weights)
