@@ -61,12 +61,38 @@ def open_run(
             run to resume had another config.
     """
     folder = Path(folder)
+    check_run(folder, config, resume=resume, overwrite=overwrite)
+    there = sorted(folder.iterdir()) if folder.exists() else []
+    if there and resume:
+        return folder
+    for path in there:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / _MARK, dict(config))
+    return folder
+
+
+def check_run(
+    folder: str | Path,
+    config: Mapping[str, Any] | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Raise what :func:`open_run` would, and touch nothing.
+
+    For the first line of a script: whoever forgot a flag learns it before pictures are read.
+
+    Args:
+        folder: as of :func:`open_run`, and so on.
+        config: None if it is not known yet, and then not compared.
+    """
+    folder = Path(folder)
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other: give one of them")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run folder {folder} is a file: give another folder")
-    there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-    config = json.loads(json.dumps(dict(config)))
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if there and _MARK not in there:
         raise ValueError(f"run folder {folder} holds files that are no run: give another folder")
     if there and not (resume or overwrite):
@@ -74,21 +100,28 @@ def open_run(
             f"run folder {folder} holds another run: give --resume to go on with it, --overwrite "
             "to replace it, or another folder"
         )
-    if there and resume:
-        earlier = json.loads((folder / _MARK).read_text(encoding="utf-8"))
-        changed = sorted(k for k in {*earlier, *config} if earlier.get(k) != config.get(k))
+    if there and resume and config is not None:
+        asked = json.loads(json.dumps(dict(config)))
+        earlier = read_config(folder)
+        changed = sorted(k for k in {*earlier, *asked} if earlier.get(k) != asked.get(k))
         if changed:
             raise ValueError(
                 f"run folder {folder} was begun with other settings ({', '.join(changed)}): "
                 "resume with the same, or give --overwrite"
             )
-        return folder
-    for name in there:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / _MARK, config)
-    return folder
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """What a run was asked to do.
+
+    Raises:
+        ValueError: if the folder holds no run.
+    """
+    try:
+        config: dict[str, Any] = json.loads((Path(folder) / _MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is no run's folder: it holds no readable {_MARK}") from error
+    return config
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -162,4 +195,7 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        text = str(error)
+        if "\nOriginal Traceback" in text:  # from a DataLoader's worker: what was raised there
+            text = text.strip().rsplit("\n", 1)[-1].partition(": ")[2]
+        sys.exit(f"error: {' '.join(text.split())}")

@@ -1,0 +1,376 @@
+"""train_folder.py and search.py, run as a user runs them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+
+from pml_tacl import (
+    AttentionEmbedder,
+    KMeansPseudoLabeler,
+    SiameseTransform,
+    UnsupervisedTrainer,
+    runs,
+)
+from pml_tacl.datasets import ImageFiles
+from pml_tacl.evaluation import embed
+from pml_tacl.search import PictureIndex
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SMALL = ["--backbone=test_resnet", "--weights=none", "--image-size=32", "--embedding-dim=32"]
+SMALL += ["--workers=0", "--learning-rate=1e-3"]
+BROKEN = ("broken/empty.jpg", "broken/text.jpg", "broken/truncated.png")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_example(name, *arguments):
+    """The example's main in this process, as its last lines call it."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with runs.one_line_errors():
+            module.main()
+
+
+def failure(name, *arguments):
+    """The line that the example ends with."""
+    with pytest.raises(SystemExit) as stop:
+        run_example(name, *arguments)
+    return stop.value.code
+
+
+def in_a_process(name, *arguments, **environment):
+    command = [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def draw(rng, count):
+    """Random patches of colour, each picture its own."""
+    for cells in rng.integers(0, 256, (count, 5, 4, 3), dtype=np.uint8):
+        yield Image.fromarray(cells).resize((40, 50), Image.Resampling.BICUBIC)
+
+
+def write_pictures(folder, count, seed=0):
+    """Pictures of every format and mode that people have, in nested folders."""
+    kinds = [
+        (".jpg", "RGB"), (".JPEG", "L"), (".jpg", "CMYK"), (".png", "RGB"), (".png", "RGBA"),
+        (".png", "P"), (".png", "L"), (".webp", "RGB"), (".webp", "RGBA"), (".tif", "CMYK"),
+    ]  # fmt: skip
+    for number, image in enumerate(draw(np.random.default_rng(seed), count)):
+        suffix, mode = kinds[number % len(kinds)]
+        path = folder / f"level {number % 7}" / "ünder" / f"{number:03}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if mode == "RGBA":
+            image.putalpha(Image.linear_gradient("L").resize(image.size))
+        image.convert(mode).save(path, quality=95)
+    values = np.random.default_rng(seed).random((50, 40), dtype=np.float32)
+    values[:10] = np.nan
+    Image.fromarray(values).save(folder / "level 0" / "000 with NaN.tif")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """297 sound pictures and three broken files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pictures(folder, 296)
+    (folder / "broken").mkdir()
+    (folder / BROKEN[0]).touch()
+    (folder / BROKEN[1]).write_text("this is no picture")
+    whole = (folder / "level 3" / "ünder" / "003.png").read_bytes()
+    (folder / BROKEN[2]).write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labelled")
+    for number, image in enumerate(draw(np.random.default_rng(9), 12)):
+        (folder / f"class {number % 3}").mkdir(exist_ok=True)
+        image.save(folder / f"class {number % 3}" / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("few")
+    write_pictures(folder, 23)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, labelled, tmp_path_factory):
+    """The main job; gives the run's folder and what was logged."""
+    run = tmp_path_factory.mktemp("runs") / "main"
+    settings = ["--epochs=3", "--warmup-epochs=1", "--eval-folder", labelled]
+    with pytest.MonkeyPatch.context() as patch:
+        warnings = []
+        logger = "pml_tacl.datasets.image_files._logger.warning"
+        patch.setattr(logger, lambda message, *values: warnings.append(message % values))
+        run_example("train_folder", pictures, "--run", run, *SMALL, *settings)
+    return run, warnings
+
+
+def test_training_names_the_broken_files_and_goes_on(trained, pictures):
+    run, warnings = trained
+    assert len(warnings) == 1
+    assert "left out 3 of 300 files" in warnings[0]
+    assert all(str(pictures / name) in warnings[0] for name in BROKEN)
+    listed = json.loads((run / "files.json").read_text())
+    assert listed["root"] == str(pictures)
+    assert len(listed["files"]) == 297
+    assert not set(BROKEN) & set(listed["files"])
+    assert all((pictures / name).is_file() for name in listed["files"])
+    assert len(PictureIndex.load(run)) == 297
+    embeddings = np.load(run / "embeddings.npy")
+    assert embeddings.shape == (297, 32)
+    assert embeddings.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
+
+
+def test_a_run_holds_what_the_design_says(trained):
+    run, _ = trained
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert list(metrics) == ["before", "after", "config", "versions"]
+    for values in (metrics["before"], metrics["after"]):
+        assert 0 <= values["recall_at_1"] <= values["recall_at_8"] <= 1
+    assert metrics["before"] != metrics["after"]
+    assert metrics["config"] == json.loads((run / "run.json").read_text())
+    assert metrics["config"]["image_size"] == [32, 32]
+    assert metrics["config"]["num_clusters"] == 29
+    for name in ("curves", "recall", "attention", "gallery"):
+        with Image.open(run / f"{name}.png") as figure:
+            figure.verify()
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"model", "checkpoints", "records", "index.faiss", "embeddings.npy"}
+    assert not [name for name in names if name.endswith(".tmp")]
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())][-1] == "epoch_0003.pt"
+    rows = (run / "records" / "loss_histories.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3  # a header, and the first iteration of each epoch
+
+
+def test_every_stored_picture_finds_itself_first(trained, pictures):
+    run, _ = trained
+    index = PictureIndex.load(run)
+    model = AttentionEmbedder.from_pretrained(run / "model")
+    stored = ImageFiles(pictures, transform=model.transform(image_size=(32, 32)), progress=False)
+    # One at a time, as a user asks, not in the batches that the index was made of.
+    queries, _ = embed(model, stored, batch_size=1, progress=False)
+    similarities, rows = index.search(queries, k=2)
+    assert rows[:, 0].tolist() == list(range(297))
+    np.testing.assert_allclose(similarities[:, 0], 1, atol=1e-5)
+    assert [path.resolve() for path in index.paths(rows[:, 0])] == stored.paths
+
+
+def test_search_prints_a_table_and_writes_a_gallery(trained, pictures, tmp_path):
+    run, _ = trained
+    files = json.loads((run / "files.json").read_text())["files"]
+    done = in_a_process("search", run, pictures / files[7], "-k", 4, "--out", tmp_path / "g.png")
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.splitlines()
+    assert table[0] == str(pictures / files[7])
+    assert table[2].split(maxsplit=2) == ["1", "1.0000", files[7]]
+    assert len(table) == 1 + 1 + 4 + 1
+    values = [float(line.split()[1]) for line in table[2:6]]
+    assert values == sorted(values, reverse=True)
+    with Image.open(tmp_path / "g.png") as gallery:
+        gallery.verify()
+
+
+def test_search_takes_a_folder_and_a_moved_collection(trained, pictures, few, tmp_path, capsys):
+    run, _ = trained
+    index = PictureIndex.load(run)
+    index.root = tmp_path / "gone"
+    moved = tmp_path / "run"
+    moved.mkdir()
+    for path in (run / "run.json", run / "model"):
+        (moved / path.name).symlink_to(path)
+    index.save(moved)
+    query = pictures / "level 1"
+    message = failure("search", moved, query)
+    assert message == f"error: the indexed pictures are not in {index.root}: give --images FOLDER"
+    capsys.readouterr()
+    run_example("search", moved, query, "--images", pictures)
+    asked = ImageFiles(query, progress=False).paths
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith(str(query))] == [str(p) for p in asked]
+    first = [line.split(maxsplit=2)[2] for line in lines if line.startswith("   1 ")]
+    assert [pictures / name for name in first] == asked
+    assert lines[-1].endswith(f"{moved / 'search.png'}")
+    assert (moved / "search.png").stat().st_size > 0
+
+
+def test_search_says_what_is_missing(trained, pictures, tmp_path):
+    run, _ = trained
+    query = pictures / BROKEN[1]
+    good = next((pictures / "level 2").rglob("*.jpg"))
+    assert failure("search", tmp_path, good).endswith("it holds no readable run.json")
+    assert "text.jpg: not a picture of a known format" in failure("search", run, query)
+    assert "No such file" in failure("search", run, tmp_path / "none.jpg")
+    assert "k must be at least 1" in failure("search", run, good, "-k", 0)
+    broken = tmp_path / "run"
+    broken.mkdir()
+    for name in ("run.json", "model", "files.json"):
+        (broken / name).symlink_to(run / name)
+    assert "holds no index.faiss" in failure("search", broken, good)
+    (broken / "index.faiss").write_bytes((run / "index.faiss").read_bytes()[:50])
+    assert "index.faiss is no index of faiss's, or damaged" in failure("search", broken, good)
+    PictureIndex(np.eye(2, 32), ["a", "b"], pictures).save(tmp_path / "other")
+    (broken / "index.faiss").write_bytes((tmp_path / "other" / "index.faiss").read_bytes())
+    assert "holds 2 embeddings in index.faiss and 297 pictures" in failure("search", broken, good)
+
+
+@pytest.mark.parametrize("stop", [(1, 0), (3, 1)])
+def test_a_resumed_run_ends_like_an_unbroken_one(few, labelled, unbroken, tmp_path, stop):
+    train = UnsupervisedTrainer.forward_and_backward
+
+    def interrupted(trainer):
+        if (trainer.epoch, trainer.iteration) == stop:
+            raise KeyboardInterrupt
+        train(trainer)
+
+    command = ["train_folder", few, "--run", tmp_path / "run", *unbroken.settings]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UnsupervisedTrainer, "forward_and_backward", interrupted)
+        assert failure(*command) == 130
+    assert not (tmp_path / "run" / "index.faiss").exists()
+    run_example(*command, "--resume")
+    ended = contents(tmp_path / "run")
+    # Checkpoints are zip archives and the data base counts its writes: their content is above.
+    kept = {path for path in unbroken.files if path.suffix not in (".pt", ".db")}
+    assert {path for path in ended if path.suffix not in (".pt", ".db")} == kept
+    assert [path for path in sorted(kept) if ended[path] != unbroken.files[path]] == []
+
+
+@pytest.fixture(scope="module")
+def unbroken(few, labelled, tmp_path_factory):
+    class Unbroken:
+        settings = (*SMALL, "--epochs=3", "--warmup-epochs=1", "--batch-size=8", "--swap",
+                    "--eval-folder", labelled)  # fmt: skip
+        run = tmp_path_factory.mktemp("unbroken") / "run"
+
+    run_example("train_folder", few, "--run", Unbroken.run, *Unbroken.settings)
+    Unbroken.files = contents(Unbroken.run)
+    return Unbroken
+
+
+def test_resuming_an_ended_run_changes_nothing(few, unbroken):
+    run_example("train_folder", few, "--run", unbroken.run, *unbroken.settings, "--resume")
+    assert contents(unbroken.run) == unbroken.files
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{empty}"], "no picture in '{empty}' or below it"),
+        (["{empty}/none"], "root must be a folder of pictures; '{empty}/none' is none"),
+        (["{few}", "--num-clusters=25"], "num_clusters=25 is more than the 24 pictures"),
+        (["{few}", "--num-clusters=3"], "3 clusters are fewer than the 4 that a batch of 16"),
+        (["{few}", "--batch-size=28"], "batch_size must be from 1 to the number of pictures, 24"),
+        (["{few}", "--batch-size=0"], "batch_size must be from 1"),
+        (["{few}", "--batch-size=6"], "images_per_cluster must divide batch_size=6"),
+        (["{few}", "--backbone=resnet5O"], "backbone='resnet5O' is no timm model: did you mean"),
+        (["{few}", "--weights=pretrained"], "(here: --weights FILE, or --weights none)"),
+        (["{few}", "--weights={empty}/none.pth"], "pretrained='{empty}/none.pth': no such file"),
+        (["{few}", "--epochs=0"], "epochs must be at least 1"),
+        (["{few}", "--image-size=-3"], "image_size must be pixels"),
+        (["{few}", "--learning-rate=nan"], "lr must be at least 0, got nan"),
+        (["{few}", "--eval-folder={empty}"], "no picture in '{empty}' or below it"),
+        (["{pictures}", "--strict"], "3 broken files, and strict=True: "),
+        (["{pictures}/broken"], "no readable picture in '{pictures}/broken': "),
+        (["{few}", "--resume"], "resume and overwrite exclude each other"),
+        (["{run}"], "must lie apart: give --run"),
+        (["{run}/.."], "must lie apart: give --run"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_harms_nothing(
+    arguments, message, unbroken, few, pictures, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no cache"))
+    (tmp_path / "empty").mkdir()
+    places = {"empty": tmp_path / "empty", "few": few, "pictures": pictures, "run": unbroken.run}
+    images, *others = [argument.format(**places) for argument in arguments]
+    settings = [*SMALL, "--batch-size=16", "--run", unbroken.run, "--overwrite"]
+    found = failure("train_folder", images, *settings, *others)
+    assert found.startswith("error: ")
+    assert message.format(**places) in found
+    assert "\n" not in found
+    assert contents(unbroken.run) == unbroken.files
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nan_pictures_of_a_users_data_set_end_in_one_line(few, workers):
+    model = AttentionEmbedder("test_resnet", 8)
+    trainer = UnsupervisedTrainer(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        8,
+        {"metric_loss": MultiSimilarityLoss()},
+        [(torch.full((3, 40, 40), float("nan") if i == 5 else i / 24), 0) for i in range(24)],
+        transform=SiameseTransform(32, 2, photometric=None),
+        eval_transform=lambda picture: picture[:, :32, :32],
+        labeler=KMeansPseudoLabeler(4),
+        images_per_cluster=2,
+        dataloader_num_workers=workers,
+        progress=False,
+    )
+    with pytest.raises(SystemExit) as stop, runs.one_line_errors():
+        trainer.train()
+    line = "error: picture 5 of the data set is NaN or infinite: mend or remove it"
+    assert stop.value.code == line
+
+
+def test_a_run_is_not_mixed_with_another(few, unbroken, pictures):
+    run = ["--run", unbroken.run]
+    found = failure("train_folder", few, *run, *unbroken.settings)
+    assert "holds another run: give --resume to go on with it, --overwrite to replace it" in found
+    found = failure("train_folder", few, *run, *unbroken.settings, "--resume", "--epochs=4")
+    assert "begun with other settings (epochs): resume with the same" in found
+    found = failure("train_folder", pictures, *run, *unbroken.settings, "--resume")
+    assert "begun with other settings (images, num_clusters, pictures)" in found
+    assert contents(unbroken.run) == unbroken.files
+
+
+def test_overwriting_replaces_the_whole_run(few, tmp_path):
+    command = ["train_folder", few, "--run", tmp_path / "run", *SMALL, "--epochs=1"]
+    run_example(*command, "--batch-size=8")
+    (tmp_path / "run" / "stray").touch()
+    run_example(*command, "--batch-size=12", "--overwrite")
+    assert not (tmp_path / "run" / "stray").exists()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["before"] == metrics["after"] == {}
+    assert metrics["config"]["batch_size"] == 12
+
+
+def test_offline_a_process_ends_with_one_line_and_code_1(few, tmp_path):
+    arguments = [few, "--run", tmp_path / "run", "--backbone=test_resnet"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = in_a_process("train_folder", *arguments, **offline)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: pretrained=True: no weights for 'test_resnet'")
+    assert last.endswith("(here: --weights FILE, or --weights none)")
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "run").exists()
