@@ -1,0 +1,121 @@
+"""What each family of backbones gives at 224 pixels: stage, grid, channels, output.
+
+Shapes and parameters do not depend on weights, so the backbones are built and run without memory,
+on torch's meta device; only the embedder's few tensors are real.
+
+    python benchmarks/backbones.py              # writes docs/backbones.md
+    python benchmarks/backbones.py --output -
+"""
+
+import argparse
+import datetime
+import platform
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from pml_tacl import AttentionEmbedder, __version__
+
+SIDE, DIMENSIONS = 224, 512
+
+# family, backbone (a timm model), arguments beyond the name
+FAMILIES: list[tuple[str, str, dict[str, Any]]] = [
+    ("ResNet", "resnet50", {}),
+    ("ResNet, dilated", "resnet50", {"output_stride": 16}),
+    ("ConvNeXt", "convnext_tiny", {}),
+    ("EfficientNet", "efficientnet_b0", {}),
+    ("EfficientNet-Lite", "tf_efficientnet_lite0", {}),
+    ("MobileNet", "mobilenetv3_large_100", {}),
+    ("RegNet", "regnety_032", {}),
+    ("NFNet", "dm_nfnet_f0", {}),
+    ("ViT, class token", "vit_base_patch16_224", {}),
+    ("ViT, no class token", "vit_base_patch16_siglip_224", {}),
+    ("ViT, register tokens", "vit_medium_patch16_reg4_gap_256", {"dynamic_img_size": True}),
+    ("DINOv2", "vit_small_patch14_dinov2", {"img_size": SIDE}),
+    ("DINOv2, register tokens", "vit_small_patch14_reg4_dinov2", {"img_size": SIDE}),
+    ("DINOv3", "vit_small_patch16_dinov3", {}),
+    ("BEiT", "beitv2_base_patch16_224", {}),
+    ("Swin", "swin_tiny_patch4_window7_224", {}),
+    ("MaxViT", "maxvit_tiny_tf_224", {}),
+    ("CoAtNet", "coatnet_0_rw_224", {}),
+    ("CoaT", "coat_lite_mini", {}),
+    ("Hiera", "hiera_tiny_224", {}),
+    ("MambaOut", "mambaout_tiny", {}),
+    ("EfficientViM", "efficientvim_m1", {}),
+]
+
+
+def own_module() -> nn.Module:
+    """A module that is not timm's: torchvision's ResNet-18 up to its maps."""
+    return nn.Sequential(*list(torchvision.models.resnet18().children())[:-2])
+
+
+def row(family: str, backbone: str | nn.Module, kwargs: dict[str, Any]) -> str:
+    with torch.device("meta"):
+        model = AttentionEmbedder(backbone, DIMENSIONS, **kwargs).eval()
+        output = model.trunk(torch.empty(1, 3, SIDE, SIDE))
+    # Autocast, which the pooling switches off for itself, knows no meta device.
+    embedder = model.embedder.to_empty(device="cpu")
+    for parameter in embedder.parameters():
+        nn.init.ones_(parameter)
+    out = embedder.forward_features(type(output)(*(torch.ones(x.shape) for x in output)))
+    assert out.attention.shape == (1, *out.feature_maps.shape[2:])
+    name = f"`{backbone}`" if isinstance(backbone, str) else "torchvision's `resnet18`, as a module"
+    name += "".join(f", `{key}={value}`" for key, value in kwargs.items())
+    maps, last = out.feature_maps.shape, output.features.shape
+    index = "" if model.trunk.feature_index is None else model.trunk.feature_index
+    millions = sum(parameter.numel() for parameter in model.trunk.parameters()) / 1e6
+    return (
+        f"| {family} | {name} | {index} | {maps[2]} x {maps[3]} | {maps[1]} "
+        f"| {last[2]} x {last[3]} | {last[1]} | {tuple(out.embeddings.shape)} | {millions:.1f} M |"
+    )
+
+
+def report(rows: list[str]) -> str:
+    lines = [
+        "# Backbones",
+        "",
+        f"Written by `benchmarks/backbones.py` on {datetime.date.today()}: Python "
+        f"{platform.python_version()}, torch {torch.__version__.partition('+')[0]}, torchvision "
+        f"{torchvision.__version__.partition('+')[0]}, timm {timm.__version__}, pml_tacl "
+        f"{__version__}.",
+        "",
+        f"`AttentionEmbedder(name, {DIMENSIONS})` for one picture of {SIDE} x {SIDE} pixels. "
+        "`feature_index` is the one taken by default: the last stage of stride 16 or finer, for a "
+        "plain ViT its last block. Its maps carry attention, the last stage's are pooled by it; "
+        "where both are the same, they are one tensor. Prefix tokens (class, registers) are no "
+        "places and are left out. Parameters are the trunk's, without its classifier.",
+        "",
+        "| family | model | feature_index | grid of the maps | channels | pooled grid | "
+        "channels | embeddings | parameters |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *rows,
+        "",
+        "Each family is tested in `tests/models/test_backbones.py`, at a small size: forward, "
+        "backward, frozen, 1 and 4 channels, odd sizes. Any other timm model with "
+        "`forward_intermediates` goes the same way, and so does a module that maps (N, C, H, W) "
+        "images to (N, C, H, W) maps or a list of them.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", default="docs/backbones.md", help="- prints it")
+    arguments = parser.parse_args()
+    rows = [row(*family) for family in FAMILIES]
+    with torch.device("meta"):
+        module = own_module()
+    text = report([*rows, row("any other module", module, {})])
+    if arguments.output == "-":
+        print(text, end="")
+    else:
+        Path(arguments.output).write_text(text)
+
+
+if __name__ == "__main__":
+    main()
