@@ -7,6 +7,7 @@ gallery and record-keeper's records. The same script runs on a GPU if there is o
 """
 
 import argparse
+import os
 from collections import defaultdict
 
 import torch
@@ -31,13 +32,13 @@ from pml_tacl.evaluation import embed, make_tester
 
 CONFIG = {
     "backbone": "resnet10t",  # any timm model; this one is small and starts from scratch
-    "channels": [32, 64, 128, 256],
+    "timm": {"channels": [32, 64, 128, 256], "stem_width": 16, "output_stride": 16},
     "embedding_dim": 128,
-    "num_clusters": 280,
+    "num_clusters": "auto",  # a tenth of the pictures
     "batch_size": 64,
     "images_per_cluster": 4,
-    "epochs": 8,
-    "warmup_epochs": 4,  # each picture is its own cluster until features are worth clustering
+    "epochs": 7,
+    "warmup_epochs": 3,  # each picture is its own cluster until features are worth clustering
     "learning_rate": 2e-3,
     "loss_weights": {"metric_loss": 1.0, "clustering_loss": 1.0, "attention_loss": 1.0},
 }
@@ -53,15 +54,15 @@ def main() -> None:
     run = runs.open_run(args.run, config, overwrite=args.overwrite)
     runs.seed_everything(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # one core is the loader's
 
     # The labels of the training half are never read; the test half has other characters.
     train, test = Glyphs("train"), Glyphs("test")
     for half in (train, test):
         half.preload()
 
-    model = AttentionEmbedder(
-        config["backbone"], config["embedding_dim"], channels=config["channels"], stem_width=16
-    ).to(device, memory_format=torch.channels_last)
+    model = AttentionEmbedder(config["backbone"], config["embedding_dim"], **config["timm"])
+    model = model.to(device, memory_format=torch.channels_last)
     test.transform = model.transform(image_size=64)
     siamese = SiameseTransform(
         size=64,
@@ -70,7 +71,8 @@ def main() -> None:
         geometric=v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), shear=10, fill=220),
         photometric=v2.Compose(
             [
-                v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, 0.2)], 0.9),
+                v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5)], 0.9),
+                v2.RandomChannelPermutation(),
                 v2.RandomGrayscale(0.2),
                 v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.5))], 0.3),
             ]

@@ -17,8 +17,9 @@ def quickstart(monkeypatch):
     spec = importlib.util.spec_from_file_location("quickstart", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    small = {"channels": [8, 8, 16, 16], "num_clusters": 20, "epochs": 2, "warmup_epochs": 1}
-    monkeypatch.setattr(module, "CONFIG", {**module.CONFIG, **small, "batch_size": 32})
+    timm = {"channels": [8, 8, 16, 16], "stem_width": 8, "output_stride": 16}
+    small = {"timm": timm, "num_clusters": 20, "epochs": 2, "warmup_epochs": 1, "batch_size": 32}
+    monkeypatch.setattr(module, "CONFIG", {**module.CONFIG, **small})
     original = module.Glyphs
     monkeypatch.setattr(module, "Glyphs", lambda split: original(split, num_classes=12))
     return module

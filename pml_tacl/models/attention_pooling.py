@@ -30,8 +30,9 @@ class EmbedderOutput(NamedTuple):
 class PoolAttention(nn.Module):
     """Attention logits as a learned direction in feature space, zero at the start.
 
-    Feature vectors enter at unit length, so that the scale of a backbone's maps does not set how
-    quickly attention becomes sharp. No bias: softmax over places would ignore it.
+    Feature vectors enter with a root mean square of 1 over their channels, so that neither the
+    scale nor the width of a backbone's maps sets how quickly attention becomes sharp. No bias:
+    softmax over places would ignore it.
     """
 
     def __init__(self, channels: int) -> None:
@@ -44,7 +45,7 @@ class PoolAttention(nn.Module):
         with torch.autocast(maps.device.type, enabled=False):  # logits in bf16 are off by tenths
             scores: Tensor = F.conv2d(maps, self.score.weight.to(maps.dtype)).squeeze(1)
         length: Tensor = torch.linalg.vector_norm(maps, dim=1)
-        return scores / length.clamp_min(1e-6)
+        return scores * maps.shape[1] ** 0.5 / length.clamp_min(1e-6)
 
 
 class Embedder(nn.Module):
