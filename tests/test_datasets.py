@@ -471,7 +471,7 @@ class TestLoadRgb:
     @pytest.mark.parametrize(
         ("values", "expected"),
         [
-            (np.array([[-1.5, 0.5, np.nan, 2.5]], np.float32), [0, 128, 96, 255]),
+            (np.array([[-1.5, 0.5, 0.0, 2.5]], np.float32), [0, 128, 96, 255]),
             (np.array([[0, 500_000, 1_000_000, 0]], np.int32), [0, 128, 255, 0]),
             (np.array([[3.0, 3.0, 3.0, 3.0]], np.float32), [0, 0, 0, 0]),
         ],
@@ -479,6 +479,14 @@ class TestLoadRgb:
     def test_wide_values_are_stretched(self, tmp_path, values, expected):
         Image.fromarray(values).save(tmp_path / "wide.tif")
         assert pixels(load_rgb(tmp_path / "wide.tif"))[0, :, 0].tolist() == expected
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    def test_pixels_that_are_no_numbers_make_a_broken_file(self, tmp_path, bad):
+        flat("RGB", RED).save(tmp_path / "sound.png")
+        Image.fromarray(np.array([[1.0, bad, 2.0]], np.float32)).save(tmp_path / "bad.tif")
+        found = ImageFiles(tmp_path, progress=False)
+        assert [path.name for path in found.paths] == ["sound.png"]
+        assert found.broken == [(tmp_path / "bad.tif", "1 of 3 pixels are NaN or infinite")]
 
     @pytest.mark.parametrize("orientation", range(1, 9))
     def test_exif_orientation_is_honoured(self, tmp_path, orientation):

@@ -123,7 +123,8 @@ def load_rgb(path: str | Path) -> Image.Image:
         The decoded picture, mode RGB.
 
     Raises:
-        OSError: If the file cannot be read or decoded; the message names it.
+        OSError: If the file cannot be read or decoded, or has NaN or infinite pixels; the message
+            names it.
     """
     try:
         if os.path.getsize(path) == 0:
@@ -167,10 +168,13 @@ def _to_eight_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     if whole and values.min() >= 0 and values.max() < 2**16:
         high_byte: npt.NDArray[np.uint8] = (values >> 8).astype(np.uint8)
         return high_byte
-    finite = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
-    low, high = finite.min(), finite.max()
+    wide = values.astype(np.float64)
+    # Zeros in their place would train on a picture that nobody took.
+    if bad := int((~np.isfinite(wide)).sum()):
+        raise OSError(f"{bad} of {wide.size} pixels are NaN or infinite")
+    low, high = wide.min(), wide.max()
     stretched: npt.NDArray[np.uint8] = np.rint(
-        (finite - low) * (255 / max(high - low, 1e-12))
+        (wide - low) * (255 / max(high - low, 1e-12))
     ).astype(np.uint8)
     return stretched
 
