@@ -1,0 +1,80 @@
+"""The README's pictures, from a run of quickstart.py: characters never seen in training.
+
+    python examples/pictures.py runs/quickstart
+
+Writes gallery.png, attention.png, similar.png and pair.png into docs/images/.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from pml_tacl import AttentionEmbedder, SiameseTransform, runs
+from pml_tacl import visualize as vis
+from pml_tacl.datasets import Glyphs
+from pml_tacl.evaluation import embed
+from pml_tacl.functional import cross_image_attention
+
+SIZE, SHOWN, NEIGHBOURS, ALIKE = 64, 8, 8, 5
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder written by quickstart.py")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder for them")
+    parser.add_argument("--classes", type=int, help="characters to search among (default: all)")
+    parser.add_argument("--pair", type=int, default=5, help="which of the shown is in pair.png")
+    args = parser.parse_args()
+
+    model = AttentionEmbedder.from_pretrained(args.run / "model")
+    test = Glyphs("test", num_classes=args.classes, transform=model.transform(image_size=SIZE))
+    pictures, labels = torch.from_numpy(test.images), torch.from_numpy(test.labels)
+    embeddings, _ = embed(model, test)
+    shown = torch.linspace(0, len(test) - 1, SHOWN).long()  # evenly over the classes
+    nearest = (embeddings[shown] @ embeddings.T).topk(NEIGHBOURS + 1).indices[:, 1:]
+
+    def look(rows: torch.Tensor):
+        return model.forward_features(torch.stack([test[int(row)][0] for row in rows]))
+
+    def found_in(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """A(i|j), beyond how well each place of i is found in pictures of any kind."""
+        anywhere = [cross_image_attention(maps, o.expand_as(maps)) for o in queries.split(1)]
+        return (cross_image_attention(maps, others) - torch.stack(anywhere).mean(0)).clamp_min(0)
+
+    queries = look(shown).feature_maps
+    alike = nearest[0, :ALIKE]
+    maps = look(alike).feature_maps
+    asked = queries[:1].expand_as(maps)
+    likeness = found_in(maps, asked), found_in(asked, maps)
+
+    # One character in two faces: the first view of one and its transformed view, against the other.
+    first = int(shown[args.pair])
+    second = next(int(row) for row in (labels == labels[first]).nonzero() if row != first)
+    turn = v2.RandomAffine((20, 20), fill=220)
+    siamese = SiameseTransform(
+        SIZE, maps.shape[2:], crop_scale=None, geometric=turn, photometric=None, flip=False,
+        mean=(0, 0, 0), std=(1, 1, 1),
+    )  # fmt: skip
+    view, transformed, points = siamese(Image.fromarray(test.images[first]))
+    three = torch.stack([view, transformed, pictures[second].permute(2, 0, 1) / 255])
+    mean, std = (model.data_config[key] for key in ("mean", "std"))
+    seen = model.forward_features(v2.functional.normalize(three, mean, std)).feature_maps
+    across = cross_image_attention(seen[:2], seen[2:].expand_as(seen[:2]))
+
+    right = labels[nearest] == labels[shown, None]
+    for name, figure in {
+        "gallery": vis.retrieval_gallery(pictures[shown], pictures[nearest], right),
+        "attention": vis.attention_overlay(pictures[shown], look(shown).attention),
+        "similar": vis.similar_regions(pictures[shown[0]], pictures[alike], *likeness),
+        "pair": vis.cross_attention_pair(*three, *across, points),
+    }.items():
+        print(vis.save_figure(figure, args.out / f"{name}.png"))
+
+
+if __name__ == "__main__":
+    with runs.one_line_errors():
+        main()
