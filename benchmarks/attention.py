@@ -1,0 +1,155 @@
+"""Does attention find the glyph? Pointing game and inside / outside ratio, before and after.
+
+Glyphs knows the box of each character. Attention is upsampled bilinearly to the picture; a hit of
+the pointing game is an arg-max inside the box.
+
+    python benchmarks/attention.py runs/quickstart       # writes docs/attention.md
+    python benchmarks/attention.py RUN --classes 20 --output -
+"""
+
+import argparse
+import datetime
+import json
+import platform
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from pml_tacl import AttentionEmbedder, __version__, runs
+from pml_tacl.datasets import Glyphs
+
+SIZE, REFERENCES = 64, 64
+
+
+def box_masks(boxes: Tensor) -> Tensor:
+    """(N, SIZE, SIZE): whether the centre of a pixel lies in the box (x0, y0, x1, y1)."""
+    centres = torch.arange(SIZE) + 0.5
+    x0, y0, x1, y1 = (side[:, None] for side in boxes.unbind(1))
+    across, down = (centres > x0) & (centres < x1), (centres > y0) & (centres < y1)
+    return down[:, :, None] & across[:, None, :]
+
+
+def moved_boxes(dataset: Glyphs, transform: v2.Compose) -> Tensor:
+    """The boxes where the model's own transform, which resizes and crops, puts them."""
+    boxes = tv_tensors.BoundingBoxes(dataset.boxes, format="XYXY", canvas_size=(SIZE, SIZE))
+    for step in transform.transforms:
+        if isinstance(step, v2.Resize | v2.CenterCrop):
+            boxes = step(boxes)
+    return boxes.as_subclass(Tensor)
+
+
+def scores(attention: Tensor, masks: Tensor) -> dict[str, float]:
+    """The three numbers, of attention (N, H, W) and masks (N, SIZE, SIZE)."""
+    large = F.interpolate(attention[:, None].double(), (SIZE, SIZE), mode="bilinear")[:, 0]
+    box = masks.double()
+    inside = (large * box).sum((1, 2)) / box.sum((1, 2))
+    outside = (large * (1 - box)).sum((1, 2)) / (1 - box).sum((1, 2))
+    # Of places equally great (an even map: all of them) each is the arg-max in its share.
+    greatest = large >= large.amax((1, 2), keepdim=True) * (1 - 1e-6)
+    hits = (greatest & masks).sum((1, 2)) / greatest.sum((1, 2))
+    return {
+        "ratio": float((inside / outside).mean()),
+        "ratio of means": float(inside.mean() / outside.mean()),
+        "pointing game": float(hits.double().mean()),
+    }
+
+
+@torch.inference_mode()
+def attention_maps(model: AttentionEmbedder, dataset: Glyphs) -> Tensor:
+    parts = [model.forward_features(images).attention for images, _ in DataLoader(dataset, 256)]
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def distinctive(model: AttentionEmbedder, config: dict, train: Glyphs) -> AttentionEmbedder:
+    """The same weights with attention to what other pictures of the training half lack."""
+    other = AttentionEmbedder(**{**config, "attention": "distinctive"}).eval()
+    other.trunk.load_state_dict(model.trunk.state_dict())
+    rows = torch.linspace(0, len(train) - 1, REFERENCES).long().tolist()
+    images = torch.stack([train[row][0] for row in rows])
+    other.embedder.set_attention_references(other.trunk(images).feature_maps)
+    return other
+
+
+def measured(run: Path, classes: int | None, seed: int) -> tuple[dict[str, dict[str, float]], str]:
+    """A row of numbers for each source of attention, and what was measured on."""
+    trained = AttentionEmbedder.from_pretrained(run / "model")
+    config = json.loads((run / "model" / "config.json").read_text("utf-8"))
+    del config["format_version"]
+    config.update(config.pop("timm_kwargs"))
+    runs.seed_everything(seed)
+    fresh = AttentionEmbedder(**config).eval()
+    transform = trained.transform(image_size=SIZE)
+    train, test = (Glyphs(s, transform=transform, num_classes=classes) for s in ("train", "test"))
+    masks = box_masks(moved_boxes(test, transform))
+    maps = {
+        "average pooling": torch.ones(len(test), 1, 1),
+        f"{config['attention']}, untrained": attention_maps(fresh, test),
+        f"{config['attention']}, trained": attention_maps(trained, test),
+        "distinctive, untrained": attention_maps(distinctive(fresh, config, train), test),
+        "distinctive, trained": attention_maps(distinctive(trained, config, train), test),
+    }
+    height, width = maps[f"{config['attention']}, trained"].shape[1:]
+    about = (
+        f"{len(test)} pictures of {len(test.classes)} characters never seen in training, "
+        f"{SIZE} x {SIZE} pixels; attention of `{config['backbone']}` on {height} x {width} "
+        f"places; the box covers {masks.double().mean():.1%} of a picture on average"
+    )
+    return {name: scores(attention, masks) for name, attention in maps.items()}, about
+
+
+def report(rows: dict[str, dict[str, float]], about: str) -> str:
+    names = list(next(iter(rows.values())))
+    lines = [
+        "# Does attention find the glyph?",
+        "",
+        f"Written by `benchmarks/attention.py` on {datetime.date.today()} from the model of a run "
+        f"of `examples/quickstart.py`: Python {platform.python_version()}, torch "
+        f"{torch.__version__.partition('+')[0]}, timm {timm.__version__}, pml_tacl {__version__}.",
+        "",
+        f"On {about}. Attention is upsampled bilinearly to the picture.",
+        "",
+        f"| attention | {' | '.join(names)} |",
+        "| --- |" + " ---: |" * len(names),
+    ]
+    lines += [
+        f"| {name} | {row['ratio']:.2f} | {row['ratio of means']:.2f} "
+        f"| {row['pointing game']:.1%} |"
+        for name, row in rows.items()
+    ]
+    lines += [
+        "",
+        "- ratio: mean attention inside the glyph's box over that outside, mean over pictures; of "
+        "means: the two averaged over pictures first.",
+        "- pointing game: how often the arg-max lies inside the box. Equal places count by their "
+        "share, so that an even map scores what the box covers.",
+        "- average pooling: the same weight everywhere. Learned pooling (`pool`) starts as it.",
+        f"- distinctive: the same trunk, no training of the attention; {REFERENCES} pictures of "
+        "the training half as references, see `Embedder.set_attention_references`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder written by quickstart.py")
+    parser.add_argument("--classes", type=int, help="characters to test on (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the untrained weights")
+    parser.add_argument("--output", default="docs/attention.md", help="- prints it")
+    arguments = parser.parse_args()
+    text = report(*measured(arguments.run, arguments.classes, arguments.seed))
+    if arguments.output == "-":
+        print(text, end="")
+    else:
+        Path(arguments.output).write_text(text)
+
+
+if __name__ == "__main__":
+    with runs.one_line_errors():
+        main()
