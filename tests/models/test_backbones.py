@@ -220,7 +220,9 @@ def test_places_of_average_pooled_vits_are_normalised(name):
     torch.testing.assert_close(maps.std(1, correction=0), torch.ones(2, 2, 2), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["tresnet_m", "crossvit_9_240"])
+@pytest.mark.parametrize(
+    "name", ["tresnet_m", "crossvit_9_240", "coat_lite_mini", "efficientvim_m1"]
+)
 def test_families_with_ways_of_their_own(name):
     """Folded pixels before the first convolution, a list instead of final features."""
     with torch.device("meta"):
@@ -231,6 +233,18 @@ def test_families_with_ways_of_their_own(name):
     assert out.features.shape[:2] == (2, trunk.num_features)
     assert out.feature_maps.shape[:2] == (2, trunk.map_channels)
     assert out.feature_maps.shape[2] >= size[0] // 16
+
+
+@pytest.mark.parametrize("name", ["gemma4_vit_167m", "gemma4_vit_167m_enc"])
+def test_a_model_that_reads_its_grid_off_its_data(name):
+    """It can not be probed without data; final features are places without prefix tokens."""
+    model = AttentionEmbedder(name, 8, img_size=96, depth=2, embed_dim=32, num_heads=2)
+    for size, grid in (((96, 96), (6, 6)), ((48, 144), (3, 9))):
+        out = check_output(model, images(size))
+        assert out.feature_maps.shape == (2, 32, *grid)
+        assert model.trunk(images(size)).features.shape == (2, 32, *grid)
+    out.embeddings.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_a_timm_too_old_for_a_model(monkeypatch):
