@@ -117,9 +117,9 @@ def report(found: dict[str, tuple[float, float]], count: int, rounds: int) -> st
         f"{torchvision.__version__.partition('+')[0]}, pml_tacl {__version__}.",
         "",
         f"Images a second of CPU time from a JPEG file of {WIDTH} x {HEIGHT} pixels to two "
-        f"normalised views of {SIZE} x {SIZE}, decoding included; a grid of {GRID} x {GRID} points. "
-        f"Without points: torchvision's own steps with the same amounts and photometric transforms. "
-        f"Medians of {rounds} turns of {count} pictures each.",
+        f"normalised views of {SIZE} x {SIZE}, decoding included; a grid of {GRID} x {GRID} "
+        "points. Without points: torchvision's own steps with the same amounts and photometric "
+        f"transforms. Medians of {rounds} turns of {count} pictures each.",
         "",
         "| geometric | with points | without | ratio |",
         "| --- | ---: | ---: | ---: |",
