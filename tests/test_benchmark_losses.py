@@ -1,0 +1,22 @@
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "losses.py"
+
+
+def test_the_table_of_the_losses_is_written(tmp_path, monkeypatch):
+    output = tmp_path / "new" / "losses.md"
+    arguments = ["--only", "miners", "--rounds", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    table = output.read_text()
+    assert torch.__version__.partition("+")[0] in table
+    assert "| MultiSimilarityMiner | 1.00 x |" in table
+    assert "| AttentionConsistencyMiner, 512 x 7 x 7 |" in table
