@@ -95,8 +95,9 @@ def report(rows: list[str]) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *rows,
         "",
-        "Each family is tested in `tests/models/test_backbones.py`, at a small size: forward, "
-        "backward, frozen, 1 and 4 channels, odd sizes. Any other timm model with "
+        "The families are tested in `tests/models/test_backbones.py`, at a small size: forward, "
+        "backward, frozen, 1 and 4 channels, odd sizes (CoaT and EfficientViM: shapes alone; "
+        "EfficientNet-Lite: with its ImageNet weights). Any other timm model with "
         "`forward_intermediates` goes the same way, and so does a module that maps (N, C, H, W) "
         "images to (N, C, H, W) maps or a list of them.",
     ]

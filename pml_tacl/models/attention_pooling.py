@@ -45,7 +45,8 @@ class PoolAttention(nn.Module):
         with torch.autocast(maps.device.type, enabled=False):  # logits in bf16 are off by tenths
             scores: Tensor = F.conv2d(maps, self.score.weight.to(maps.dtype)).squeeze(1)
         length: Tensor = torch.linalg.vector_norm(maps, dim=1)
-        return scores * maps.shape[1] ** 0.5 / length.clamp_min(1e-6)
+        logits: Tensor = scores * maps.shape[1] ** 0.5 / length.clamp_min(1e-6)
+        return logits
 
 
 class Embedder(nn.Module):
