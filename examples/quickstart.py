@@ -37,9 +37,9 @@ CONFIG = {
     "num_clusters": "auto",  # a tenth of the pictures
     "batch_size": 64,
     "images_per_cluster": 4,
-    "epochs": 7,
+    "epochs": 6,
     "warmup_epochs": 3,  # each picture is its own cluster until features are worth clustering
-    "learning_rate": 2e-3,
+    "learning_rate": 5e-3,
     "loss_weights": {"metric_loss": 1.0, "clustering_loss": 1.0, "attention_loss": 1.0},
 }
 
