@@ -7,7 +7,6 @@ gallery and record-keeper's records. The same script runs on a GPU if there is o
 """
 
 import argparse
-import os
 from collections import defaultdict
 
 import torch
@@ -54,7 +53,6 @@ def main() -> None:
     run = runs.open_run(args.run, config, overwrite=args.overwrite)
     runs.seed_everything(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # one core is the loader's
 
     # The labels of the training half are never read; the test half has other characters.
     train, test = Glyphs("train"), Glyphs("test")
@@ -135,7 +133,10 @@ def main() -> None:
     labels, pictures = torch.from_numpy(test.labels), torch.from_numpy(test.images)
     raw = calculator.get_accuracy(normalize(pictures.flatten(1).float(), dim=1), labels)
     before = test_at(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))  # one core is the loader's
     trainer.train(num_epochs=config["epochs"])
+    torch.set_num_threads(threads)
     after = recalls[config["epochs"]]
     rows = {"raw_pixels": raw, "before": before, "after": after}
     runs.write_json(run / "metrics.json", {**rows, "config": config, "versions": runs.versions()})
