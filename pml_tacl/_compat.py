@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "BaseMetricLossFunction",
     "BaseMiner",
+    "as_pml_gives",
     "loss_dict",
     "miner_weights",
     "positive_pairs",
@@ -20,6 +21,14 @@ __all__ = [
 ]
 
 to_device = c_f.to_device
+
+
+def as_pml_gives(reduced: Any, embeddings: Tensor) -> Any:
+    """A reduced loss in the dtype of the embeddings, as PML's losses are, except under autocast.
+
+    All before it is at least fp32. MultipleLosses adds up in place, in the first loss's dtype.
+    """
+    return c_f.to_dtype(reduced, tensor=embeddings) if isinstance(reduced, Tensor) else reduced
 
 
 def positive_pairs(indices_tuple: tuple[Tensor, ...], device: torch.device) -> list[Tensor]:

@@ -5,7 +5,7 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
 from pml_tacl._centroids import Centroids, NearestCentres
-from pml_tacl._compat import BaseMetricLossFunction, loss_dict, miner_weights
+from pml_tacl._compat import BaseMetricLossFunction, as_pml_gives, loss_dict, miner_weights
 from pml_tacl.functional import contrastive_clustering
 
 
@@ -51,6 +51,9 @@ class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
         self.add_to_recordable_attributes(
             list_of_names=["own_centre_distance", "other_centre_distance"], is_stat=True
         )
+
+    def forward(self, embeddings: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return as_pml_gives(super().forward(embeddings, *args, **kwargs), embeddings)
 
     def compute_loss(
         self,

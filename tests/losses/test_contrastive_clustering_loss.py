@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from pytorch_metric_learning import losses
 from pytorch_metric_learning.distances import (
     CosineSimilarity,
     DotProductSimilarity,
@@ -166,7 +167,7 @@ def test_miners_weigh_the_embeddings_as_in_pml(miner, with_centroids):
         centres = set_centres(loss.centroids)
     weights = convert_to_weights(mined, labels, torch.float32).numpy()
     assert not miner or 0 < weights.min() < 1 or len(set(weights)) > 1
-    losses = expected(embeddings, labels, centres) * weights
+    values = expected(embeddings, labels, centres) * weights
     assert loss(embeddings, labels, mined) == pytest.approx(losses.mean(), rel=1e-5)
 
 
@@ -177,9 +178,9 @@ def test_with_a_reference_only_anchors_weigh(miner):
     mined = miner(embeddings, labels, reference, ref_labels)
     weights = convert_to_weights(mined, labels, torch.float32, using_ref=True).numpy()
     centres = slow.batch_means(slow.as_array(reference), ref_labels.tolist())
-    losses = expected(embeddings, labels, centres) * weights
+    values = expected(embeddings, labels, centres) * weights
     value = ContrastiveClusteringLoss(0.6, 2)(embeddings, labels, mined, reference, ref_labels)
-    assert value == pytest.approx(losses.mean(), rel=1e-5)
+    assert value == pytest.approx(values.mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", DISTANCES)
@@ -195,10 +196,21 @@ def test_every_floating_type_is_reduced_in_fp32(dtype, with_centroids, name):
         value = loss(given, LABELS)
         values.append((value, *torch.autograd.grad(value, given)))
     (low, low_gradient), (high, high_gradient) = values
-    assert low.dtype == torch.float32
-    assert low_gradient.dtype == dtype
-    torch.testing.assert_close(low.double(), high, rtol=1e-5, atol=1e-6)
+    # As PML's losses, in the dtype of the embeddings; all before that one rounding is fp32.
+    assert low.dtype == low_gradient.dtype == dtype
+    rounding = max(1e-5, torch.finfo(dtype).eps)
+    torch.testing.assert_close(low.double(), high, rtol=rounding, atol=1e-6)
     torch.testing.assert_close(low_gradient.double(), high_gradient, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_multiple_losses_add_up_beside_pmls_own_in_any_type(dtype):
+    # They are added in place, into the first loss's dtype.
+    embeddings, similarity = normal(9, 16, dtype=dtype), losses.MultiSimilarityLoss()
+    clustering = ContrastiveClusteringLoss()
+    both = losses.MultipleLosses([similarity, clustering])(embeddings, LABELS)
+    assert both.dtype == dtype
+    assert both == similarity(embeddings, LABELS) + clustering(embeddings, LABELS)
 
 
 @pytest.mark.parametrize("with_centroids", [False, True])
