@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from pytorch_metric_learning import losses
 from pytorch_metric_learning.distances import (
     CosineSimilarity,
     DotProductSimilarity,
     LpDistance,
     SNRDistance,
 )
+from pytorch_metric_learning.losses import MultipleLosses, MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner, TripletMarginMiner
 from pytorch_metric_learning.utils.loss_and_miner_utils import convert_to_weights
 from torch.autograd import gradcheck
@@ -167,7 +167,7 @@ def test_miners_weigh_the_embeddings_as_in_pml(miner, with_centroids):
         centres = set_centres(loss.centroids)
     weights = convert_to_weights(mined, labels, torch.float32).numpy()
     assert not miner or 0 < weights.min() < 1 or len(set(weights)) > 1
-    values = expected(embeddings, labels, centres) * weights
+    losses = expected(embeddings, labels, centres) * weights
     assert loss(embeddings, labels, mined) == pytest.approx(losses.mean(), rel=1e-5)
 
 
@@ -178,9 +178,9 @@ def test_with_a_reference_only_anchors_weigh(miner):
     mined = miner(embeddings, labels, reference, ref_labels)
     weights = convert_to_weights(mined, labels, torch.float32, using_ref=True).numpy()
     centres = slow.batch_means(slow.as_array(reference), ref_labels.tolist())
-    values = expected(embeddings, labels, centres) * weights
+    losses = expected(embeddings, labels, centres) * weights
     value = ContrastiveClusteringLoss(0.6, 2)(embeddings, labels, mined, reference, ref_labels)
-    assert value == pytest.approx(values.mean(), rel=1e-5)
+    assert value == pytest.approx(losses.mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", DISTANCES)
@@ -206,9 +206,9 @@ def test_every_floating_type_is_reduced_in_fp32(dtype, with_centroids, name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_multiple_losses_add_up_beside_pmls_own_in_any_type(dtype):
     # They are added in place, into the first loss's dtype.
-    embeddings, similarity = normal(9, 16, dtype=dtype), losses.MultiSimilarityLoss()
+    embeddings, similarity = normal(9, 16, dtype=dtype), MultiSimilarityLoss()
     clustering = ContrastiveClusteringLoss()
-    both = losses.MultipleLosses([similarity, clustering])(embeddings, LABELS)
+    both = MultipleLosses([similarity, clustering])(embeddings, LABELS)
     assert both.dtype == dtype
     assert both == similarity(embeddings, LABELS) + clustering(embeddings, LABELS)
 
