@@ -15,6 +15,7 @@ from pathlib import Path
 
 import timm
 import torch
+from _common import publish
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -144,10 +145,7 @@ def main() -> None:
     parser.add_argument("--output", default="docs/attention.md", help="- prints it")
     arguments = parser.parse_args()
     text = report(*measured(arguments.run, arguments.classes, arguments.seed))
-    if arguments.output == "-":
-        print(text, end="")
-    else:
-        Path(arguments.output).write_text(text)
+    publish(text, arguments.output)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ on torch's meta device; only the embedder's few tensors are real.
 import argparse
 import datetime
 import platform
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torchvision
+from _common import publish
 from torch import nn
 
 from pml_tacl import AttentionEmbedder, __version__
@@ -112,10 +112,7 @@ def main() -> None:
     with torch.device("meta"):
         module = own_module()
     text = report([*rows, row("any other module", module, {})])
-    if arguments.output == "-":
-        print(text, end="")
-    else:
-        Path(arguments.output).write_text(text)
+    publish(text, arguments.output)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import faiss
 import pytorch_metric_learning
 import torch
 import torch.nn.functional as F
+from _common import cpu_model, publish
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import Tensor
 
@@ -90,15 +90,6 @@ def beside_floor(count: int = 6000, classes: int = 1200, rounds: int = 15) -> di
         times["floor"].append(middle - start)
         times["ours"].append(time.perf_counter() - middle)
     return {name: statistics.median(found) for name, found in times.items()}
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def report(
@@ -179,11 +170,7 @@ def main() -> None:
         results[variant] = json.loads(output.splitlines()[-1])
         print(variant, results[variant], file=sys.stderr)
     text = report(*size, results, beside_floor())
-    if arguments.output == "-":
-        print(text, end="")
-    else:
-        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.output).write_text(text)
+    publish(text, arguments.output)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ import platform
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytorch_metric_learning
 import torch
 import torch.nn.functional as F
+from _common import cpu_model, publish
 from pytorch_metric_learning.losses import MultiSimilarityLoss, ProxyAnchorLoss, SoftTripleLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 from torch import Tensor
@@ -179,15 +179,6 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return peak
 
 
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 Results = dict[str, tuple[dict[str, float], dict[str, float]]]
 
 
@@ -239,14 +230,10 @@ def main() -> None:
             memory = {k: peak_bytes(run) / unit for k, run in contenders.items()} if unit else {}
             results[case] = medians(contenders, arguments.rounds), memory
     text = report(results, arguments.rounds)
+    publish(text, arguments.output)
     if arguments.output == "-":
-        print(text)
         for case, (times, _) in results.items():
             print(case, {name: f"{time * 1e3:.2f} ms" for name, time in times.items()})
-    else:
-        path = Path(arguments.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
 
 
 if __name__ == "__main__":

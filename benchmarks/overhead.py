@@ -15,22 +15,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import timm
 import torch
+from _common import cpu_model, publish
 from torch import Tensor, nn
 
 from pml_tacl import AttentionEmbedder, __version__
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def step(model: nn.Module, output: Callable[[Tensor], Tensor], images: Tensor) -> float:
@@ -108,11 +99,7 @@ def main() -> None:
     parser.add_argument("--output", default="docs/benchmarks/overhead.md", help="- prints it")
     arguments = parser.parse_args()
     text = report(arguments, measure(arguments))
-    if arguments.output == "-":
-        print(text, end="")
-    else:
-        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.output).write_text(text)
+    publish(text, arguments.output)
 
 
 if __name__ == "__main__":

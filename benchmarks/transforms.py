@@ -16,10 +16,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torchvision
+from _common import cpu_model, publish
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,15 +39,6 @@ GEOMETRIC: dict[str, nn.Module | None] = {
     ),
     "elastic": v2.ElasticTransform(50.0, 5.0),
 }
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def jpeg_files(count: int) -> list[bytes]:
@@ -140,11 +131,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = measure(arguments.images, arguments.rounds)
     text = report(found, arguments.images, arguments.rounds)
-    if arguments.output == "-":
-        print(text, end="")
-    else:
-        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.output).write_text(text)
+    publish(text, arguments.output)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ def test_the_table_of_the_losses_is_written(tmp_path, monkeypatch):
     output = tmp_path / "new" / "losses.md"
     arguments = ["--only", "miners", "--rounds", "1", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as "python benchmarks/losses.py" has it
     threads = torch.get_num_threads()
     try:
         runpy.run_path(str(SCRIPT), run_name="__main__")
