@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pml_tacl.functional import commonness
 from pml_tacl.models.trunk import TrunkOutput
 
 _DISTINCTIVE_TEMPERATURE = 0.1
-_CHUNK_ELEMENTS = 2**24  # similarities held at once: 64 MiB in float32
 
 
 class EmbedderOutput(NamedTuple):
@@ -202,24 +202,19 @@ def _overlap(old: int, new: int, like: Tensor) -> Tensor:
     return shared.clamp_min(0)
 
 
-@torch.no_grad()
-def commonness_against(feature_maps: Tensor, references: Tensor) -> Tensor:
+def commonness_against(
+    feature_maps: Tensor, references: Tensor, chunk_size: int | None = None
+) -> Tensor:
     """How well each place is found in a bank of references, on average.
 
     Args:
         feature_maps: (N, C, H, W).
         references: (M, P, C), unit vectors of the P places of each of M images.
+        chunk_size: pairs compared at once, as of :func:`pml_tacl.functional.commonness`.
 
     Returns:
         (N, H, W) in [-1, 1]: mean over references of the best cosine similarity in each.
     """
-    n, channels, height, width = feature_maps.shape
-    places = F.normalize(at_least_float32(feature_maps).flatten(2), dim=1)
-    places = places.transpose(1, 2).reshape(-1, channels)
-    bank = references.to(places)
-    chunk = max(1, _CHUNK_ELEMENTS // max(1, places.shape[0] * bank.shape[1]))
-    total = places.new_zeros(places.shape[0])
-    for part in bank.split(chunk):
-        cosines = (places @ part.reshape(-1, channels).T).view(len(places), len(part), -1)
-        total += cosines.amax(dim=2).sum(dim=1)
-    return (total / len(bank)).view(n, height, width)
+    maps = at_least_float32(feature_maps)
+    bank = references.to(maps).transpose(1, 2).unsqueeze(3)
+    return commonness(maps, references=bank, chunk_size=chunk_size)
