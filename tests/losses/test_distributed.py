@@ -1,5 +1,7 @@
 """Two processes take the gradients that one takes of the joined batch."""
 
+import os
+
 import torch
 from pytorch_metric_learning.utils import loss_and_miner_utils
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
@@ -63,7 +65,8 @@ def one_of_two(rank, folder):
         loss.backward()
         found[mode] = gradients(model)
     torch.save(found, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    distributed.barrier()  # nobody leaves while another still talks to him
+    os._exit(0)  # torch's threads now and then abort the interpreter's own way out
 
 
 def efficient_loss(centre_loss, embeddings):
