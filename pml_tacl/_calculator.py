@@ -10,6 +10,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import FaissKMeans
 from torch import Tensor
 
+from pml_tacl._agreement import adjusted_mutual_information
 from pml_tacl._retrieval import (
     check_fit,
     check_included,
@@ -207,6 +208,10 @@ class RetrievalCalculator(AccuracyCalculator):
             kwargs["cluster_labels"] = self.get_cluster_labels(**kwargs)
         accuracies: dict[str, Any] = self._get_accuracy(self.curr_function_dict, **kwargs)
         return accuracies
+
+    def calculate_AMI(self, query_labels: Tensor, cluster_labels: Tensor, **kwargs: Any) -> float:
+        """Adjusted mutual information of classes and clusters, as scikit-learn's."""
+        return adjusted_mutual_information(query_labels, torch.as_tensor(cluster_labels))
 
     def _search(self, queries: Tensor, k: int, reference: Tensor) -> Tensor:
         if self.knn_func is not None:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from pml_tacl import _calculator, _retrieval, evaluation
+from pml_tacl._agreement import adjusted_mutual_information
 from pml_tacl.evaluation import RetrievalCalculator, embed, evaluate, make_tester
 
 CPU = torch.device("cpu")
@@ -203,6 +204,25 @@ def test_clustering_scores_equal_scikit_learn():
             "AMI": adjusted_mutual_info_score(labels, clusters),
         }
     )
+
+
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 100)
+@given(st.lists(st.tuples(st.integers(-2, 9), st.integers(0, 6)), min_size=1, max_size=60))
+def test_adjusted_mutual_information_equals_scikit_learn(pairs):
+    first, second = torch.tensor(pairs).T
+    for one, other in ((first, second), (first, first * 3), (first, torch.arange(len(first)))):
+        expected = adjusted_mutual_info_score(one.numpy(), other.numpy())
+        assert adjusted_mutual_information(one, other) == pytest.approx(expected, abs=1e-9)
+
+
+def test_adjusted_mutual_information_of_groups_of_every_size():
+    sizes = torch.arange(1, 80)
+    first = sizes.repeat_interleave(sizes)
+    second = first[torch.randperm(len(first), generator=torch.Generator().manual_seed(0))]
+    second[:500] = first[:500]
+    expected = adjusted_mutual_info_score(first.numpy(), second.numpy())
+    assert expected > 0.1
+    assert adjusted_mutual_information(first, second) == pytest.approx(expected, abs=1e-9)
 
 
 def test_clustering_is_silent_with_few_points_per_class(capfd):
