@@ -10,16 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pml_tacl._checks import check_count as check_count
+
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 Embeddings = Tensor | npt.NDArray[Any]
-
-
-def check_count(name: str, value: object, least: int, alternative: str = "") -> None:
-    """Raise unless `value` is an integer of at least `least`."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        also = f" {alternative}" if alternative else ""
-        raise ValueError(f"{name} must be an integer of at least {least}{also}, got {value!r}")
 
 
 class UnitRows:

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import shutil
 import struct
 import sys
 import zlib
@@ -10,15 +11,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pytorch_metric_learning import datasets as pml_datasets
 from torch.utils.data import DataLoader
 
 from pml_tacl import datasets
-from pml_tacl.datasets import CUB, Cars196, Glyphs, ImageFiles, StanfordOnlineProducts, load_rgb
+from pml_tacl.datasets import (
+    CUB,
+    Cars196,
+    Glyphs,
+    ImageFiles,
+    InShop,
+    StanfordOnlineProducts,
+    load_rgb,
+)
 from pml_tacl.datasets import characters as selection
 from pml_tacl.datasets import glyphs as drawing
 from pml_tacl.datasets import image_files as files_module
+from pml_tacl.evaluation import evaluate
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -159,24 +170,24 @@ class TestGlyphs:
         assert np.array_equal(loaded, expected)
 
     @pytest.mark.parametrize(
-        ("arguments", "error", "message"),
+        ("arguments", "message"),
         [
-            ({"split": "val"}, ValueError, "split must be one of train, test, all; got 'val'"),
-            ({"size": 8}, ValueError, "size must be from 16 to 1024; got 8"),
-            ({"size": 64.0}, TypeError, "size must be an integer from 16 to 1024; got 64.0"),
-            ({"seed": -1}, ValueError, "seed must be from 0"),
-            ({"num_classes": 0}, ValueError, "num_classes must be from 1 to 280; got 0"),
-            ({"num_classes": 9999}, ValueError, "num_classes must be from 1 to 280; got 9999"),
-            ({"images_per_class": 0}, ValueError, "images_per_class must be from 1"),
-            ({"images_per_class": True}, TypeError, "images_per_class must be an integer"),
-            ({"clutter": 1.5}, ValueError, "clutter must be from 0 to 1; got 1.5"),
-            ({"clutter": float("nan")}, ValueError, "clutter must be from 0 to 1; got nan"),
-            ({"max_shift": 33}, ValueError, "max_shift must be from 0 to 32; got 33"),
-            ({"max_angle": -1}, ValueError, "max_angle must be from 0 to 180; got -1"),
+            ({"split": "val"}, "split must be one of train, test, all, got 'val'"),
+            ({"size": 8}, "size must be an integer from 16 to 1024, got 8"),
+            ({"size": 64.0}, "size must be an integer from 16 to 1024, got 64.0"),
+            ({"seed": -1}, "seed must be an integer from 0 to"),
+            ({"num_classes": 0}, "num_classes must be an integer from 1 to 280, got 0"),
+            ({"num_classes": 9999}, "num_classes must be an integer from 1 to 280, got 9999"),
+            ({"images_per_class": 0}, "images_per_class must be an integer from 1"),
+            ({"images_per_class": True}, "images_per_class must be an integer from 1"),
+            ({"clutter": 1.5}, "clutter must be from 0 to 1, got 1.5"),
+            ({"clutter": float("nan")}, "clutter must be from 0 to 1, got nan"),
+            ({"max_shift": 33}, "max_shift must be an integer from 0 to 32, got 33"),
+            ({"max_angle": -1}, "max_angle must be from 0 to 180, got -1"),
         ],
     )
-    def test_wrong_arguments_are_named(self, arguments, error, message):
-        with pytest.raises(error, match=message):
+    def test_wrong_arguments_are_named(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
             Glyphs(**arguments)
 
     def test_without_matplotlib_says_what_to_install(self, monkeypatch):
@@ -369,7 +380,7 @@ class TestImageFiles:
             ImageFiles(tree / "nowhere")
         with pytest.raises(ValueError, match="root must be a folder of pictures"):
             ImageFiles(tree / "b/deep/2.PNG")
-        with pytest.raises(ValueError, match="labels must be one of none, folder; got 'csv'"):
+        with pytest.raises(ValueError, match="labels must be one of none, folder, got 'csv'"):
             ImageFiles(tree, labels="csv")
         with pytest.raises(ValueError, match="leave check=True"):
             ImageFiles(tree, strict=True, check=False)
@@ -558,6 +569,21 @@ def make_sop(root: Path, classes_of) -> None:
         (base / f"Ebay_{split}.txt").write_text("".join(lines))
 
 
+def make_inshop(root: Path, rows, images="Img") -> None:
+    """Rows of (item, part), as published: a count, titles, image, item and part."""
+    lines = [str(len(rows)), "image_name item_id evaluation_status"]
+    for i, (item, part) in enumerate(rows):
+        name = f"img/WOMEN/Blouses_Shirts/id_{item:08}/{i:02}_1_front.jpg"
+        (root / images / name).parent.mkdir(parents=True, exist_ok=True)
+        flat("L", item).save(root / images / name)
+        lines.append(f"{name}    id_{item:08}  {part}")
+    (root / "Eval").mkdir()
+    (root / "Eval" / "list_eval_partition.txt").write_text("\n".join(lines) + "\n")
+
+
+INSHOP = [(7, "train"), (2, "query"), (7, "train"), (9, "gallery"), (2, "gallery"), (4, "train")]
+
+
 class TestBenchmarks:
     def check(self, ours, theirs, expected_ids):
         """Images and paths as PML's; labels are ranks of PML's ids within the split."""
@@ -598,6 +624,58 @@ class TestBenchmarks:
         theirs = pml_datasets.StanfordOnlineProducts(tmp_path, split)
         self.check(StanfordOnlineProducts(tmp_path, split), theirs, ids)
 
+    @pytest.mark.parametrize("images", ["Img", "."])
+    @pytest.mark.parametrize(
+        ("split", "ids", "class_ids"),
+        [
+            ("train", [7, 7, 4], [4, 7]),
+            ("query", [2], [2, 9]),
+            ("gallery", [9, 2], [2, 9]),
+            ("test", [2, 9, 2], [2, 9]),
+            ("train+test", [7, 2, 7, 9, 2, 4], [2, 4, 7, 9]),
+        ],
+    )
+    def test_inshop(self, tmp_path, split, ids, class_ids, images):
+        make_inshop(tmp_path, INSHOP, images)
+        data = InShop(tmp_path, split)
+        assert data.class_ids.tolist() == class_ids
+        assert data.class_ids[data.labels].tolist() == ids
+        assert data.labels.dtype == np.int64
+        assert len(data) == len(ids)
+        for index, item in enumerate(ids):
+            image, label = data[index]
+            assert image.mode == "RGB"
+            assert np.abs(pixels(image) - item).max() <= 2
+            assert label == class_ids.index(item)
+
+    def test_inshop_queries_find_their_item_in_the_gallery(self, tmp_path):
+        make_inshop(tmp_path, [(5, "query"), (200, "query"), (200, "gallery"), (5, "gallery")])
+
+        def bright(image):  # an embedding by which each image is next to those of its item
+            angle = torch.tensor(float(np.mean(image)) / 255)
+            return torch.stack([angle.cos(), angle.sin()])
+
+        query, gallery = (InShop(tmp_path, part, transform=bright) for part in ("query", "gallery"))
+        found = evaluate(torch.nn.Identity(), query, reference=gallery, metrics=["recall_at_1"])
+        assert found == {"recall_at_1": 1.0}
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda text: text.replace("6\n", "52712\n", 1),
+            lambda text: text.replace("query", "val"),
+            lambda text: text.replace("id_00000007  ", "seven  "),
+            lambda text: text[: len(text) // 2],
+            lambda text: "",
+        ],
+    )
+    def test_inshop_names_a_damaged_list(self, tmp_path, damage):
+        make_inshop(tmp_path, INSHOP)
+        path = tmp_path / "Eval" / "list_eval_partition.txt"
+        path.write_text(damage(path.read_text()))
+        with pytest.raises(ValueError, match=r"list_eval_partition\.txt is damaged: it must hold"):
+            InShop(tmp_path, "train")
+
     def test_transforms_and_pickling(self, tmp_path):
         make_cub(tmp_path, [101, 150])
         data = CUB(tmp_path, "test", transform=np.array, target_transform=str)
@@ -611,11 +689,61 @@ class TestBenchmarks:
         with pytest.raises(OSError, match=r"cannot read .*1\.jpg: empty file"):
             data[0]
 
-    def test_missing_root_and_unknown_split(self, tmp_path):
-        with pytest.raises(ValueError, match="does not exist"):
-            CUB(tmp_path / "nowhere")
-        with pytest.raises(ValueError, match="Supported splits"):
-            CUB(tmp_path, split="val")
+    @pytest.mark.parametrize(
+        ("benchmark", "missing", "source"),
+        [
+            (CUB, "CUB_200_2011/images.txt", "data.caltech.edu"),
+            (Cars196, "names.csv", "kaggle.com"),
+            (StanfordOnlineProducts, "Stanford_Online_Products/Ebay_train.txt", "google.com"),
+            (InShop, "Eval/list_eval_partition.txt", "mmlab.ie.cuhk.edu.hk"),
+        ],
+    )
+    @pytest.mark.parametrize("folder", ["", "nowhere"])
+    def test_a_wrong_root_says_what_is_missing_and_where_to_get_it(
+        self, tmp_path, benchmark, missing, source, folder
+    ):
+        with pytest.raises(FileNotFoundError) as error:
+            benchmark(tmp_path / folder)
+        text = str(error.value)
+        assert text.startswith(f"root={str(tmp_path / folder)!r} holds no {missing}: ")
+        assert f"{source}/" in text
+        assert ("download=True" in text) == (benchmark is not InShop)
+        assert "\n" not in text
+
+    def test_images_left_out_of_a_layout_are_missed_at_once(self, tmp_path):
+        make_cub(tmp_path, [101])
+        shutil.rmtree(tmp_path / "CUB_200_2011" / "images")
+        with pytest.raises(FileNotFoundError, match=r"holds no CUB_200_2011/images/101\.Bird/1"):
+            CUB(tmp_path, "test")
+
+    def test_a_split_without_images(self, tmp_path):
+        make_cub(tmp_path, [101])
+        with pytest.raises(ValueError, match="lists no image of split 'train'"):
+            CUB(tmp_path, "train")
+
+    @pytest.mark.parametrize("benchmark", [CUB, InShop])
+    def test_unknown_split(self, tmp_path, benchmark):
+        with pytest.raises(ValueError, match=r"split must be one of train, test, .*, got 'val'"):
+            benchmark(tmp_path, split="val")
+
+    def test_download_fills_an_empty_folder_and_no_other(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(
+            pml_datasets.CUB, "download_and_remove", lambda data: make_cub(Path(data.root), [101])
+        )
+        for _ in range(2):  # the second time it is there already
+            assert len(CUB(tmp_path / "new", "test", download=True)) == 1
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "file").touch()
+        with pytest.raises(FileNotFoundError, match="into an empty folder"):
+            CUB(other, download=True)
+
+    def test_inshop_is_not_downloaded(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"holds no Eval/list_eval_partition\.txt"):
+            InShop(tmp_path / "new", download=True)
+        assert not (tmp_path / "new").exists()
+        make_inshop(tmp_path, INSHOP)
+        assert len(InShop(tmp_path, "train", download=True)) == 3
 
 
 def test_names_of_the_package():

@@ -1,4 +1,4 @@
-"""Data sets: rendered characters, folders of pictures, and PML's benchmarks made ready."""
+"""Data sets: rendered characters, folders of pictures, and the benchmarks made ready."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,14 +6,29 @@ from pml_tacl.datasets.glyphs import Glyphs
 from pml_tacl.datasets.image_files import ImageFiles, load_rgb
 
 if TYPE_CHECKING:
-    from pml_tacl.datasets.benchmarks import CUB, Cars196, StanfordOnlineProducts
+    from pml_tacl.datasets.benchmarks import (
+        CUB,
+        Benchmark,
+        Cars196,
+        InShop,
+        StanfordOnlineProducts,
+    )
 
-__all__ = ["CUB", "Cars196", "Glyphs", "ImageFiles", "StanfordOnlineProducts", "load_rgb"]
+__all__ = [
+    "CUB",
+    "Benchmark",
+    "Cars196",
+    "Glyphs",
+    "ImageFiles",
+    "InShop",
+    "StanfordOnlineProducts",
+    "load_rgb",
+]
 
 
 def __getattr__(name: str) -> Any:
     # Only the benchmarks need PML.
-    if name in ("CUB", "Cars196", "StanfordOnlineProducts"):
+    if name in __all__:
         from pml_tacl.datasets import benchmarks
 
         return getattr(benchmarks, name)

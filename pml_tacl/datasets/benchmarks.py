@@ -1,97 +1,206 @@
-"""PML's benchmark data sets with what training needs: RGB images and zero-based labels."""
+"""The benchmarks of metric learning, ready to train on: RGB images and zero-based labels.
+
+CUB, Cars196 and Stanford Online Products are read by PML's own classes, In-shop by ours.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from pytorch_metric_learning import datasets as pml_datasets
+from pytorch_metric_learning.datasets.base_dataset import BaseDataset
 
 from pml_tacl.datasets.image_files import load_rgb
 
+_PARTS = ("train", "query", "gallery")  # of In-shop
 
-class _Ready:
-    """Mixed in front of a PML data set: load_rgb for images, labels counted from zero."""
+
+class Benchmark(BaseDataset):  # type: ignore[misc]
+    """What the benchmarks have in common; use one of its subclasses.
+
+    Classes of the training and of the test half are different ones. Every image is RGB (CUB and
+    Cars hold grey ones).
+
+    Args:
+        root: Folder that holds the data set as it was published; see the subclass.
+        split: ``"train"``, ``"test"`` or ``"train+test"``, and what the subclass adds.
+        transform: Applied to the PIL RGB image.
+        target_transform: Applied to the label.
+        download: Fetch the data if ``root`` is missing or empty.
+
+    Attributes:
+        paths: Files of the images.
+        labels: Zero-based class of each image within its half, int64 (N,).
+        class_ids: Class in the published files by label: ``class_ids[labels]``.
+
+    Raises:
+        ValueError: If ``split`` is unknown, or an annotation file is not as published.
+        FileNotFoundError: If ``root`` does not hold the data set; the message says what was
+            looked for, and where to get it.
+    """
+
+    DOWNLOAD_URL: ClassVar[str]  # as PML's classes have it
+    _NAME: ClassVar[str]
+    _NEEDED: ClassVar[tuple[str, ...]]
+    _CAN_DOWNLOAD: ClassVar[bool] = True
 
     paths: list[str]
     labels: npt.NDArray[np.int64]
-    transform: Any
-    target_transform: Any
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train+test",
+        transform: Callable[[Image.Image], Any] | None = None,
+        target_transform: Callable[[int], Any] | None = None,
+        download: bool = False,
+    ) -> None:
+        splits = self.get_available_splits()
+        if split not in splits:
+            raise ValueError(f"split must be one of {', '.join(splits)}, got {split!r}")
+        self.root = root
+        if not (download and self._CAN_DOWNLOAD):
+            self._require(*self._NEEDED)
+        super().__init__(str(root), split, transform, target_transform, download)
 
     def generate_split(self) -> None:
-        super().generate_split()  # type: ignore[misc]
+        self._require(*self._NEEDED)
+        super().generate_split()
         # PML keeps the files' own ids: from 1, or from 101 in CUB's test half.
-        self.class_ids, labels = np.unique(self.labels, return_inverse=True)
-        self.labels = labels.astype(np.int64)
+        self._set(self.paths, np.asarray(self.labels, np.int64))
+
+    def _set(
+        self,
+        paths: list[str],
+        ids: npt.NDArray[np.int64],
+        every_id: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Keep the images and number their classes among those of ``every_id`` (or of ``ids``)."""
+        if not len(ids):
+            raise ValueError(f"root={str(self.root)!r} lists no image of split {self.split!r}")
+        self.paths = paths
+        self._require(str(Path(paths[0]).relative_to(self.root)))
+        self.class_ids = np.unique(ids if every_id is None else every_id)
+        self.labels = np.searchsorted(self.class_ids, ids).astype(np.int64)
+
+    def _require(self, *names: str) -> None:
+        for name in names:
+            if not Path(self.root, name).is_file():
+                how = ", or with download=True into an empty folder" if self._CAN_DOWNLOAD else ""
+                raise FileNotFoundError(
+                    f"root={str(self.root)!r} holds no {name}: {self._NAME} is to be had from "
+                    f"{self.DOWNLOAD_URL}{how}"
+                )
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image = load_rgb(self.paths[index])
-        label = int(self.labels[index])
+        image, label = load_rgb(self.paths[index]), int(self.labels[index])
         return (
             image if self.transform is None else self.transform(image),
             label if self.target_transform is None else self.target_transform(label),
         )
 
 
-class CUB(_Ready, pml_datasets.CUB):  # type: ignore[misc]
-    """Caltech-UCSD Birds 200-2011, classes 1 to 100 for training and 101 to 200 for testing.
+class CUB(Benchmark, pml_datasets.CUB):  # type: ignore[misc]
+    """Caltech-UCSD Birds 200-2011: species 1 to 100 for training, 101 to 200 for testing.
 
-    As ``pytorch_metric_learning.datasets.CUB``, but every image is RGB (it holds grey ones) and
-    ``labels`` are int64 from zero in each split; ``class_ids[label]`` is the id in the files.
-
-    Args:
-        root: Folder that holds ``CUB_200_2011/``.
-        split: ``"train"``, ``"test"`` or ``"train+test"``.
-        transform: Applied to the PIL RGB image.
-        target_transform: Applied to the label.
-        download: Fetch the data if ``root`` is missing or empty.
-
-    Raises:
-        ValueError: If ``root`` is missing and ``download`` is not set, or ``split`` is unknown.
+    ``root`` holds ``CUB_200_2011/`` with ``images/``, ``images.txt`` and
+    ``image_class_labels.txt``. 5864 and 5924 images. Arguments: see :class:`Benchmark`.
 
     Example:
         >>> birds = CUB("data/cub", split="test")  # doctest: +SKIP
     """
 
+    _NAME = "CUB-200-2011"
+    _NEEDED = ("CUB_200_2011/images.txt", "CUB_200_2011/image_class_labels.txt")
 
-class Cars196(_Ready, pml_datasets.Cars196):  # type: ignore[misc]
-    """Stanford Cars, classes 1 to 98 for training and 99 to 196 for testing.
 
-    As ``pytorch_metric_learning.datasets.Cars196``, but every image is RGB and ``labels`` are
-    int64 from zero in each split; ``class_ids[label]`` is the id in the files.
+class Cars196(Benchmark, pml_datasets.Cars196):  # type: ignore[misc]
+    """Stanford Cars: models 1 to 98 for training, 99 to 196 for testing.
 
-    Args:
-        root: Folder that holds ``names.csv``, ``anno_train.csv``, ``anno_test.csv``, ``car_data/``.
-        split: ``"train"``, ``"test"`` or ``"train+test"``.
-        transform: Applied to the PIL RGB image.
-        target_transform: Applied to the label.
-        download: Fetch the data if ``root`` is missing or empty.
-
-    Raises:
-        ValueError: If ``root`` is missing and ``download`` is not set, or ``split`` is unknown.
+    ``root`` holds ``names.csv``, ``anno_train.csv``, ``anno_test.csv`` and ``car_data/car_data/``
+    with ``train/`` and ``test/`` (a split of its own, of which both parts are read). 8054 and
+    8131 images. Arguments: see :class:`Benchmark`.
 
     Example:
         >>> cars = Cars196("data/cars", split="train")  # doctest: +SKIP
     """
 
+    _NAME = "Stanford Cars"
+    _NEEDED = ("names.csv", "anno_train.csv", "anno_test.csv")
 
-class StanfordOnlineProducts(_Ready, pml_datasets.StanfordOnlineProducts):  # type: ignore[misc]
-    """Stanford Online Products, 11318 product classes for training and 11316 for testing.
 
-    As ``pytorch_metric_learning.datasets.StanfordOnlineProducts``, but every image is RGB and
-    ``labels`` are int64 from zero in each split; ``class_ids[label]`` is the id in the files.
+class StanfordOnlineProducts(Benchmark, pml_datasets.StanfordOnlineProducts):  # type: ignore[misc]
+    """Stanford Online Products: 11318 products for training, 11316 others for testing.
 
-    Args:
-        root: Folder that holds ``Stanford_Online_Products/``.
-        split: ``"train"``, ``"test"`` or ``"train+test"``.
-        transform: Applied to the PIL RGB image.
-        target_transform: Applied to the label.
-        download: Fetch the data if ``root`` is missing or empty.
-
-    Raises:
-        ValueError: If ``root`` is missing and ``download`` is not set, or ``split`` is unknown.
+    ``root`` holds ``Stanford_Online_Products/`` with ``Ebay_train.txt``, ``Ebay_test.txt`` and
+    a folder for each kind of product. 59551 and 60502 images. Arguments: see :class:`Benchmark`.
 
     Example:
         >>> products = StanfordOnlineProducts("data/sop", split="test")  # doctest: +SKIP
     """
+
+    _NAME = "Stanford Online Products"
+    _NEEDED = (
+        "Stanford_Online_Products/Ebay_train.txt",
+        "Stanford_Online_Products/Ebay_test.txt",
+    )
+
+
+class InShop(Benchmark):
+    """DeepFashion In-shop Clothes Retrieval: 3997 items for training, 3985 others for testing.
+
+    ``root`` holds ``Eval/list_eval_partition.txt`` and ``Img/img/`` (or ``img/``, if ``img.zip``
+    was unpacked beside ``Eval/``). 25882 images for training; of the test half, 14218 queries are
+    to find the same item among 12612 images of the gallery. Arguments: see :class:`Benchmark`;
+    further splits are ``"query"`` and ``"gallery"``, whose labels mean the same items, and
+    ``"test"`` is both. It is given out on request only: there is no ``download=True``.
+
+    Example:
+        >>> query = InShop("data/inshop", split="query")  # doctest: +SKIP
+        >>> gallery = InShop("data/inshop", split="gallery")  # doctest: +SKIP
+        >>> evaluate(model, query, reference=gallery)  # doctest: +SKIP
+    """
+
+    _NAME = "In-shop Clothes Retrieval"
+    _NEEDED = ("Eval/list_eval_partition.txt",)
+    _CAN_DOWNLOAD = False
+    DOWNLOAD_URL = "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html"
+
+    def get_available_splits(self) -> list[str]:
+        return [*super().get_available_splits(), "query", "gallery"]
+
+    def generate_split(self) -> None:
+        test = {"query", "gallery"}
+        parts = {"test": test, "train+test": test | {"train"}}.get(self.split, {self.split})
+        # Queries and the gallery are numbered alike, also if one of them lacks an item.
+        half = parts | test if parts & test else parts
+        folder = Path(self.root, "Img") if Path(self.root, "Img").is_dir() else Path(self.root)
+        images = [row for row in self._rows() if row[2] in half]
+        chosen = [(str(folder / name), item) for name, item, part in images if part in parts]
+        ids = np.array([item for _, item in chosen], np.int64)
+        self._set([path for path, _ in chosen], ids, np.array([item for _, item, _ in images]))
+
+    def download_and_remove(self) -> None:
+        raise NotImplementedError(f"{self._NAME} is given out on request at {self.DOWNLOAD_URL}")
+
+    def _rows(self) -> list[tuple[str, int, str]]:
+        """(file, item, part) of each image, below a count and a line of titles."""
+        path = Path(self.root, *self._NEEDED)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            split = (line.rsplit(maxsplit=2) for line in lines[2:] if line.strip())
+            rows = [(name, int(item.removeprefix("id_")), part) for name, item, part in split]
+            whole = len(rows) == int(lines[0]) and {part for *_, part in rows} <= set(_PARTS)
+        except (ValueError, IndexError):
+            whole = False
+        if not whole:
+            raise ValueError(
+                f"{path} is damaged: it must hold a count, a line of titles, and so many lines "
+                f"of image, item and {' or '.join(_PARTS)}; get it again from {self.DOWNLOAD_URL}"
+            )
+        return rows

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, features
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from pml_tacl._checks import check_count
 from pml_tacl._files import written_whole
 from pml_tacl.datasets.characters import characters, ink, split_characters
 
@@ -58,8 +59,7 @@ class Glyphs(Dataset[tuple[Any, int]]):
         classes: The character of each class.
 
     Raises:
-        ValueError: If an argument is out of range.
-        TypeError: If an argument that counts is no integer.
+        ValueError: If an argument is out of range, or one that counts is no integer.
         ImportError: If matplotlib, whose faces are drawn, is missing.
 
     Example:
@@ -83,17 +83,17 @@ class Glyphs(Dataset[tuple[Any, int]]):
         cache_dir: str | Path | None = None,
     ) -> None:
         if split not in _SPLITS:
-            raise ValueError(f"split must be one of {', '.join(_SPLITS)}; got {split!r}")
-        _check_integer("size", size, 16, 1024)
-        _check_integer("seed", seed, 0, 2**63)
-        _check_integer("max_shift", max_shift, 0, size // 2)
+            raise ValueError(f"split must be one of {', '.join(_SPLITS)}, got {split!r}")
+        check_count("size", size, 16, most=1024)
+        check_count("seed", seed, 0, most=2**63)
+        check_count("max_shift", max_shift, 0, most=size // 2)
         _check_range("clutter", clutter, 0, 1)
         _check_range("max_angle", max_angle, 0, 180)
         available = split_characters(split)
         if num_classes is not None:
-            _check_integer("num_classes", num_classes, 1, len(available))
+            check_count("num_classes", num_classes, 1, most=len(available))
         if images_per_class is not None:
-            _check_integer("images_per_class", images_per_class, 1, 10_000)
+            check_count("images_per_class", images_per_class, 1, most=10_000)
 
         self.split, self.size, self.seed = split, int(size), int(seed)
         self.clutter, self.max_shift, self.max_angle = clutter, max_shift, max_angle
@@ -238,10 +238,4 @@ def _rgb(colour: npt.NDArray[np.float64]) -> tuple[int, int, int]:
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise ValueError(f"{name} must be from {low} to {high}; got {value!r}")
-
-
-def _check_integer(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer from {low} to {high}; got {value!r}")
-    _check_range(name, value, low, high)
+        raise ValueError(f"{name} must be from {low} to {high}, got {value!r}")

@@ -66,7 +66,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         progress: bool = True,
     ) -> None:
         if labels not in _LABELS:
-            raise ValueError(f"labels must be one of {', '.join(_LABELS)}; got {labels!r}")
+            raise ValueError(f"labels must be one of {', '.join(_LABELS)}, got {labels!r}")
         if strict and not check:
             raise ValueError("strict=True finds broken files by decoding them; leave check=True")
         self.root, self.transform = Path(root), transform
