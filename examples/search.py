@@ -2,11 +2,16 @@
 
     python examples/search.py runs/folder QUERY
 
-RUN is a folder that train_folder.py wrote. Prints a table and writes one gallery.
+RUN is a folder that train_folder.py wrote; QUERY is a picture, a folder of them, or - for what is
+piped in: a picture's bytes, or paths, one in each line. Prints a table and writes one gallery.
+With --update the index first follows the folder of pictures: new and changed ones are embedded,
+deleted ones taken out.
 """
 
 import argparse
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,9 +19,9 @@ from PIL import Image
 
 from pml_tacl import AttentionEmbedder, runs
 from pml_tacl import visualize as vis
-from pml_tacl.datasets import ImageFiles
 from pml_tacl.datasets.image_files import load_rgb
 from pml_tacl.evaluation import embed
+from pml_tacl.queries import PictureList, query_paths
 from pml_tacl.search import PictureIndex
 
 SHOWN = 20  # queries in the gallery
@@ -29,11 +34,25 @@ def thumbnail(path: Path) -> Image.Image:
     return image
 
 
+def update(index: PictureIndex, model: AttentionEmbedder, transform: Callable) -> None:
+    """Make the index follow its folder; a picture that cannot be read is left out and named."""
+    added, changed, removed = index.changes()
+    paths = [index.root / file for file in (*added, *changed)]
+    pictures = PictureList(paths, transform, strict=False)
+    if len(pictures):
+        embeddings, _ = embed(model, pictures)
+        index.add(embeddings, [path.relative_to(index.root).as_posix() for path in pictures.paths])
+    index.remove([*removed, *(file for file in changed if index.root / file not in pictures.paths)])
+    print(f"{len(pictures)} pictures embedded, {len(removed)} taken out, {len(index)} in the index")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder written by train_folder.py")
-    parser.add_argument("query", type=Path, metavar="QUERY", help="a picture, or a folder of them")
+    parser.add_argument("query", metavar="QUERY", help="a picture, a folder of them, or - (a pipe)")
     parser.add_argument("-k", type=int, default=8, help="pictures to find (default: %(default)s)")
+    parser.add_argument("--folder", help="find only below this sub-folder of the indexed pictures")
+    parser.add_argument("--update", action="store_true", help="first index what is new or changed")
     parser.add_argument("--out", type=Path, help="the gallery (default: RUN/search.png)")
     parser.add_argument("--images", type=Path, help="where the indexed pictures are, if moved")
     args = parser.parse_args()
@@ -43,29 +62,29 @@ def main() -> None:
 
     size = runs.read_config(args.run)["image_size"]
     index = PictureIndex.load(args.run)
-    index.root = args.images or index.root
+    index.root = args.images.absolute() if args.images else index.root
     if not index.root.is_dir():
         raise ValueError(f"the indexed pictures are not in {index.root}: give --images FOLDER")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AttentionEmbedder.from_pretrained(args.run / "model")
     model = model.to(device, memory_format=torch.channels_last)
     transform = model.transform(image_size=tuple(size))
-    if args.query.is_dir():
-        queries = ImageFiles(args.query, transform=transform)
-        asked, (embeddings, _) = queries.paths, embed(model, queries)
-    else:
-        asked = [args.query]
-        with torch.inference_mode():
-            embeddings = model(transform(load_rgb(args.query))[None].to(device))
-    similarities, rows = index.search(embeddings, args.k)
-
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
+    if args.update:
+        update(index, model, transform)
+        index.save(args.run)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        asked = query_paths(args.query, sys.stdin.buffer, Path(scratch))
+        embeddings, _ = embed(model, PictureList(asked, transform))
+        queries = [thumbnail(path) for path in asked[:SHOWN]]
+    similarities, rows = index.search(embeddings, args.k, folder=args.folder)
     for query, values, found in zip(asked, similarities, rows, strict=True):
         print(f"{query}\n{'rank':>4}  similarity  picture")
         for rank, (value, row) in enumerate(zip(values, found, strict=True), 1):
             print(f"{rank:4}  {value:10.4f}  {index.files[row]}")
     figure = vis.retrieval_gallery(
-        [thumbnail(path) for path in asked[:SHOWN]],
+        queries,
         [[thumbnail(path) for path in index.paths(found)] for found in rows[:SHOWN]],
         distances=similarities[:SHOWN],
         captions=[[index.files[row] for row in found] for found in rows[:SHOWN]],

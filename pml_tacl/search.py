@@ -2,35 +2,56 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import faiss
 import numpy as np
 
 from pml_tacl._files import written_whole
 from pml_tacl._rows import Embeddings, FloatArray, IntArray, UnitRows, check_count
+from pml_tacl.datasets.image_files import ImageFiles
 
+# Up to here a look at every picture takes some milliseconds, so nothing is won by a graph.
+FLAT_UP_TO = 50_000
+_KINDS = ("auto", "flat", "hnsw")
+_LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 100, 128
 _EMBEDDINGS, _FILES, _INDEX = "embeddings.npy", "files.json", "index.faiss"
 _CHUNK = 16384
 _Self = TypeVar("_Self", bound="PictureIndex")
 
 
+class Changes(NamedTuple):
+    """How a folder differs from an index: files relative to its root, sorted.
+
+    Those of ``changed`` are in both, with another size or modification time.
+    """
+
+    added: list[str]
+    changed: list[str]
+    removed: list[str]
+
+
 class PictureIndex:
-    """Pictures by their embeddings, searched exactly and by cosine similarity.
+    """Pictures by their embeddings, searched by cosine similarity.
 
     Args:
         embeddings: (N, D), array or tensor on any device; L2-normalised here.
-        files: of the N pictures, relative to ``root``.
+        files: of the N pictures, relative to ``root``, each once.
         root: the folder that they lie in.
+        kind: "flat" looks at every picture; "hnsw" walks a graph, misses a few per cent of the
+            neighbours at most and stays fast at millions; "auto" is flat up to ``FLAT_UP_TO``
+            (50 000) pictures, and changes over when pictures are added or removed.
 
     Attributes:
         files: as given.
         root: as an absolute path; set it if the pictures have moved.
 
     Raises:
-        ValueError: for embeddings that are NaN, infinite, zero or of another count than the files.
+        ValueError: for embeddings that are NaN, infinite, zero or of another count than the files,
+            a file given twice, or an unknown kind.
 
     Example:
         >>> index = PictureIndex(torch.eye(3), ["a.jpg", "b.jpg", "c/d.jpg"], "photos")
@@ -39,51 +60,148 @@ class PictureIndex:
         ('b.jpg', 1.0)
     """
 
+    files: list[str]
+    root: Path
+    _index: Any
+    _asked: str
+    _stamps: list[list[int] | None]
+
     def __init__(
-        self, embeddings: Embeddings, files: Sequence[str], root: str | PathLike[str]
+        self,
+        embeddings: Embeddings,
+        files: Sequence[str],
+        root: str | PathLike[str],
+        *,
+        kind: str = "auto",
     ) -> None:
-        unit = UnitRows("embeddings", embeddings, _CHUNK)
-        if len(files) != len(unit):
-            raise ValueError(f"files must be as many as embeddings, {len(unit)}, got {len(files)}")
-        index = faiss.IndexFlatIP(unit.dim)
-        for chunk in unit.chunks():
-            index.add(unit[chunk])
-        self._set(index, files, root)
+        if kind not in _KINDS:
+            raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
+        unit = _checked(embeddings, files)
+        self._set(_build(unit, _chosen(kind, len(unit))), files, root, kind)
+        self._stamps = [_stamp(self.root / file) for file in files]
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def kind(self) -> str:
+        """ "flat" or "hnsw": what searches now."""
+        return "hnsw" if hasattr(self._index, "hnsw") else "flat"
 
     @property
     def embeddings(self) -> FloatArray:
         """(N, D) float32, unit norm."""
         return np.asarray(self._index.reconstruct_n(0, len(self)))
 
-    def search(self, embeddings: Embeddings, k: int = 8) -> tuple[FloatArray, IntArray]:
+    def search(
+        self, embeddings: Embeddings, k: int = 8, *, folder: str | None = None
+    ) -> tuple[FloatArray, IntArray]:
         """Find the nearest pictures of each query.
 
         Args:
             embeddings: (Q, D) of the queries; L2-normalised here.
             k: pictures for each query, at least 1; all there are if there are fewer.
+            folder: only pictures in this folder, relative to ``root``, or below it. Such a search
+                is exact whatever the kind.
 
         Returns:
             Cosine similarities (Q, k) in [-1, 1], nearest first, and rows (Q, k) of ``files``.
 
         Raises:
-            ValueError: for another D than the index has, or embeddings that are NaN or zero.
+            ValueError: for another D than the index has, embeddings that are NaN or zero, or a
+                folder without an indexed picture.
         """
         check_count("k", k, 1)
         unit = UnitRows("embeddings", embeddings, _CHUNK)
-        if unit.dim != self._index.d:
-            raise ValueError(
-                f"embeddings have {unit.dim} dimensions and the index {self._index.d}: embed the "
-                "queries with the model that made the index"
-            )
-        similarities, rows = self._index.search(unit.hold(), min(k, len(self)))
+        self._check_dim(unit)
+        if folder is None:
+            similarities, rows = self._index.search(unit.hold(), min(k, len(self)))
+            if (rows < 0).any():  # a graph's walk may end before it has met k
+                return self.search(embeddings, k, folder=".")
+        else:
+            inside = self.rows_in(folder)
+            chosen = faiss.SearchParameters(sel=faiss.IDSelectorBatch(inside))  # type: ignore
+            flat = faiss.downcast_index(getattr(self._index, "storage", self._index))
+            # faiss's own additions for torch, which PML loads, hide the search that takes params.
+            search = getattr(flat, "search_numpy", flat.search)
+            similarities, rows = search(unit.hold(), min(k, len(inside)), params=chosen)
         return np.clip(similarities, -1.0, 1.0), rows
+
+    def rows_in(self, folder: str) -> IntArray:
+        """Rows of the pictures in a folder, relative to ``root``, or below it.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        name = Path(folder).as_posix().rstrip("/")
+        start = "" if name in ("", ".") else f"{name}/"
+        rows = [row for row, file in enumerate(self.files) if file.startswith(start)]
+        if not rows:
+            there = sorted({file.rpartition("/")[0] or "." for file in self.files})
+            named = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
+            raise ValueError(f"folder={folder!r} holds no indexed picture; there are {named}")
+        return np.array(rows, dtype=np.int64)
 
     def paths(self, rows: Sequence[int] | IntArray) -> list[Path]:
         """Where the pictures of some rows lie."""
         return [self.root / self.files[int(row)] for row in rows]
+
+    def changes(self) -> Changes:
+        """How the pictures under ``root`` differ from those indexed, without reading a pixel.
+
+        Raises:
+            ValueError: if ``root`` is no folder or holds no picture.
+        """
+        listed = ImageFiles(self.root, check=False).paths
+        there = {path.relative_to(self.root).as_posix(): path for path in listed}
+        known = dict(zip(self.files, self._stamps, strict=True))
+        return Changes(
+            sorted(there.keys() - known.keys()),
+            sorted(f for f in there.keys() & known.keys() if _stamp(there[f]) != known[f]),
+            sorted(known.keys() - there.keys()),
+        )
+
+    def add(self, embeddings: Embeddings, files: Sequence[str]) -> None:
+        """Add pictures; those that are there already are replaced.
+
+        Args:
+            embeddings: (M, D), of the same model as the others; L2-normalised here.
+            files: M of them, relative to ``root``, each once.
+
+        Raises:
+            ValueError: as of the class, or for another D; nothing is changed then.
+        """
+        unit = _checked(embeddings, files)
+        self._check_dim(unit)
+        stamps = [_stamp(self.root / file) for file in files]
+        given = set(files)
+        kept = np.flatnonzero([file not in given for file in self.files])
+        kind = _chosen(self._asked, len(kept) + len(unit))
+        if kind == self.kind and len(kept) == len(self):
+            for chunk in unit.chunks():
+                self._index.add(unit[chunk])
+        else:
+            self._index = _build(np.concatenate([self.embeddings[kept], unit.hold()]), kind)
+        self.files = [*(self.files[row] for row in kept), *files]
+        self._stamps = [*(self._stamps[row] for row in kept), *stamps]
+
+    def remove(self, files: Sequence[str]) -> None:
+        """Take pictures out. An hnsw index is built anew, since a graph loses no node.
+
+        Raises:
+            ValueError: if one of them is not in the index, or none would be left.
+        """
+        gone = set(files)
+        if unknown := sorted(gone - set(self.files)):
+            raise ValueError(f"files: {unknown[0]!r} is not in the index")
+        if not gone:
+            return
+        kept = np.flatnonzero([file not in gone for file in self.files])
+        if not len(kept):
+            raise ValueError("files are all that the index holds: delete the index instead")
+        self._index = _build(self.embeddings[kept], _chosen(self._asked, len(kept)))
+        self.files = [self.files[row] for row in kept]
+        self._stamps = [self._stamps[row] for row in kept]
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write ``embeddings.npy``, ``files.json`` and ``index.faiss``, each whole or not at all.
@@ -94,7 +212,8 @@ class PictureIndex:
         with written_whole(folder / _EMBEDDINGS) as file:
             np.save(file, self.embeddings)
         # As ASCII, which keeps also names that are no text in any encoding.
-        text = json.dumps({"root": str(self.root), "files": self.files}, indent=1)
+        listed = {"root": str(self.root), "kind": self._asked, "files": self.files}
+        text = json.dumps({**listed, "stamps": self._stamps}, indent=1)
         with written_whole(folder / _FILES) as file:
             file.write(text.encode("ascii"))
         with written_whole(folder / _INDEX) as file:
@@ -118,22 +237,63 @@ class PictureIndex:
         try:
             listed = json.loads((folder / _FILES).read_text(encoding="ascii"))
             files, root = listed["files"], listed["root"]
-        except (ValueError, LookupError, TypeError) as error:
+            kind = listed.get("kind", "auto")
+            stamps = listed.get("stamps", [None] * len(files))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / _FILES} is no list of pictures: {error}") from error
         try:
             index = faiss.read_index(str(folder / _INDEX))
         except RuntimeError as error:
             raise ValueError(f"{folder / _INDEX} is no index of faiss's, or damaged") from error
-        if index.ntotal != len(files):
+        if not index.ntotal == len(files) == len(stamps):
             raise ValueError(
                 f"{folder} holds {index.ntotal} embeddings in {_INDEX} and {len(files)} pictures "
                 f"in {_FILES}: they are of two runs, train again with --overwrite"
             )
         loaded = cls.__new__(cls)
-        loaded._set(index, files, root)
+        loaded._set(index, files, root, kind)
+        loaded._stamps = stamps
         return loaded
 
-    def _set(self, index: Any, files: Sequence[str], root: str | PathLike[str]) -> None:
-        self._index = index
+    def _set(self, index: Any, files: Sequence[str], root: str | PathLike[str], kind: str) -> None:
+        self._index, self._asked = index, kind
         self.files = list(files)
         self.root = Path(root).absolute()
+
+    def _check_dim(self, unit: UnitRows) -> None:
+        if unit.dim != self._index.d:
+            raise ValueError(
+                f"embeddings have {unit.dim} dimensions and the index {self._index.d}: embed the "
+                "queries with the model that made the index"
+            )
+
+
+def _checked(embeddings: Embeddings, files: Sequence[str]) -> UnitRows:
+    unit = UnitRows("embeddings", embeddings, _CHUNK)
+    if len(files) != len(unit):
+        raise ValueError(f"files must be as many as embeddings, {len(unit)}, got {len(files)}")
+    if len(set(files)) != len(files):
+        raise ValueError("files must hold each picture once, and holds some twice")
+    return unit
+
+
+def _chosen(kind: str, count: int) -> str:
+    return kind if kind != "auto" else "flat" if count <= FLAT_UP_TO else "hnsw"
+
+
+def _build(rows: UnitRows | FloatArray, kind: str) -> Any:
+    dim = rows.dim if isinstance(rows, UnitRows) else rows.shape[1]
+    index: Any = faiss.IndexFlatIP(dim)
+    if kind == "hnsw":
+        index = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction, index.hnsw.efSearch = _BUILD_EFFORT, _SEARCH_EFFORT
+    for start in range(0, len(rows), _CHUNK):
+        index.add(rows[start : start + _CHUNK])
+    return index
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Size and time of change, which tell a picture that was edited."""
+    with suppress(OSError):
+        return [path.stat().st_size, path.stat().st_mtime_ns]
+    return None

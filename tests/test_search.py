@@ -1,10 +1,24 @@
+import io
+import json
 import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from pml_tacl import AttentionEmbedder, runs
+from pml_tacl.datasets import ImageFiles
+from pml_tacl.datasets.image_files import load_rgb
+from pml_tacl.evaluation import embed
+from pml_tacl.queries import PictureList, query_paths
 from pml_tacl.search import PictureIndex
+
+SEARCH = Path(__file__).parents[1] / "examples" / "search.py"
 
 
 def make_index(count=20, dim=8):
@@ -67,3 +81,225 @@ def test_a_damaged_list_of_files_says_so(tmp_path, content):
     (tmp_path / "files.json").write_text(content)
     with pytest.raises(ValueError, match=r"files\.json is no list of pictures"):
         PictureIndex.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [{"stamps": []}, {"stamps": [None], "files": []}])
+def test_lists_that_do_not_belong_together_say_so(tmp_path, content):
+    make_index()[0].save(tmp_path)
+    listed = json.loads((tmp_path / "files.json").read_text())
+    (tmp_path / "files.json").write_text(json.dumps({**listed, **content}))
+    with pytest.raises(ValueError, match="they are of two runs"):
+        PictureIndex.load(tmp_path)
+
+
+def test_an_index_of_an_earlier_version_is_read(tmp_path):
+    index, rows = make_index(4)
+    index.save(tmp_path)
+    listed = json.loads((tmp_path / "files.json").read_text())
+    short = {name: listed[name] for name in ("root", "files")}
+    (tmp_path / "files.json").write_text(json.dumps(short))
+    loaded = PictureIndex.load(tmp_path)
+    loaded.add(rows[:1], ["new.jpg"])
+    assert loaded.files[-1] == "new.jpg"
+
+
+def clustered(count, dim=32, seed=0):
+    """Rows around many centres, as embeddings lie, for which a graph is harder than for noise."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((count // 10, dim))
+    rows = centres[rng.integers(len(centres), size=count)] + 0.3 * rng.standard_normal((count, dim))
+    return rows.astype(np.float32)
+
+
+def test_a_graph_finds_nearly_all_that_a_look_at_every_picture_finds(tmp_path):
+    rows = clustered(4000)
+    files = [f"{i % 3}/{i}.jpg" for i in range(4000)]
+    flat, graph = (PictureIndex(rows, files, "x", kind=kind) for kind in ("flat", "hnsw"))
+    assert (flat.kind, graph.kind) == ("flat", "hnsw")
+    queries = clustered(200, seed=1)
+    exact, found = flat.search(queries, k=10)[1], graph.search(queries, k=10)[1]
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)])
+    assert recall > 0.97
+    graph.save(tmp_path)
+    loaded = PictureIndex.load(tmp_path)
+    assert loaded.kind == "hnsw"
+    np.testing.assert_array_equal(loaded.search(queries, k=10)[1], found)
+    np.testing.assert_allclose(loaded.embeddings, flat.embeddings, rtol=1e-6)
+    # A walk that asks for more than it can meet is finished by a look at every picture.
+    assert sorted(graph.search(queries[:1], k=4000)[1][0].tolist()) == list(range(4000))
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_a_search_in_a_folder_finds_its_own_pictures_exactly(kind):
+    rows = clustered(300, dim=8)
+    files = [f"{'ab'[i % 2]}{'/deep' if i % 3 else ''}/{i}.jpg" for i in range(299)]
+    index = PictureIndex(rows, [*files, "ab/odd.jpg"], "x", kind=kind)
+    queries = clustered(20, dim=8, seed=2)
+    inside = np.array([i for i, file in enumerate(files) if file.startswith("a/")])
+    unit, asked = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (rows, queries))
+    expected = inside[np.argsort(-asked @ unit[inside].T, axis=1)[:, :5]]
+    similarities, found = index.search(queries, k=5, folder="a")
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(similarities[:, 0], (asked @ unit[inside].T).max(1), rtol=1e-5)
+    assert index.search(queries, k=500, folder="a/")[1].shape == (20, len(inside))
+    assert index.search(queries, k=2, folder="b/deep")[0].shape == (20, 2)
+    np.testing.assert_array_equal(index.rows_in("."), np.arange(300))
+    assert index.rows_in("ab").tolist() == [299]
+    with pytest.raises(ValueError, match="folder='c' holds no indexed picture; there are a, a/d"):
+        index.search(queries, folder="c")
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_adding_and_removing_gives_the_index_of_what_is_there(kind):
+    rows = clustered(200, dim=8)
+    files = [f"{i}.jpg" for i in range(200)]
+    index = PictureIndex(rows[:120], files[:120], "x", kind=kind)
+    index.add(torch.from_numpy(rows[120:150]), files[120:150])
+    index.remove(files[:30])
+    index.add(np.concatenate([-rows[40:50], rows[150:]]), [*files[40:50], *files[150:]])
+    here = [*range(30, 40), *range(50, 150), *range(40, 50), *range(150, 200)]
+    expected = np.array(rows)
+    expected[40:50] *= -1
+    assert index.files == [files[i] for i in here]
+    assert index.kind == kind
+    plain = PictureIndex(expected[here], index.files, "x", kind="flat")
+    np.testing.assert_allclose(index.embeddings, plain.embeddings, rtol=1e-6)
+    np.testing.assert_array_equal(index.search(expected, k=1)[1], plain.search(expected, k=1)[1])
+    index.remove([])
+    assert len(index) == len(here)
+
+
+def test_the_kind_follows_the_number_of_pictures(monkeypatch):
+    monkeypatch.setattr("pml_tacl.search.FLAT_UP_TO", 50)
+    rows = clustered(60, dim=8)
+    files = [f"{i}.jpg" for i in range(60)]
+    index = PictureIndex(rows[:50], files[:50], "x")
+    assert index.kind == "flat"
+    index.add(rows[50:], files[50:])
+    assert index.kind == "hnsw"
+    index.remove(files[:10])
+    assert index.kind == "flat"
+    assert index.search(rows[10:], k=1)[1][:, 0].tolist() == list(range(50))
+
+
+def test_what_cannot_be_added_or_removed_changes_nothing():
+    index, rows = make_index()
+    before = index.embeddings
+    for wrong, files, message in (
+        (rows[:2, :7], ["a", "b"], "embeddings have 7 dimensions and the index 8"),
+        (rows[:2], ["a", "a"], "files must hold each picture once"),
+        (rows[:2], ["a"], "files must be as many as embeddings, 2, got 1"),
+        (rows[:2] * np.nan, ["0.jpg", "b"], "2 of 2 rows of embeddings are NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            index.add(wrong, files)
+    with pytest.raises(ValueError, match=r"files: 'none.jpg' is not in the index"):
+        index.remove(["0.jpg", "none.jpg"])
+    with pytest.raises(ValueError, match="all that the index holds"):
+        index.remove(index.files)
+    np.testing.assert_array_equal(index.embeddings, before)
+    with pytest.raises(ValueError, match="kind must be one of auto, flat, hnsw, got 'ivf'"):
+        PictureIndex(rows, index.files, "x", kind="ivf")
+
+
+def draw(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cells = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(cells).resize((24, 24)).save(path)
+
+
+def test_changes_are_told_by_name_size_and_time(tmp_path):
+    for number in range(4):
+        draw(tmp_path / "in" / f"{number}.png", number)
+    files = [f"in/{number}.png" for number in range(4)]
+    index = PictureIndex(np.eye(4), files, tmp_path)
+    index.save(tmp_path / "run")
+    assert PictureIndex.load(tmp_path / "run").changes() == ([], [], [])
+    draw(tmp_path / "in" / "1.png", 9)
+    os.utime(tmp_path / "in" / "1.png", ns=(1, 1))
+    (tmp_path / "in" / "2.png").unlink()
+    draw(tmp_path / "new.png", 5)
+    assert index.changes() == (["new.png"], ["in/1.png"], ["in/2.png"])
+    index.add(np.eye(4)[:2], ["in/1.png", "new.png"])
+    index.remove(["in/2.png"])
+    assert index.changes() == ([], [], [])
+    os.utime(tmp_path / "new.png", ns=(5, 5))
+    assert index.changes().changed == ["new.png"]
+
+
+def test_a_query_is_a_picture_a_folder_or_what_is_piped_in(tmp_path):
+    draw(tmp_path / "a.png", 0)
+    draw(tmp_path / "in ü" / "b.png", 1)
+    a, b = tmp_path / "a.png", tmp_path / "in ü" / "b.png"
+
+    def asked(query, piped=b""):
+        return query_paths(query, io.BytesIO(piped), tmp_path / "in ü")
+
+    assert asked(a) == [a]
+    assert asked(tmp_path) == [a, b]
+    assert asked("-", f"{b}\n{a}\r\n\n".encode()) == [b, a]
+    assert asked("-", f"{tmp_path / 'none.png'}".encode()) == [tmp_path / "none.png"]
+    (piped,) = asked("-", b.read_bytes())
+    assert np.array_equal(load_rgb(piped), load_rgb(b))
+    with pytest.raises(ValueError, match="nothing was piped in"):
+        asked("-", b" \n")
+
+
+def test_a_list_of_pictures_leaves_out_the_broken_or_stops(tmp_path, caplog):
+    draw(tmp_path / "a.png", 0)
+    (tmp_path / "b.png").write_text("no picture")
+    paths = [tmp_path / "b.png", tmp_path / "a.png"]
+    pictures = PictureList(paths, strict=False)
+    assert "b.png: not a picture of a known format" in caplog.text
+    assert (len(pictures), pictures[0][1], pictures[0][0].size) == (1, -1, (24, 24))
+    with pytest.raises(OSError, match=r"b\.png: not a picture of a known format"):
+        PictureList(paths)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run as train_folder.py leaves it, of a model that was not trained."""
+    folder = tmp_path_factory.mktemp("run")
+    for number in range(6):
+        draw(folder / "pictures" / "ab"[number % 2] / f"{number}.png", number)
+    torch.manual_seed(0)
+    model = AttentionEmbedder("test_resnet", 8).eval()
+    model.save_pretrained(folder / "run" / "model")
+    runs.write_json(folder / "run" / "run.json", {"image_size": [32, 32]})
+    pictures = ImageFiles(
+        folder / "pictures", transform=model.transform(image_size=32), progress=False
+    )
+    files = [path.relative_to(folder / "pictures").as_posix() for path in pictures.paths]
+    embeddings, _ = embed(model, pictures, progress=False)
+    PictureIndex(embeddings, files, folder / "pictures").save(folder / "run")
+    return folder
+
+
+def search(run, *arguments, piped=b""):
+    command = [sys.executable, SEARCH, run / "run", *arguments, "--out", run / "out.png"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, input=piped, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+def test_the_script_reads_a_pipe_and_keeps_to_a_folder(run):
+    picture = run / "pictures" / "b" / "3.png"
+    printed = search(run, "-", "-k", "2", "--folder", "b", piped=picture.read_bytes())
+    assert printed.splitlines()[2].split() == ["1", "1.0000", "b/3.png"]
+    assert printed.splitlines()[3].split()[2].startswith("b/")
+
+
+def test_the_script_updates_the_index(run, capsys, monkeypatch):
+    folder = run / "pictures"
+    draw(folder / "new.png", 3)  # the pixels of b/3.png, which goes
+    (folder / "b" / "3.png").unlink()
+    (folder / "broken.png").write_text("no picture")
+    arguments = [run / "run", folder / "new.png", "--update", "-k", "1", "--out", run / "out.png"]
+    monkeypatch.setattr(sys, "argv", ["search.py", *map(str, arguments)])
+    runpy.run_path(str(SEARCH), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "1 pictures embedded, 1 taken out, 6 in the index" in printed
+    assert printed.splitlines()[-2].split() == ["1", "1.0000", "new.png"]
+    index = PictureIndex.load(run / "run")
+    assert index.changes() == (["broken.png"], [], [])

@@ -1,0 +1,97 @@
+"""What a user asks with: a picture, a folder of them, or what comes in through a pipe."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from pml_tacl.datasets.image_files import ImageFiles, load_rgb
+
+_logger = logging.getLogger(__name__)
+
+
+class PictureList(Dataset[tuple[Any, int]]):
+    """Some pictures as a data set whose labels are all -1.
+
+    Args:
+        paths: of the pictures.
+        transform: applied to the PIL RGB image.
+        strict: raise on a broken file instead of leaving it out with a warning.
+
+    Attributes:
+        paths: the pictures that can be read, in order.
+
+    Raises:
+        OSError: if a file is broken and ``strict`` is set.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        transform: Callable[[Image.Image], Any] | None = None,
+        *,
+        strict: bool = True,
+    ) -> None:
+        self.paths, self.transform = [], transform
+        for path in paths:
+            try:
+                load_rgb(path)
+            except OSError as error:
+                if strict:
+                    raise
+                _logger.warning("left out: %s", error)
+            else:
+                self.paths.append(path)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = load_rgb(self.paths[index])
+        return (image if self.transform is None else self.transform(image)), -1
+
+
+def query_paths(query: str | Path, piped: IO[bytes], scratch: Path) -> list[Path]:
+    """The pictures that a query names.
+
+    Args:
+        query: a picture, a folder of them, or "-" for what is piped in: the bytes of one picture,
+            or paths of pictures, one in each line.
+        piped: standard input, as bytes.
+        scratch: a folder to keep a piped picture in.
+
+    Raises:
+        ValueError: for an empty pipe, or a folder without a picture.
+    """
+    if str(query) != "-":
+        path = Path(query)
+        return ImageFiles(path).paths if path.is_dir() else [path]
+    content = piped.read()
+    if not content.strip():
+        raise ValueError("query is - and nothing was piped in: pipe a picture, or paths of some")
+    lines = [line for line in content.splitlines() if line.strip()]
+    paths = [Path(os.fsdecode(line)) for line in lines if b"\0" not in line]
+    # One name is enough to tell: no picture's bytes begin with the path of a file.
+    if paths and len(paths) == len(lines) and (_is_file(paths[0]) or _is_text(content)):
+        return paths
+    picture = scratch / "piped in"
+    picture.write_bytes(content)
+    return [picture]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long for a name
+        return False
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        return content.decode("utf-8").replace("\n", "").replace("\r", "").isprintable()
+    except UnicodeDecodeError:
+        return False
