@@ -76,8 +76,8 @@ def session(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= gpus:
             sys.exit(
-                f"error: process {local} of this machine has no GPU, there are {gpus}: give torchrun "
-                f"--nproc-per-node {gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU"
+                f"error: process {local} of this machine has no GPU, there are {gpus}: give "
+                f"torchrun --nproc-per-node {gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU"
             )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
