@@ -8,12 +8,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from sqlite3 import DatabaseError  # record-keeper's, for one of a full disk
 from typing import Any
 
 import numpy as np
 import torch
 
 from pml_tacl._files import written_whole
+from pml_tacl._interrupts import Interrupted
 
 _PACKAGES = (
     "pml_tacl",
@@ -25,7 +27,7 @@ _PACKAGES = (
     "record-keeper",
 )
 _MARK = "run.json"
-_COLUMNS = {
+COLUMNS = {
     "recall_at_1": "R@1",
     "recall_at_2": "R@2",
     "recall_at_4": "R@4",
@@ -178,9 +180,9 @@ def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     Args:
         rows: name of the row -> metrics, named as :class:`RetrievalCalculator` does.
     """
-    names = [name for name in _COLUMNS if any(name in row for row in rows.values())]
+    names = [name for name in COLUMNS if any(name in row for row in rows.values())]
     width = max(map(len, rows), default=0)
-    lines = [" " * width + "".join(f"{_COLUMNS[name]:>8}" for name in names)]
+    lines = [" " * width + "".join(f"{COLUMNS[name]:>8}" for name in names)]
     for title, row in rows.items():
         cells = (f"{100 * row[name]:8.1f}" if name in row else " " * 7 + "-" for name in names)
         lines.append(f"{title:<{width}}" + "".join(cells))
@@ -189,12 +191,26 @@ def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End a script with one line instead of a traceback, for errors that a user can mend."""
+    """End a script with one line instead of a traceback, for errors that a user can mend.
+
+    A signal ends it with 130 (SIGINT) or 143 (SIGTERM), an error with 1.
+    """
     try:
         yield
+    except Interrupted as stop:
+        print(f"{stop}: go on with --resume", file=sys.stderr)
+        sys.exit(stop.code)
     except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        ImportError,
+        FloatingPointError,
+        DatabaseError,
+    ) as error:
         text = str(error)
         if "\nOriginal Traceback" in text:  # from a DataLoader's worker: what was raised there
             text = text.strip().rsplit("\n", 1)[-1].partition(": ")[2]

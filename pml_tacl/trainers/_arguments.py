@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from pml_tacl._checks import check_count
+
 _MINERS = {"tuple_miner", "attention_miner"}
 
 
@@ -14,8 +16,14 @@ def check_arguments(
     batch_size: int,
     images_per_cluster: int,
     recluster_every: int,
+    recluster_when_moved: float | None,
     warmup_epochs: int,
     amp_dtype: torch.dtype | None,
+    accumulation_steps: int,
+    ema_decay: float | None,
+    max_unreadable: int,
+    checkpoint_every: int | None,
+    keep: int,
     labeler: Any,
     miners: Iterable[str],
     weights: Iterable[str],
@@ -43,6 +51,21 @@ def check_arguments(
             "recluster_every must be at least 1 and warmup_epochs at least 0, got "
             f"{recluster_every} and {warmup_epochs}"
         )
+    if recluster_when_moved is not None and not 0 <= recluster_when_moved <= 2:
+        raise ValueError(
+            f"recluster_when_moved must be in [0, 2] or None, got {recluster_when_moved}"
+        )
+    if not 1 <= accumulation_steps <= batch_size:
+        raise ValueError(
+            f"accumulation_steps must be from 1 to batch_size={batch_size}, "
+            f"got {accumulation_steps}"
+        )
+    if ema_decay is not None and not 0 < ema_decay < 1:
+        raise ValueError(f"ema_decay must be above 0 and below 1, or None, got {ema_decay}")
+    check_count("max_unreadable", max_unreadable, 0)
+    check_count("keep", keep, 1)
+    if checkpoint_every is not None:
+        check_count("checkpoint_every", checkpoint_every, 1, "or None")
     if amp_dtype not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"amp_dtype must be torch.bfloat16, float16 or None, got {amp_dtype}")
     if unknown := set(miners) - _MINERS:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pml_tacl._centroids import Centroids
 from pml_tacl.losses import AttentionConsistencyLoss
+from pml_tacl.trainers._forward import Features
 from pml_tacl.trainers._views import Batch
 
 
@@ -15,8 +16,7 @@ class Step(NamedTuple):
     """What the losses of one step see.
 
     Attributes:
-        trunk_output: of (views, transformed views), 2N images.
-        embeddings: (2N, D).
+        features: of (views, transformed views), 2N images.
         batch: the N pictures.
         weights: (N, H*W) of the cells, or None.
         pairs: what the tuple miner found among the embeddings, or None.
@@ -24,8 +24,7 @@ class Step(NamedTuple):
         warming_up: whether every picture is its own cluster.
     """
 
-    trunk_output: Any
-    embeddings: Tensor
+    features: Features
     batch: Batch
     weights: Tensor | None
     pairs: Any
@@ -38,14 +37,14 @@ def loss_of(loss_func: nn.Module, step: Step) -> Any:
     if isinstance(loss_func, AttentionConsistencyLoss):
         return _attention_loss(loss_func, step)
     if isinstance(loss_func, SelfSupervisedLoss):
-        return loss_func(*step.embeddings.chunk(2))
+        return loss_func(*step.features.embeddings.chunk(2))
     # Centres say themselves what is hard; a miner's pairs are for the others.
     pairs = None if isinstance(loss_func, Centroids) else step.pairs
-    return loss_func(step.embeddings, torch.cat([step.batch.labels] * 2), pairs)
+    return loss_func(step.features.embeddings, torch.cat([step.batch.labels] * 2), pairs)
 
 
 def _attention_loss(loss_func: AttentionConsistencyLoss, step: Step) -> Any:
-    maps = getattr(step.trunk_output, "feature_maps", None)
+    maps = step.features.feature_maps
     if maps is None:
         raise ValueError(
             "AttentionConsistencyLoss needs a trunk with feature_maps: use AttentionEmbedder"

@@ -1,14 +1,19 @@
 """What a trainer reads: two views of each picture, or one for evaluation."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from pml_tacl.functional import commonness, sample_at_points
 from pml_tacl.transforms import SurroundingsSwap, cell_weights
+
+_TRIES = 5  # pictures in a row that cannot be read: it is the storage then, not a picture
 
 
 class Batch(NamedTuple):
@@ -21,24 +26,63 @@ class Batch(NamedTuple):
 
 
 class TwoViews(Dataset[Any]):
-    """(view, transformed view, points, index) of each picture; ValueError for NaN in it."""
+    """Two views of a picture: item (index, seed) -> (view, transformed view, points, index, "").
+
+    Whatever is random in an item comes from its seed alone, so that neither the number of
+    workers nor where an epoch was resumed changes it. A picture that cannot be read is replaced
+    by another of its cluster, whose index is given; the last entry then says why.
+
+    Args:
+        dataset: items (picture, anything).
+        transform: picture -> (view, transformed view, points).
+        labels: (N,) pseudo-labels; noise, -1, replaces nothing.
+
+    Raises:
+        OSError: for an item, if its replacements cannot be read either.
+        ValueError: for an item that is NaN.
+    """
 
     def __init__(
-        self, dataset: Dataset[Any], transform: Callable[[Any], tuple[Tensor, Tensor, Tensor]]
+        self,
+        dataset: Dataset[Any],
+        transform: Callable[[Any], tuple[Tensor, Tensor, Tensor]],
+        labels: Tensor,
     ) -> None:
         self.dataset = dataset
         self.transform = transform
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        view, transformed, points = self.transform(self.dataset[index][0])
-        return _finite(view, index), _finite(transformed, index), points, index
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, int, str]:
+        index, seed = item
+        trouble = ""
+        with drawing_from(seed):
+            for _ in range(_TRIES):
+                try:
+                    view, transformed, points = self.transform(self.dataset[index][0])
+                except OSError as error:
+                    trouble = trouble or describe(index, error)
+                    index = self._replacement(index)
+                else:
+                    view, transformed = _finite(view, index), _finite(transformed, index)
+                    return view, transformed, points, index, trouble
+        raise OSError(f"{_TRIES} pictures in a row cannot be read; the first was {trouble}")
+
+    def _replacement(self, index: int) -> int:
+        usable = self.labels >= 0
+        usable[index] = False
+        same = usable & (self.labels == self.labels[index])
+        there = (same if same.any() else usable).nonzero()[:, 0]
+        return int(there[torch.randint(len(there), ())]) if len(there) else index
 
 
 class OneView(Dataset[Any]):
-    """(evaluation view, index) of each picture; ValueError for NaN in it."""
+    """(evaluation view, index) of each picture; ValueError for NaN in it.
+
+    The index of a picture that cannot be read comes as -1 - index, with another's view.
+    """
 
     def __init__(self, dataset: Dataset[Any], transform: Callable[[Any], Tensor]) -> None:
         self.dataset = dataset
@@ -48,7 +92,41 @@ class OneView(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return _finite(self.transform(self.dataset[index][0]), index), index
+        trouble = ""
+        for there in range(index, index + _TRIES):
+            there %= len(self)
+            try:
+                view = _finite(self.transform(self.dataset[there][0]), there)
+            except OSError as error:
+                trouble = trouble or describe(index, error)
+            else:
+                return view, index if there == index else -1 - index
+        raise OSError(f"{_TRIES} pictures in a row cannot be read; the first was {trouble}")
+
+
+def describe(index: int, error: OSError) -> str:
+    """One line about a picture that cannot be read."""
+    return " ".join(f"picture {index}: {error}".split())
+
+
+@contextmanager
+def drawing_from(seed: int) -> Iterator[None]:
+    """Within, torch's, Python's and NumPy's global generators draw from a seed, on the CPU."""
+    states: Any = None
+    if (
+        get_worker_info() is None
+    ):  # a worker's own state is nobody's concern, and takes long to keep
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        if states is not None:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+            torch.set_rng_state(states[2])
 
 
 def _finite(image: Tensor, index: int) -> Tensor:

@@ -1,8 +1,8 @@
 """A training's whole state in one file, written so that a crash leaves the last one whole."""
 
+import logging
 import random
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,55 +10,139 @@ import numpy as np
 import torch
 
 from pml_tacl._files import written_whole
+from pml_tacl.runs import versions
+from pml_tacl.trainers._records import records_state, restore_records
 
+_LOGGER = logging.getLogger(__name__)
+_FORMAT = 2
 _SAVED = ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs")
-_NAME = re.compile(r"epoch_(\d+)\.pt$")
+_NAME = re.compile(r"epoch_(\d+)(?:_iteration_(\d+))?\.pt")
+# What else an order of pictures that was drawn before depends on.
+_CONFIG = ("batch_size", "iterations_per_epoch")
 
 
-def save_checkpoint(folder: str | Path, epoch: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Write ``epoch_NNNN.pt`` atomically and delete all but the last ``keep``.
+def save_checkpoint(folder: str | Path, state: dict[str, Any], keep: int = 2) -> Path:
+    """Write a state atomically, and delete all earlier checkpoints but the last of them.
 
     Args:
         folder: made if it is not there.
-        epoch: the epoch that has ended.
-        state: tensors, numbers, strings and containers of them: what ``weights_only`` loads.
-        keep: how many files stay, at least 1.
+        state: as of :func:`trainer_state`. Its ``epoch``, E, is how many epochs have ended, its
+            ``iteration``, I, what is done of the next one: the file is ``epoch_E.pt``, or
+            ``epoch_E_iteration_I.pt``.
+        keep: how many files stay, this one among them, at least 1.
 
     Returns:
         The path written.
+
+    Raises:
+        OSError: if it cannot be written; the earlier ones are as they were.
     """
     folder = Path(folder)
-    path = folder / f"epoch_{epoch:04d}.pt"
-    with written_whole(path) as file:
-        torch.save({"epoch": epoch, **state}, file)
-    for old in checkpoints(folder)[:-keep]:
+    within = f"_iteration_{state['iteration']:06d}" if state["iteration"] else ""
+    path = folder / f"epoch_{state['epoch']:04d}{within}.pt"
+    try:
+        with written_whole(path) as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or " ".join(str(error).split())
+        whole = [p.name for p in checkpoints(folder)]
+        kept = f"{whole[-1]} is whole: make room and go on from it" if whole else "make room"
+        raise OSError(f"cannot write checkpoint {path} ({reason}); {kept}") from error
+    earlier = [there for there in checkpoints(folder) if _place(there) < _place(path)]
+    for old in earlier[: len(earlier) + 1 - keep]:
         old.unlink()
     return path
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints in a folder, earliest epoch first."""
-    found = [(int(m[1]), p) for p in Path(folder).glob("*.pt") if (m := _NAME.search(p.name))]
-    return [path for _, path in sorted(found)]
+    """The checkpoints in a folder, earliest first."""
+    return sorted((p for p in Path(folder).glob("*.pt") if _NAME.fullmatch(p.name)), key=_place)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    found = _NAME.fullmatch(path.name)
+    return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; no pickled code is run.
 
     Args:
-        path: a checkpoint, or a folder, whose last one is read.
+        path: a checkpoint, or a folder, whose last readable one is read; a damaged one after it
+            is renamed to ``*.damaged``, with a warning.
 
     Raises:
         FileNotFoundError: if there is none.
+        ValueError: if the file, or every one in the folder, is damaged or of another version.
     """
     path = Path(path)
-    if path.is_dir():
-        there = checkpoints(path)
-        if not there:
-            raise FileNotFoundError(f"no checkpoint in {path}: start without resuming")
-        path = there[-1]
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if not path.is_dir():
+        earlier = [there for there in checkpoints(path.parent) if _place(there) < _place(path)]
+        try:
+            return _read(path)
+        except ValueError as error:
+            hint = f"use the one before it, {earlier[-1].name}" if earlier else "start anew"
+            raise ValueError(f"{error}: {hint}") from error
+    there = checkpoints(path)
+    if not there:
+        raise FileNotFoundError(f"no checkpoint in {path}: start without resuming")
+    for last in reversed(there):
+        try:
+            state = _read(last)
+        except ValueError as error:
+            _LOGGER.warning("%s: going on from the one before it", error)
+            continue
+        for damaged in there[there.index(last) + 1 :]:  # or the next one would be sorted before it
+            damaged.rename(damaged.with_suffix(".pt.damaged"))
+        return state
+    raise ValueError(f"no checkpoint in {path} can be read: start anew")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint {path}: there is no such file")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # damaged bytes raise nearly anything
+        raise ValueError(f"checkpoint {path} is damaged") from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise ValueError(f"checkpoint {path} is of another version of pml_tacl")
     return state
+
+
+def open_folder(folder: Path, own: Path | None, place: tuple[int, int]) -> bool:
+    """Make a folder ready for the checkpoints of a training that begins or goes on.
+
+    Half-written files of a killed process are deleted. Checkpoints later than the training's own
+    place, which was loaded from an earlier one, are renamed to ``*.superseded``.
+
+    Args:
+        folder: to write to.
+        own: the folder that the training was loaded from or has written to, if any.
+        place: epochs that have ended, and iterations of the next.
+
+    Returns:
+        Whether the training is new there.
+
+    Raises:
+        ValueError: if the folder holds checkpoints of another training.
+    """
+    new = own is None or own.resolve() != folder.resolve()
+    there = checkpoints(folder)
+    if new and there:
+        raise ValueError(
+            f"checkpoint_folder {folder} holds checkpoints of an earlier training: load_checkpoint "
+            "first, or give another folder"
+        )
+    for path in folder.glob(".epoch_*.pt.*.tmp"):
+        path.unlink()
+    for path in there:
+        if _place(path) > place:
+            path.rename(path.with_suffix(".pt.superseded"))
+    return new
 
 
 def random_state() -> dict[str, Any]:
@@ -92,23 +176,64 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def trainer_state(trainer: Any, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+def trainer_state(trainer: Any) -> dict[str, Any]:
     """What an :class:`UnsupervisedTrainer` needs to go on as if it had never stopped."""
     state: dict[str, Any] = {
         kind: {name: thing.state_dict() for name, thing in getattr(trainer, kind).items()}
         for kind in _SAVED
     }
-    state |= {"labels": trainer.labels, "centroids": trainer.centroids, "extra": dict(extra or {})}
-    state |= {"scaler": trainer.scaler.state_dict(), "random": random_state()}
+    state |= {
+        "format": _FORMAT,
+        "epoch": trainer.ended,
+        "iteration": trainer.done,
+        "order": trainer.order,
+        "stopped": trainer.stopped,
+        "labels": trainer.labels,
+        "centroids": trainer.centroids,
+        "moved_from": trainer.moved_from,
+        "unreadable": sorted(trainer.unreadable.known),
+        "extra": dict(trainer.extra),
+        "scaler": trainer.scaler.state_dict(),
+        "ema": trainer.average and trainer.average.state_dict(),
+        "records": trainer.record_keeper and records_state(trainer.record_keeper),
+        "random": random_state(),
+        "config": {name: getattr(trainer, name) for name in _CONFIG},
+        "versions": versions(),
+    }
     return state
 
 
-def restore_trainer(trainer: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """Undo :func:`trainer_state`; gives back its ``extra``.
+def restore_trainer(trainer: Any, state: dict[str, Any]) -> None:
+    """Undo :func:`trainer_state`.
 
     Raises:
-        ValueError: if the state is of another number of pictures or of other losses.
+        ValueError: if the state is of another number of pictures, of other losses, or within an
+            epoch of other batches.
     """
+    _check_fit(trainer, state)
+    for kind in _SAVED:
+        for name, thing in getattr(trainer, kind).items():
+            thing.load_state_dict(state[kind][name])
+    for name in ("epoch", "order", "stopped", "labels", "centroids", "moved_from", "extra"):
+        setattr(trainer, name, state[name])
+    trainer.ended, trainer.done = state["epoch"], state["iteration"]
+    trainer.unreadable.known = set(state["unreadable"])
+    trainer.scaler.load_state_dict(state["scaler"])
+    if trainer.average is not None:
+        trainer.average.load_state_dict(state["ema"])
+    if trainer.record_keeper is not None and state["records"] is not None:
+        restore_records(trainer.record_keeper, state["records"])
+    set_random_state(state["random"])
+    changed = {
+        name: f"{name} {state['versions'].get(name)} (now {now})"
+        for name, now in versions().items()
+        if state["versions"].get(name) != now
+    }
+    if changed:
+        _LOGGER.warning("the checkpoint was written with %s", ", ".join(changed.values()))
+
+
+def _check_fit(trainer: Any, state: dict[str, Any]) -> None:
     if len(state["labels"]) != len(trainer.labels):
         raise ValueError(
             f"checkpoint is of {len(state['labels'])} pictures and the data set has "
@@ -120,12 +245,12 @@ def restore_trainer(trainer: Any, state: dict[str, Any]) -> dict[str, Any]:
                 f"checkpoint holds {kind} {sorted(state[kind])} and the trainer has "
                 f"{sorted(getattr(trainer, kind))}: resume with the same"
             )
-    for kind in _SAVED:
-        for name, thing in getattr(trainer, kind).items():
-            thing.load_state_dict(state[kind][name])
-    trainer.labels, trainer.centroids = state["labels"], state["centroids"]
-    trainer.epoch = state["epoch"]
-    trainer.scaler.load_state_dict(state["scaler"])
-    set_random_state(state["random"])
-    extra: dict[str, Any] = state["extra"]
-    return extra
+    if (state["ema"] is None) != (trainer.average is None):
+        had = "without" if state["ema"] is None else "with"
+        raise ValueError(f"checkpoint is {had} averaged weights: resume with the same ema_decay")
+    for name, value in state["config"].items():
+        if state["order"] is not None and value != getattr(trainer, name):
+            raise ValueError(
+                f"checkpoint is within an epoch of {name}={value}, got {getattr(trainer, name)}: "
+                "resume with the same"
+            )

@@ -1,33 +1,31 @@
 import logging
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_metric_learning.samplers import MPerClassSampler
-from pytorch_metric_learning.trainers import BaseTrainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from pml_tacl._centroids import Centroids
+from pml_tacl._interrupts import Signals
 from pml_tacl.clustering import PseudoLabeler
-from pml_tacl.evaluation import embed
 from pml_tacl.trainers._arguments import check_arguments, check_clusters
-from pml_tacl.trainers._steps import Step, loss_of
-from pml_tacl.trainers._views import Batch, OneView, TwoViews, swap_surroundings
-from pml_tacl.trainers.checkpoint import (
-    load_checkpoint,
-    restore_trainer,
-    save_checkpoint,
-    trainer_state,
-)
+from pml_tacl.trainers._clusters import clustering_is_due, relabel
+from pml_tacl.trainers._order import draw_order, make_loader
+from pml_tacl.trainers._resumable import Resumable
+from pml_tacl.trainers._training_step import TrainingStep
+from pml_tacl.trainers._unreadable import Unreadable
+from pml_tacl.trainers._views import Batch, TwoViews
+from pml_tacl.trainers._workers import lost_workers_named
 from pml_tacl.transforms import SurroundingsSwap
 
 _LOGGER = logging.getLogger(__name__)
 
 
-class UnsupervisedTrainer(BaseTrainer):
+class UnsupervisedTrainer(Resumable, TrainingStep):
     """Train an embedding on pictures without labels: cluster, then learn from the clusters.
 
     A trainer of PML: models, loss_funcs, mining_funcs, optimizers, hooks and records are as
@@ -54,17 +52,45 @@ class UnsupervisedTrainer(BaseTrainer):
             labels of the first views) for the attention losses.
         images_per_cluster: pictures of one cluster in a batch; divides batch_size.
         recluster_every: epochs between two clusterings, at least 1.
+        recluster_when_moved: cluster an epoch that is due only if the embeddings have moved by
+            this much since the last clustering: the mean cosine distance, in [0, 2], of 1000
+            pictures from where they were (0.02 is little, 0.2 much). None: always.
         warmup_epochs: epochs before the first clustering.
         swap: a :class:`SurroundingsSwap` of both views, or None.
         amp_dtype: torch.bfloat16 or torch.float16 for autocast, None for none. float16 scales
             the loss.
+        accumulation_steps: chunks that a batch goes through the model in, to save memory. The
+            losses see the whole batch, so the step is that of one chunk, but for BatchNorm.
+        ema_decay: in (0, 1), of averaged weights, ``ema_model``; None for none. They are for
+            evaluation and export; clusters come from the weights that are trained, since their
+            centres are compared with those weights' embeddings.
+        compile: torch.compile trunk and embedder, as one; names of parameters stay.
+        max_unreadable: pictures that may turn unreadable before the training stops. Until then,
+            another of its cluster takes the place of each, and it becomes noise.
+        checkpoint_folder: a checkpoint is written there at the end of each epoch, and SIGINT or
+            SIGTERM end the training after one, with :class:`Interrupted` (a SystemExit, 130 or
+            143); a second signal ends it at once. None: only :meth:`save_checkpoint` writes.
+        checkpoint_every: iterations between two more of them, within an epoch; None for none.
+        keep: how many of the last checkpoints stay, at least 1.
+        record_keeper: record-keeper's RecordKeeper (``hooks.record_keeper``), whose records are
+            part of the checkpoints: none is twice there, or lost, after a crash.
         progress: show bars.
         **kwargs: as of PML's BaseTrainer (loss_weights, iterations_per_epoch, lr_schedulers,
             gradient_clippers, freeze_these, dataloader_num_workers, end_of_epoch_hook, ...).
 
+    Attributes:
+        labels: pseudo-labels (N,), -1 for noise. Each picture's own before the first clustering.
+        centroids: (K, D), or None before the first clustering.
+        embeddings: (N, D) of the last embedding pass, NaN for unreadable pictures; not kept in
+            checkpoints.
+        extra: a dict of tensors, numbers, strings and containers of the user's, kept in
+            checkpoints.
+
     Raises:
         ValueError: for an argument that does not fit, before anything is computed.
         FloatingPointError: in training, if the loss is NaN or infinite.
+        OSError: in training, for more unreadable pictures than ``max_unreadable``, for a
+            checkpoint that cannot be written, or for a loader's process that was killed.
     """
 
     def __init__(
@@ -81,14 +107,26 @@ class UnsupervisedTrainer(BaseTrainer):
         mining_funcs: dict[str, nn.Module] | None = None,
         images_per_cluster: int = 4,
         recluster_every: int = 1,
+        recluster_when_moved: float | None = None,
         warmup_epochs: int = 0,
         swap: SurroundingsSwap | None = None,
         amp_dtype: torch.dtype | None = None,
+        accumulation_steps: int = 1,
+        ema_decay: float | None = None,
+        compile: bool = False,
+        max_unreadable: int = 10,
+        checkpoint_folder: str | Path | None = None,
+        checkpoint_every: int | None = None,
+        keep: int = 2,
+        record_keeper: Any = None,
         progress: bool = True,
         **kwargs: Any,
     ) -> None:
         if isinstance(models, nn.Module):
+            whole = models
             models = {name: models.get_submodule(name) for name in ("trunk", "embedder")}
+        else:
+            whole = nn.Sequential(OrderedDict(models))
         if isinstance(optimizers, torch.optim.Optimizer):
             optimizers = {"trunk_optimizer": optimizers}
         count = len(dataset)  # type: ignore[arg-type]
@@ -99,20 +137,33 @@ class UnsupervisedTrainer(BaseTrainer):
             batch_size=batch_size,
             images_per_cluster=images_per_cluster,
             recluster_every=recluster_every,
+            recluster_when_moved=recluster_when_moved,
             warmup_epochs=warmup_epochs,
             amp_dtype=amp_dtype,
+            accumulation_steps=accumulation_steps,
+            ema_decay=ema_decay,
+            max_unreadable=max_unreadable,
+            checkpoint_every=checkpoint_every,
+            keep=keep,
             labeler=labeler,
             miners=mining_funcs,
             weights=weights,
             losses=loss_funcs,
         )
         self.transform, self.eval_transform, self.labeler = transform, eval_transform, labeler
-        self.images_per_cluster, self.recluster_every = images_per_cluster, recluster_every
-        self.warmup_epochs, self.swap = warmup_epochs, swap
-        self.amp_dtype, self.progress = amp_dtype, progress
+        self.images_per_cluster, self.warmup_epochs = images_per_cluster, warmup_epochs
+        self.recluster_every, self.recluster_when_moved = recluster_every, recluster_when_moved
+        self.swap, self.amp_dtype, self.progress = swap, amp_dtype, progress
+        self.accumulation_steps = accumulation_steps
+        self.checkpoint_folder = checkpoint_folder and Path(checkpoint_folder)
+        self.checkpoint_every, self.keep = checkpoint_every, keep
+        self.record_keeper = record_keeper
         self.labels = torch.arange(count)
         self.centroids: Tensor | None = None
-        self.epoch = 0
+        self.embeddings: Tensor | None = None
+        self.moved_from: Tensor | None = None
+        self.unreadable = Unreadable(max_unreadable)
+        self.stand_at_start()
         kwargs.setdefault("data_device", next(models["trunk"].parameters()).device)
         kwargs.setdefault("iterations_per_epoch", max(1, count // batch_size))
         kwargs.setdefault("dataloader_num_workers", 0)
@@ -126,9 +177,7 @@ class UnsupervisedTrainer(BaseTrainer):
             loss_weights={name: weights.get(name, 1.0) for name in loss_funcs},
             **kwargs,
         )
-        self.scaler = torch.amp.GradScaler(
-            torch.device(self.data_device).type, enabled=amp_dtype is torch.float16
-        )
+        self.set_up_step(whole, compile, ema_decay)
 
     def modify_schema(self) -> None:
         """Any names of losses; PML's checker would also pass names that only begin right."""
@@ -139,56 +188,69 @@ class UnsupervisedTrainer(BaseTrainer):
     def train(self, start_epoch: int = 1, num_epochs: int = 1) -> None:
         """Train the epochs from ``start_epoch`` to ``num_epochs``, both included.
 
-        A hook at the end of an epoch that returns False ends the training.
-        """
-        for epoch in range(start_epoch, num_epochs + 1):
-            self.epoch = epoch
-            since = self.epoch - self.warmup_epochs - 1
-            if since >= 0 and (since % self.recluster_every == 0 or self.centroids is None):
-                self.relabel()
-            self.initialize_dataloader()
-            self.set_to_train()
-            with tqdm(
-                total=self.iterations_per_epoch * self.batch_size,
-                desc=f"epoch {self.epoch}/{num_epochs}",
-                unit="img",
-                disable=not self.progress,
-            ) as bar:
-                for iteration in range(self.iterations_per_epoch):
-                    self.iteration = iteration
-                    self.forward_and_backward()
-                    self.end_of_iteration_hook(self)
-                    self.step_lr_schedulers(end_of_epoch=False)
-                    bar.update(self.batch_size)
-                    bar.set_postfix_str(f"loss {float(self.losses['total_loss']):.3f}")
-            self.step_lr_schedulers(end_of_epoch=True)
-            self.zero_losses()
-            if self.end_of_epoch_hook(self) is False:
-                break
+        After :meth:`load_checkpoint`, ``start_epoch`` is ``trainer.epoch + 1``. A hook at the end
+        of an epoch that returns False ends the training.
 
-    @torch.no_grad()
+        Raises:
+            ValueError: if a checkpoint was loaded from within another epoch, or checkpoint_folder
+                holds checkpoints of a training that was not loaded.
+            Interrupted: after SIGINT or SIGTERM, with a checkpoint_folder.
+        """
+        with Signals(self.checkpoint_folder is not None) as self._signals, lost_workers_named():
+            self._begin(start_epoch)
+            for epoch in range(start_epoch, num_epochs + 1):
+                if self.stopped:
+                    _LOGGER.info("end_of_epoch_hook has ended the training in epoch %d", self.ended)
+                    break
+                self.epoch = epoch
+                self._begin_epoch()
+                self._train_epoch(num_epochs)
+                self.step_lr_schedulers(end_of_epoch=True)
+                self.zero_losses()
+                self.ended, self.done, self.order = epoch, 0, None
+                self.stopped = self.end_of_epoch_hook(self) is False
+                self._between_iterations(due=True)
+        self.stopped = False
+
+    def _begin_epoch(self) -> None:
+        if not self._loaded_within_epoch:
+            with self._signals.at_once(f"saved at the end of epoch {self.ended}"):
+                if clustering_is_due(self):
+                    self.relabel()
+        self.initialize_dataloader()
+        self.set_to_train()
+
+    def _train_epoch(self, num_epochs: int) -> None:
+        with tqdm(
+            total=self.iterations_per_epoch * self.batch_size,
+            initial=self.done * self.batch_size,
+            desc=f"epoch {self.epoch}/{num_epochs}",
+            unit="img",
+            disable=not self.progress,
+        ) as bar:
+            for iteration in range(self.done, self.iterations_per_epoch):
+                self.iteration = iteration
+                self._within_step = True
+                self.forward_and_backward()
+                self.end_of_iteration_hook(self)
+                self.step_lr_schedulers(end_of_epoch=False)
+                self._within_step = False
+                self.done = iteration + 1
+                made = self.get_global_iteration() + 1
+                due = self.checkpoint_every is not None and made % self.checkpoint_every == 0
+                ends = self.done == self.iterations_per_epoch
+                if ends or made % self.look_every == 0:
+                    bar.set_postfix_str(self.look_at_losses(), refresh=False)
+                bar.update(self.batch_size)
+                self._between_iterations(due and not ends)
+
     def relabel(self) -> None:
         """Embed the whole data set, cluster it, and hand the centres to losses and miners.
 
         Raises:
             ValueError: if the clusters cannot fill a batch, or what the labeler raises.
         """
-        model = nn.Sequential(self.models["trunk"], self.models["embedder"])
-        embeddings, _ = embed(
-            model,
-            OneView(self.dataset, self.eval_transform),
-            batch_size=max(64, self.batch_size),
-            num_workers=self.dataloader_num_workers,
-            progress=self.progress,
-        )
-        found = self.labeler(embeddings, self.centroids)
-        self.set_pseudo_labels(found.labels, found.centroids)
-        _LOGGER.info(
-            "epoch %d: %d clusters, %d pictures are noise",
-            self.epoch,
-            len(found.centroids),
-            int((found.labels < 0).sum()),
-        )
+        relabel(self)
 
     def set_pseudo_labels(self, labels: Tensor, centroids: Tensor | None) -> None:
         """Set the pseudo-labels (N,), -1 for noise, and the centres (K, D) that they index.
@@ -204,19 +266,24 @@ class UnsupervisedTrainer(BaseTrainer):
                 module.set_centroids(centroids)
 
     def initialize_dataloader(self) -> None:
-        """A new sampler and loader: a loader already running would hand out old labels."""
-        size = self.iterations_per_epoch * self.batch_size
-        order: Any = RandomSampler(self.labels, num_samples=size)  # type: ignore[arg-type]
-        if self.centroids is not None:
-            chosen = torch.where(self.labels >= 0)[0]
-            sampler = MPerClassSampler(
-                self.labels[chosen], self.images_per_cluster, self.batch_size, size
+        """Draw an epoch, or take what is left of a loaded one, for a new loader.
+
+        A loader already running would hand out old pseudo-labels.
+        """
+        if not self._loaded_within_epoch or self.order is None:
+            size, clustered = (
+                self.iterations_per_epoch * self.batch_size,
+                self.centroids is not None,
             )
-            order = chosen[list(sampler)].tolist()
-        self.dataloader = DataLoader(
-            TwoViews(self.dataset, self.transform),
+            self.order, self.done = (
+                draw_order(self.labels, clustered, size, self.images_per_cluster, self.batch_size),
+                0,
+            )
+        self._loaded_within_epoch = False
+        self.dataloader = make_loader(
+            TwoViews(self.dataset, self.transform, self.labels),
+            self.order[self.done * self.batch_size :],
             self.batch_size,
-            sampler=order,
             num_workers=self.dataloader_num_workers,
             collate_fn=self.collate_fn,
             pin_memory=torch.device(self.data_device).type == "cuda",
@@ -224,75 +291,8 @@ class UnsupervisedTrainer(BaseTrainer):
         self.dataloader_iter = iter(self.dataloader)
 
     def get_batch(self) -> Batch:
-        *tensors, index = next(self.dataloader_iter)
+        *tensors, index, troubles = next(self.dataloader_iter)
+        for trouble in filter(None, troubles):
+            self.unreadable.add(trouble)
         views, transformed, points = (t.to(self.data_device, non_blocking=True) for t in tensors)
         return Batch(views, transformed, points, self.labels[index].to(self.data_device))
-
-    def calculate_loss(self, curr_batch: Batch) -> None:
-        views, transformed, _, labels = curr_batch
-        weights = None
-        if self.swap is not None:
-            grid = self.transform.grid  # type: ignore[attr-defined]
-            views, transformed, weights = swap_surroundings(
-                self.swap, self.models["trunk"], curr_batch, grid
-            )
-        images = torch.cat([views, transformed])
-        if images.device.type == "cpu":
-            images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            trunk_output = self.models["trunk"](images)
-            embeddings = self.models["embedder"](trunk_output)
-            pairs = self.maybe_mine_embeddings(embeddings, torch.cat([labels, labels]))
-            miner, warming_up = self.mining_funcs.get("attention_miner"), self.centroids is None
-            step = Step(trunk_output, embeddings, curr_batch, weights, pairs, miner, warming_up)
-            for name, loss_func in self.loss_funcs.items():
-                if self.loss_weights[name] != 0:
-                    self.losses[name] = loss_of(loss_func, step)
-
-    def backward(self) -> None:
-        total = self.losses["total_loss"]
-        self.scaler.scale(total).backward()
-        for name, value in self.losses.items():  # the graph has done its work
-            self.losses[name] = value.detach() if isinstance(value, Tensor) else value
-        if not torch.isfinite(total):
-            parts = ", ".join(f"{k} {float(v):.4g}" for k, v in self.losses.items())
-            raise FloatingPointError(
-                f"loss is not finite in epoch {self.epoch}, iteration {self.iteration} ({parts}): "
-                "lower the learning rate or resume from the last checkpoint"
-            )
-
-    def clip_gradients(self) -> None:
-        if self.gradient_clippers:
-            for optimizer in self.optimizers.values():
-                self.scaler.unscale_(optimizer)
-        super().clip_gradients()
-
-    def step_optimizers(self) -> None:
-        for name, optimizer in self.optimizers.items():
-            if name.removesuffix("_optimizer") not in self.freeze_these:
-                self.scaler.step(optimizer)
-        self.scaler.update()
-
-    def save_checkpoint(
-        self, folder: str | Path, keep: int = 2, extra: Mapping[str, Any] | None = None
-    ) -> Path:
-        """Write everything that :meth:`load_checkpoint` needs to go on as if never stopped.
-
-        Args:
-            folder: the file is ``epoch_NNNN.pt`` in it.
-            keep: how many of the last checkpoints stay.
-            extra: more to keep, of tensors, numbers, strings and containers.
-        """
-        return save_checkpoint(folder, self.epoch, trainer_state(self, extra), keep)
-
-    def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
-        """Restore a checkpoint (a folder: its last one); train on from ``trainer.epoch + 1``.
-
-        Returns:
-            The ``extra`` that was saved.
-
-        Raises:
-            FileNotFoundError: if there is none.
-            ValueError: if it is of another number of pictures.
-        """
-        return restore_trainer(self, load_checkpoint(path))

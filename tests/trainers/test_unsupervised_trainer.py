@@ -117,7 +117,7 @@ def test_noise_is_never_drawn():
     trainer.set_pseudo_labels(labels, torch.eye(4, 16))
     for _ in range(3):
         trainer.initialize_dataloader()
-        for *_, index in trainer.dataloader:
+        for *_, index, _ in trainer.dataloader:
             assert (labels[index] >= 0).all()
 
 
@@ -290,7 +290,7 @@ def test_resumed_training_ends_bit_for_bit_like_an_unbroken_one(tmp_path):
 def test_checkpoints_keep_the_last_and_survive_a_failed_write(tmp_path, monkeypatch):
     trainer = make_trainer()
     for epoch in range(1, 5):
-        trainer.epoch = epoch
+        trainer.ended = epoch
         trainer.save_checkpoint(tmp_path, keep=2)
     assert [p.name for p in checkpoints(tmp_path)] == ["epoch_0003.pt", "epoch_0004.pt"]
     content = checkpoints(tmp_path)[-1].read_bytes()
@@ -463,6 +463,6 @@ def test_sampler_is_pmls_own(monkeypatch):
             used.append(args)
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr("pml_tacl.trainers.unsupervised_trainer.MPerClassSampler", Watched)
+    monkeypatch.setattr("pml_tacl.trainers._order.MPerClassSampler", Watched)
     make_trainer().train(num_epochs=1)
     assert len(used) == 1

@@ -1,0 +1,84 @@
+"""SIGINT and SIGTERM in a training: noted, and acted upon where nothing is lost."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class Interrupted(SystemExit):
+    """A signal ended the training and everything is saved; ``code`` is 128 and its number.
+
+    Args:
+        signum: of the signal.
+        saved: where the training stands and what holds it, in one line.
+    """
+
+    def __init__(self, signum: int, saved: str) -> None:
+        super().__init__(128 + signum)
+        self.message = f"stopped by {signal.Signals(signum).name}: {saved}"
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Signals:
+    """The handlers of SIGINT and SIGTERM while a training runs in the main thread.
+
+    The first signal is only noted, in ``received``, for the training to end at its next safe
+    place; while :meth:`at_once` it ends there and then. The second does what it did before.
+
+    Args:
+        active: False leaves everything as it is.
+    """
+
+    def __init__(self, active: bool = True) -> None:
+        self.received: int | None = None
+        self._active = active and threading.current_thread() is threading.main_thread()
+        self._previous: dict[int, Any] = {}
+        self._process = os.getpid()
+        self._safe_now = ""
+
+    def __enter__(self) -> "Signals":
+        if self._active:
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                # Ignored means ignored: nohup, or a script's background job.
+                if signal.getsignal(signum) not in (signal.SIG_IGN, None):
+                    self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous = {}
+
+    @contextmanager
+    def at_once(self, saved: str) -> Iterator[None]:
+        """Within, a signal need not wait: ``saved`` says what holds everything there is."""
+        self._safe_now = saved
+        try:
+            if self.received is not None:
+                raise Interrupted(self.received, saved)
+            yield
+        finally:
+            self._safe_now = ""
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a loader's process has inherited this: the training's own ends it
+        self.__exit__()
+        self.received = signum
+        if self._safe_now:
+            raise Interrupted(signum, self._safe_now)
+        # Not through logging or print: the signal may have come within one of theirs.
+        name = signal.Signals(signum).name
+        os.write(2, f"\n{name}: ends after this iteration and a checkpoint; again: now\n".encode())
+
+
+def ignore_in_worker(_worker: int) -> None:
+    """Leave a loader's process alone with Ctrl-C, and with a first SIGTERM to all processes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)

@@ -1,0 +1,104 @@
+"""When a trainer writes its checkpoints, reads them and ends."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_metric_learning.trainers import BaseTrainer
+from torch import Tensor
+
+from pml_tacl._interrupts import Interrupted, Signals
+from pml_tacl.trainers.checkpoint import (
+    load_checkpoint,
+    open_folder,
+    restore_trainer,
+    save_checkpoint,
+    trainer_state,
+)
+
+
+class Resumable(BaseTrainer):
+    """The checkpoints of an :class:`UnsupervisedTrainer`, by its own hand and by the user's."""
+
+    def stand_at_start(self) -> None:
+        """Where a training is before it has begun."""
+        self.extra: dict[str, Any] = {}
+        self.epoch = self.ended = self.done = 0
+        self.order: Tensor | None = None  # of the epoch that runs
+        self.stopped = False
+        self._within_step = self._loaded_within_epoch = False
+        self._own_folder: Path | None = None
+        self._signals = Signals(active=False)
+
+    def save_checkpoint(
+        self, folder: str | Path, keep: int = 2, extra: Mapping[str, Any] | None = None
+    ) -> Path:
+        """Write everything that :meth:`load_checkpoint` needs to go on as if never stopped.
+
+        Args:
+            folder: the file is ``epoch_NNNN.pt`` in it, named by the epochs that have ended, or
+                ``epoch_NNNN_iteration_NNNNNN.pt`` within the next one.
+            keep: how many of the last checkpoints stay.
+            extra: added to ``trainer.extra``.
+
+        Raises:
+            OSError: if it cannot be written; earlier ones are left.
+            ValueError: in an end_of_iteration_hook, where an iteration is not quite done.
+        """
+        if self._within_step:
+            raise ValueError(
+                "a checkpoint within an iteration would not be whole: set checkpoint_every, or "
+                "save in end_of_epoch_hook"
+            )
+        self.extra.update(extra or {})
+        return save_checkpoint(folder, trainer_state(self), keep)
+
+    def load_checkpoint(self, path: str | Path | None = None) -> dict[str, Any]:
+        """Restore a checkpoint (a folder: its last readable one); train on from ``epoch + 1``.
+
+        Args:
+            path: a file or folder; None for ``checkpoint_folder``.
+
+        Returns:
+            ``trainer.extra``, as it was saved.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is damaged, or does not fit this trainer and its data set.
+        """
+        path = Path(path or self.checkpoint_folder or "checkpoints")
+        restore_trainer(self, load_checkpoint(path))
+        self._own_folder = path if path.is_dir() else path.parent
+        self._loaded_within_epoch = self.order is not None
+        return self.extra
+
+    def _begin(self, start_epoch: int) -> None:
+        """Make sure that a training which is killed from here on can be resumed."""
+        if self._loaded_within_epoch and start_epoch != self.ended + 1:
+            raise ValueError(
+                f"the checkpoint is from within epoch {self.ended + 1}, got start_epoch="
+                f"{start_epoch}: train with start_epoch=trainer.epoch + 1"
+            )
+        if not self._loaded_within_epoch:
+            self.ended, self.done, self.order = start_epoch - 1, 0, None
+        folder = self.checkpoint_folder
+        if folder is not None and open_folder(folder, self._own_folder, (self.ended, self.done)):
+            self._save()  # or a crash in the first epoch would leave records without a checkpoint
+
+    def _between_iterations(self, due: bool) -> None:
+        """Save if it is time to, or if the training is asked to end; then end it."""
+        signum = self._signals.received
+        if self.checkpoint_folder is None or not (due or signum):
+            return
+        self.look_at_losses()  # a model that has diverged must not take the place of a sound one
+        path = self._save()
+        if signum:
+            where = f"epoch {self.epoch}, iteration {self.done} of {self.iterations_per_epoch}"
+            if self.order is None:
+                where = f"the end of epoch {self.ended}"
+            raise Interrupted(signum, f"saved at {where}, in {path}")
+
+    def _save(self) -> Path:
+        assert self.checkpoint_folder is not None
+        self._own_folder = self.checkpoint_folder
+        return self.save_checkpoint(self.checkpoint_folder, self.keep)

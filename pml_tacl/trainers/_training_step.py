@@ -1,0 +1,105 @@
+"""One iteration of a trainer."""
+
+import math
+
+import torch
+from pytorch_metric_learning.trainers import BaseTrainer
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pml_tacl.trainers._forward import forward_in_chunks, forward_of
+from pml_tacl.trainers._steps import Step, loss_of
+from pml_tacl.trainers._views import Batch, swap_surroundings
+
+_LOOK_EVERY = 10  # iterations: reading a loss makes the CPU wait for a GPU
+
+
+class TrainingStep(BaseTrainer):
+    """Forward, losses, backward and step of an :class:`UnsupervisedTrainer`, from its settings."""
+
+    def set_up_step(self, whole: nn.Module, compiled: bool, ema_decay: float | None) -> None:
+        """What an iteration needs besides PML's own parts."""
+        device = torch.device(self.data_device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype is torch.float16)
+        self.look_every = 1 if device.type == "cpu" else _LOOK_EVERY
+        self.forward_features = forward_of(self.models)
+        if compiled:
+            self.forward_features = torch.compile(self.forward_features)
+        self.whole = whole
+        self.average: AveragedModel | None = None
+        if ema_decay is not None:
+            averaged = get_ema_multi_avg_fn(ema_decay)
+            self.average = AveragedModel(whole, multi_avg_fn=averaged, use_buffers=True)
+
+    @property
+    def ema_model(self) -> nn.Module:
+        """The model with averaged weights: evaluate and export it like the other.
+
+        An AttentionEmbedder if that is what is trained, else trunk and embedder as a Sequential.
+
+        Raises:
+            ValueError: without ``ema_decay``.
+        """
+        if self.average is None:
+            raise ValueError("ema_model needs averaged weights: give the trainer an ema_decay")
+        averaged: nn.Module = self.average.module
+        return averaged
+
+    def calculate_loss(self, curr_batch: Batch) -> None:
+        views, transformed, _, labels = curr_batch
+        weights = None
+        if self.swap is not None:
+            grid = self.transform.grid  # type: ignore[attr-defined]
+            views, transformed, weights = swap_surroundings(
+                self.swap, self.models["trunk"], curr_batch, grid
+            )
+        images = torch.cat([views, transformed])
+        if images.device.type == "cpu":
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            features = forward_in_chunks(
+                self.forward_features, images, self.accumulation_steps, list(self.models.values())
+            )
+            pairs = self.maybe_mine_embeddings(features.embeddings, torch.cat([labels, labels]))
+            miner, warming_up = self.mining_funcs.get("attention_miner"), self.centroids is None
+            step = Step(features, curr_batch, weights, pairs, miner, warming_up)
+            for name, loss_func in self.loss_funcs.items():
+                if self.loss_weights[name] != 0:
+                    self.losses[name] = loss_of(loss_func, step)
+
+    def backward(self) -> None:
+        self.scaler.scale(self.losses["total_loss"]).backward()
+        for name, value in self.losses.items():  # the graph has done its work
+            self.losses[name] = value.detach() if isinstance(value, Tensor) else value
+        if self.look_every == 1:  # else a GPU would have to be waited for
+            self.look_at_losses()
+
+    def clip_gradients(self) -> None:
+        if self.gradient_clippers:
+            for optimizer in self.optimizers.values():
+                self.scaler.unscale_(optimizer)
+        super().clip_gradients()
+
+    def step_optimizers(self) -> None:
+        for name, optimizer in self.optimizers.items():
+            if name.removesuffix("_optimizer") not in self.freeze_these:
+                self.scaler.step(optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.whole)
+
+    def look_at_losses(self) -> str:
+        """The losses for the progress bar; FloatingPointError if they are not finite."""
+        device = torch.device(self.data_device)
+        values = [
+            torch.as_tensor(v, dtype=torch.float32, device=device) for v in self.losses.values()
+        ]
+        # Together, so that a GPU is waited for once.
+        shown = dict(zip(self.losses, torch.stack(values).tolist(), strict=True))
+        if not math.isfinite(shown["total_loss"]):
+            parts = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            raise FloatingPointError(
+                f"loss is not finite in epoch {self.epoch}, iteration {self.iteration} ({parts}): "
+                "lower the learning rate or resume from the last checkpoint"
+            )
+        return ", ".join(f"{name.removesuffix('_loss')} {v:.3f}" for name, v in shown.items())
