@@ -1,0 +1,145 @@
+"""One run of the benchmark as a flat, hashable record, and the methods by name."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+# What a method is, as fields of Config. Everything else is the same for all of them.
+METHODS: dict[str, dict[str, Any]] = {
+    "zero_shot": {"steps": 0},
+    "ms": {},
+    "ms+ccl": {"ccl": 1.0},
+    "ms+tac": {"tac": 1.0},
+    "ms+ccl+tac": {"ccl": 1.0, "tac": 1.0},
+    "ccl": {"metric": "none", "ccl": 1.0},
+    "ccl+tac": {"metric": "none", "ccl": 1.0, "tac": 1.0},
+    "ms+swap": {"swap": 0.7},
+    "ms+ccl+swap": {"ccl": 1.0, "swap": 0.7},
+    "ms+tac+swap": {"tac": 1.0, "swap": 0.7},
+    "full": {"ccl": 1.0, "tac": 1.0, "swap": 0.7},
+    "ntxent": {"metric": "ntxent"},
+    "ntxent+swap": {"metric": "ntxent", "swap": 0.7},
+    "stml": {"metric": "stml"},
+    "stml+swap": {"metric": "stml", "swap": 0.7},
+    "supervised": {"labels": "true"},
+}
+REGIMES = ("scratch", "pretrained")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. Fields at -1 or "auto" follow the regime or the data, see `resolved`."""
+
+    dataset: str = "openemoji-busy"
+    regime: str = "pretrained"
+    method: str = "ms"
+    split: str = "validation"
+    seed: int = 0
+    steps: int = -1
+    size: int = -1
+    limit: int = -1  # classes of each split, for quick looks; -1 is all
+
+    # Model and optimiser.
+    embedding_dim: int = -1  # 0 leaves the projection out
+    attention: str = "none"
+    feature_index: int = -1  # stage of attention's maps; -1 is the last of stride 16 or finer
+    lr: float = -1.0
+    weight_decay: float = 1e-2
+    schedule: str = "onecycle"  # or "constant"
+    batch: int = 64
+
+    # Labels of the metric losses and of CCL: clusters, or the true ones (the ceiling).
+    labels: str = "clusters"
+    num_clusters: str = "auto"  # a number, "auto" (a tenth), "classes" or "2classes"
+    recluster: int = -1  # steps between clusterings
+    warmup: int = -1  # steps before the first, each picture its own cluster
+    per_cluster: int = 4
+    cluster_views: int = 1  # >1 clusters the mean embedding of so many swapped views
+    max_ambiguity: float = 0.0  # >0: noise if own centre / next centre distance is above it
+
+    metric: str = "ms"  # ms, ntxent, stml or none
+    miner: str = "none"  # or ms: PML's MultiSimilarityMiner
+    ccl: float = 0.0
+    ccl_margin: float = 0.2
+    ccl_negatives: int = 5
+    tac: float = 0.0
+    tac_temperature: float = 0.0  # 0 is the hard maximum
+    tac_pairs: int = 1
+    tac_masked: bool = True  # under a swap count only cells that were kept
+
+    swap: float = 0.0  # share of views
+    mask: str = "distinctive"  # or centred, or a name in masks.MASKS
+    sharpness: float = 4.0
+    sigma: float = 0.25
+    mask_from: str = "start"  # the net before training; recluster: the net or teacher at each
+    mask_index: int = -1  # stage of the mask's maps; -1 is feature_index's
+    mask_size: int = 1  # the net sees pictures so many times larger to make masks
+    mask_references: int = 64
+
+    ema: float = 0.0  # momentum of a teacher that makes clusters and masks; 0 is none
+    evaluate_teacher: bool = False
+    views: str = "default"
+
+    ntxent_temperature: float = 0.1
+    stml_sigma: float = 3.0
+    stml_delta: float = 1.0
+    stml_neighbours: int = 10
+    stml_momentum: float = 0.999
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is none of {', '.join(METHODS)}")
+        if self.regime not in REGIMES:
+            raise ValueError(f"regime={self.regime!r} is none of {', '.join(REGIMES)}")
+
+    @property
+    def resolved(self) -> "Config":
+        """With every field that follows the regime or the data filled in."""
+        scratch = self.regime == "scratch"
+        small = scratch or self.dataset == "glyphs"
+        steps = (300 if scratch else 60) if self.steps < 0 else self.steps
+        filled = {
+            "steps": steps,
+            "size": (64 if small else 96) if self.size < 0 else self.size,
+            "embedding_dim": (128 if scratch else 0)
+            if self.embedding_dim < 0
+            else self.embedding_dim,
+            "lr": (5e-3 if scratch else 1e-3) if self.lr < 0 else self.lr,
+            "recluster": max(1, steps // 6) if self.recluster < 0 else self.recluster,
+            "warmup": (steps // 2 if scratch else 0) if self.warmup < 0 else self.warmup,
+        }
+        return replace(self, **filled)
+
+    @property
+    def key(self) -> str:
+        """Sixteen hexadecimal digits that two runs share exactly if they are the same."""
+        text = json.dumps(asdict(self.resolved), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def make(method: str, **changes: Any) -> Config:
+    """The configuration of a method by name, with changes."""
+    return Config(method=method, **{**METHODS.get(method, {}), **changes})
+
+
+def parse(settings: list[str]) -> dict[str, Any]:
+    """`name=value` pairs of a command line as fields of Config.
+
+    Raises:
+        ValueError: for an unknown field or a value that is not of its type.
+    """
+    types = {field.name: field.type for field in fields(Config)}
+    found: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or name not in types:
+            raise ValueError(f"{setting!r} must be one of {', '.join(types)}, =, and a value")
+        kind = types[name]
+        if kind is bool:
+            if value.lower() not in ("true", "false"):
+                raise ValueError(f"{name} must be true or false, got {value!r}")
+            found[name] = value.lower() == "true"
+        else:
+            found[name] = kind(value)  # type: ignore[operator]
+    return found

@@ -1,0 +1,131 @@
+"""The benchmark's data sets: uint8 pictures in memory, in thirds that share no class."""
+
+import hashlib
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pml_tacl._files import written_whole
+from pml_tacl.datasets import Glyphs
+from retrieval_parts import emoji
+from retrieval_parts.backgrounds import background
+
+SPLITS = ("train", "validation", "test")
+DEFAULT_CACHE = Path.home() / ".cache" / "pml_tacl"
+_DRAWING = 2  # raised when a change of the code below changes pixels: the cache is keyed by it
+_SPLIT_SEED = 2020
+
+
+class Pictures(NamedTuple):
+    """Pictures and what they show.
+
+    Attributes:
+        images: (N, 3, S, S) uint8.
+        labels: (N,) int64 from zero. Of the training third only supervised training and the
+            report of purity read them.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+
+def load(
+    name: str, split: str, size: int, cache: Path = DEFAULT_CACHE, limit: int | None = None
+) -> Pictures:
+    """A third of a data set.
+
+    Args:
+        name: "glyphs", "openemoji" (on white) or "openemoji-busy".
+        split: "train", "validation" or "test".
+        size: side of the pictures.
+        cache: folder for archives and for pictures made of them.
+        limit: the first so many classes only.
+
+    Raises:
+        ValueError: for an unknown name or split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+    if name == "glyphs":
+        pictures = _glyphs(split, size)
+    elif name in ("openemoji", "openemoji-busy"):
+        pictures = _open_emoji(name, split, size, cache)
+    else:
+        raise ValueError(f"dataset={name!r} is none of glyphs, openemoji, openemoji-busy")
+    if limit is None:
+        return pictures
+    kept = pictures.labels < limit
+    return Pictures(pictures.images[kept], pictures.labels[kept])
+
+
+def third(count: int, split: str) -> slice:
+    """The split's part of `count` classes in their fixed order."""
+    part = SPLITS.index(split)
+    return slice(count * part // 3, count * (part + 1) // 3)
+
+
+def _glyphs(split: str, size: int) -> Pictures:
+    # Glyphs orders its classes: its own training half holds the first third and half the second.
+    glyphs = Glyphs("all", size=size)
+    part = third(len(glyphs.classes), split)
+    rows = np.where((glyphs.labels >= part.start) & (glyphs.labels < part.stop))[0]
+    images = np.stack([np.asarray(glyphs[int(row)][0]) for row in rows])
+    return _pictures(images, glyphs.labels[rows] - part.start)
+
+
+def _open_emoji(name: str, split: str, size: int, cache: Path) -> Pictures:
+    made = repr((_DRAWING, emoji.SETS, emoji.SIDE, name, size))
+    key = hashlib.sha256(made.encode()).hexdigest()[:12]
+    paths = {s: cache / f"{name}-{s}-{size}-{key}.npz" for s in SPLITS}
+    if not paths[split].is_file():
+        found = emoji.drawings(cache)
+        for other, path in paths.items():  # all at once: opening the drawings is the slow part
+            _draw(found, name, other, size, path)
+    with np.load(paths[split]) as file:
+        return _pictures(file["images"], file["labels"])
+
+
+def _draw(found: dict[str, list], name: str, split: str, size: int, path: Path) -> None:
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(found))
+    codes = [list(found)[row] for row in order[third(len(found), split)]]
+    place = place_busy if name.endswith("busy") else place_on_white
+    images = [
+        np.asarray(place(np.random.default_rng((zlib.crc32(code.encode()), number)), drawing, size))
+        for code in codes
+        for number, drawing in enumerate(found[code])
+    ]
+    labels = np.repeat(np.arange(len(codes)), [len(found[code]) for code in codes])
+    with written_whole(path) as file:
+        np.savez(file, images=np.stack(images), labels=labels)
+
+
+def place_on_white(rng: np.random.Generator, drawing: Image.Image, size: int) -> Image.Image:
+    """The drawing in the middle of a white picture, its longer side 0.8 of the picture's."""
+    return _paste(Image.new("RGB", (size, size), "white"), drawing, round(0.8 * size), None)
+
+
+def place_busy(rng: np.random.Generator, drawing: Image.Image, size: int) -> Image.Image:
+    """The drawing anywhere on a busy background, its longer side 0.65 to 0.9 of the picture's."""
+    return _paste(background(rng, size), drawing, round(rng.uniform(0.65, 0.9) * size), rng)
+
+
+def _paste(
+    ground: Image.Image, drawing: Image.Image, side: int, rng: np.random.Generator | None
+) -> Image.Image:
+    scale = side / max(drawing.size)
+    width, height = (max(1, round(scale * extent)) for extent in drawing.size)
+    drawing = drawing.resize((width, height), Image.Resampling.BICUBIC)
+    free = (ground.width - width, ground.height - height)
+    left, top = (gap // 2 if rng is None else int(rng.integers(gap + 1)) for gap in free)
+    ground.paste(drawing, (left, top), drawing)
+    return ground
+
+
+def _pictures(images: np.ndarray, labels: np.ndarray) -> Pictures:
+    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    return Pictures(pixels, torch.from_numpy(labels.astype(np.int64)))

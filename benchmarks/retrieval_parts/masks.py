@@ -1,0 +1,72 @@
+"""What of each picture is kept when surroundings are swapped: maps in which high is background."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pml_tacl import AttentionEmbedder
+from pml_tacl.functional import commonness
+
+Normalise = Callable[[Tensor], Tensor]
+# (maps of all pictures (N, C, h, w), pseudo-labels or None, references wanted, seed) -> (N, h, w)
+MaskFunction = Callable[[Tensor, Tensor | None, int, int], Tensor]
+
+
+def distinctive(maps: Tensor, labels: Tensor | None, references: int, seed: int) -> Tensor:
+    """Commonness of each place among random pictures of other clusters."""
+    rows = torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed))[:references]
+    if labels is None:
+        # Each picture as its own cluster, so that none is found in itself.
+        labels = torch.arange(len(maps))
+    return commonness(maps, labels, maps[rows], labels[rows])
+
+
+# A kind of mask for exploration is one more function here.
+MASKS: dict[str, MaskFunction] = {"distinctive": distinctive}
+
+
+def chunks(images: Tensor, size: int = 128) -> Iterator[Tensor]:
+    yield from images.split(size)
+
+
+@torch.inference_mode()
+def feature_maps(
+    model: AttentionEmbedder, images: Tensor, normalise: Normalise, index: int, scale: int
+) -> Tensor:
+    """Maps (N, C, h, w) of pictures (N, 3, S, S) uint8, from the stage `index` of the backbone."""
+    training = model.training
+    model.eval()
+    found = []
+    for part in chunks(images):
+        pixels = normalise(part.float() / 255)
+        if scale > 1:
+            pixels = F.interpolate(pixels, scale_factor=float(scale), mode="bicubic")
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        if index < 0:
+            maps = model.trunk(pixels).feature_maps
+        else:
+            maps = model.trunk.model.forward_intermediates(
+                pixels, indices=[index], output_fmt="NCHW", intermediates_only=True
+            )[0]
+        found.append(maps.float())
+    model.train(training)
+    return torch.cat(found).clone()
+
+
+def picture_masks(
+    model: AttentionEmbedder,
+    images: Tensor,
+    normalise: Normalise,
+    labels: Tensor | None,
+    kind: str,
+    *,
+    index: int,
+    scale: int,
+    references: int,
+    seed: int,
+) -> Tensor:
+    """(N, h, w) background-ness of every picture, as `SurroundingsSwap` takes it."""
+    maps = feature_maps(model, images, normalise, index, scale)
+    return MASKS[kind](maps, labels, references, seed)

@@ -1,0 +1,80 @@
+"""Runs a configuration once: results are files named by it."""
+
+import json
+import time
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pml_tacl import runs
+from retrieval_parts import data
+from retrieval_parts.config import Config
+from retrieval_parts.scoring import forget_peak, measure, peak_bytes
+from retrieval_parts.training import Training, train
+
+
+@lru_cache(maxsize=8)
+def load(dataset: str, split: str, size: int, cache: Path, limit: int) -> data.Pictures:
+    return data.load(dataset, split, size, cache, None if limit < 0 else limit)
+
+
+def run(
+    config: Config,
+    results: Path | None,
+    cache: Path = data.DEFAULT_CACHE,
+    *,
+    verbose: bool = False,
+    watch_split: bool = False,
+) -> dict[str, Any]:
+    """Train and measure, or read what an earlier call found.
+
+    Args:
+        config: of the run.
+        results: folder of the results; None keeps none.
+        cache: folder of archives, pictures and weights.
+        verbose: print each clustering.
+        watch_split: also measure the split at each clustering (slow; never for choosing a step).
+
+    Returns:
+        {"key", "config", "metrics", "history", "cost", "versions"}.
+    """
+    config = config.resolved
+    path = None if results is None else results / f"{config.key}.json"
+    if path is not None and path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    pictures = load(config.dataset, "train", config.size, cache, config.limit)
+    measured = load(config.dataset, config.split, config.size, cache, config.limit)
+    curve = []
+
+    def watch(training: Training) -> None:
+        if watch_split:
+            found = measure(training.result, measured, training.views.normalise)
+            curve.append({"step": training.step, **found})
+        if verbose and training.history:
+            print(training.history[-1], curve[-1:] or "", flush=True)
+
+    forget_peak()
+    begin = time.perf_counter()
+    training = train(config, pictures, cache, watch)
+    seconds = time.perf_counter() - begin
+    result = {
+        "key": config.key,
+        "config": asdict(config),
+        "metrics": measure(training.result, measured, training.views.normalise),
+        "history": training.history,
+        "losses": [round(loss, 5) for loss in training.losses],
+        "curve": curve,
+        "cost": {
+            "seconds": seconds,
+            "seconds_a_step": training.seconds_of_steps / max(1, config.steps),
+            "peak_bytes": peak_bytes(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": runs.versions(),
+    }
+    if path is not None:
+        runs.write_json(path, result)
+    return result

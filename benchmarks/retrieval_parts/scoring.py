@@ -1,0 +1,74 @@
+"""How well a trained network retrieves, and what its training cost."""
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pml_tacl import RetrievalCalculator
+from retrieval_parts.data import Pictures
+
+
+@torch.inference_mode()
+def embed_pictures(
+    model: nn.Module,
+    images: Tensor,
+    normalise: Callable[[Tensor], Tensor],
+    prepare: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Unit embeddings (N, D) of uint8 pictures; `prepare` makes a batch of rows instead."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    parts = []
+    for rows in torch.arange(len(images)).split(128):
+        pixels = normalise(images[rows].float() / 255) if prepare is None else prepare(rows)
+        parts.append(model(pixels.contiguous(memory_format=torch.channels_last)))
+    for module, mode in modes.items():
+        module.training = mode
+    return F.normalize(torch.cat(parts).float()).clone()
+
+
+def measure(
+    model: nn.Module, pictures: Pictures, normalise: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """R@1, 2, 4, 8, MAP@R and NMI, in [0, 1]."""
+    calculator = RetrievalCalculator(
+        include=(
+            *(f"recall_at_{k}" for k in (1, 2, 4, 8)),
+            "mean_average_precision_at_r",
+            "NMI",
+        )
+    )
+    embeddings = embed_pictures(model, pictures.images, normalise)
+    return calculator.get_accuracy(embeddings, pictures.labels)
+
+
+def purity(clusters: Tensor, labels: Tensor) -> float:
+    """Share of pictures that are of the most frequent class of their cluster."""
+    if len(clusters) == 0:
+        return float("nan")
+    table = torch.zeros(int(clusters.max()) + 1, int(labels.max()) + 1)
+    table.index_put_((clusters, labels), torch.ones(len(labels)), accumulate=True)
+    return float(table.amax(1).sum() / len(labels))
+
+
+def forget_peak() -> None:
+    """Starts a new peak of memory, where the system can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_bytes() -> int:
+    """Most memory this process held since `forget_peak`, or ever."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
