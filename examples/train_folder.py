@@ -33,7 +33,14 @@ from pml_tacl.trainers.checkpoint import checkpoints
 
 LOSS_WEIGHTS = {"metric_loss": 1.0, "clustering_loss": 1.0, "attention_loss": 1.0}
 IMAGES_PER_CLUSTER = 4  # in a batch
-FREE = {"run", "resume", "overwrite", "strict", "workers"}  # may differ when a run is resumed
+FREE = {
+    "run",
+    "resume",
+    "overwrite",
+    "strict",
+    "workers",
+    "checkpoint_every",
+}  # may differ when a run is resumed
 
 
 def number_or_auto(text: str) -> int | str:
@@ -59,6 +66,9 @@ def arguments() -> argparse.Namespace:
     add("--learning-rate", type=float, default=1e-4, help="of the backbone; the head's is 10 times")
     add("--swap", action="store_true", help="also swap surroundings; for centred objects")
     add("--workers", type=int, default=2, help="processes that read pictures")
+    add(
+        "--checkpoint-every", type=int, help="iterations; also at each epoch's end"
+    )
     add("--seed", type=int, default=0, help="of everything random")
     add("--strict", action="store_true", help="stop at broken files instead of leaving them out")
     add("--resume", action="store_true", help="go on with the run that --run holds")
@@ -108,19 +118,17 @@ def main() -> None:
     config |= {"image_size": size, "num_clusters": clusters, "loss_weights": LOSS_WEIGHTS}
     config["pictures"] = hashlib.sha256(repr(files).encode("utf-8", "replace")).hexdigest()
 
-    history, recalls = {}, {}
-
     def test_at(epoch: int) -> None:
-        recalls[epoch] = evaluate(model, labelled, num_workers=args.workers) if labelled else {}
+        found = evaluate(model, labelled, num_workers=args.workers) if labelled else {}
+        trainer.extra["recalls"][epoch] = found
 
     def end_iteration(trainer: UnsupervisedTrainer) -> None:
         hooks.end_of_iteration_hook(trainer)
         for name, value in trainer.losses.items():
-            history.setdefault(name, []).append(float(value))
+            trainer.extra["history"].setdefault(name, []).append(float(value))
 
     def end_epoch(trainer: UnsupervisedTrainer) -> None:
         hooks.record_keeper.save_records()
-        trainer.save_checkpoint(run / "checkpoints", extra={"history": history, "recalls": recalls})
 
     groups = model.parameter_groups(args.learning_rate, 10 * args.learning_rate)
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-2)
@@ -142,6 +150,8 @@ def main() -> None:
         warmup_epochs=args.warmup_epochs,
         swap=SurroundingsSwap(mask="centred") if args.swap else None,
         loss_weights=LOSS_WEIGHTS,
+        checkpoint_folder=run / "checkpoints",
+        checkpoint_every=args.checkpoint_every,
         dataloader_num_workers=args.workers,
         end_of_iteration_hook=end_iteration,
         end_of_epoch_hook=end_epoch,
@@ -151,17 +161,18 @@ def main() -> None:
         [group["lr"] for group in groups],
         total_steps=args.epochs * trainer.iterations_per_epoch + 1,
     )
+    trainer.extra = {"history": {}, "recalls": {}}  # kept in the checkpoints
     if not begun:
         test_at(0)
     runs.open_run(run, config, resume=args.resume, overwrite=args.overwrite)
     hooks = runs.make_hooks(run / "records")
+    trainer.record_keeper = hooks.record_keeper
     if begun:
-        seen = trainer.load_checkpoint(run / "checkpoints")
-        history.update(seen["history"])
-        recalls.update(seen["recalls"])
+        trainer.load_checkpoint()
     trainer.train(start_epoch=trainer.epoch + 1, num_epochs=args.epochs)
 
     test_at(args.epochs)
+    history, recalls = trainer.extra["history"], trainer.extra["recalls"]
     rows = {"before": recalls[0], "after": recalls[args.epochs]}
     runs.write_json(run / "metrics.json", {**rows, "config": config, "versions": runs.versions()})
     model.eval().save_pretrained(run / "model")

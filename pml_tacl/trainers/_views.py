@@ -96,7 +96,8 @@ class OneView(Dataset[Any]):
         for there in range(index, index + _TRIES):
             there %= len(self)
             try:
-                view = _finite(self.transform(self.dataset[there][0]), there)
+                with drawing_from(index):
+                    view = _finite(self.transform(self.dataset[there][0]), there)
             except OSError as error:
                 trouble = trouble or describe(index, error)
             else:

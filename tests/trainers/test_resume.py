@@ -1,0 +1,346 @@
+"""A training that was stopped ends like one that was not."""
+
+import csv
+import random
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pytorch_metric_learning import losses
+
+from pml_tacl import SiameseTransform
+from pml_tacl.runs import make_hooks, seed_everything
+from pml_tacl.trainers import checkpoint
+from pml_tacl.trainers._order import draw_order, make_loader
+from pml_tacl.trainers._views import TwoViews, drawing_from
+from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
+from tests.trainers.small import (
+    BATCH,
+    COUNT,
+    SIZE,
+    Pictures,
+    make_model,
+    make_trainer,
+    same,
+    state_of,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Noisy(Pictures):
+    """Draws from all three generators, as data sets of users do."""
+
+    def __getitem__(self, index):
+        picture, label = super().__getitem__(index)
+        shift = random.randrange(9) + np.random.randint(9) + int(torch.randint(9, ()))  # noqa: NPY002
+        return picture + shift, label
+
+
+def views(dataset=None):
+    labels = torch.arange(COUNT) % 4
+    return TwoViews(dataset or Noisy(), SiameseTransform(SIZE, grid=2), labels)
+
+
+def drawn():
+    return random.random(), np.random.random(), torch.rand(()).item()  # noqa: NPY002
+
+
+def test_a_picture_s_views_depend_on_its_seed_alone():
+    items = [(3, 17), (5, 2**62 + 1), (3, 18)]
+    seed_everything(0)
+    first = [views()[item] for item in items]
+    after = drawn()
+    seed_everything(0)
+    assert after == drawn()  # nothing was taken from the global state
+    seed_everything(1)
+    second = [views()[item] for item in reversed(items)][::-1]
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
+    assert not torch.equal(first[0][0], first[2][0])
+
+
+def test_the_state_comes_back_even_after_an_error():
+    seed_everything(0)
+    expected = drawn()
+    seed_everything(0)
+    with pytest.raises(ZeroDivisionError), drawing_from(5):
+        1 / (drawn()[0] * 0)
+    assert drawn() == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_of_the_rest_gives_the_rest(workers):
+    seed_everything(3)
+    order = draw_order(torch.arange(COUNT) % 4, True, 4 * BATCH, 2, BATCH)
+    assert order.shape == (4 * BATCH, 2)
+    assert len(order[:, 1].unique()) == 4 * BATCH
+    state = drawn()
+    seed_everything(3)
+    draw_order(torch.arange(COUNT) % 4, True, 4 * BATCH, 2, BATCH)
+    whole = list(make_loader(views(), order, BATCH, num_workers=0))
+    rest = list(make_loader(views(), order[2 * BATCH :], BATCH, num_workers=workers))
+    assert state == drawn()  # a loader takes nothing either
+    assert len(rest) == 2
+    for expected, found in zip(whole[2:], rest, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(expected[:4], found[:4], strict=True))
+
+
+def fresh(folder, workers=0, epochs=3, **kwargs):
+    """A trainer with everything that has a state; what it recorded is in its folder."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    hooks = make_hooks(folder / "records", log_freq=2)
+
+    def end_iteration(trainer):
+        hooks.end_of_iteration_hook(trainer)
+        trainer.extra.setdefault("losses", []).append(float(trainer.losses["total_loss"]))
+
+    settings = {
+        "optimizers": optimizer,
+        "lr_schedulers": {
+            "trunk_scheduler_by_iteration": torch.optim.lr_scheduler.CosineAnnealingLR(
+                optimizer, 9
+            ),
+            "embedder_scheduler_by_epoch": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9),
+        },
+        "loss_funcs": {
+            "metric_loss": losses.ProxyAnchorLoss(COUNT, 16),
+            "clustering_loss": losses.MultiSimilarityLoss(),
+        },
+        "dataset": Noisy(),
+        "warmup_epochs": 1,
+        "iterations_per_epoch": 3,
+        "ema_decay": 0.5,
+        "dataloader_num_workers": workers,
+        "checkpoint_folder": folder / "checkpoints",
+        "checkpoint_every": 1,
+        "keep": 99,
+        "record_keeper": hooks.record_keeper,
+        "end_of_iteration_hook": end_iteration,
+        "end_of_epoch_hook": lambda _: hooks.record_keeper.save_records(),
+    } | kwargs
+    return make_trainer(model, **settings)
+
+
+def outcome(trainer, folder):
+    """What two trainings must share."""
+    tables = {}
+    with closing(sqlite3.connect(folder / "records" / "logs.db")) as base:
+        for (name,) in base.execute("SELECT name FROM sqlite_master").fetchall():
+            tables[name] = base.execute(f'SELECT * FROM "{name}"').fetchall()
+    tables |= {p.name: p.read_bytes() for p in (folder / "records").glob("*.csv")}
+    tensors = [*state_of(trainer), *trainer.ema_model.state_dict().values(), trainer.labels]
+    tensors += [trainer.centroids, *trainer.loss_funcs["metric_loss"].parameters()]
+    rates = [group["lr"] for group in trainer.optimizers["trunk_optimizer"].param_groups]
+    return [t.detach().clone() for t in tensors], tables, trainer.extra["losses"], rates, drawn()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_goes_on_bit_for_bit_from_every_checkpoint(tmp_path, workers):
+    seed_everything(1)
+    whole = fresh(tmp_path / "whole")
+    whole.train(num_epochs=3)
+    tensors, *others = outcome(whole, tmp_path / "whole")
+    rows = (tmp_path / "whole" / "records" / "loss_histories.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3 * 2
+    there = checkpoints(tmp_path / "whole" / "checkpoints")
+    assert [p.name for p in there[:5]] == [
+        "epoch_0000.pt",
+        "epoch_0000_iteration_000001.pt",
+        "epoch_0000_iteration_000002.pt",
+        "epoch_0001.pt",
+        "epoch_0001_iteration_000001.pt",
+    ]
+    assert len(there) == 1 + 3 * 3
+    # With workers, only where it matters: mid-epoch, before and after the clustering.
+    for path in [there[i] for i in ((0, 2, 3, 5, 9) if workers == 0 else (2, 5))]:
+        folder = tmp_path / "whole"  # whose records go further than the checkpoint
+        seed_everything(99)  # whatever the new process would have drawn
+        trainer = fresh(folder, workers, checkpoint_folder=tmp_path / path.stem)
+        trainer.load_checkpoint(path)
+        trainer.train(start_epoch=trainer.epoch + 1, num_epochs=3)
+        found, *found_others = outcome(trainer, folder)
+        assert same(tensors, found), path
+        assert found_others == others, path
+
+
+def test_a_checkpoint_within_an_epoch_is_of_that_epoch(tmp_path):
+    fresh(tmp_path).train(num_epochs=1)
+    path = checkpoints(tmp_path / "checkpoints")[2]
+    trainer = fresh(tmp_path, checkpoint_folder=None)
+    trainer.load_checkpoint(path)
+    assert (trainer.epoch, trainer.done) == (0, 2)
+    with pytest.raises(ValueError, match="from within epoch 1, got start_epoch=2: train with"):
+        trainer.train(start_epoch=2, num_epochs=2)
+    again = trainer.save_checkpoint(tmp_path / "again")
+    assert again.name == path.name
+    with pytest.raises(ValueError, match="within an epoch of batch_size=8, got 4: resume with"):
+        fresh(tmp_path, batch_size=4, images_per_cluster=2).load_checkpoint(path)
+    with pytest.raises(ValueError, match="with averaged weights: resume with the same ema_decay"):
+        fresh(tmp_path, ema_decay=None).load_checkpoint(path)
+
+
+def test_a_training_that_its_hook_ended_stays_ended(tmp_path):
+    calls = []
+
+    def stop(trainer):
+        calls.append(trainer.epoch)
+        return False
+
+    fresh(tmp_path, end_of_epoch_hook=stop).train(num_epochs=3)
+    trainer = fresh(tmp_path, end_of_epoch_hook=stop)
+    trainer.load_checkpoint()
+    trainer.train(start_epoch=trainer.epoch + 1, num_epochs=3)
+    assert calls == [1]
+    trainer.train(start_epoch=trainer.epoch + 1, num_epochs=3)  # asked for again, it goes on
+    assert calls == [1, 2]
+
+
+def test_a_checkpoint_within_an_iteration_is_refused(tmp_path):
+    trainer = make_trainer(end_of_iteration_hook=lambda t: t.save_checkpoint(tmp_path))
+    with pytest.raises(ValueError, match="would not be whole: set checkpoint_every"):
+        trainer.train()
+
+
+def test_the_checkpoints_of_another_training_are_not_written_over(tmp_path):
+    fresh(tmp_path).train(num_epochs=1)
+    names = [p.name for p in checkpoints(tmp_path / "checkpoints")]
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier training: load_check"):
+        fresh(tmp_path).train(num_epochs=1)
+    assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == names
+    trainer = fresh(tmp_path)
+    trainer.load_checkpoint(tmp_path / "checkpoints" / names[1])  # back on purpose
+    trainer.train(start_epoch=1, num_epochs=1)
+    assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == names
+    superseded = sorted(p.name for p in (tmp_path / "checkpoints").glob("*.superseded"))
+    assert superseded == sorted(f"{name}.superseded" for name in names[2:])
+
+
+def test_the_last_k_stay_in_the_order_of_the_training(tmp_path):
+    trainer = fresh(tmp_path, keep=2)
+    trainer.train(num_epochs=2)
+    names = [p.name for p in checkpoints(tmp_path / "checkpoints")]
+    assert names == ["epoch_0001_iteration_000002.pt", "epoch_0002.pt"]
+    assert names == sorted(names)
+    trainer.save_checkpoint(tmp_path / "other", keep=1)
+    assert [p.name for p in checkpoints(tmp_path / "other")] == ["epoch_0002.pt"]
+
+
+def test_half_written_files_are_no_checkpoints_and_are_cleared(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / ".epoch_0007.pt.1234abcd.tmp").write_bytes(b"half")
+    (folder / "notes.pt").write_bytes(b"of the user")
+    fresh(tmp_path).train(num_epochs=1)
+    assert not list(folder.glob(".*"))
+    assert (folder / "notes.pt").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "bytes", "pickle"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, damage, caplog):
+    fresh(tmp_path).train(num_epochs=1)
+    folder = tmp_path / "checkpoints"
+    *_, before, last = checkpoints(folder)
+    content = last.read_bytes()
+    if damage == "cut":
+        last.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        last.write_bytes(b"")
+    elif damage == "bytes":
+        last.write_bytes(content[:2000] + bytes(2000) + content[4000:])
+    else:
+        torch.save({"format": 2, "model": make_model()}, last)  # needs code to be run
+    with pytest.raises(
+        ValueError, match=f"{last.name} is damaged: use the one before it, {before.name}"
+    ):
+        load_checkpoint(last)
+    trainer = fresh(tmp_path)
+    trainer.load_checkpoint()
+    assert f"{last.name} is damaged: going on from the one before it" in caplog.text
+    assert (trainer.epoch, trainer.done) == (0, 2)
+    assert checkpoints(folder)[-1] == before
+    assert last.with_suffix(".pt.damaged").exists()
+    trainer.train(start_epoch=1, num_epochs=1)
+    assert checkpoints(folder)[-1].name == "epoch_0001.pt"
+
+
+def test_no_readable_checkpoint_says_so(tmp_path):
+    (tmp_path / "epoch_0001.pt").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read: start anew"):
+        load_checkpoint(tmp_path)
+    assert (tmp_path / "epoch_0001.pt").exists()
+    torch.save({"epoch": 1}, tmp_path / "epoch_0001.pt")
+    with pytest.raises(ValueError, match="of another version of pml_tacl: start anew"):
+        load_checkpoint(tmp_path / "epoch_0001.pt")
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        load_checkpoint(tmp_path / "epoch_0002.pt")
+
+
+def test_another_version_of_torch_is_told(tmp_path, caplog, monkeypatch):
+    fresh(tmp_path).train(num_epochs=1)
+    monkeypatch.setattr(checkpoint, "versions", lambda: {"torch": "99.0"})
+    fresh(tmp_path).load_checkpoint()
+    assert f"the checkpoint was written with torch {torch.__version__.partition('+')[0]}" in (
+        caplog.text.replace(torch.__version__, torch.__version__.partition("+")[0])
+    )
+
+
+def test_records_made_after_the_checkpoint_are_taken_back(tmp_path):
+    hooks = make_hooks(tmp_path)
+    keeper = hooks.record_keeper
+    keeper.update_records({"a": 1.5, "name": "x"}, 0, parent_name="old")
+    keeper.save_records()
+    keeper.update_records({"a": np.float64(2.5), "name": "y"}, 1, parent_name="old")
+    state = checkpoint.records_state(keeper)
+    torch.save(state, tmp_path / "state.pt")
+    keeper.save_records()
+    keeper.update_records({"a": 3.5, "b": 1.0}, 2, parent_name="old")
+    keeper.update_records({"c": 1.0}, 2, parent_name="new")
+    keeper.save_records()
+    resumed = make_hooks(tmp_path).record_keeper
+    checkpoint.restore_records(resumed, torch.load(tmp_path / "state.pt", weights_only=True))
+    assert not (tmp_path / "new.csv").exists()
+    assert not resumed.table_exists("new")
+    assert [row["a"] for row in resumed.query("SELECT * FROM old")] == [1.5]
+    resumed.save_records()
+    rows = resumed.query("SELECT id, a, name FROM old")
+    assert [tuple(row) for row in rows] == [(1, 1.5, "x"), (2, 2.5, "y")]
+    with (tmp_path / "old.csv").open() as file:
+        assert list(csv.reader(file)) == [
+            ["~iteration~", "a", "name"],
+            ["0", "1.5", "x"],
+            ["1", "2.5", "y"],
+        ]
+
+
+def test_records_that_are_gone_are_told(tmp_path, caplog):
+    keeper = make_hooks(tmp_path).record_keeper
+    keeper.update_records({"a": 1.5}, 0, parent_name="old")
+    keeper.save_records()
+    state = checkpoint.records_state(keeper)
+    (tmp_path / "old.csv").write_text("")
+    checkpoint.restore_records(keeper, state)
+    assert "old.csv has lost records" in caplog.text
+
+
+def test_runs_killed_and_resumed_equal_an_unbroken_one():
+    command = [sys.executable, ROOT / "benchmarks" / "resume.py", "--kills=3", "--output=-"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "**3 of 3 are equal.**" in done.stdout
+    assert "| between records and checkpoint | 1 | nothing |" in done.stdout
+    assert "| writing a checkpoint | 1 | nothing |" in done.stdout
