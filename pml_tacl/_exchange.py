@@ -140,10 +140,35 @@ def total(tensors: Iterable[Tensor], divisor: float = 1.0) -> None:
             for bucket in _buckets(alike):
                 flat = torch.cat([tensor.detach().flatten() for tensor in bucket])
                 distributed.all_reduce(flat)
-                flat /= divisor
+                if divisor != 1:
+                    flat /= divisor
                 parts = flat.split([tensor.numel() for tensor in bucket])
                 for tensor, part in zip(bucket, parts, strict=True):
                     tensor.copy_(part.view(tensor.shape))
+
+
+def mean_loss(own: Tensor) -> Tensor:
+    """A loss of this process's pictures as a part of the mean over the processes. Collective.
+
+    Returns:
+        The mean; the gradient is of this process's part of it.
+    """
+    if world_size() == 1:
+        return own
+    part = own / world_size()
+    mean = part.detach().clone()
+    total([mean])
+    return part + (mean - part.detach())
+
+
+def equal_to_first(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the first one's values, in place. Collective."""
+    tensors = list(tensors)
+    with torch.no_grad():
+        if not is_first():
+            for tensor in tensors:
+                tensor.zero_()
+        total(tensors)
 
 
 def equalise_buffers(modules: Iterable[nn.Module]) -> None:
@@ -152,9 +177,13 @@ def equalise_buffers(modules: Iterable[nn.Module]) -> None:
     Statistics are running means: their mean over the processes is that of the joined batches'
     means, whenever and however often it is taken.
     """
-    if world_size() > 1:
-        buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
-        total(buffers, world_size())
+    if world_size() == 1:
+        return
+    buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
+    wide = [buffer.double() for buffer in buffers]  # what is equal already stays, to the last bit
+    total(wide, world_size())
+    for buffer, mean in zip(buffers, wide, strict=True):
+        buffer.copy_(mean)
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -1,0 +1,66 @@
+"""Training in several processes, for scripts that torchrun starts; without it, nothing changes.
+
+from pml_tacl.processes import is_first, on_first, session
+
+if __name__ == "__main__":
+    with session():
+        main()  # an UnsupervisedTrainer in it trains together with the other processes'
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+from pml_tacl._distributed import (
+    ProcessLost,
+    barrier,
+    is_first,
+    on_first,
+    rank,
+    session,
+    world_size,
+)
+from pml_tacl._exchange import gather_rows, shard
+from pml_tacl.evaluation import embed
+
+__all__ = [
+    "ProcessLost",
+    "barrier",
+    "embed_together",
+    "is_first",
+    "on_first",
+    "rank",
+    "session",
+    "world_size",
+]
+
+
+def embed_together(
+    model: nn.Module, dataset: Dataset[Any], *, batch_size: int = 64, **kwargs: Any
+) -> tuple[Tensor, Tensor] | None:
+    """As :func:`pml_tacl.evaluation.embed`, shared by all processes; all of them must call it.
+
+    Args:
+        model: images (N, C, H, W) -> embeddings (N, D).
+        dataset: items (image, label).
+        batch_size: images at once in each process.
+        **kwargs: of ``embed``.
+
+    Returns:
+        Embeddings (N, D) and labels on the first process, in the order of the data set and in
+        every bit those of one process; None on the others.
+    """
+    count = len(dataset)  # type: ignore[arg-type]
+    if world_size() == 1:
+        return embed(model, dataset, batch_size=batch_size, **kwargs)
+    own = shard(count, batch_size)
+    rows, labels = torch.empty(0), torch.empty(0, dtype=torch.long)
+    if len(own) or not count:
+        progress = kwargs.pop("progress", True) and is_first()
+        mine: Dataset[Any] = Subset(dataset, own.tolist())
+        rows, labels = embed(model, mine, batch_size=batch_size, progress=progress, **kwargs)
+    embeddings = gather_rows(rows, count, batch_size)
+    found = gather_rows(labels, count, batch_size)
+    return None if embeddings is None or found is None else (embeddings, found)
