@@ -1,0 +1,178 @@
+"""One self-contained HTML page of a run, which no network is needed to view."""
+
+import base64
+import hashlib
+import re
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pml_tacl._files import written_whole
+from pml_tacl._rows import check_count
+from pml_tacl.report import _images as images
+from pml_tacl.report import _page as page
+from pml_tacl.report._choices import (
+    best_and_worst,
+    clusters_of,
+    project,
+    ranked_clusters,
+    sample_of,
+)
+from pml_tacl.report._sources import PictureSet, Run, read_run
+
+__all__ = ["read_run", "report_html", "write_report"]
+
+_SHEET_BYTES = 3_300_000  # of all sheets on the page, which stays under 5 MB
+_GRID = 4095  # places on the map are whole numbers up to this
+_NOISE = "noise, in no cluster"
+
+
+def write_report(
+    folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    images: str | Path | None = None,
+    folders_are_classes: bool = False,
+    queries: int = 6,
+    clusters: int = 4,
+    points: int = 4000,
+    seed: int = 0,
+) -> Path:
+    """Write the page of a run of quickstart.py or train_folder.py.
+
+    Args:
+        folder: of the run.
+        out: the page; RUN/report.html if not given.
+        images: where the pictures that were trained on are, if they have moved.
+        folders_are_classes: judge clusters by the sub-folders of the training pictures.
+        queries: of the best and of the worst, each.
+        clusters: of each kind.
+        points: on the maps together at most; the page says how many there are in truth.
+        seed: of what is drawn at random, and of the map.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: if the folder holds no ended run, or a count is below 1.
+        OSError: if the run's model or pictures are missing.
+    """
+    for name, value in (("queries", queries), ("clusters", clusters), ("points", points)):
+        check_count(name, value, 1)
+    run = read_run(folder, images, folders_are_classes=folders_are_classes)
+    html = report_html(run, queries=queries, clusters=clusters, points=points, seed=seed)
+    path = Path(folder) / "report.html" if out is None else Path(out)
+    with written_whole(path) as file:
+        file.write(html.encode("utf-8"))
+    return path
+
+
+def report_html(run: Run, *, queries: int, clusters: int, points: int, seed: int) -> str:
+    """The page as text; arguments as of :func:`write_report`."""
+    ranked = ranked_clusters(clusters_of(run.training), clusters)
+    first = list(dict.fromkeys(c.number for row in ranked.values() for c in row))
+    sets = [_map_set(run.training, "cluster", points, first, seed)]
+    shown = run.training
+    if run.test is not None:
+        shown = run.test
+        each = points // 2
+        sets = [
+            _map_set(run.training, "cluster", each, first, seed),
+            _map_set(run.test, "class", each, [], seed),
+        ]
+    budget = _SHEET_BYTES // len(sets)
+    sheets = ""
+    for at, (one, pictures, rows) in enumerate(sets):
+        # Pictures that no longer fit have a place and a name, and no thumbnail.
+        sheet, one["tiles"] = images.sheet(pictures.open, rows.tolist(), budget)
+        sheets += f'<img id="sheet-{at}" alt="" hidden src="{sheet}">'
+    best, worst, among = best_and_worst(shown, queries, seed)
+    eight = np.linspace(0, len(shown) - 1, min(8, len(shown))).round().astype(int).tolist()
+    judged = shown.labels is not None
+    how = (
+        "Each query is another class. Blue with a tick is of the same class, orange with a cross "
+        "is not. The worst are the surest mistakes."
+        if judged
+        else "Without labels, the best are the queries whose neighbours are most similar, the "
+        "worst those that have nothing similar; each is of another cluster."
+    )
+    galleries = page.gallery(shown, best, "Best queries")
+    galleries += page.gallery(shown, worst, "Worst queries")
+    notes = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
+    body = page.header(run)
+    for name, title, lede, content in (
+        ("results", "Results", "", page.results(run)),
+        ("training", "Training", "Thin: every value that was recorded. Thick: its moving mean.",
+         page.training(run)),
+        ("retrieval", "Retrieval",
+         f"{shown.title}, looked for among {among} queries. {how}", galleries),
+        ("attention", "Attention",
+         f"{shown.title}, evenly drawn: what the model sees, and where it looks. Each map is "
+         "stretched to its own range.", page.attention(run, shown, eight)),
+        ("clusters", "Clusters",
+         "The pseudo-labels of the last epoch. Pictures begin with the one nearest the centre; "
+         "those of mixed and loose clusters go from centre to rim.",
+         page.cluster_cards(run.training, ranked)),
+        ("map", "Map", "", _template("map.html") + sheets),
+        ("setup", "Setup", "", page.configuration(run)),
+    ):  # fmt: skip
+        said = f'<p class="lede">{escape(lede)}</p>' if lede else ""
+        body += f'<section id="{name}"><h2>{title}</h2>{said}{content}</section>'
+    if notes:
+        body += f'<ul class="notes">{notes}</ul>'
+    script = _template("script.js")
+    data = page.as_json({"sets": [one for one, _, _ in sets], "grid": _GRID,
+                         "tile": images.TILE, "columns": images.COLUMNS})  # fmt: skip
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    parts = {
+        "TITLE": escape(run.folder.name),
+        "HASH": digest,
+        "STYLE": _template("style.css"),
+        "BODY": body,
+        "DATA": data,
+        "SCRIPT": script,
+    }
+    # In one pass, so that a file's name that looks like a place to fill stays what it is.
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _template("page.html"))
+
+
+def _map_set(
+    pictures: PictureSet, kind: str, cap: int, first: list[int], seed: int
+) -> tuple[dict[str, Any], PictureSet, Any]:
+    groups = pictures.clusters if kind == "cluster" else pictures.labels
+    if groups is None:
+        raise ValueError(f"{pictures.title} have no {kind} to be coloured by")
+    rows = sample_of(groups, cap, first, seed)
+    places, how = project(pictures.embeddings[rows], seed)
+    numbers, index = np.unique(groups[rows], return_inverse=True)
+    if kind == "cluster":
+        names = [_NOISE if number < 0 else f"cluster {number}" for number in numbers]
+    else:
+        names = [pictures.classes[number] for number in numbers]
+    whole = np.round(places * _GRID).astype(int)
+    return (
+        {
+            "title": pictures.title,
+            "kind": kind,
+            "how": how,
+            "all": len(pictures),
+            "x": whole[:, 0].tolist(),
+            "y": whole[:, 1].tolist(),
+            "group": index.tolist(),
+            "ids": numbers.tolist(),
+            "groups": names,
+            "labels": []
+            if pictures.labels is None or kind == "class"
+            else [pictures.classes[label] for label in pictures.labels[rows]],
+            "names": [page.named(pictures, int(row)) for row in rows],
+        },
+        pictures,
+        rows,
+    )
+
+
+def _template(name: str) -> str:
+    return files("pml_tacl.report").joinpath(name).read_text(encoding="utf-8")

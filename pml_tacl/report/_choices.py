@@ -1,0 +1,186 @@
+"""Which queries and clusters a page shows, and where its points lie. Arrays in, arrays out."""
+
+from typing import NamedTuple
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from pml_tacl._rows import FloatArray, IntArray
+from pml_tacl.report._sources import PictureSet
+
+NEIGHBOURS = 8
+_QUERIES = 4000  # more than enough to find the extremes among, and a second's search
+_COMPONENTS = 50
+_NOISE = -1
+
+
+class Query(NamedTuple):
+    """A query with its neighbours, nearest first.
+
+    Attributes:
+        right: for each neighbour whether its class is the query's, None without labels.
+    """
+
+    row: int
+    rows: list[int]
+    similarities: list[float]
+    right: list[bool] | None
+
+
+class Cluster(NamedTuple):
+    """A cluster's members, nearest its centre first.
+
+    Attributes:
+        tightness: mean cosine similarity of the members to the centre.
+        purity: share of its most frequent class, and the index of that class; None without labels.
+    """
+
+    number: int
+    rows: IntArray
+    tightness: float
+    purity: float | None
+    majority: int | None
+
+
+def best_and_worst(
+    pictures: PictureSet, count: int, seed: int = 0
+) -> tuple[list[Query], list[Query], int]:
+    """The queries that retrieve best and worst, each of another class (or cluster).
+
+    With labels a query is judged by the precision among its neighbours, the right ones counting
+    more the nearer they are; ties go to the surer: more similar neighbours. Without labels
+    similarity alone decides.
+
+    Returns:
+        The best, the worst, and among how many queries they were looked for.
+    """
+    queries = np.arange(len(pictures))
+    groups = pictures.clusters if pictures.labels is None else pictures.labels
+    if pictures.labels is not None:  # a lone picture has nothing to find
+        members = np.bincount(pictures.labels)[pictures.labels]
+        queries = np.flatnonzero(members > 1)
+    if len(queries) > _QUERIES:
+        queries = np.sort(np.random.default_rng(seed).choice(queries, _QUERIES, replace=False))
+    k = min(NEIGHBOURS, len(pictures) - 1)
+    if not len(queries) or k < 1:
+        return [], [], 0
+    similarities, rows = _nearest(pictures.embeddings, queries, k)
+    right: npt.NDArray[np.bool_] | None = None
+    score = similarities.mean(axis=1)
+    if pictures.labels is not None:
+        right = pictures.labels[rows] == pictures.labels[queries, None]
+        found = np.cumsum(right, axis=1) / np.arange(1, k + 1)
+        precision = (found * right).sum(axis=1) / k
+        best_order = np.lexsort((-score, -precision))
+        worst_order = np.lexsort((-score, precision))
+    else:
+        best_order, worst_order = np.argsort(-score), np.argsort(score)
+
+    def chosen(order: IntArray) -> list[Query]:
+        taken: list[Query] = []
+        seen: set[int] = set()
+        for at in order:
+            group = int(groups[queries[at]]) if groups is not None else int(at)
+            if group not in seen:
+                seen.add(group)
+                verdicts = None if right is None else right[at].tolist()
+                row, found = int(queries[at]), rows[at].tolist()
+                taken.append(Query(row, found, similarities[at].tolist(), verdicts))
+            if len(taken) == count:
+                break
+        return taken
+
+    return chosen(best_order), chosen(worst_order), len(queries)
+
+
+def _nearest(embeddings: FloatArray, queries: IntArray, k: int) -> tuple[FloatArray, IntArray]:
+    index = faiss.IndexFlatIP(embeddings.shape[1])
+    index.add(embeddings)
+    similarities, rows = index.search(embeddings[queries], k + 1)
+    # The query itself is left out; among identical pictures it need not come first.
+    own = rows == queries[:, None]
+    own[~own.any(axis=1), -1] = True
+    shape = (len(queries), k)
+    return similarities[~own].reshape(shape), rows[~own].reshape(shape)
+
+
+def clusters_of(pictures: PictureSet) -> list[Cluster]:
+    """All clusters, by their number."""
+    labels = pictures.clusters
+    if labels is None:
+        return []
+    found = []
+    order = np.argsort(labels, kind="stable")
+    numbers, starts = np.unique(labels[order], return_index=True)
+    for number, rows in zip(numbers, np.split(order, starts[1:]), strict=True):
+        if number == _NOISE:
+            continue
+        members = pictures.embeddings[rows]
+        centre = members.mean(axis=0)
+        centre /= max(float(np.linalg.norm(centre)), 1e-12)
+        near = members @ centre
+        purity = majority = None
+        if pictures.labels is not None:
+            counts = np.bincount(pictures.labels[rows])
+            majority, purity = int(counts.argmax()), float(counts.max() / len(rows))
+        rows = rows[np.argsort(-near, kind="stable")]
+        found.append(Cluster(int(number), rows, float(near.mean()), purity, majority))
+    return found
+
+
+def ranked_clusters(clusters: list[Cluster], count: int) -> dict[str, list[Cluster]]:
+    """The largest, the purest (or tightest) and the most mixed (or loosest) of some size."""
+    usual = float(np.median([len(c.rows) for c in clusters])) if clusters else 0.0
+    some = [c for c in clusters if len(c.rows) >= max(3, min(5, usual))] or clusters
+    largest = sorted(clusters, key=lambda c: (-len(c.rows), c.number))
+    if clusters and clusters[0].purity is not None:
+        good = sorted(some, key=lambda c: (-(c.purity or 0), -len(c.rows), c.number))
+        bad = sorted(some, key=lambda c: (c.purity or 0, -len(c.rows), c.number))
+        names = ("Largest", "Purest", "Most mixed")
+    else:
+        good = sorted(some, key=lambda c: (-c.tightness, c.number))
+        bad = sorted(some, key=lambda c: (c.tightness, c.number))
+        names = ("Largest", "Tightest", "Loosest")
+    return dict(zip(names, (largest[:count], good[:count], bad[:count]), strict=True))
+
+
+def sample_of(groups: IntArray, cap: int, first: list[int], seed: int = 0) -> IntArray:
+    """Rows to draw, ascending: all if they are few, else whole groups until there are ``cap``.
+
+    Args:
+        groups: (N,) group of each row.
+        cap: rows at most.
+        first: groups that come before the others, which follow at random.
+    """
+    if len(groups) <= cap:
+        return np.arange(len(groups))
+    others = np.random.default_rng(seed).permutation(np.setdiff1d(np.unique(groups), first))
+    rank = {int(group): at for at, group in enumerate([*first, *others.tolist()])}
+    ranks = np.array([rank[int(group)] for group in groups])
+    return np.sort(np.argsort(ranks, kind="stable")[:cap])
+
+
+def project(embeddings: FloatArray, seed: int = 0) -> tuple[FloatArray, str]:
+    """Places (N, 2) in [0, 1] that keep neighbours together, and how they were found."""
+    count = len(embeddings)
+    centred = embeddings - embeddings.mean(axis=0)
+    axes = np.linalg.svd(centred, full_matrices=False)[2]
+    places, how = centred @ axes[:2].T, "PCA"
+    if places.shape[1] < 2:
+        places = np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        how = "PCA, since scikit-learn is not installed"
+    else:
+        kept = min(_COMPONENTS, *centred.shape)
+        if count >= 10 and kept >= 2:
+            shape = TSNE(
+                init="pca", perplexity=min(30.0, (count - 1) / 3), random_state=seed, max_iter=600
+            )
+            places = shape.fit_transform(np.ascontiguousarray(centred @ axes[:kept].T))
+            how = f"t\u2011SNE of the first {kept} principal components"
+    low, spread = places.min(axis=0), np.ptp(places, axis=0)
+    spread[spread == 0] = 1.0
+    return np.asarray((places - low) / spread, dtype=np.float32), how

@@ -1,0 +1,100 @@
+"""Pictures as data URIs: thumbnails, overlays, and sheets of many small ones."""
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+from pml_tacl.report._sources import Run
+from pml_tacl.visualize._attention import _overlaid
+from pml_tacl.visualize._inputs import normalised, to_pixels
+
+TILE = 64  # pixels; a multiple of 16, so that no tile of a WebP sheet bleeds into the next
+COLUMNS = 40
+_THUMBNAIL = 128
+_QUALITIES = (72, 60, 48, 36, 24, 14)
+
+
+def uri(image: Image.Image, quality: int = 72) -> str:
+    """A picture as a WebP data URI."""
+    return _as_uri(_encoded(image, quality))
+
+
+def thumbnail(image: Image.Image, side: int = _THUMBNAIL) -> Image.Image:
+    """A copy that fits into a square."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return small
+
+
+def opened(open_row: Callable[[int], Image.Image], row: int) -> Image.Image:
+    """A picture, or a crossed grey square for one that has been moved, deleted or damaged."""
+    try:
+        return open_row(row)
+    except OSError:
+        empty = Image.new("RGB", (_THUMBNAIL, _THUMBNAIL), "#c8c8c8")
+        drawing = ImageDraw.Draw(empty)
+        for ends in ((0, 0, _THUMBNAIL, _THUMBNAIL), (0, _THUMBNAIL, _THUMBNAIL, 0)):
+            drawing.line(ends, "#8a8a8a", 2)
+        return empty
+
+
+def sheet(
+    open_row: Callable[[int], Image.Image], rows: Sequence[int], budget: int
+) -> tuple[str, int]:
+    """Small square pictures on one sheet, in rows of ``COLUMNS``.
+
+    Args:
+        rows: those to draw.
+        budget: bytes of the data URI at most; quality gives way first, then the last pictures.
+
+    Returns:
+        The data URI and how many pictures are on it.
+    """
+    count = len(rows)
+    tiles = [
+        ImageOps.fit(opened(open_row, row).convert("RGB"), (TILE, TILE), Image.Resampling.LANCZOS)
+        for row in rows
+    ]
+    while True:
+        board = Image.new("RGB", (TILE * min(COLUMNS, count), TILE * -(-count // COLUMNS)))
+        for at, tile in enumerate(tiles[:count]):
+            board.paste(tile, (TILE * (at % COLUMNS), TILE * (at // COLUMNS)))
+        for quality in _QUALITIES:
+            content = _encoded(board, quality)
+            if len(content) * 4 / 3 <= budget or (count == 1 and quality == _QUALITIES[-1]):
+                return _as_uri(content), count
+        count = max(1, int(0.9 * count * budget / (len(content) * 4 / 3)))
+
+
+def attention_overlays(
+    run: Run, open_row: Callable[[int], Image.Image], rows: Sequence[int]
+) -> list[tuple[Image.Image, Image.Image]]:
+    """For each row the picture as the model sees it, and its attention over it."""
+    views = torch.stack([run.transform(opened(open_row, row).convert("RGB")) for row in rows])
+    parameter = next(run.model.parameters())
+    with torch.inference_mode():
+        out: Any = run.model.eval().forward_features(views.to(parameter.device))
+    maps = normalised(out.attention.float().cpu().numpy().astype(np.float64))
+    mean, std = (
+        torch.tensor(run.model.data_config[name]).view(1, 3, 1, 1) for name in ("mean", "std")
+    )
+    pictures = [to_pixels(view) for view in (views * std + mean).clamp(0, 1)]
+    return [
+        (Image.fromarray(picture), Image.fromarray(_overlaid(picture, single)))
+        for picture, single in zip(pictures, maps, strict=True)
+    ]
+
+
+def _encoded(image: Image.Image, quality: int) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "WEBP", quality=quality, method=4)
+    return content.getvalue()
+
+
+def _as_uri(content: bytes) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(content).decode('ascii')}"

@@ -1,0 +1,241 @@
+"""The sections of the page. Every word that comes from the run is escaped here."""
+
+import json
+from collections.abc import Iterable, Mapping
+from html import escape
+from typing import Any
+
+from PIL import Image
+
+from pml_tacl.report import _charts as charts
+from pml_tacl.report import _images as images
+from pml_tacl.report._choices import Cluster, Query
+from pml_tacl.report._sources import PictureSet, Run
+from pml_tacl.runs import COLUMNS
+
+_SHOWN_IN_CLUSTER = 12
+_ROW_NAMES = {"raw_pixels": "raw pixels", "before": "before training", "after": "after training"}
+
+
+def header(run: Run) -> str:
+    """Name, what was done in a sentence, and the numbers that matter."""
+    config, after = run.config, run.metrics.get("after", {})
+    before = run.metrics.get("before", {})
+    facts = []
+    if "recall_at_1" in after:
+        was = f"{100 * before['recall_at_1']:.1f} % before" if "recall_at_1" in before else ""
+        facts.append(("Recall@1", f"{100 * after['recall_at_1']:.1f}", "%", was))
+    if "mean_average_precision_at_r" in after:
+        name = "mean_average_precision_at_r"
+        was = f"{100 * before[name]:.1f} % before" if name in before else ""
+        facts.append(("MAP@R", f"{100 * after[name]:.1f}", "%", was))
+    clusters = run.training.clusters
+    count = 0 if clusters is None else len(set(clusters[clusters >= 0].tolist()))
+    facts.append(("Pictures", _grouped(len(run.training)), "", "trained on, without labels"))
+    per = f"{len(run.training) / count:.1f} pictures each" if count else ""
+    facts.append(("Clusters", _grouped(count), "", per))
+    if not after:
+        facts.append(("Epochs", str(config.get("epochs", "?")), "", ""))
+    cells = "".join(
+        f'<div class="fact"><dt>{name}</dt><dd>{value}<span class="unit">{unit}</span></dd>'
+        f'<p class="was">{was or "&nbsp;"}</p></div>'
+        for name, value, unit, was in facts
+    )
+    parts = [config.get("backbone"), f"{config.get('epochs')} epochs", f"seed {config.get('seed')}"]
+    said = " · ".join(escape(str(part)) for part in parts if part and "None" not in str(part))
+    return (
+        f'<header id="top"><p class="kicker">Run report</p><h1>{escape(run.folder.name)}</h1>'
+        f'<p class="lede">{said}</p><dl class="facts">{cells}</dl></header>'
+    )
+
+
+def results(run: Run) -> str:
+    """The table of metrics, and Recall@K as a chart."""
+    rows = {_ROW_NAMES.get(name, name): values for name, values in run.metrics.items()}
+    names = [name for name in COLUMNS if any(name in row for row in rows.values())]
+    if not rows or not names:
+        return (
+            '<p class="empty">The run had no labelled pictures to test on, so nothing was '
+            "measured. Give <code>--eval-folder</code> when training to have a table here.</p>"
+        )
+    best = {name: max(row.get(name, -1.0) for row in rows.values()) for name in names}
+    head = "".join(f'<th scope="col">{COLUMNS[name]}</th>' for name in names)
+    body = ""
+    for title, row in rows.items():
+        cells = "".join(_cell(row.get(name), best[name], len(rows) > 1) for name in names)
+        body += f'<tr><th scope="row">{escape(title)}</th>{cells}</tr>'
+    lines = {}
+    for title, row in rows.items():
+        pairs = sorted((int(k[10:]), v) for k, v in row.items() if k.startswith("recall_at_"))
+        if pairs:
+            ks, values = zip(*pairs, strict=True)
+            lines[title.removesuffix(" training")] = ([float(k) for k in ks], list(values))
+    chart = ""
+    if lines:
+        said = "; ".join(f"{name} {100 * line[1][0]:.1f} to {100 * line[1][-1]:.1f} per cent"
+                         for name, line in lines.items())  # fmt: skip
+        said = f"Recall at K: {said}"
+        drawn = charts.percent_chart(lines, "K", said, logarithmic=True, width=430, height=240)
+        chart = _figure(drawn, "Recall@K: a picture of the same class is among the K nearest.")
+    note = "Per cent. Each test picture searches among all others."
+    return (
+        f'<div class="split"><div><div class="scroll"><table class="metrics"><thead><tr><th></th>'
+        f'{head}</tr></thead><tbody>{body}</tbody></table></div><p class="note">{note}</p></div>'
+        f"{chart}</div>"
+    )
+
+
+def training(run: Run) -> str:
+    """Each loss by iteration, and recall by epoch."""
+    order = sorted(run.losses, key=lambda name: (name != "total_loss", name))
+    drawn = [
+        _figure(charts.loss_chart(name, run.losses[name]), name.replace("_", " ")) for name in order
+    ]
+    lines = {
+        COLUMNS[name]: curve
+        for name, curve in run.recalls.items()
+        if name in COLUMNS and name.startswith("recall") and len(curve[0]) > 1
+    }
+    if lines:
+        said = "Recall by epoch: " + "; ".join(
+            f"{name} from {100 * line[1][0]:.1f} to {100 * line[1][-1]:.1f} per cent"
+            for name, line in lines.items()
+        )
+        chart = charts.percent_chart(lines, "epoch", said, width=340, height=190, margin=70)
+        drawn.append(_figure(chart, "recall by epoch"))
+    if not drawn:
+        return '<p class="empty">The run recorded no losses.</p>'
+    return f'<div class="charts">{"".join(drawn)}</div>'
+
+
+def gallery(pictures: PictureSet, queries: Iterable[Query], title: str) -> str:
+    """Queries, each beside its nearest pictures."""
+    rows = ""
+    for query in queries:
+        found = ""
+        for at, row in enumerate(query.rows):
+            right = None if query.right is None else query.right[at]
+            found += f"<li>{_picture(pictures, row, right, query.similarities[at])}</li>"
+        hits = "" if query.right is None else f"{sum(query.right)} of {len(query.right)} right"
+        name = named(pictures, query.row)
+        rows += (
+            f'<li class="query"><div class="asked">{_picture(pictures, query.row)}'
+            f'<p><b title="{escape(name)}">{escape(name)}</b><span>{hits}</span></p></div>'
+            f'<ol class="found">{found}</ol></li>'
+        )
+    return f'<h3>{escape(title)}</h3><ol class="gallery">{rows}</ol>'
+
+
+def attention(run: Run, pictures: PictureSet, rows: list[int]) -> str:
+    """Pictures as the model sees them beside its attention."""
+    overlays = images.attention_overlays(run, pictures.open, rows)
+    cells = ""
+    for row, (picture, overlay) in zip(rows, overlays, strict=True):
+        name = escape(named(pictures, row))
+        seen, over = (_tag(image, "", 192) for image in (picture, overlay))
+        cells += (
+            f'<figure class="pair"><div>{seen}{over}</div><figcaption title="{name}">{name}'
+            "</figcaption></figure>"
+        )
+    return f'<div class="pairs">{cells}</div>'
+
+
+def cluster_cards(pictures: PictureSet, ranked: Mapping[str, list[Cluster]]) -> str:
+    """Clusters by what makes them worth a look."""
+    sections = ""
+    for title, clusters in ranked.items():
+        cards = "".join(_card(pictures, cluster, title) for cluster in clusters)
+        sections += f'<h3>{title}</h3><div class="cards">{cards}</div>'
+    return sections
+
+
+def configuration(run: Run) -> str:
+    """What the run was asked to do, and with which versions."""
+    tables = ""
+    for title, values in (("Configuration", flat(run.config)), ("Versions", run.versions)):
+        rows = "".join(
+            f'<tr><th scope="row">{escape(str(k))}</th><td>{escape(str(v))}</td></tr>'
+            for k, v in values.items()
+        )
+        tables += f'<div class="scroll"><table class="plain"><caption>{title}</caption>{rows}'
+        tables += "</table></div>"
+    return f'<div class="split even">{tables}</div>'
+
+
+def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested settings as one level: {"a": {"b": 1}} is {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{before}{name}.")
+        else:
+            found[f"{before}{name}"] = value
+    return found
+
+
+def as_json(value: Any) -> str:
+    """JSON that can stand in an HTML script element: nothing in it can end the element."""
+    text = json.dumps(value, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _card(pictures: PictureSet, cluster: Cluster, title: str) -> str:
+    rows = cluster.rows
+    if title in ("Most mixed", "Loosest") and len(rows) > _SHOWN_IN_CLUSTER:
+        step = (len(rows) - 1) / (_SHOWN_IN_CLUSTER - 1)  # from the centre to the rim
+        rows = rows[[round(at * step) for at in range(_SHOWN_IN_CLUSTER)]]
+    shown = "".join(_picture(pictures, int(row)) for row in rows[:_SHOWN_IN_CLUSTER])
+    facts = [f"{len(cluster.rows)} pictures"]
+    if cluster.purity is not None and cluster.majority is not None:
+        facts.append(f"{100 * cluster.purity:.0f} % are {pictures.classes[cluster.majority]}")
+    else:
+        facts.append(f"similarity to the centre {cluster.tightness:.2f}")
+    return (
+        f'<article class="card"><h4>Cluster {cluster.number}</h4>'
+        f'<p>{escape(" · ".join(facts))}</p><div class="thumbs">{shown}</div>'
+        f'<button type="button" data-cluster="{cluster.number}">Show on the map</button></article>'
+    )
+
+
+def _picture(
+    pictures: PictureSet, row: int, right: bool | None = None, similarity: float | None = None
+) -> str:
+    name = named(pictures, row)
+    said = name if similarity is None else f"{name}, similarity {similarity:.3f}"
+    mark = ""
+    if right is not None:
+        said += ", right" if right else ", wrong"
+        mark = f' class="{"right" if right else "wrong"}"'
+    image = images.thumbnail(images.opened(pictures.open, row))
+    return f"<span{mark}>{_tag(image, said)}</span>"
+
+
+def _tag(image: Image.Image, said: str, side: int = 128) -> str:
+    small = images.thumbnail(image, side)
+    text = escape(said)
+    title = f' title="{text}"' if said else ""
+    return (
+        f'<img src="{images.uri(small)}" width="{small.width}" height="{small.height}" '
+        f'alt="{text}"{title} decoding="async">'
+    )
+
+
+def named(pictures: PictureSet, row: int) -> str:
+    # What is no text in any encoding, as a file name may be, is shown by its bytes.
+    return pictures.names[row].encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _cell(value: float | None, best: float, compared: bool) -> str:
+    if value is None:
+        return "<td>–</td>"
+    mark = ' class="best"' if compared and value >= best else ""
+    bar = f'<i style="--share:{100 * value:.1f}%"></i>'
+    return f"<td{mark}>{100 * value:.1f}{bar}</td>"
+
+
+def _figure(drawn: str, caption: str) -> str:
+    return f"<figure>{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _grouped(count: int) -> str:
+    return f"{count:,}".replace(",", "\u202f")

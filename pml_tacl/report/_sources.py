@@ -1,0 +1,257 @@
+"""What a run left behind, read into one form for the page."""
+
+import csv
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from pml_tacl import runs
+from pml_tacl._rows import FloatArray, IntArray, UnitRows
+from pml_tacl.clustering import KMeansPseudoLabeler
+from pml_tacl.datasets import Glyphs, ImageFiles
+from pml_tacl.datasets.image_files import load_rgb
+from pml_tacl.evaluation import embed
+from pml_tacl.models import AttentionEmbedder
+from pml_tacl.search import PictureIndex
+from pml_tacl.trainers.checkpoint import checkpoints
+
+Curve = tuple[list[float], list[float]]
+GLYPH_SIDE = 64  # pixels, of the quickstart's pictures
+
+
+@dataclass
+class PictureSet:
+    """Pictures with their embeddings.
+
+    Attributes:
+        title: what the page calls them.
+        names: of the N pictures.
+        embeddings: (N, D) float32, unit norm.
+        open: row -> picture; raises OSError if it cannot be read.
+        labels: (N,) indices of ``classes``, or None.
+        classes: their names.
+        clusters: (N,) pseudo-labels, -1 is noise, or None.
+    """
+
+    title: str
+    names: list[str]
+    embeddings: FloatArray
+    open: Callable[[int], Image.Image]
+    labels: IntArray | None = None
+    classes: list[str] = field(default_factory=list)
+    clusters: IntArray | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass
+class Run:
+    """A run's folder, read.
+
+    Attributes:
+        metrics: "before", "after" and others -> values in [0, 1] by name.
+        losses: name -> (iterations, values).
+        recalls: name of a metric -> (epochs, values).
+        training: the pictures that were trained on, with clusters.
+        test: labelled pictures that were not, or None.
+        notes: what a reader of the page should know about these data.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    versions: dict[str, str]
+    metrics: dict[str, dict[str, float]]
+    losses: dict[str, Curve]
+    recalls: dict[str, Curve]
+    model: AttentionEmbedder
+    transform: Callable[[Image.Image], torch.Tensor]
+    training: PictureSet
+    test: PictureSet | None
+    notes: list[str]
+
+
+def read_run(
+    folder: str | Path, images: str | Path | None = None, *, folders_are_classes: bool = False
+) -> Run:
+    """Read a run of quickstart.py or train_folder.py.
+
+    Args:
+        folder: of the run.
+        images: where the pictures that were trained on are, if they have moved.
+        folders_are_classes: judge clusters by the sub-folders of the training pictures.
+
+    Raises:
+        ValueError: if the folder holds no ended run.
+        OSError: if its model or pictures are missing.
+    """
+    folder = Path(folder)
+    config = runs.read_config(folder)
+    try:
+        content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} holds no readable metrics.json: give a training that has ended"
+        ) from error
+    model = AttentionEmbedder.from_pretrained(folder / "model")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    size = tuple(config.get("image_size", (GLYPH_SIDE, GLYPH_SIDE)))
+    transform = model.transform(image_size=size)
+    notes: list[str] = []
+    if "images" in config:
+        training = _indexed(folder, images, folders_are_classes)
+        test = _labelled_files(model, transform, config.get("eval_folder"), notes)
+    else:
+        training, test = (_glyphs(model, transform, split) for split in ("train", "test"))
+        notes.append("Labels of the training characters judge clusters here; training read none.")
+    state = _last_checkpoint(folder)
+    training.clusters = _clusters(training, state, notes)
+    metrics = {k: v for k, v in content.items() if k not in ("config", "versions") and v}
+    recalls = _recalls(folder, state)
+    if after := metrics.get("after"):
+        recalls[int(config.get("epochs", 0))] = after
+    return Run(
+        folder=folder,
+        config=config,
+        versions=content.get("versions", {}),
+        metrics=metrics,
+        losses=_losses(folder, state),
+        recalls=_by_metric(recalls),
+        model=model,
+        transform=transform,
+        training=training,
+        test=test,
+        notes=notes,
+    )
+
+
+def _embedded(model: AttentionEmbedder, dataset: Dataset[Any]) -> tuple[FloatArray, IntArray]:
+    model = model.to(memory_format=torch.channels_last)
+    embeddings, labels = embed(model, dataset)
+    return UnitRows("embeddings", embeddings, 16384).hold(), labels.numpy()
+
+
+def _glyphs(model: AttentionEmbedder, transform: Any, split: str) -> PictureSet:
+    pictures = Glyphs(split, size=GLYPH_SIDE, transform=transform)
+    pictures.preload()
+    embeddings, labels = _embedded(model, pictures)
+    counts = np.arange(len(labels)) - np.searchsorted(labels, labels)
+    names = [f"{pictures.classes[y]} {n + 1}" for y, n in zip(labels, counts, strict=True)]
+    what = "Training characters" if split == "train" else "Characters never seen in training"
+    return PictureSet(
+        what,
+        names,
+        embeddings,
+        lambda row: Image.fromarray(pictures.images[row]),
+        labels,
+        list(pictures.classes),
+    )
+
+
+def _indexed(folder: Path, images: str | Path | None, by_folder: bool) -> PictureSet:
+    index = PictureIndex.load(folder)
+    index.root = Path(images).absolute() if images else index.root
+    if not index.root.is_dir():
+        raise FileNotFoundError(f"the pictures are not in {index.root}: give --images FOLDER")
+    labels, classes = None, []
+    if by_folder:
+        places = [file.rpartition("/")[0] or "." for file in index.files]
+        classes = sorted(set(places))
+        at = {name: row for row, name in enumerate(classes)}
+        labels = np.array([at[place] for place in places], dtype=np.int64)
+    return PictureSet(
+        "Training pictures",
+        index.files,
+        index.embeddings,
+        lambda row: load_rgb(index.paths([row])[0]),
+        labels,
+        classes,
+    )
+
+
+def _labelled_files(
+    model: AttentionEmbedder, transform: Any, folder: str | None, notes: list[str]
+) -> PictureSet | None:
+    if not folder:
+        return None
+    if not Path(folder).is_dir():
+        notes.append(f"The labelled pictures are no longer in {folder}, so none are shown.")
+        return None
+    pictures = ImageFiles(folder, labels="folder", transform=transform)
+    embeddings, labels = _embedded(model, pictures)
+    names = [path.relative_to(pictures.root).as_posix() for path in pictures.paths]
+    return PictureSet(
+        "Labelled pictures",
+        names,
+        embeddings,
+        lambda row: load_rgb(pictures.paths[row]),
+        labels,
+        list(pictures.classes),
+    )
+
+
+def _last_checkpoint(folder: Path) -> dict[str, Any]:
+    # Read by itself and not to go on from: one of another version tells its clusters as well.
+    for path in reversed(checkpoints(folder / "checkpoints")):
+        with suppress(Exception):  # damaged bytes raise nearly anything
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return state
+    return {}
+
+
+def _clusters(training: PictureSet, state: Mapping[str, Any], notes: list[str]) -> IntArray:
+    saved = state.get("labels")
+    if isinstance(saved, torch.Tensor) and len(saved) == len(training):
+        labels: IntArray = saved.cpu().numpy().astype(np.int64)
+        if len(np.unique(labels)) < len(labels):
+            return labels
+    notes.append("The run saved no clusters of these pictures; they were clustered for this page.")
+    found = KMeansPseudoLabeler("auto")(training.embeddings)
+    return np.asarray(found.labels.numpy(), dtype=np.int64)
+
+
+def _losses(folder: Path, state: Mapping[str, Any]) -> dict[str, Curve]:
+    history = state.get("extra", {}).get("history")
+    if history:
+        return {k: (list(range(1, len(v) + 1)), [float(x) for x in v]) for k, v in history.items()}
+    rows = _read_csv(folder / "records" / "loss_histories.csv")
+    names = [name for name in (rows[0] if rows else ()) if name != "~iteration~"]
+    steps = [float(row["~iteration~"]) for row in rows]
+    return {name: (steps, [float(row[name]) for row in rows]) for name in names}
+
+
+def _recalls(folder: Path, state: Mapping[str, Any]) -> dict[int, dict[str, float]]:
+    saved = state.get("extra", {}).get("recalls")
+    if saved:
+        return {int(epoch): dict(values) for epoch, values in saved.items()}
+    found = {}
+    for path in sorted((folder / "records").glob("accuracies_*_TEST_*.csv")):
+        for row in _read_csv(path):
+            values = {k.removesuffix("_level0"): v for k, v in row.items() if "_level0" in k}
+            found[int(float(row["epoch"]))] = {k: float(v) for k, v in values.items()}
+    return found
+
+
+def _by_metric(recalls: Mapping[int, Mapping[str, float]]) -> dict[str, Curve]:
+    names = dict.fromkeys(name for values in recalls.values() for name in values)
+    curves = {}
+    for name in names:
+        epochs = [epoch for epoch in sorted(recalls) if name in recalls[epoch]]
+        values = [float(recalls[epoch][name]) for epoch in epochs]
+        curves[name] = ([float(epoch) for epoch in epochs], values)
+    return curves
+
+
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
