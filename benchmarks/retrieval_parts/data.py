@@ -1,4 +1,4 @@
-"""The benchmark's data sets: uint8 pictures in memory, in thirds that share no class."""
+"""The benchmark's data sets: uint8 pictures in memory, in splits that share no class."""
 
 import hashlib
 import zlib
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from pml_tacl._files import written_whole
 from pml_tacl.datasets import Glyphs
-from retrieval_parts import emoji
+from retrieval_parts import emoji, photos
 from retrieval_parts.backgrounds import background
 
 SPLITS = ("train", "validation", "test")
+DRAWN = ("openemoji", "openemoji-busy")
+NAMES = ("glyphs", *DRAWN, *photos.PHOTOS)
 DEFAULT_CACHE = Path.home() / ".cache" / "pml_tacl"
 _DRAWING = 2  # raised when a change of the code below changes pixels: the cache is keyed by it
 _SPLIT_SEED = 2020
@@ -28,39 +30,50 @@ class Pictures(NamedTuple):
         images: (N, 3, S, S) uint8.
         labels: (N,) int64 from zero. Of the training third only supervised training and the
             report of purity read them.
+        queries: (N,) bool, which search among the others; None: each among all.
     """
 
     images: Tensor
     labels: Tensor
+    queries: Tensor | None = None
 
 
 def load(
-    name: str, split: str, size: int, cache: Path = DEFAULT_CACHE, limit: int | None = None
+    name: str,
+    split: str,
+    size: int,
+    cache: Path = DEFAULT_CACHE,
+    limit: int | None = None,
+    data_root: Path | None = None,
 ) -> Pictures:
-    """A third of a data set.
+    """A split of a data set.
 
     Args:
-        name: "glyphs", "openemoji" (on white) or "openemoji-busy".
+        name: one of NAMES.
         split: "train", "validation" or "test".
         size: side of the pictures.
         cache: folder for archives and for pictures made of them.
         limit: the first so many classes only.
+        data_root: folder of the photographs' data sets, each in a folder of its name.
 
     Raises:
         ValueError: for an unknown name or split.
+        FileNotFoundError: for photographs that are not there.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
     if name == "glyphs":
         pictures = _glyphs(split, size)
-    elif name in ("openemoji", "openemoji-busy"):
+    elif name in DRAWN:
         pictures = _open_emoji(name, split, size, cache)
+    elif name in photos.PHOTOS:
+        pictures = _photographs(name, split, size, cache, data_root)
     else:
-        raise ValueError(f"dataset={name!r} is none of glyphs, openemoji, openemoji-busy")
+        raise ValueError(f"dataset={name!r} is none of {', '.join(NAMES)}")
     if limit is None:
         return pictures
     kept = pictures.labels < limit
-    return Pictures(pictures.images[kept], pictures.labels[kept])
+    return Pictures(*(part if part is None else part[kept] for part in pictures))
 
 
 def third(count: int, split: str) -> slice:
@@ -102,6 +115,21 @@ def _draw(found: dict[str, list], name: str, split: str, size: int, path: Path) 
     labels = np.repeat(np.arange(len(codes)), [len(found[code]) for code in codes])
     with written_whole(path) as file:
         np.savez(file, images=np.stack(images), labels=labels)
+
+
+def _photographs(name: str, split: str, size: int, cache: Path, data_root: Path | None) -> Pictures:
+    if data_root is None:
+        raise FileNotFoundError(f"dataset={name!r} needs --data-root with a folder {name}/")
+    found = photos.listed(name, data_root, split)
+    key = hashlib.sha256(repr((_DRAWING, found.paths, size)).encode()).hexdigest()[:12]
+    path = cache / f"{name}-{split}-{size}-{key}.npz"
+    if not path.is_file():
+        with written_whole(path) as file:
+            np.savez(file, images=photos.read(found.paths, size))
+    with np.load(path) as stored:
+        pictures = _pictures(stored["images"], found.labels)
+    queries = None if found.queries is None else torch.from_numpy(found.queries)
+    return pictures._replace(queries=queries)
 
 
 def place_on_white(rng: np.random.Generator, drawing: Image.Image, size: int) -> Image.Image:

@@ -31,7 +31,7 @@ def chunks(images: Tensor, size: int = 128) -> Iterator[Tensor]:
     yield from images.split(size)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what comes out is trained with
 def feature_maps(
     model: AttentionEmbedder, images: Tensor, normalise: Normalise, index: int, scale: int
 ) -> Tensor:
@@ -52,7 +52,7 @@ def feature_maps(
             )[0]
         found.append(maps.float())
     model.train(training)
-    return torch.cat(found).clone()
+    return torch.cat(found)
 
 
 def picture_masks(

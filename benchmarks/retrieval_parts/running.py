@@ -16,9 +16,11 @@ from retrieval_parts.scoring import forget_peak, measure, peak_bytes
 from retrieval_parts.training import Training, train
 
 
-@lru_cache(maxsize=8)
-def load(dataset: str, split: str, size: int, cache: Path, limit: int) -> data.Pictures:
-    return data.load(dataset, split, size, cache, None if limit < 0 else limit)
+@lru_cache(maxsize=4)
+def load(
+    dataset: str, split: str, size: int, cache: Path, limit: int, data_root: Path | None
+) -> data.Pictures:
+    return data.load(dataset, split, size, cache, None if limit < 0 else limit, data_root)
 
 
 def run(
@@ -26,6 +28,7 @@ def run(
     results: Path | None,
     cache: Path = data.DEFAULT_CACHE,
     *,
+    data_root: Path | None = None,
     verbose: bool = False,
     watch_split: bool = False,
 ) -> dict[str, Any]:
@@ -35,6 +38,7 @@ def run(
         config: of the run.
         results: folder of the results; None keeps none.
         cache: folder of archives, pictures and weights.
+        data_root: folder of the photographs' data sets.
         verbose: print each clustering.
         watch_split: also measure the split at each clustering (slow; never for choosing a step).
 
@@ -45,8 +49,8 @@ def run(
     path = None if results is None else results / f"{config.key}.json"
     if path is not None and path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
-    pictures = load(config.dataset, "train", config.size, cache, config.limit)
-    measured = load(config.dataset, config.split, config.size, cache, config.limit)
+    pictures = load(config.dataset, "train", config.size, cache, config.limit, data_root)
+    measured = load(config.dataset, config.split, config.size, cache, config.limit, data_root)
     curve = []
 
     def watch(training: Training) -> None:
@@ -65,7 +69,6 @@ def run(
         "config": asdict(config),
         "metrics": measure(training.result, measured, training.views.normalise),
         "history": training.history,
-        "losses": [round(loss, 5) for loss in training.losses],
         "curve": curve,
         "cost": {
             "seconds": seconds,

@@ -12,7 +12,7 @@ from pml_tacl import RetrievalCalculator
 from retrieval_parts.data import Pictures
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what comes out is trained with
 def embed_pictures(
     model: nn.Module,
     images: Tensor,
@@ -28,7 +28,7 @@ def embed_pictures(
         parts.append(model(pixels.contiguous(memory_format=torch.channels_last)))
     for module, mode in modes.items():
         module.training = mode
-    return F.normalize(torch.cat(parts).float()).clone()
+    return F.normalize(torch.cat(parts).float())
 
 
 def measure(
@@ -43,7 +43,12 @@ def measure(
         )
     )
     embeddings = embed_pictures(model, pictures.images, normalise)
-    return calculator.get_accuracy(embeddings, pictures.labels)
+    labels, queries = pictures.labels, pictures.queries
+    if queries is None:
+        return calculator.get_accuracy(embeddings, labels)
+    return calculator.get_accuracy(
+        embeddings[queries], labels[queries], embeddings[~queries], labels[~queries]
+    )
 
 
 def purity(clusters: Tensor, labels: Tensor) -> float:

@@ -143,13 +143,14 @@ def recluster(run: Training, losses: "Losses") -> None:
     """New labels, centres, masks and neighbours from the network as it is."""
     config = run.config
     warm = run.step >= config.warmup
-    uses_clusters = config.labels == "clusters" and (config.metric == "ms" or config.ccl > 0)
+    grouped = config.metric == "ms" or config.ccl > 0 or config.tac > 0
+    uses_clusters = config.ccl > 0 or (grouped and config.labels == "clusters")
     stale = run.background is None or (config.mask_from == "recluster" and warm)
     if config.swap > 0 and config.mask != "centred" and stale:
         run.background = _masks(run, run.labels if run.centroids is not None else None)
-    if config.metric == "stml" or (warm and (uses_clusters or config.tac > 0)):
+    if config.metric == "stml" or (warm and uses_clusters):
         run.embeddings = _embeddings(run)
-    if not warm or not (uses_clusters or config.tac > 0 or config.ccl > 0):
+    if not (warm and uses_clusters):
         return
     if config.labels == "true":
         count = int(run.pictures.labels.max()) + 1
@@ -328,7 +329,7 @@ class Losses:
             total = total + self.views_loss(*embeddings.chunk(2))
         elif self.self_taught is not None:
             total = total + self.self_taught(output, embeddings, batch)
-        if config.ccl > 0 and self.run.centroids is not None:
+        if config.ccl > 0:
             total = total + config.ccl * self.clustering(embeddings, labels)
         if config.tac > 0:
             total = total + config.tac * self._attention(output.feature_maps, batch)

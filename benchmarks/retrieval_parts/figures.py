@@ -1,0 +1,88 @@
+"""Figures of the results: recall curves, what each part is worth, how much of the gap is closed."""
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from retrieval_parts.tables import RECALLS, Table, cost_of_removal, gap_closed
+
+# The rest would hide these; the tables have them all.
+_SHOWN = ("zero_shot", "ms", "ntxent+swap", "stml+swap", "full", "supervised")
+_COLOURS = ("#999999", "#e69f00", "#56b4e9", "#009e73", "#d55e00", "#000000")
+
+
+def recall_curves(table: Table) -> Figure:
+    """One panel for each setting: recall at 1, 2, 4, 8 of the methods that matter most."""
+    columns = min(3, len(table))
+    lines = -(-len(table) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.8 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in panels[len(table) :]:
+        axes.remove()
+    for axes, (setting, methods) in zip(panels, table.items(), strict=False):
+        for name, colour in zip(_SHOWN, _COLOURS, strict=True):
+            if name in methods:
+                heights = [100 * methods[name].mean(metric) for metric in RECALLS]
+                axes.plot(range(4), heights, color=colour, marker="o", markersize=4, label=name)
+        axes.set_xticks(range(4), ["1", "2", "4", "8"])
+        axes.set_title(str(setting), fontsize=9)
+        axes.set_ylim(0, 100)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("recall, %")
+    figure.supxlabel("neighbours", fontsize=9)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    return figure
+
+
+def ablation_bars(table: Table) -> Figure | None:
+    """R@1 that the full method loses without each part, by setting."""
+    removal = cost_of_removal(table)
+    if not removal:
+        return None
+    settings = list({setting: None for lost in removal.values() for setting in lost})
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(settings)
+    colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    for number, setting in enumerate(settings):
+        there = [(i, lost[setting]) for i, lost in enumerate(removal.values()) if setting in lost]
+        axes.bar(
+            [i + (number - (len(settings) - 1) / 2) * width for i, _ in there],
+            [lost for _, lost in there],
+            width,
+            label=str(setting),
+            color=colours[number % len(colours)],
+        )
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(removal)), [f"without {part}" for part in removal])
+    axes.set_ylabel("R@1 lost, points")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def gap_plot(table: Table) -> Figure | None:
+    """Each method between zero-shot, at 0, and supervised, at 100."""
+    names = list({name: None for methods in table.values() for name in methods})
+    names = [name for name in names if name not in ("zero_shot", "supervised")]
+    points = {
+        setting: [(gap, row) for row, name in enumerate(names) if (gap := gap_closed(m, name))]
+        for setting, m in table.items()
+    }
+    if not any(points.values()):
+        return None
+    figure = Figure(figsize=(8, 0.3 * len(names) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    for setting, there in points.items():
+        axes.plot(
+            [100 * gap for gap, _ in there], [row for _, row in there], "o", label=str(setting)
+        )
+    axes.axvline(0, color="#999999", linewidth=0.8)
+    axes.axvline(100, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="y", linewidth=0.3)
+    axes.set_xlabel("gap closed, % of the way from zero-shot to supervised")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure

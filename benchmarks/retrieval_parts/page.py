@@ -1,0 +1,196 @@
+"""docs/results.md and its figures, from the results alone."""
+
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from pml_tacl import visualize as vis
+from retrieval_parts.emoji import SETS
+from retrieval_parts.figures import ablation_bars, gap_plot, recall_curves
+from retrieval_parts.tables import (
+    COLUMNS,
+    R1,
+    Table,
+    cost_of_removal,
+    gap_closed,
+    read_results,
+    tables,
+    trials,
+)
+
+INTRODUCTION = """# Retrieval without labels, beside what people would use instead
+
+Written by `python benchmarks/retrieval.py page` from the files of `benchmarks/results/` alone; \
+`python benchmarks/retrieval.py all` makes those, and goes on where it was stopped.
+
+Classes are split in thirds that share none: the labels of the training third are never read \
+(except by *supervised*, the ceiling, and to report purity), every choice was made on the \
+validation third, and the test third was measured once, at the last step. All methods share \
+network, views, batches of 64 pictures in two views, steps and seeds.
+
+- **glyphs**: characters on cluttered ground, drawn by the package.
+- **openemoji**: {emoji}, each emoji a class and each drawing an instance, on white. Skin tones, \
+drawings that a set uses twice, and emoji that not all sets draw are left out.
+- **openemoji-busy**: the same on crops of photographs (of scikit-image) and on patterns, \
+everywhere on the picture.
+
+*scratch* is a small ResNet (resnet10t, 64 pixels), *pretrained* EfficientNet-Lite0 with \
+ImageNet weights and frozen BatchNorm. `ms` is k-means and PML's MultiSimilarityLoss, the \
+baseline; `full` is `ms+ccl+tac+swap`; `ntxent` is PML's SelfSupervisedLoss on the two views; \
+`stml` is our implementation of Kim et al., CVPR 2022, from its formulas. The paper that this \
+package follows is not measured: the definitions here are our own.
+"""
+
+
+def write(results: Path, page: Path, images: Path) -> str:
+    """Write the page and its figures.
+
+    Args:
+        results: folder of the results.
+        page: the file to write.
+        images: folder of the figures.
+
+    Raises:
+        ValueError: if there are no results.
+    """
+    found = read_results(results)
+    if not found:
+        raise ValueError(f"results={str(results)!r} holds none: run the benchmark first")
+    table = tables(found)
+    sets = ", ".join(f"{name} ({entry[4]})" for name, entry in SETS.items())
+    parts = [INTRODUCTION.format(emoji=f"emoji as drawn by {sets}")]
+    if table:
+        parts += [_asked(table), _overview(table), _figures(table, page, images), _details(table)]
+    parts += [_trials(found), _made_with(found)]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(part.strip("\n") + "\n" for part in parts if part)
+    page.write_text(text, encoding="utf-8")
+    return text
+
+
+def rows(heads: list[str], lines: list[list[str]]) -> str:
+    """A table in markdown; the first column is text, the others are numbers."""
+    rule = ["---"] + ["---:"] * (len(heads) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [heads, rule, *lines])
+
+
+def _overview(table: Table) -> str:
+    parts = ["## R@1 of every method\n\nPer cent, mean and deviation over the seeds."]
+    for regime, size in sorted({setting[:2] for setting in table}):
+        settings = [setting for setting in table if setting[:2] == (regime, size)]
+        names = list({name: None for s in settings for name in table[s]})
+        lines = [
+            [name, *(table[s][name].text(R1) if name in table[s] else "" for s in settings)]
+            for name in names
+        ]
+        parts.append(f"### {regime}, {size} px")
+        parts.append(rows(["method", *(s.dataset for s in settings)], lines))
+    return "\n\n".join(parts)
+
+
+def _asked(table: Table) -> str:
+    """What the benchmark was made to find out, each with its answer."""
+    lines = []
+    for setting, methods in table.items():
+        if "full" not in methods:
+            continue
+        full = methods["full"].mean()
+
+        def ahead(name: str, methods: Any = methods, full: float = full) -> str:
+            return f"{100 * (full - methods[name].mean()):+.1f}" if name in methods else ""
+
+        gap = gap_closed(methods, "full")
+        others = ("ms", "ntxent", "ntxent+swap", "stml", "stml+swap")
+        closed = "" if gap is None else f"{100 * gap:.0f} %"
+        lines.append([str(setting), *(ahead(name) for name in others), closed])
+    if not lines:
+        return ""
+    heads = ["setting", "ms", "ntxent", "ntxent+swap", "stml", "stml+swap", "gap closed"]
+    parts = [
+        "## The full method\n\nR@1 of `full` less that of each other method, in points, and how "
+        "much of the way from zero-shot (or untrained) to supervised it goes.",
+        rows(heads, lines),
+    ]
+    removal = cost_of_removal(table)
+    if removal:
+        parts.append("What each part is worth: R@1 that is lost without it, in points.")
+        settings = list({s: None for lost in removal.values() for s in lost})
+        lines = [
+            [
+                str(setting),
+                *(f"{lost[setting]:+.1f}" if setting in lost else "" for lost in removal.values()),
+            ]
+            for setting in settings
+        ]
+        lines.append(
+            ["**mean**", *(f"**{mean(lost.values()):+.1f}**" for lost in removal.values())]
+        )
+        parts.append(rows(["setting", *removal], lines))
+    return "\n\n".join(parts)
+
+
+def _figures(table: Table, page: Path, images: Path) -> str:
+    figures = {
+        "recall": (recall_curves(table), "Recall at 1, 2, 4 and 8 of each method"),
+        "ablation": (ablation_bars(table), "What each part of the full method is worth"),
+        "gap": (gap_plot(table), "How much of the gap to supervision each method closes"),
+    }
+    lines = ["## Figures"]
+    for name, (figure, title) in figures.items():
+        if figure is not None:
+            path = images / f"results-{name}.png"
+            vis.save_figure(figure, path)
+            lines.append(f"![{title}]({path.relative_to(page.parent).as_posix()})")
+    return "\n\n".join(lines) if len(lines) > 1 else ""
+
+
+def _details(table: Table) -> str:
+    parts = ["## All numbers\n\nPer cent; purity of the last clusters; seconds and memory as run."]
+    for setting, methods in table.items():
+        lines = []
+        for name, group in methods.items():
+            costs = [result["cost"] for result in group]
+            last = [result["history"][-1]["purity"] for result in group if result["history"]]
+            lines.append(
+                [
+                    name,
+                    *(group.text(metric) for metric in COLUMNS),
+                    f"{100 * mean(last):.1f}" if last else "",
+                    f"{mean(cost['seconds_a_step'] for cost in costs):.2f}",
+                    f"{max(cost['peak_bytes'] for cost in costs) / 1e9:.1f} GB",
+                    str(len(group)),
+                ]
+            )
+        heads = ["method", *COLUMNS.values(), "purity", "s a step", "memory", "seeds"]
+        parts += [f"### {setting}", rows(heads, lines)]
+    return "\n\n".join(parts)
+
+
+def _trials(found: list[dict[str, Any]]) -> str:
+    tried = [trial for trial in trials(found) if trial.changed]
+    if not tried:
+        return ""
+    parts = [
+        "## What was tried on validation\n\nEvery setting that was tried, the ones that did harm "
+        "too: R@1 on the validation third in per cent, and the difference to the method as it is "
+        "now, where that was measured on validation as well."
+    ]
+    for setting in sorted({trial.setting for trial in tried}):
+        lines = [
+            [
+                trial.method,
+                f"`{trial.changed}`",
+                f"{100 * trial.value:.1f}",
+                "" if trial.plain is None else f"{100 * (trial.value - trial.plain):+.1f}",
+                str(trial.seeds),
+            ]
+            for trial in tried
+            if trial.setting == setting
+        ]
+        parts += [f"### {setting}", rows(["method", "changed", "R@1", "", "seeds"], lines)]
+    return "\n\n".join(parts)
+
+
+def _made_with(found: list[dict[str, Any]]) -> str:
+    versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in found})
+    return "## Made with\n\n" + "\n".join(f"- {version}" for version in versions)

@@ -1,0 +1,92 @@
+"""Which runs there are: everything, and what five minutes allow."""
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retrieval_parts.config import METHODS, REGIMES, Config, make
+from retrieval_parts.photos import PHOTOS
+from retrieval_parts.running import run
+
+SEEDS = (0, 1, 2)
+DATASETS = ("glyphs", "openemoji", "openemoji-busy")
+LARGER = 160  # one more size, for the pretrained network on the hardest set
+_LARGER_METHODS = ("zero_shot", "ms", "full", "supervised")
+
+
+def everything(split: str = "test", data_root: Path | None = None) -> list[Config]:
+    """Every method on every data set, in both regimes, for every seed.
+
+    The photographs of `data_root` are for the pretrained network alone.
+    """
+    configs = [
+        make(method, dataset=dataset, regime=regime, seed=seed, split=split)
+        for seed in SEEDS  # first, so that an interrupted run has whole tables
+        for dataset in DATASETS
+        for regime in REGIMES
+        for method in METHODS
+    ]
+    for name in PHOTOS:
+        if data_root is not None and (data_root / name).is_dir():
+            configs += [
+                make(method, dataset=name, seed=seed, split=split)
+                for seed in SEEDS
+                for method in METHODS
+            ]
+    configs += [
+        make(method, dataset=DATASETS[-1], size=LARGER, seed=seed, split=split)
+        for seed in SEEDS
+        for method in _LARGER_METHODS
+    ]
+    return without_repeats(configs)
+
+
+def five_minutes() -> list[Config]:
+    """The small network on Glyphs, one seed, on validation: a look, nothing to conclude from."""
+    methods = ("zero_shot", "ms", "full", "ntxent", "supervised")
+    return [make(m, dataset="glyphs", regime="scratch", steps=150) for m in methods]
+
+
+def without_repeats(configs: Iterable[Config]) -> list[Config]:
+    return list({config.key: config for config in configs}.values())
+
+
+def run_all(
+    configs: list[Config],
+    results: Path,
+    cache: Path,
+    data_root: Path | None = None,
+    jobs: int = 1,
+) -> Iterator[dict[str, Any]]:
+    """Results as they come; those that are there already are read, not run again.
+
+    Args:
+        configs: of the runs.
+        results: folder of the results.
+        cache: folder of archives, pictures and weights.
+        data_root: folder of the photographs' data sets.
+        jobs: runs at once, each in a process with its share of the cores.
+    """
+    arguments = ([config, results, cache, data_root] for config in configs)
+    if jobs <= 1:
+        yield from map(_one, arguments)
+        return
+    # Fresh processes: a forked one would inherit the threads of faiss and torch half-way.
+    with ProcessPoolExecutor(
+        jobs, get_context("spawn"), _share_cores, (max(1, (os.cpu_count() or 1) // jobs),)
+    ) as pool:
+        yield from pool.map(_one, arguments)
+
+
+def _share_cores(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+def _one(arguments: list[Any]) -> dict[str, Any]:
+    config, results, cache, data_root = arguments
+    return run(config, results, cache, data_root=data_root)
