@@ -1,5 +1,8 @@
 """What the documentation says is run as it stands there."""
 
+import ast
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -10,20 +13,47 @@ import pml_tacl
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+PARTS = {
+    name: next(
+        p for p in PAGES if re.search(rf"^::: pml_tacl\.{name}$", p.read_text("utf-8"), re.M)
+    )
+    for name in pml_tacl.__all__
+}
+# A block that needs data or processes is marked by this comment, with the reason.
+FENCE = re.compile(
+    r"^(?P<skip> *<!-- not run: .+ -->\n)?"
+    r"^(?P<indent> *)```(?P<kind>\S*)\n(?P<code>.*?)^(?P=indent)```$",
+    re.M | re.S,
+)
 
 
-def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+def blocks(page, language, marked=False):
+    return [
+        re.sub(rf"^{found['indent']}", "", found["code"], flags=re.M)
+        for found in FENCE.finditer(page.read_text("utf-8"))
+        if found["kind"] == language and bool(found["skip"]) == marked
+    ]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=str)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, id=i) for p, i in zip(PAGES, IDS, strict=True) if blocks(p, "python")]
+)
 def test_python_blocks_run_in_order(page):
-    names = {"__name__": "readme"}
+    names = {"__name__": "page"}
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), names)
     if page.name == "README.md":
         assert names["loss"].isfinite()
         assert names["embeddings"].shape == (16, 64)
+
+
+def test_few_blocks_are_not_run_and_none_hides():
+    unrun = [block for page in PAGES for block in blocks(page, "python", marked=True)]
+    assert len(unrun) <= 4
+    for block in unrun:
+        compile(block, "page", "exec")
+    kinds = {found["kind"] for p in PAGES for found in FENCE.finditer(p.read_text("utf-8"))}
+    assert kinds <= {"python", "bash", "text", "math", "yaml", ""}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -32,18 +62,86 @@ def test_links_to_files_are_good(page):
         assert (page.parent / target).exists(), target
 
 
-def test_every_script_that_the_readme_runs_is_there():
-    lines = "\n".join(blocks(ROOT / "README.md", "bash"))
-    scripts = re.findall(r"python (\S+\.py)", lines)
-    assert scripts
-    assert all((ROOT / script).is_file() for script in scripts)
-    assert ROOT.joinpath(".ci", "run").read_text().count("python -m pytest") == 1
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_scripts_that_a_page_runs_are_there(page):
+    lines = "\n".join(blocks(page, "bash"))
+    scripts = re.findall(r"(?:python|--nproc-per-node \S+) (\S+\.py)", lines)
+    assert all((ROOT / script).is_file() for script in scripts), scripts
+    if page.name == "README.md":
+        assert scripts
+
+
+def test_every_page_is_in_the_navigation():
+    # mkdocs --strict says the same, where it is installed.
+    named = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
+    assert named == {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
+
+
+def test_ci_runs_the_tests_the_linters_and_the_documentation():
+    check = (ROOT / ".ci" / "check").read_text()
+    for command in ("python -m pytest", "ruff check", "ruff format --check", "mypy", "--strict"):
+        assert check.count(command) == 1, command
 
 
 def test_every_public_name_loads_and_is_documented():
     assert sorted(pml_tacl.__all__) == list(pml_tacl.__all__)
     for name in pml_tacl.__all__:
         assert len(getattr(pml_tacl, name).__doc__) > 100, name
+        page = PARTS[name].read_text("utf-8")
+        for part in (
+            f"::: pml_tacl.{name}\n",
+            "```math",
+            "../images/parts/",
+            "## Defaults, and why",
+        ):
+            assert part in page, (name, part)
+        assert "## With PML" in page
+        assert blocks(PARTS[name], "python")
     assert set(pml_tacl.__all__) <= set(dir(pml_tacl))
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         _ = pml_tacl.Nothing
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_tables_of_defaults_say_what_the_signature_says(name):
+    section = PARTS[name].read_text("utf-8").partition("## Defaults, and why")[2].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section, re.M)
+    parameters = inspect.signature(getattr(pml_tacl, name)).parameters
+    assert rows
+    for argument, said in rows:
+        said = said.strip("` ")
+        if argument in parameters:
+            default = parameters[argument].default
+            assert said in (str(default), repr(default), f'"{default}"'), argument
+        else:  # of PML's base classes
+            part = getattr(pml_tacl, name)()
+            assert said.removeprefix("PML's `") == type(getattr(part, argument)).__name__, argument
+
+
+def test_names_that_the_reference_shows_are_there():
+    for page in PAGES:
+        for name in re.findall(r"^::: (pml_tacl\S*)$", page.read_text("utf-8"), re.M):
+            module, _, attribute = name.rpartition(".")
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                assert hasattr(importlib.import_module(module), attribute), name
+
+
+def messages():
+    """Every string of the package, with an ellipsis for what is filled in."""
+    for path in (ROOT / "pml_tacl").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield re.sub(r"%[ds]|%\.\df", "…", node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = (v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+                yield "".join(parts)
+
+
+def test_troubleshooting_quotes_what_the_code_says():
+    page = ROOT / "docs" / "guides" / "troubleshooting.md"
+    said = list(messages())
+    quoted = [line for block in blocks(page, "text") for line in block.splitlines()]
+    assert len(quoted) > 15
+    assert [line for line in quoted if not any(line in message for message in said)] == []

@@ -1,0 +1,106 @@
+"""What the package declares, and what importing it costs."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import pml_tacl
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PROJECT = PYPROJECT["project"]
+# Libraries that cost time, and may be missing where nothing of theirs is used.
+WATCHED = ("faiss", "matplotlib", "pytorch_metric_learning", "record_keeper", "timm", "torch")
+
+
+def imported_by(code):
+    """Which of the watched libraries a fresh interpreter has after some code, and the seconds."""
+    script = (
+        "import json, sys, time\nstart = time.perf_counter()\n"
+        f"{code}\n"
+        "seconds = time.perf_counter() - start\n"
+        f"print(json.dumps([[m for m in {WATCHED!r} if m in sys.modules], seconds]))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    modules, seconds = json.loads(found.stdout)
+    return set(modules), seconds
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("", set()),
+        ("ContrastiveClusteringLoss", {"torch", "pytorch_metric_learning"}),
+        ("AttentionConsistencyLoss", {"torch", "pytorch_metric_learning"}),
+        ("ContrastiveClusteringMiner", {"torch", "pytorch_metric_learning"}),
+        ("SiameseTransform, SurroundingsSwap", {"torch"}),
+        ("AttentionEmbedder", {"torch", "timm"}),
+        ("KMeansPseudoLabeler", {"torch", "faiss"}),
+        ("RetrievalCalculator", {"torch", "faiss", "pytorch_metric_learning"}),
+        ("UnsupervisedTrainer", {"torch", "faiss", "pytorch_metric_learning"}),
+        ("runs", {"torch"}),
+    ],
+)
+def test_a_name_imports_no_more_than_it_needs(names, expected):
+    code = f"from pml_tacl import {names}" if names else "import pml_tacl"
+    assert imported_by(code)[0] <= expected
+
+
+def test_import_is_cheap_beside_what_it_builds_on():
+    # A share of a percent when it was written: slack enough for any machine.
+    ours = min(imported_by("import pml_tacl")[1] for _ in range(3))
+    theirs = imported_by("import pytorch_metric_learning.losses, timm")[1]
+    assert ours < 1.1 * theirs
+
+
+def test_version_stands_in_one_voice():
+    assert PROJECT["version"] == pml_tacl.__version__
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\nversion: {pml_tacl.__version__}\n" in citation
+    assert f"## {pml_tacl.__version__}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def lowest_of(requirement):
+    return next(
+        Version(s.version) for s in Requirement(requirement).specifier if s.operator in (">=", "==")
+    )
+
+
+def test_the_lowest_versions_that_ci_installs_are_those_declared():
+    lines = (ROOT / ".ci" / "lowest.txt").read_text("utf-8").splitlines()
+    pinned = {Requirement(line).name: lowest_of(line) for line in lines if line[:1] != "#"}
+    declared = {Requirement(line).name: lowest_of(line) for line in PROJECT["dependencies"]}
+    assert declared == {name: pinned.get(name) for name in declared}
+    extras = [r for extra in PROJECT["optional-dependencies"].values() for r in extra]
+    for name in pinned.keys() - declared.keys():
+        assert pinned[name] in [lowest_of(r) for r in extras if Requirement(r).name == name], name
+    assert PROJECT["requires-python"] == ">=3.10"
+    assert "wanted=(3.10)" in (ROOT / ".ci" / "versions").read_text("utf-8")
+
+
+def test_the_public_workflow_runs_the_stages_of_ci():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
+    stages = set(re.findall(r"^stage (\w+)", (ROOT / ".ci" / "run").read_text("utf-8"), re.M))
+    assert stages == set(re.findall(r"bash \.ci/(\w+)", workflow))
+
+
+def test_no_module_of_the_package_is_long():
+    long = {
+        path.name: count
+        for path in (ROOT / "pml_tacl").rglob("*.py")
+        if (count := len(path.read_text("utf-8").splitlines())) >= 300
+    }
+    assert not long
