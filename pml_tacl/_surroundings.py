@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from pml_tacl.functional import to_picture
+
 
 def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """An int, or a pair of ints, as a pair (rows, columns); ValueError if it is neither."""
@@ -20,6 +22,13 @@ def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     raise ValueError(
         f"{name} must be an int above 0 or a pair (rows, columns) of them, got {value!r}"
     )
+
+
+def as_offset(cell_offset: Sequence[float]) -> tuple[float, float]:
+    """(x, y) in cells as floats; ValueError unless both lie within a cell or two."""
+    if len(cell_offset) == 2 and all(abs(value) <= 2 for value in cell_offset):
+        return float(cell_offset[0]), float(cell_offset[1])
+    raise ValueError(f"cell_offset must be (x, y) in cells, each in [-2, 2], got {cell_offset!r}")
 
 
 class SwapOutput(NamedTuple):
@@ -54,6 +63,8 @@ class SurroundingsSwap(nn.Module):
             centre.
         sharpness: of the "distinctive" mask, above 0; the larger, the nearer to a hard mask.
         sigma: deviation of the "centred" mask as a fraction of the image's sides, above 0.
+        cell_offset: where the cells of the commonness look, (x, y) in cells off their middle, as
+            of `AttentionEmbedder.cell_offset`.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -71,6 +82,7 @@ class SurroundingsSwap(nn.Module):
         *,
         sharpness: float = 4.0,
         sigma: float = 0.25,
+        cell_offset: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         super().__init__()
         if not 0 <= probability <= 1:
@@ -84,6 +96,7 @@ class SurroundingsSwap(nn.Module):
         self.mask = mask
         self.sharpness = sharpness
         self.sigma = sigma
+        self.cell_offset = as_offset(cell_offset)
 
     def forward(
         self,
@@ -139,7 +152,7 @@ class SurroundingsSwap(nn.Module):
         """The arguments, for print()."""
         return (
             f"probability={self.probability}, mask={self.mask!r}, "
-            f"sharpness={self.sharpness}, sigma={self.sigma}"
+            f"sharpness={self.sharpness}, sigma={self.sigma}, cell_offset={self.cell_offset}"
         )
 
     def _distinctive(self, images: Tensor, commonness: Tensor | None) -> Tensor:
@@ -157,8 +170,7 @@ class SurroundingsSwap(nn.Module):
         deviation = rare.square().mean(dim=(1, 2), keepdim=True).sqrt()
         # B is made of cosines: what differs by less than this is rounding, not distinctiveness.
         z = torch.where(deviation > 1e-6, rare / deviation, 0.0)
-        size = images.shape[-2:]
-        z = nnf.interpolate(z[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+        z = to_picture(z, tuple(images.shape[-2:]), self.cell_offset)
         return torch.sigmoid(self.sharpness * z)
 
     def _centred(self, images: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ __all__ = [
     "contrastive_clustering",
     "cross_image_attention",
     "sample_at_points",
+    "to_picture",
 ]
 
 
@@ -87,6 +88,36 @@ def sample_at_points(maps: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     values = F.grid_sample(stacked, safe, padding_mode="border", align_corners=False)
     values = torch.where(visible.unsqueeze(1), values.squeeze(-1), 0.0).to(maps.dtype)
     return (values.squeeze(1) if maps.ndim == 3 else values), visible
+
+
+def to_picture(
+    maps: Tensor, size: tuple[int, int], cell_offset: tuple[float, float] = (0.0, 0.0)
+) -> Tensor:
+    """Maps at the size of the picture, each cell's value where the cell looks.
+
+    Args:
+        maps: (N, H, W).
+        size: (height, width) of the picture, in pixels.
+        cell_offset: (x, y) in cells, as of :meth:`AttentionEmbedder.cell_offset`.
+
+    Returns:
+        (N, height, width), bilinear between cells; the outermost cells reach to the border.
+
+    Raises:
+        ValueError: if maps are not (N, H, W).
+    """
+    if maps.ndim != 3:
+        raise ValueError(f"maps must be (N, H, W), got {tuple(maps.shape)}")
+    if cell_offset == (0.0, 0.0):
+        return F.interpolate(maps.unsqueeze(1), size, mode="bilinear").squeeze(1)
+    centres = [
+        (2 * torch.arange(n, device=maps.device, dtype=maps.dtype) + 1) / n - 1 - 2 * shift / cells
+        for n, shift, cells in zip(size, reversed(cell_offset), maps.shape[1:], strict=True)
+    ]
+    grid = torch.stack(torch.meshgrid(*centres, indexing="ij")[::-1], dim=-1)
+    grid = grid.expand(len(maps), -1, -1, -1)
+    large = F.grid_sample(maps.unsqueeze(1), grid, padding_mode="border", align_corners=False)
+    return large.squeeze(1)
 
 
 def attention_consistency(

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from pml_tacl._cell_points import CellPoints
-from pml_tacl._surroundings import SurroundingsSwap, SwapOutput, as_pair, cell_weights
+from pml_tacl._surroundings import SurroundingsSwap, SwapOutput, as_offset, as_pair, cell_weights
 
 __all__ = ["SiameseTransform", "SurroundingsSwap", "SwapOutput", "cell_weights"]
 
@@ -67,6 +67,9 @@ class SiameseTransform:
         mean: subtracted from each channel, of values in [0, 1]. ImageNet's by default.
         std: divides each channel afterwards.
         interpolation: of the crops' resizing, "bilinear" or "bicubic" or "nearest".
+        cell_offset: where the cells of the feature maps look, (x, y) in cells off their middle:
+            `AttentionEmbedder.cell_offset`. Most convolutional networks look half a cell up and
+            left, which a flip turns into a whole cell between the views.
 
     Raises:
         ValueError: at once, for an argument out of its range.
@@ -91,6 +94,7 @@ class SiameseTransform:
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         interpolation: str | v2.InterpolationMode = "bilinear",
+        cell_offset: Sequence[float] = (0.0, 0.0),
     ) -> None:
         self.size = as_pair("size", size)
         self.grid = as_pair("grid", grid)
@@ -124,8 +128,11 @@ class SiameseTransform:
             (torch.arange(columns) + 0.5) / columns,
             indexing="ij",
         )
-        # Centres of the cells, row by row, as fractions of the first view's sides.
-        self._centres = torch.stack((x, y), dim=-1).view(-1, 2)
+        self.cell_offset = as_offset(cell_offset)
+        # Off the middle of a cell, as fractions of a view's sides.
+        self._off = torch.tensor(self.cell_offset) / torch.tensor([columns, rows])
+        # Where the cells look, row by row, as fractions of the first view's sides.
+        self._centres = torch.stack((x, y), dim=-1).view(-1, 2) + self._off
 
     def __call__(self, image: PIL.Image.Image | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Make the two views of a picture.
@@ -136,7 +143,7 @@ class SiameseTransform:
         Returns:
             view (3, S, S) and transformed view (3, S, S), float32, normalised; points
             (rows * columns, 2), float32: where the centre of each cell of the first view, row by
-            row, lies in the second, as (x, y) in [-1, 1] of grid_sample with
+            row, lies in the second's maps, as (x, y) in [-1, 1] of grid_sample with
             align_corners=False. Points outside that range are not visible.
 
         Raises:
@@ -155,7 +162,9 @@ class SiameseTransform:
             points[:, 0] = 1 - points[:, 0]
         if self.geometric is not None:
             other, points = self._move(other, points)
-        return self._finish(view), self._finish(other), points.mul_(2).sub_(1)
+        # In the second view's maps that place stands as far off the middle of a cell again.
+        points = (points - self._off).mul_(2).sub_(1)
+        return self._finish(view), self._finish(other), points
 
     def __repr__(self) -> str:
         names = ("size", "grid", "crop_scale", "crop_ratio", "geometric", "photometric", "flip")

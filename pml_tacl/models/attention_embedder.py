@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from pml_tacl.models.attention_pooling import Embedder, EmbedderOutput
 from pml_tacl.models.preprocessing import image_transform
+from pml_tacl.models.receptive_field import measure_cell_offset
 from pml_tacl.models.self_attention import self_attention_map
 from pml_tacl.models.trunk import Trunk
 from pml_tacl.models.weights import Pretrained, flat_tensors
@@ -115,6 +116,20 @@ class AttentionEmbedder(nn.Module):
             A torchvision v2 transform from PIL images or uint8 tensors to normalised float32.
         """
         return image_transform(self.data_config, training, image_size)
+
+    def cell_offset(self, image_size: int | tuple[int, int] | None = None) -> tuple[float, float]:
+        """How far from the middle of its cell a feature looks, as (x, y) in cells.
+
+        Half a cell up and left for most convolutional networks, nothing for ViTs. Give it to
+        `SiameseTransform`, `SurroundingsSwap` and `functional.to_picture`, for which places
+        matter. Takes a pass and a few gradients, on noise: call it once.
+
+        Args:
+            image_size: side or (height, width) in pixels; None takes the data config's.
+        """
+        channels, height, width = self.data_config["input_size"]
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        return measure_cell_offset(self.trunk, size or (height, width), channels)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades compute for memory, where timm has it; raises ValueError where not."""

@@ -1,0 +1,61 @@
+"""Where the cells of a backbone's feature maps really look."""
+
+import torch
+from torch import nn
+
+_IMAGES, _PAIRS, _DIRECTIONS = 4, 2, 2
+
+
+@torch.enable_grad()
+def measure_cell_offset(
+    trunk: nn.Module, image_size: tuple[int, int], channels: int = 3, seed: int = 0
+) -> tuple[float, float]:
+    """How far from the middle of its cell a feature looks, in cells, as (x, y).
+
+    A convolution of kernel 3, stride 2 and padding 1 looks half a pixel up and left of the middle
+    of what it stands for, and each stride doubles that: ResNet's maps of stride 16 look half a
+    cell up and left (-0.47, -0.47), EfficientNets with TensorFlow's padding down and right; ViT,
+    Swin and ConvNeXt look straight on. Measured as the centroid of the squared gradient of central
+    cells with respect to noise images; cells opposite each other are averaged, so that what the
+    image's border cuts off cancels. Definition ours.
+
+    Args:
+        trunk: images (N, C, H, W) -> an output with `feature_maps` (N, C', h, w).
+        image_size: (H, W) in pixels.
+        channels: C.
+        seed: of the noise.
+    """
+    modes = {module: module.training for module in trunk.modules()}
+    first = next(trunk.parameters(), torch.empty(0))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(_IMAGES, channels, *image_size, generator=generator)
+    images = noise.to(first).requires_grad_()
+    try:
+        trunk.eval()
+        maps = trunk(images).feature_maps
+        rows, columns = maps.shape[-2:]
+        cells = set()
+        for inward in range(_PAIRS):
+            row, column = max(0, (rows - 1) // 2 - inward), max(0, (columns - 1) // 2 - inward)
+            cells |= {(row, column), (rows - 1 - row, columns - 1 - column)}
+        found = []
+        for row, column in sorted(cells):
+            for _ in range(_DIRECTIONS):
+                direction = torch.randn(maps.shape[1], generator=generator).to(maps)
+                feature = (maps[:, :, row, column] * direction).sum()
+                (gradient,) = torch.autograd.grad(feature, images, retain_graph=True)
+                weight = gradient.double().square().sum(dim=(0, 1))
+                x = _centroid(weight.sum(0)) * columns - (column + 0.5)
+                y = _centroid(weight.sum(1)) * rows - (row + 0.5)
+                found.append(torch.stack([x, y]))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    x, y = torch.stack(found).mean(0).tolist()
+    return x, y
+
+
+def _centroid(weight: torch.Tensor) -> torch.Tensor:
+    """Of weights along a line, as a fraction of its length."""
+    places = (torch.arange(len(weight), device=weight.device) + 0.5) / len(weight)
+    return (weight * places).sum() / weight.sum()
