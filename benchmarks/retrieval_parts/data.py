@@ -63,7 +63,7 @@ def load(
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
     if name == "glyphs":
-        pictures = _glyphs(split, size)
+        pictures = _glyphs(split, size, limit)
     elif name in DRAWN:
         pictures = _open_emoji(name, split, size, cache)
     elif name in photos.PHOTOS:
@@ -82,11 +82,12 @@ def third(count: int, split: str) -> slice:
     return slice(count * part // 3, count * (part + 1) // 3)
 
 
-def _glyphs(split: str, size: int) -> Pictures:
+def _glyphs(split: str, size: int, limit: int | None) -> Pictures:
     # Glyphs orders its classes: its own training half holds the first third and half the second.
     glyphs = Glyphs("all", size=size)
     part = third(len(glyphs.classes), split)
-    rows = np.where((glyphs.labels >= part.start) & (glyphs.labels < part.stop))[0]
+    stop = part.stop if limit is None else min(part.stop, part.start + limit)
+    rows = np.where((glyphs.labels >= part.start) & (glyphs.labels < stop))[0]
     images = np.stack([np.asarray(glyphs[int(row)][0]) for row in rows])
     return _pictures(images, glyphs.labels[rows] - part.start)
 
