@@ -79,6 +79,18 @@ class Signals:
 
 
 def ignore_in_worker(_worker: int) -> None:
-    """Leave a loader's process alone with Ctrl-C, and with a first SIGTERM to all processes."""
+    """Let none but its parent end a loader's process: Ctrl-C and SIGTERM often go to all of them.
+
+    The training ends its loader when it has finished the iteration; a reader that is gone before
+    would break that iteration.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
+    if hasattr(signal, "sigwaitinfo"):  # only Linux says who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -51,7 +51,7 @@ class TrainingStep(BaseTrainer):
         if self.swap is not None:
             grid = self.transform.grid  # type: ignore[attr-defined]
             views, transformed, weights = swap_surroundings(
-                self.swap, self.models["trunk"], curr_batch, grid
+                self.swap, self.models["trunk"], curr_batch, grid, self.accumulation_steps
             )
         images = torch.cat([views, transformed])
         if images.device.type == "cpu":

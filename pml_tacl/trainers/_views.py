@@ -139,11 +139,16 @@ def _finite(image: Tensor, index: int) -> Tensor:
 
 @torch.no_grad()
 def swap_surroundings(
-    swap: SurroundingsSwap, trunk: nn.Module, batch: Batch, grid: tuple[int, int]
+    swap: SurroundingsSwap,
+    trunk: nn.Module,
+    batch: Batch,
+    grid: tuple[int, int],
+    chunks: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Swap the surroundings of both views.
 
-    A distinctive mask takes a pass of the trunk over the unswapped views, in evaluation mode.
+    A distinctive mask takes a pass of the trunk over the unswapped views, in evaluation mode and
+    in so many chunks.
 
     Returns:
         Both views (N, 3, S, S), and how far both kept each cell of the first: (N, H*W) in [0, 1].
@@ -152,7 +157,8 @@ def swap_surroundings(
     if swap.mask == "distinctive":
         training = {module: module.training for module in trunk.modules()}
         trunk.eval()
-        maps = trunk(torch.cat([batch.views, batch.transformed])).feature_maps
+        images = torch.cat([batch.views, batch.transformed])
+        maps = torch.cat([trunk(part).feature_maps for part in images.chunk(chunks)])
         for module, mode in training.items():
             module.training = mode
         common = [commonness(part, batch.labels) for part in maps.chunk(2)]

@@ -243,6 +243,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
                     bar.set_postfix_str(self.look_at_losses(), refresh=False)
                 bar.update(self.batch_size)
                 self._between_iterations(due and not ends)
+        del self.dataloader_iter  # its processes end, and leave the memory to the hook
 
     def relabel(self) -> None:
         """Embed the whole data set, cluster it, and hand the centres to losses and miners.
