@@ -1,0 +1,138 @@
+"""What hooks ask of a trainer, of ours or of PML's: its model, its memory, its state."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pml_tacl._agreement import adjusted_mutual_information
+from pml_tacl._files import written_whole
+from pml_tacl.trainers.checkpoint import checkpoints
+
+_PARTS = ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs")
+_CHUNK = 4096
+
+
+def memory_of(trainer: Any, name: str, own: dict[str, Any]) -> dict[str, Any]:
+    """A dict to remember in, which the trainer's checkpoints keep; ``own`` where it has none."""
+    extra = getattr(trainer, "extra", None)
+    memory: dict[str, Any] = own if extra is None else extra.setdefault(name, {})
+    return memory
+
+
+def model_of(trainer: Any) -> nn.Module:
+    """Images -> embeddings: the averaged weights where there are some, else trunk and embedder."""
+    if getattr(trainer, "average", None) is not None:
+        averaged: nn.Module = trainer.ema_model
+        return averaged
+    return nn.Sequential(*(trainer.models[name] for name in ("trunk", "embedder")))
+
+
+def features_of(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Embeddings (N, D), and attention maps (N, H, W) from models that have them."""
+    if hasattr(model, "forward_features"):
+        out = model.forward_features(images)
+        return out.embeddings, out.attention
+    if isinstance(model, nn.Sequential) and hasattr(model[-1], "forward_features"):
+        embedder: Any = model[-1]
+        out = embedder.forward_features(model[0](images))
+        return out.embeddings, out.attention
+    return model(images), None
+
+
+def keep(trainer: Any, folder: Path) -> Path:
+    """Write the trainer's state as the only one in a folder, and give its path."""
+    if hasattr(trainer, "save_checkpoint"):
+        path: Path = trainer.save_checkpoint(folder)
+    else:
+        state: dict[str, Any] = {
+            part: {k: v.state_dict() for k, v in (getattr(trainer, part) or {}).items()}
+            for part in _PARTS
+        }
+        path = folder / f"epoch_{trainer.epoch:04d}.pt"
+        with written_whole(path) as file:
+            torch.save({"epoch": trainer.epoch, **state}, file)
+    for other in checkpoints(folder):
+        if other.name != path.name:
+            other.unlink()
+    return path
+
+
+def restore(trainer: Any, folder: str | Path) -> int:
+    """Restore the state that :class:`Evaluate` kept in a folder.
+
+    Args:
+        trainer: made as the one whose state it is; of ours or of PML's.
+        folder: ``best`` or ``last`` in the folder of the hook.
+
+    Returns:
+        The epoch that it is of; train on from the next.
+
+    Raises:
+        FileNotFoundError: if the folder holds none.
+        ValueError: if the trainer has other models, losses or optimizers.
+    """
+    folder = Path(folder)
+    if hasattr(trainer, "load_checkpoint"):
+        trainer.load_checkpoint(folder)
+        return int(trainer.epoch)
+    there = checkpoints(folder)
+    if not there:
+        raise FileNotFoundError(f"{folder} holds no state of a trainer")
+    state = torch.load(there[-1], map_location="cpu", weights_only=True)
+    for part in _PARTS:
+        mine = getattr(trainer, part) or {}
+        if set(mine) != set(state[part]):
+            raise ValueError(
+                f"{there[-1]} holds {part} {sorted(state[part])} and the trainer has "
+                f"{sorted(mine)}: restore into the same"
+            )
+    for part in _PARTS:
+        for name, thing in (getattr(trainer, part) or {}).items():
+            thing.load_state_dict(state[part][name])
+    trainer.epoch = state["epoch"]
+    return int(state["epoch"])
+
+
+def stability(trainer: Any, memory: dict[str, Any]) -> float | None:
+    """Agreement of the pseudo-labels with those of the clustering before, if there were two."""
+    labels, centroids = _pseudo_labels(trainer)
+    if centroids is None:
+        return None
+    before = memory.get("labels")
+    if before is not None and torch.equal(before, labels):
+        return None  # not clustered anew, or nothing to tell that from
+    memory["labels"] = labels.clone()
+    if before is None:
+        return None
+    both = (labels >= 0) & (before >= 0)
+    return adjusted_mutual_information(before[both], labels[both]) if both.any() else None
+
+
+def separation(trainer: Any, memory: dict[str, Any]) -> float | None:
+    """Mean of cosine to the own centre less that to the nearest other, after a clustering."""
+    labels, centroids = _pseudo_labels(trainer)
+    embeddings = getattr(trainer, "embeddings", None)
+    if centroids is None or embeddings is None or len(centroids) < 2:
+        return None
+    chosen = torch.where((labels >= 0) & embeddings.isfinite().all(1))[0]
+    unit = nn.functional.normalize(centroids.float().cpu())
+    total = 0.0
+    for rows in chosen.split(_CHUNK):
+        similar = nn.functional.normalize(embeddings[rows].float()) @ unit.T
+        own = similar.gather(1, labels[rows, None])
+        other = similar.scatter(1, labels[rows, None], float("-inf")).amax(1, keepdim=True)
+        total += float((own - other).sum())
+    return total / len(chosen) if len(chosen) else None
+
+
+CRITERIA = {"stability": stability, "separation": separation}
+
+
+def _pseudo_labels(trainer: Any) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(getattr(trainer, "labels", None), Tensor):
+        raise TypeError(
+            f"{type(trainer).__name__} has no pseudo-labels to judge: give EarlyStopping a function"
+        )
+    return trainer.labels, trainer.centroids

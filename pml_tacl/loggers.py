@@ -1,0 +1,191 @@
+"""Where numbers and pictures of a training go: TensorBoard, Weights & Biases, or one's own."""
+
+import io
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from os import PathLike
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pml_tacl._rows import check_count
+
+Pixels = Any  # a matplotlib figure, a PIL image, or an array or tensor that visualize takes
+
+
+@runtime_checkable
+class Logger(Protocol):
+    """What a callback writes to; any class with these methods will do.
+
+    ``step`` is whatever the caller counts, and grows: iterations for losses, epochs for the rest.
+    """
+
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write numbers by name; a slash in a name makes a group."""
+
+    def log_images(self, step: int, images: Mapping[str, Pixels]) -> None:
+        """Write figures or pictures by name."""
+
+    def log_embeddings(
+        self,
+        step: int,
+        embeddings: Tensor,
+        names: Sequence[str],
+        thumbnails: Sequence[Image.Image] | None = None,
+    ) -> None:
+        """Write embeddings (N, D), with a name and perhaps a small picture for each."""
+
+    def close(self) -> None:
+        """Write what is still held back."""
+
+
+class TensorBoardLogger:
+    """Scalars, images and the embedding projector of TensorBoard.
+
+    Args:
+        folder: of the event files; ``tensorboard --logdir FOLDER`` shows them.
+        side: pixels of a thumbnail in the projector.
+
+    Raises:
+        ImportError: if tensorboard is not installed.
+    """
+
+    def __init__(self, folder: str | PathLike[str], *, side: int = 48) -> None:
+        check_count("side", side, 1)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("TensorBoardLogger needs tensorboard: pip install tensorboard") from (
+                error
+            )
+        self.side = side
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, float(value), step)
+
+    def log_images(self, step: int, images: Mapping[str, Pixels]) -> None:
+        for name, image in images.items():
+            self._writer.add_image(name, np.array(as_picture(image)), step, dataformats="HWC")
+
+    def log_embeddings(
+        self,
+        step: int,
+        embeddings: Tensor,
+        names: Sequence[str],
+        thumbnails: Sequence[Image.Image] | None = None,
+    ) -> None:
+        check_embeddings(embeddings, names, thumbnails)
+        sprites = None
+        if thumbnails is not None:
+            size = (self.side, self.side)
+            small = [np.array(as_picture(image).resize(size)) for image in thumbnails]
+            sprites = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 255
+        self._writer.add_embedding(
+            embeddings.detach().float().cpu(),
+            metadata=[" ".join(name.split()) for name in names],  # one line each, no tabs
+            label_img=sprites,
+            global_step=step,
+        )
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbLogger:
+    """Scalars, images and tables of embeddings in Weights & Biases.
+
+    Args:
+        run: an open run (``wandb.init()``); None opens one.
+        **kwargs: of ``wandb.init``: project, name, config, mode="offline", ...
+
+    Raises:
+        ImportError: if wandb is not installed.
+        ValueError: for both a run and arguments to open one.
+    """
+
+    def __init__(self, run: Any = None, **kwargs: Any) -> None:
+        try:
+            wandb: Any = import_module("wandb")
+        except ImportError as error:
+            raise ImportError("WandbLogger needs wandb: pip install wandb") from error
+        if run is not None and kwargs:
+            raise ValueError(f"run is open already: leave out {', '.join(sorted(kwargs))}")
+        self._wandb = wandb
+        self._mine = run is None
+        self._run: Any = self._wandb.init(**kwargs) if run is None else run
+        self._steps: set[str] = set()
+
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._log(step, {name: float(value) for name, value in values.items()})
+
+    def log_images(self, step: int, images: Mapping[str, Pixels]) -> None:
+        self._log(step, {k: self._wandb.Image(as_picture(v)) for k, v in images.items()})
+
+    def log_embeddings(
+        self,
+        step: int,
+        embeddings: Tensor,
+        names: Sequence[str],
+        thumbnails: Sequence[Image.Image] | None = None,
+    ) -> None:
+        check_embeddings(embeddings, names, thumbnails)
+        columns = ["name", *(["picture"] if thumbnails is not None else [])]
+        table = self._wandb.Table(
+            columns=[*columns, *(f"d{at}" for at in range(embeddings.shape[1]))]
+        )
+        for row, values in enumerate(embeddings.detach().float().cpu().tolist()):
+            pictures = [] if thumbnails is None else [self._wandb.Image(thumbnails[row])]
+            table.add_data(names[row], *pictures, *values)
+        self._log(step, {"embeddings": table})
+
+    def close(self) -> None:
+        if self._mine:
+            self._run.finish()
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        # Iterations and epochs count differently, and W&B's own step may never go back: each
+        # name is drawn over a step of its group instead.
+        by_group: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            by_group.setdefault(name.partition("/")[0], {})[name] = value
+        for group, members in by_group.items():
+            axis = f"step/{group}"
+            for name in members.keys() - self._steps:
+                self._run.define_metric(name, step_metric=axis)
+                self._steps.add(name)
+            self._run.log({**members, axis: step})
+
+
+def as_picture(image: Pixels) -> Image.Image:
+    """A figure, a PIL image, an array or a tensor as an RGB picture.
+
+    Raises:
+        TypeError, ValueError: for what is none of them, as of :mod:`pml_tacl.visualize`.
+    """
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if hasattr(image, "savefig"):
+        content = io.BytesIO()
+        image.savefig(content, format="png")
+        return Image.open(content).convert("RGB")
+    from pml_tacl.visualize._inputs import to_pixels
+
+    return Image.fromarray(to_pixels(image))
+
+
+def check_embeddings(
+    embeddings: Tensor, names: Sequence[str], thumbnails: Sequence[Image.Image] | None
+) -> None:
+    """Raise ValueError unless there is a name, and a thumbnail if any, for each row (N, D)."""
+    if embeddings.ndim != 2:
+        raise ValueError(f"embeddings must be (N, D), got {tuple(embeddings.shape)}")
+    for name, values in (("names", names), ("thumbnails", thumbnails)):
+        if values is not None and len(values) != len(embeddings):
+            raise ValueError(
+                f"{name} must be as many as embeddings, {len(embeddings)}, got {len(values)}"
+            )
