@@ -17,8 +17,8 @@ _LOGGER = logging.getLogger(__name__)
 _FORMAT = 2
 _SAVED = ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs")
 _NAME = re.compile(r"epoch_(\d+)(?:_iteration_(\d+))?\.pt")
-# What else an order of pictures that was drawn before depends on.
-_CONFIG = ("batch_size", "iterations_per_epoch")
+_ORDER = ("batch_size", "iterations_per_epoch")  # what an epoch that was drawn depends on
+_CONFIG = (*_ORDER, "images_per_cluster", "recluster_every", "warmup_epochs", "accumulation_steps")
 
 
 def save_checkpoint(folder: str | Path, state: dict[str, Any], keep: int = 2) -> Path:
@@ -248,7 +248,8 @@ def _check_fit(trainer: Any, state: dict[str, Any]) -> None:
     if (state["ema"] is None) != (trainer.average is None):
         had = "without" if state["ema"] is None else "with"
         raise ValueError(f"checkpoint is {had} averaged weights: resume with the same ema_decay")
-    for name, value in state["config"].items():
+    for name in _ORDER:
+        value = state["config"][name]
         if state["order"] is not None and value != getattr(trainer, name):
             raise ValueError(
                 f"checkpoint is within an epoch of {name}={value}, got {getattr(trainer, name)}: "
