@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from pml_tacl._files import written_whole
 from pml_tacl.runs import versions
@@ -16,6 +17,7 @@ from pml_tacl.trainers._records import records_state, restore_records
 _LOGGER = logging.getLogger(__name__)
 _FORMAT = 2
 _SAVED = ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs")
+_COUNTERS = ("queue_idx", "has_been_filled")  # of PML's CrossBatchMemory, not in its state_dict
 _NAME = re.compile(r"epoch_(\d+)(?:_iteration_(\d+))?\.pt")
 _ORDER = ("batch_size", "iterations_per_epoch")  # what an epoch that was drawn depends on
 _CONFIG = (*_ORDER, "images_per_cluster", "recluster_every", "warmup_epochs", "accumulation_steps")
@@ -193,6 +195,7 @@ def trainer_state(trainer: Any) -> dict[str, Any]:
         "moved_from": trainer.moved_from,
         "unreadable": sorted(trainer.unreadable.known),
         "extra": dict(trainer.extra),
+        "counters": {name: _counters(loss) for name, loss in trainer.loss_funcs.items()},
         "scaler": trainer.scaler.state_dict(),
         "ema": trainer.average and trainer.average.state_dict(),
         "records": trainer.record_keeper and records_state(trainer.record_keeper),
@@ -201,6 +204,14 @@ def trainer_state(trainer: Any) -> dict[str, Any]:
         "versions": versions(),
     }
     return state
+
+
+def _counters(loss: nn.Module) -> dict[str, dict[str, Any]]:
+    return {
+        path: found
+        for path, module in loss.named_modules()
+        if (found := {name: vars(module)[name] for name in _COUNTERS if name in vars(module)})
+    }
 
 
 def restore_trainer(trainer: Any, state: dict[str, Any]) -> None:
@@ -214,6 +225,9 @@ def restore_trainer(trainer: Any, state: dict[str, Any]) -> None:
     for kind in _SAVED:
         for name, thing in getattr(trainer, kind).items():
             thing.load_state_dict(state[kind][name])
+    for name, loss in trainer.loss_funcs.items():
+        for path, counters in state["counters"][name].items():
+            vars(loss.get_submodule(path)).update(counters)
     for name in ("epoch", "order", "stopped", "labels", "centroids", "moved_from", "extra"):
         setattr(trainer, name, state[name])
     trainer.ended, trainer.done = state["epoch"], state["iteration"]

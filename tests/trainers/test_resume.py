@@ -119,7 +119,8 @@ def fresh(folder, workers=0, epochs=3, **kwargs):
         },
         "loss_funcs": {
             "metric_loss": losses.ProxyAnchorLoss(COUNT, 16),
-            "clustering_loss": losses.MultiSimilarityLoss(),
+            # Once its queue has gone round, where it stands decides what it holds.
+            "memory_loss": losses.CrossBatchMemory(losses.NTXentLoss(), 16, memory_size=40),
         },
         "dataset": Noisy(),
         "warmup_epochs": 1,
