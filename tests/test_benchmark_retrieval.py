@@ -18,16 +18,19 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # as "python benchmarks/retrieval.py" has it
 
 from retrieval_parts import (  # noqa: E402
+    batches,
     config,
     data,
     emoji,
     masks,
     model,
+    objective,
     page,
     photos,
     plan,
     running,
     scoring,
+    state,
     stml,
     tables,
     training,
@@ -217,6 +220,22 @@ def test_points_lead_to_the_same_place(flip):
     assert (made.second_maps / 255 - made.second[:, 0]).abs().max() < 1e-5
 
 
+def test_cells_that_look_elsewhere_have_their_points_there():
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    recipe, norm = views.RECIPES["flip"], ((0.0,) * 3, (1.0,) * 3)
+    offset = (-0.5, 0.25)
+    middle, off = (
+        views.BatchViews(recipe, 4, *norm, where)(images, torch.Generator().manual_seed(0)).points
+        for where in ((0.0, 0.0), offset)
+    )
+    # A place that is half a cell to the left, moved as all places are, is half a cell off again.
+    shift = torch.tensor(offset) * 2 / 4
+    steps = middle.view(8, 4, 4, 2)
+    right, down = steps[:, :1, 1:2] - steps[:, :1, :1], steps[:, 1:2, :1] - steps[:, :1, :1]
+    expected = steps + offset[0] * right + offset[1] * down - shift
+    assert torch.allclose(off.view(8, 4, 4, 2), expected, atol=1e-5)
+
+
 def test_views_depend_on_the_generator_alone():
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     make = views.BatchViews(views.RECIPES["quickstart"], 4, (0.5,) * 3, (0.5,) * 3)
@@ -332,7 +351,7 @@ def test_self_distillation_is_a_divergence():
 @pytest.mark.parametrize("method", config.METHODS)
 def test_every_method_trains(method, glyphs):
     run = training.train(config.make(method, **TINY, mask_references=8), glyphs)
-    start = training.start(run.config, glyphs).model
+    start = state.start(run.config, glyphs).model
     moved = [
         not torch.equal(a, b)
         for a, b in zip(start.parameters(), run.model.parameters(), strict=True)
@@ -360,7 +379,7 @@ def test_runs_repeat_and_seeds_differ(glyphs):
 
 def test_methods_differ_only_in_what_they_are(glyphs):
     runs = {
-        name: training.start(config.make(name, **TINY), glyphs)
+        name: state.start(config.make(name, **TINY), glyphs)
         for name in ("ms", "ntxent", "stml", "supervised")
     }
     reference = runs["ms"].model.state_dict()
@@ -372,34 +391,34 @@ def test_methods_differ_only_in_what_they_are(glyphs):
 
 
 def test_batches_hold_groups_of_clusters(glyphs):
-    run = training.start(config.make("ms", **TINY), glyphs)
+    run = state.start(config.make("ms", **TINY), glyphs)
     run.labels, run.centroids = glyphs.labels.clone(), torch.zeros(6, 4)
     run.labels[:5] = -1
     for _ in range(5):
-        rows = training.draw_rows(run)
+        rows = batches.draw_rows(run)
         labels, counts = run.labels[rows].unique(return_counts=True)
         assert len(rows) == 8
         assert counts.tolist() == [2, 2, 2, 2]
         assert labels.min() >= 0
     run.labels[:] = -1
     run.labels[3], run.labels[4] = 0, 1  # clusters of one: the picture comes again
-    assert sorted(training.draw_rows(run).tolist()) == [3, 3, 4, 4]
+    assert sorted(batches.draw_rows(run).tolist()) == [3, 3, 4, 4]
 
 
 def test_the_loss_of_clusters_is_pmls(glyphs):
-    run = training.start(config.make("ms", **TINY), glyphs)
+    run = state.start(config.make("ms", **TINY), glyphs)
     run.labels, run.centroids = glyphs.labels, torch.zeros(6, 4)
-    batch = training.draw(run)
+    batch = batches.draw(run)
     run.model.eval()
     embeddings = run.model(batch.images)
     expected = MultiSimilarityLoss()(embeddings, torch.cat([batch.labels] * 2))
-    assert torch.allclose(training.Losses(run)(batch), expected)
+    assert torch.allclose(objective.Losses(run)(batch), expected)
 
 
 def test_swapped_cells_weigh_less(glyphs):
-    run = training.start(config.make("full", **TINY, mask="centred", sigma=0.2), glyphs)
-    run = training.Training(**{**vars(run), "labels": glyphs.labels})
-    weights = torch.cat([training.draw(run).weights for _ in range(4)]).view(-1, 2, 2)
+    run = state.start(config.make("full", **TINY, mask="centred", sigma=0.2), glyphs)
+    run = state.Training(**{**vars(run), "labels": glyphs.labels})
+    weights = torch.cat([batches.draw(run).weights for _ in range(4)]).view(-1, 2, 2)
     assert weights.min() >= 0
     assert weights.max() <= 1
     assert weights.mean() < 0.9
@@ -420,7 +439,7 @@ def test_masks_find_what_others_lack():
 def test_teacher_follows_the_model():
     teacher, student = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     before = teacher.weight.detach().clone()
-    training.follow(teacher, student, 0.75)
+    state.follow(teacher, student, 0.75)
     expected = 0.75 * before + 0.25 * student.weight
     assert torch.allclose(teacher.weight, expected)
 

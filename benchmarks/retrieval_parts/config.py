@@ -95,6 +95,7 @@ class Config:
     ema: float = 0.0  # momentum of a teacher that makes clusters and masks; 0 is none
     evaluate_teacher: bool = False
     views: str = "default"
+    cell_offset: bool = False  # points and masks where the cells look, not in their middle
 
     ntxent_temperature: float = 0.1
     stml_sigma: float = 3.0

@@ -13,7 +13,8 @@ from pml_tacl import runs
 from retrieval_parts import data
 from retrieval_parts.config import Config
 from retrieval_parts.scoring import forget_peak, measure, peak_bytes
-from retrieval_parts.training import Training, train
+from retrieval_parts.state import Training
+from retrieval_parts.training import train
 
 
 @lru_cache(maxsize=4)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from retrieval_parts.training import Batch, Training
+    from retrieval_parts.batches import Batch
+    from retrieval_parts.state import Training
 
 
 def pairwise_similarity(embeddings: Tensor, sigma: float) -> Tensor:

@@ -60,13 +60,19 @@ class BatchViews:
     """Makes `Views` of uint8 pictures (N, 3, S, S)."""
 
     def __init__(
-        self, recipe: Recipe, grid: int, mean: tuple[float, ...], std: tuple[float, ...]
+        self,
+        recipe: Recipe,
+        grid: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        cell_offset: tuple[float, float] = (0.0, 0.0),
     ) -> None:
-        self.recipe, self.grid = recipe, grid
+        self.recipe, self.grid, self.cell_offset = recipe, grid, cell_offset
+        self.off = torch.tensor(cell_offset) * 2 / grid
         self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
         centres = (torch.arange(grid) + 0.5) / grid * 2 - 1
         y, x = torch.meshgrid(centres, centres, indexing="ij")
-        self.cells = torch.stack((x, y), -1).view(-1, 2)
+        self.cells = torch.stack((x, y), -1).view(-1, 2) + self.off
 
     def __call__(
         self, images: Tensor, generator: torch.Generator, maps: Tensor | None = None
@@ -78,6 +84,7 @@ class BatchViews:
         # Cells of the first view, through the picture, into the second.
         across = torch.linalg.inv(turned) @ crop
         points = self.cells @ across[:, :2, :2].transpose(1, 2) + across[:, None, :2, 2]
+        points = points - self.off  # in the second view's maps, which look as far off
         views = [self._colour(sample(pixels, m), generator) for m in (crop, turned)]
         followed = [
             None if maps is None else sample(maps[:, None], m)[:, 0] for m in (crop, turned)

@@ -1,0 +1,100 @@
+"""Pseudo-labels, masks and embeddings of all pictures, made anew between steps."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pml_tacl import KMeansPseudoLabeler
+from pml_tacl.functional import to_picture
+from retrieval_parts.batches import make_swap
+from retrieval_parts.masks import picture_masks
+from retrieval_parts.objective import Losses
+from retrieval_parts.scoring import embed_pictures, purity
+from retrieval_parts.state import Training
+
+
+@torch.no_grad()
+def recluster(run: Training, losses: Losses) -> None:
+    """New labels, centres, masks and neighbours from the network as it is."""
+    config = run.config
+    warm = run.step >= config.warmup
+    grouped = config.metric == "ms" or config.ccl > 0 or config.tac > 0
+    uses_clusters = config.ccl > 0 or (grouped and config.labels == "clusters")
+    stale = run.background is None or (config.mask_from == "recluster" and warm)
+    if config.swap > 0 and config.mask != "centred" and stale:
+        run.background = _masks(run, run.labels if run.centroids is not None else None)
+    if config.metric == "stml" or (warm and uses_clusters):
+        run.embeddings = _embeddings(run)
+    if not (warm and uses_clusters):
+        return
+    if config.labels == "true":
+        count = int(run.pictures.labels.max()) + 1
+        sums = torch.zeros(count, run.embeddings.shape[1])
+        run.centroids = F.normalize(sums.index_add_(0, run.labels, run.embeddings))
+    else:
+        labeler = KMeansPseudoLabeler(number_of_clusters(run), seed=config.seed)
+        found = labeler(run.embeddings, run.centroids)
+        run.labels, run.centroids = found.labels, found.centroids
+        if config.max_ambiguity > 0:
+            own, other = (1 - run.embeddings @ run.centroids.T).topk(2, 1, largest=False)[0].T
+            run.labels = torch.where(own <= config.max_ambiguity * other, run.labels, -1)
+    losses.clustering.set_centroids(run.centroids)
+    sure = run.labels >= 0
+    run.history.append(
+        {
+            "step": run.step,
+            "clusters": len(run.centroids),
+            "sure": float(sure.float().mean()),
+            "purity": purity(run.labels[sure], run.pictures.labels[sure]),
+            "loss": float(torch.tensor(run.losses[-config.recluster :]).mean()),
+        }
+    )
+
+
+def number_of_clusters(run: Training) -> Any:
+    """The rule of the configuration, as `KMeansPseudoLabeler` takes it."""
+    rule = run.config.num_clusters
+    if rule.endswith("classes"):
+        return int(rule.removesuffix("classes") or 1) * (int(run.pictures.labels.max()) + 1)
+    return rule if rule == "auto" else int(rule)
+
+
+def _masks(run: Training, labels: Tensor | None) -> Tensor:
+    config = run.config
+    maps = picture_masks(
+        run.teacher,
+        run.pictures.images,
+        run.views.normalise,
+        labels,
+        config.mask,
+        index=config.mask_index,
+        scale=config.mask_size,
+        references=config.mask_references,
+        seed=config.seed,
+    )
+    offset = run.views.cell_offset
+    if offset == (0.0, 0.0):
+        return maps
+    # Half a cell is nothing that the grid of the maps could show.
+    return to_picture(maps, (2 * maps.shape[1], 2 * maps.shape[2]), offset)
+
+
+def _embeddings(run: Training) -> Tensor:
+    """(N, D) of the pictures as they are, or averaged over their swapped views."""
+    images, count = run.pictures.images, run.config.cluster_views
+    if count <= 1:
+        return embed_pictures(run.teacher, images, run.views.normalise)
+    total = torch.zeros(())
+    for _ in range(count):
+        total = total + embed_pictures(
+            run.teacher, images, lambda part: part, prepare=lambda rows: _swapped(run, rows)
+        )
+    return F.normalize(total)
+
+
+def _swapped(run: Training, rows: Tensor) -> Tensor:
+    pixels = run.views.normalise(run.pictures.images[rows].float() / 255)
+    maps = None if run.background is None else run.background[rows]
+    return make_swap(run.config, probability=1.0)(pixels, maps, run.generator).images

@@ -1,0 +1,75 @@
+"""The state of a run, from its seed and its configuration."""
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pml_tacl import AttentionEmbedder
+from retrieval_parts.config import Config
+from retrieval_parts.data import DEFAULT_CACHE, Pictures
+from retrieval_parts.model import build
+from retrieval_parts.views import RECIPES, BatchViews
+
+
+@dataclass
+class Training:
+    """The state of a run; what a method needs beyond it is made in `train`.
+
+    Attributes:
+        model: the network that learns.
+        teacher: its moving average, the network itself without one.
+        labels: (N,) what the metric losses learn from, -1 for noise.
+        centroids: (K, D) of them, None before the first clustering.
+        history: one entry for each clustering: step, clusters, purity, loss since the last.
+    """
+
+    config: Config
+    pictures: Pictures
+    model: AttentionEmbedder
+    teacher: AttentionEmbedder
+    views: BatchViews
+    labels: Tensor
+    generator: torch.Generator
+    centroids: Tensor | None = None
+    embeddings: Tensor | None = None
+    background: Tensor | None = None
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds_of_steps: float = 0.0
+
+    @property
+    def result(self) -> AttentionEmbedder:
+        """The network that is measured."""
+        return self.teacher if self.config.evaluate_teacher else self.model
+
+
+def start(config: Config, pictures: Pictures, cache: Path = DEFAULT_CACHE) -> Training:
+    """A run before its first step; all randomness comes from the configuration's seed."""
+    config = config.resolved
+    model = build(config, cache)
+    with torch.no_grad():
+        probe = torch.zeros(1, 3, config.size, config.size)
+        grid = model.trunk(probe).feature_maps.shape[-1]
+    data = model.data_config
+    offset = model.cell_offset(config.size) if config.cell_offset else (0.0, 0.0)
+    norm = (tuple(data["mean"]), tuple(data["std"]))
+    views = BatchViews(RECIPES[config.views], grid, *norm, offset)
+    needs_teacher = config.ema > 0 or config.metric == "stml"
+    teacher = copy.deepcopy(model).requires_grad_(False) if needs_teacher else model
+    labels = pictures.labels if config.labels == "true" else torch.arange(len(pictures.labels))
+    generator = torch.Generator().manual_seed(config.seed)
+    return Training(config, pictures, model, teacher, views, labels, generator)
+
+
+@torch.no_grad()
+def follow(teacher: torch.nn.Module, model: torch.nn.Module, momentum: float) -> None:
+    """One step of the moving average; buffers (statistics) are copied."""
+    for mine, theirs in zip(teacher.parameters(), model.parameters(), strict=True):
+        mine.lerp_(theirs, 1 - momentum)
+    for mine, theirs in zip(teacher.buffers(), model.buffers(), strict=True):
+        mine.copy_(theirs)
