@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 def main() -> None:
     args = arguments().parse_args()
     if args.command == "page":
-        write(args.results, args.output, args.output.parent / "images")
+        write(args.results, args.output, args.output.parent / "images", args.split)
         print(args.output)
     elif args.command == "run":
         config = make(args.method, **parse(args.settings))
@@ -90,6 +90,7 @@ def arguments() -> argparse.ArgumentParser:
     every.add_argument("--methods", nargs="+", choices=METHODS, help="only these")
     commands.add_parser("quick", help="a look in five minutes")
     page = commands.add_parser("page", help="tables and figures of the results")
+    page.add_argument("--split", choices=SPLITS[1:], default="test")
     page.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
     return parser
 

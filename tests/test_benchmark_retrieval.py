@@ -541,6 +541,8 @@ def test_tables_average_the_seeds_and_leave_out_what_is_changed(results):
 
 
 def test_the_page_is_made_of_the_results_alone(results, tmp_path):
+    choice = {"what": "mask", "chosen": "centred", "on": "validation of glyphs", "why": "+3"}
+    (results / "choices.json").write_text(json.dumps([choice]))
     target = tmp_path / "docs" / "results.md"
     text = page.write(results, target, target.parent / "images")
     assert target.read_text("utf-8") == text
@@ -548,9 +550,13 @@ def test_the_page_is_made_of_the_results_alone(results, tmp_path):
     assert "| 50 % |" in text
     assert "| **mean** | **+2.0** | **+5.0** | **+25.0** |" in text
     assert "| full | `tac_temperature=0.1` | 31.0 | -2.0 | 1 |" in text  # what failed is shown too
+    assert "| mask | centred | validation of glyphs | +3 |" in text
     for name in ("recall", "ablation", "gap"):
         assert f"](images/results-{name}.png)" in text
         assert Image.open(target.parent / "images" / f"results-{name}.png").width > 300
+    look = page.write(results, tmp_path / "look.md", tmp_path, split="validation")
+    assert "results on the validation third" in look
+    assert "| full | 33.0 |" in look
     with pytest.raises(ValueError, match="holds none: run the benchmark first"):
         page.write(tmp_path / "docs", target, target.parent)
 

@@ -1,5 +1,6 @@
 """docs/results.md and its figures, from the results alone."""
 
+import json
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,6 +19,8 @@ from retrieval_parts.tables import (
     trials,
 )
 
+# Beside the results: [{"what": ..., "chosen": ..., "on": ..., "why": ...}, ...]
+CHOICES = "choices.json"
 INTRODUCTION = """# Retrieval without labels, beside what people would use instead
 
 Written by `python benchmarks/retrieval.py page` from the files of `benchmarks/results/` alone; \
@@ -42,13 +45,14 @@ package follows is not measured: the definitions here are our own.
 """
 
 
-def write(results: Path, page: Path, images: Path) -> str:
+def write(results: Path, page: Path, images: Path, split: str = "test") -> str:
     """Write the page and its figures.
 
     Args:
         results: folder of the results.
         page: the file to write.
         images: folder of the figures.
+        split: whose results; "validation" for a look on the way.
 
     Raises:
         ValueError: if there are no results.
@@ -56,12 +60,14 @@ def write(results: Path, page: Path, images: Path) -> str:
     found = read_results(results)
     if not found:
         raise ValueError(f"results={str(results)!r} holds none: run the benchmark first")
-    table = tables(found)
+    table = tables(found, split)
     sets = ", ".join(f"{name} ({entry[4]})" for name, entry in SETS.items())
     parts = [INTRODUCTION.format(emoji=f"emoji as drawn by {sets}")]
+    if split != "test":
+        parts.append(f"**These are results on the {split} third, on which choices are made.**")
     if table:
         parts += [_asked(table), _overview(table), _figures(table, page, images), _details(table)]
-    parts += [_trials(found), _made_with(found)]
+    parts += [_choices(results / CHOICES), _trials(found), _made_with(found)]
     page.parent.mkdir(parents=True, exist_ok=True)
     text = "\n".join(part.strip("\n") + "\n" for part in parts if part)
     page.write_text(text, encoding="utf-8")
@@ -164,6 +170,16 @@ def _details(table: Table) -> str:
         heads = ["method", *COLUMNS.values(), "purity", "s a step", "memory", "seeds"]
         parts += [f"### {setting}", rows(heads, lines)]
     return "\n\n".join(parts)
+
+
+def _choices(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    columns = ("what", "chosen", "on", "why")
+    listed = json.loads(path.read_text("utf-8"))
+    head, rule = "| " + " | ".join(columns) + " |", "| " + " | ".join(["---"] * 4) + " |"
+    lines = ["| " + " | ".join(str(row[c]) for c in columns) + " |" for row in listed]
+    return "## What was chosen, and on what\n\n" + "\n".join([head, rule, *lines])
 
 
 def _trials(found: list[dict[str, Any]]) -> str:

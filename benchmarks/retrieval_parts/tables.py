@@ -57,7 +57,7 @@ Table = dict[Setting, dict[str, Group]]
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """All results of a folder, in an order that does not depend on the system."""
     found = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [result for result in found if "metrics" in result]
+    return [result for result in found if isinstance(result, dict) and "metrics" in result]
 
 
 def changes(result: dict[str, Any]) -> dict[str, Any]:
