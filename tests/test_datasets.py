@@ -30,6 +30,7 @@ from pml_tacl.datasets import characters as selection
 from pml_tacl.datasets import glyphs as drawing
 from pml_tacl.datasets import image_files as files_module
 from pml_tacl.evaluation import evaluate
+from tests.layouts import make_cars, make_cub, make_inshop, make_sop
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -533,52 +534,6 @@ class TestLoadRgb:
     def test_a_folder_is_no_picture(self, tmp_path):
         with pytest.raises(OSError, match=f"cannot read {tmp_path}: "):
             load_rgb(tmp_path)
-
-
-def make_cub(root: Path, classes) -> None:
-    base = root / "CUB_200_2011"
-    lines = [(i, f"{c:03}.Bird/{i}.jpg", c) for i, c in enumerate(classes, start=1)]
-    for _, name, c in lines:
-        (base / "images" / name).parent.mkdir(parents=True, exist_ok=True)
-        flat("L", c).save(base / "images" / name)  # CUB does hold grey images
-    (base / "images.txt").write_text("".join(f"{i} {name}\n" for i, name, _ in lines))
-    (base / "image_class_labels.txt").write_text("".join(f"{i} {c}\n" for i, _, c in lines))
-
-
-def make_cars(root: Path, classes) -> None:
-    root.joinpath("names.csv").write_text("".join(f"Car S/V {i}\n" for i in range(1, 197)))
-    for split in ("train", "test"):
-        lines = []
-        for i, c in enumerate(classes):
-            path = root / "car_data/car_data" / split / f"Car S-V {c}" / f"{i:05}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            flat("L", c).save(path)
-            lines.append(f"{path.name},1,2,3,4,{c}\n")
-        root.joinpath(f"anno_{split}.csv").write_text("".join(lines))
-
-
-def make_sop(root: Path, classes_of) -> None:
-    base = root / "Stanford_Online_Products"
-    (base / "chair_final").mkdir(parents=True)
-    for split, classes in classes_of.items():
-        lines = ["image_id class_id super_class_id path\n"]
-        for i, c in enumerate(classes):
-            name = f"chair_final/{split}_{i}.JPG"
-            flat("L", c % 256).save(base / name)
-            lines.append(f"{i + 1} {c} 1 {name}\n")
-        (base / f"Ebay_{split}.txt").write_text("".join(lines))
-
-
-def make_inshop(root: Path, rows, images="Img") -> None:
-    """Rows of (item, part), as published: a count, titles, image, item and part."""
-    lines = [str(len(rows)), "image_name item_id evaluation_status"]
-    for i, (item, part) in enumerate(rows):
-        name = f"img/WOMEN/Blouses_Shirts/id_{item:08}/{i:02}_1_front.jpg"
-        (root / images / name).parent.mkdir(parents=True, exist_ok=True)
-        flat("L", item).save(root / images / name)
-        lines.append(f"{name}    id_{item:08}  {part}")
-    (root / "Eval").mkdir()
-    (root / "Eval" / "list_eval_partition.txt").write_text("\n".join(lines) + "\n")
 
 
 INSHOP = [(7, "train"), (2, "query"), (7, "train"), (9, "gallery"), (2, "gallery"), (4, "train")]

@@ -1,0 +1,92 @@
+"""Our losses and miners beside pytorch-metric-learning's own, in one trainer: what each mix gives.
+
+    python examples/mix_losses.py
+
+A network learns from two views of each picture (NTXentLoss in SelfSupervisedLoss); from there each
+mix learns from clusters. Prints how well characters never seen are retrieved after each.
+"""
+
+import copy
+
+import torch
+from pytorch_metric_learning import losses
+from pytorch_metric_learning.distances import CosineSimilarity
+from torch import nn
+from torchvision.transforms import v2
+
+import pml_tacl
+from pml_tacl import runs
+from pml_tacl.datasets import Glyphs
+from pml_tacl.evaluation import evaluate
+
+CLASSES, WARMUP_EPOCHS, EPOCHS, BATCH_SIZE, DIM, LEARNING_RATE = 60, 6, 2, 64, 64, 5e-3
+WORKERS = 1  # processes that make the views
+BACKBONE = {"channels": [16, 32, 64, 128], "stem_width": 8, "output_stride": 16}
+
+
+def mixes(clusters: int) -> dict[str, tuple[dict[str, nn.Module], dict[str, nn.Module]]]:
+    """Losses and miners by name of the mix; the trainer gives each loss what it takes."""
+    two_views = losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=0.1))
+    # A memory holds embeddings with their pseudo-labels, so it must go when clusters are new.
+    contrastive = losses.ContrastiveLoss(pos_margin=1, neg_margin=0.5, distance=CosineSimilarity())
+    memory = losses.CrossBatchMemory(contrastive, DIM, memory_size=4 * BATCH_SIZE)
+    # A classifier of the clusters: its weights are trained with the network.
+    classifier = losses.ArcFaceLoss(clusters, DIM)
+    matched = {"attention_miner": pml_tacl.AttentionConsistencyMiner()}
+    hard = {"tuple_miner": pml_tacl.ContrastiveClusteringMiner()}  # for losses that take pairs
+    clustering = pml_tacl.ContrastiveClusteringLoss()
+    attention = pml_tacl.AttentionConsistencyLoss()
+    return {
+        "MultiSimilarity": ({"pairs": losses.MultiSimilarityLoss()}, {}),
+        "MultiSimilarity, CCL, TAC": (
+            {"pairs": losses.MultiSimilarityLoss(), "ccl": clustering, "tac": attention},
+            matched,
+        ),
+        "TripletMargin by our miner, TAC": (
+            {"triplets": losses.TripletMarginLoss(), "tac": attention},
+            {**matched, **hard},
+        ),
+        "ArcFace, CCL": ({"classes": classifier, "ccl": clustering}, {}),
+        "CrossBatchMemory, CCL": ({"memory": memory, "ccl": clustering}, {}),
+        "NTXent of two views, CCL": ({"views": two_views, "ccl": clustering}, {}),
+    }
+
+
+def main() -> dict[str, float]:
+    runs.seed_everything(0)
+    start = pml_tacl.AttentionEmbedder("resnet10t", DIM, **BACKBONE)
+    train, test = Glyphs("train", num_classes=CLASSES), Glyphs("test", num_classes=CLASSES)
+    test.transform = start.transform(image_size=64)
+    clusters = len(train) // 10
+    affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), fill=220)
+    colour = v2.Compose([v2.ColorJitter(0.5, 0.5, 0.5), v2.RandomChannelPermutation()])
+    two_views = pml_tacl.SiameseTransform(64, 4, geometric=affine, photometric=colour, flip=False)
+
+    def recall(model: nn.Module) -> float:
+        return evaluate(model, test, metrics=["recall_at_1"], progress=False)["recall_at_1"]
+
+    def fit(model: nn.Module, loss_funcs: dict, miners: dict, epochs: int, warmup: int) -> float:
+        parameters = [model, *loss_funcs.values()]  # ArcFace has weights, the others have none
+        parameters = [p for module in parameters for p in module.parameters()]
+        trainer = pml_tacl.UnsupervisedTrainer(
+            model, torch.optim.AdamW(parameters, LEARNING_RATE), BATCH_SIZE, loss_funcs, train,
+            transform=two_views, eval_transform=test.transform, mining_funcs=miners,
+            labeler=pml_tacl.KMeansPseudoLabeler(clusters), warmup_epochs=warmup,
+            recluster_every=epochs,  # once: ArcFace's classes and the memory keep their meaning
+            progress=False, dataloader_num_workers=WORKERS,
+        )  # fmt: skip
+        trainer.train(num_epochs=epochs)
+        return recall(model)
+
+    found = {"untrained": recall(start)}
+    views = {"views": losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=0.1))}
+    found["NTXent of two views, no clusters"] = fit(start, views, {}, WARMUP_EPOCHS, WARMUP_EPOCHS)
+    for name, (loss_funcs, miners) in mixes(clusters).items():
+        found[name] = fit(copy.deepcopy(start), loss_funcs, miners, EPOCHS, 0)
+    for name, value in found.items():
+        print(f"{name:<34} R@1 {100 * value:5.1f}")
+    return found
+
+
+if __name__ == "__main__":
+    main()

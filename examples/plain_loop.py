@@ -1,0 +1,77 @@
+"""The quickstart's job as one plain PyTorch loop, to copy from: no trainer, no hooks.
+
+    python examples/plain_loop.py
+
+Prints how well characters never seen are retrieved, before and after training without labels.
+"""
+
+import torch
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+from pytorch_metric_learning.samplers import MPerClassSampler
+from torch.utils.data import DataLoader, RandomSampler, StackDataset
+from torchvision.transforms import v2
+
+import pml_tacl
+from pml_tacl import runs
+from pml_tacl.datasets import Glyphs
+from pml_tacl.evaluation import embed, evaluate
+
+SEED, EPOCHS, WARMUP_EPOCHS, BATCH_SIZE, PER_CLUSTER, LEARNING_RATE = 0, 6, 3, 64, 4, 5e-3
+BACKBONE = {"channels": [32, 64, 128, 256], "stem_width": 16, "output_stride": 16}
+CLASSES = None  # characters of each half; None for all 280
+
+
+def main():
+    runs.seed_everything(SEED)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = pml_tacl.AttentionEmbedder("resnet10t", 128, **BACKBONE)
+    model = model.to(device, memory_format=torch.channels_last)
+    train, seen, test = (Glyphs(half, num_classes=CLASSES) for half in ("train", "train", "test"))
+    seen.transform = test.transform = model.transform(image_size=64)
+    train.preload()
+
+    colours = [v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5)], 0.9), v2.RandomChannelPermutation()]
+    colours += [v2.RandomGrayscale(0.2), v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.5))], 0.3)]
+    affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), shear=10, fill=220)
+    settings = {"crop_scale": (0.6, 1), "flip": False, "photometric": v2.Compose(colours)}
+    train.transform = pml_tacl.SiameseTransform(64, grid=4, geometric=affine, **settings)
+
+    similarity, clustering = MultiSimilarityLoss(), pml_tacl.ContrastiveClusteringLoss()
+    attention, miner = pml_tacl.AttentionConsistencyLoss(), pml_tacl.AttentionConsistencyMiner()
+    labeler, centroids = pml_tacl.KMeansPseudoLabeler("auto", seed=SEED), None
+    steps = len(train) // BATCH_SIZE
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, epochs=EPOCHS, steps_per_epoch=steps, pct_start=0.1
+    )
+    rows = {"before": evaluate(model, test)}
+    for epoch in range(1, EPOCHS + 1):
+        if epoch <= WARMUP_EPOCHS:  # features are not worth clustering: each picture by itself
+            labels, sampler = torch.arange(len(train)), RandomSampler(train)
+        else:
+            labels, centroids, _ = labeler(embed(model, seen)[0], centroids)
+            clustering.set_centroids(centroids.to(device))
+            sampler = MPerClassSampler(labels, PER_CLUSTER, BATCH_SIZE, steps * BATCH_SIZE)
+        pictures = StackDataset(train, labels)
+        loader = DataLoader(pictures, BATCH_SIZE, sampler=sampler, num_workers=1, drop_last=True)
+        for ((views, transformed, points), _), y in loader:  # _ is the true label: it stays unread
+            images, points, y = torch.cat([views, transformed]), points.to(device), y.to(device)
+            out = model.forward_features(images.to(device, memory_format=torch.channels_last))
+            first, second = out.feature_maps.chunk(2)
+            i = torch.arange(len(y), device=device)
+            pairs = (i, i, i[:0], i[:0]) if centroids is None else miner(first, y)
+            twice = torch.cat([y, y])
+            loss = similarity(out.embeddings, twice) + clustering(out.embeddings, twice)
+            loss = loss + attention(first, second, points, y, pairs)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        print(f"epoch {epoch} of {EPOCHS}, last loss {loss.item():.3f}")
+    rows["after"] = evaluate(model, test)
+    print(runs.metrics_table(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""Train on In-shop clothes (DeepFashion) without labels; queries of other items search the gallery.
+
+python examples/train_inshop.py data/inshop
+"""
+
+from train_benchmark import main
+
+from pml_tacl import runs
+from pml_tacl.datasets import InShop
+
+CONFIG = {
+    "num_clusters": 4000,  # six pictures each
+    "images_per_cluster": 2,
+    "test_splits": ["query", "gallery"],
+    "metrics": [f"recall_at_{k}" for k in (1, 10, 20, 30)],
+}
+
+if __name__ == "__main__":
+    with runs.one_line_errors():
+        main(InShop, CONFIG, __doc__.splitlines()[0])

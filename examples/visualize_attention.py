@@ -1,0 +1,82 @@
+"""What a model looks at, in pictures of one's own: attention, and what makes two pictures alike.
+
+    python examples/visualize_attention.py PICTURE PICTURE ... --model runs/folder/model --size 224
+    python examples/visualize_attention.py            # glyphs, with the quickstart's model
+
+Writes overlay.png (attention of each picture), pair.png (one picture, moved: does attention to its
+most alike follow?) and similar.png (where the first picture and those most like it are alike).
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torchvision.transforms import v2
+
+from pml_tacl import AttentionEmbedder, SiameseTransform, runs
+from pml_tacl import visualize as vis
+from pml_tacl.datasets import Glyphs, load_rgb
+from pml_tacl.functional import cross_image_attention
+
+GLYPHS = {"split": "test", "num_classes": 3, "images_per_class": 3}
+MOVED = v2.RandomAffine((20, 20), (0.1, 0.1), fill=128)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("pictures", type=Path, nargs="*", metavar="PICTURE", help="at least two; none for glyphs")
+    add("--model", type=Path, default=Path("runs/quickstart/model"), help="folder of a model")
+    add("--backbone", help="instead of --model: any timm model, pretrained (through timm)")
+    add("--weights", help="local file of the backbone's weights, or none")
+    add("--size", type=int, default=64, help="pixels that the model looks at (default: 64)")
+    add("--out", type=Path, default=Path("runs/attention"), help="folder for the figures")
+    args = parser.parse_args()
+    if len(args.pictures) == 1:
+        raise ValueError("pictures are compared with each other: give at least two")
+    return args
+
+
+@torch.inference_mode()
+def main() -> None:
+    args = arguments()
+    if args.backbone:
+        weights = False if args.weights == "none" else args.weights or True
+        # Without a projection nothing is untrained: features are averaged.
+        model = AttentionEmbedder(args.backbone, None, weights, attention="none").eval()
+    else:
+        model = AttentionEmbedder.from_pretrained(args.model)
+    glyphs = Glyphs(**GLYPHS)
+    pictures = [load_rgb(path) for path in args.pictures] or [image for image, _ in glyphs]
+    normalise = v2.Normalize(model.data_config["mean"], model.data_config["std"])
+    transform = model.transform(image_size=args.size)
+    out = model.forward_features(torch.stack([transform(picture) for picture in pictures]))
+
+    # As the model sees them: cropped and scaled, but in their own colours.
+    mean, std = (torch.tensor(model.data_config[k]).view(3, 1, 1) for k in ("mean", "std"))
+    seen = [(transform(picture) * std + mean).clamp(0, 1) for picture in pictures]
+    order = (out.embeddings @ out.embeddings[0]).argsort(descending=True)
+    alike = order[order != 0][:5]
+    first, maps = out.feature_maps[:1], out.feature_maps[alike]
+    in_query = cross_image_attention(first.expand_as(maps), maps)
+    in_alike = cross_image_attention(maps, first.expand_as(maps))
+
+    siamese = SiameseTransform(
+        args.size, tuple(maps.shape[2:]), crop_scale=None, geometric=MOVED, photometric=None,
+        flip=False, mean=(0, 0, 0), std=(1, 1, 1),
+    )  # fmt: skip
+    view, moved, points = siamese(v2.functional.to_pil_image(seen[0]))
+    both = model.forward_features(normalise(torch.stack([view, moved]))).feature_maps
+    followed = cross_image_attention(both, maps[:1].expand_as(both))
+    figures = {
+        "overlay": vis.attention_overlay(seen, out.attention),
+        "pair": vis.cross_attention_pair(view, moved, seen[alike[0]], *followed, points),
+        "similar": vis.similar_regions(seen[0], [seen[i] for i in alike], in_alike, in_query),
+    }
+    for name, figure in figures.items():
+        print(vis.save_figure(figure, args.out / f"{name}.png"))
+
+
+if __name__ == "__main__":
+    with runs.one_line_errors():
+        main()

@@ -1,0 +1,297 @@
+"""The examples that are one file each, at the smallest settings that still show something."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from pml_tacl import AttentionEmbedder, UnsupervisedTrainer, runs
+from pml_tacl.datasets import CUB, Cars196, Glyphs, InShop, StanfordOnlineProducts
+from pml_tacl.evaluation import embed
+from tests.layouts import make_cars, make_cub, make_inshop, make_sop
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NETWORK = {"channels": [8, 16, 32, 64], "stem_width": 8, "output_stride": 16}
+BENCHMARK = {"backbone": "test_resnet", "embedding_dim": 16, "image_size": 32, "batch_size": 8}
+BENCHMARK |= {"num_clusters": 6, "images_per_cluster": 2, "freeze_batchnorm": False, "epochs": 2}
+
+
+@pytest.fixture(autouse=True)
+def from_examples(monkeypatch):
+    """As Python starts a script: its folder is where modules are looked for first."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def script(name, **constants):
+    """A fresh module of the example, with other constants."""
+    sys.modules.pop(name, None)
+    module = importlib.import_module(name)
+    for constant, value in constants.items():
+        assert hasattr(module, constant)
+        setattr(module, constant, value)
+    return module
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["example.py", *map(str, arguments)])
+
+
+def picture(path, least=20):
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert pixels.std() > least
+    return pixels
+
+
+class TestPlainLoop:
+    def test_unseen_characters_are_retrieved_better(self, capsys):
+        network = {"channels": [16, 32, 64, 128], "stem_width": 8, "output_stride": 16}
+        rows = script("plain_loop", BACKBONE=network, CLASSES=16, BATCH_SIZE=32).main()
+        before, after = rows["before"]["recall_at_1"], rows["after"]["recall_at_1"]
+        assert 0 <= before < 0.2
+        assert after > before + 0.05
+        assert (
+            rows["after"]["mean_average_precision_at_r"]
+            > (rows["before"]["mean_average_precision_at_r"])
+        )
+        printed = capsys.readouterr().out
+        assert printed.count("last loss") == 6
+        assert f"{100 * after:8.1f}" in printed
+
+    def test_training_labels_are_never_read(self, monkeypatch):
+        settings = {"CLASSES": 8, "EPOCHS": 2, "WARMUP_EPOCHS": 1, "BATCH_SIZE": 32}
+        small = script("plain_loop", BACKBONE=NETWORK, **settings)
+        with_labels = small.main()
+
+        def without_labels(split, **settings):
+            half = Glyphs(split, **settings)
+            half.preload(progress=False)  # rendering reads the labels, training must not
+            if split == "train":
+                half.labels[:] = 0
+            return half
+
+        monkeypatch.setattr(small, "Glyphs", without_labels)
+        assert small.main() == with_labels
+
+    def test_its_settings_are_those_of_the_quickstart(self):
+        plain, config = script("plain_loop"), script("quickstart").CONFIG
+        assert config["timm"] == plain.BACKBONE
+        names = ("epochs", "warmup_epochs", "batch_size", "images_per_cluster", "learning_rate")
+        constants = (plain.EPOCHS, plain.WARMUP_EPOCHS, plain.BATCH_SIZE, plain.PER_CLUSTER)
+        assert (*constants, plain.LEARNING_RATE) == tuple(config[name] for name in names)
+
+    def test_it_is_short(self):
+        lines = (EXAMPLES / "plain_loop.py").read_text().splitlines()
+        assert len(lines) < 80
+
+
+def glyph_of(class_ids):
+    """Draw a character of its own for each class, another face or colour for each image."""
+    seen = dict.fromkeys(class_ids, 0)
+    every = Glyphs("all", num_classes=len(seen), images_per_class=20)
+    first = {class_id: 20 * rank for rank, class_id in enumerate(seen)}
+
+    def draw(class_id):
+        seen[class_id] += 1
+        return every[first[class_id] + seen[class_id] - 1][0]
+
+    return draw
+
+
+def birds(root):
+    classes = [*range(1, 7), *range(101, 105)] * 4
+    make_cub(root, classes, glyph_of(classes))
+
+
+def cars(root):
+    classes = [*range(1, 7), *range(99, 103)] * 2
+    root.mkdir()
+    make_cars(root, classes, glyph_of(classes))
+
+
+def products(root):
+    classes = {"train": [*range(1, 7)] * 4, "test": [*range(11319, 11323)] * 4}
+    make_sop(root, classes, glyph_of([*classes["train"], *classes["test"]]))
+
+
+def clothes(root):
+    rows = [(item, "train") for item in range(1, 7)] * 4
+    rows += [(item, part) for item in range(7, 11) for part in ("query", "gallery")] * 2
+    make_inshop(root, rows, draw=glyph_of([item for item, _ in rows]))
+
+
+class TestBenchmarks:
+    @pytest.mark.parametrize(
+        ("name", "make", "benchmark", "clusters", "ks"),
+        [
+            ("train_cub", birds, CUB, 100, (1, 2, 4, 8)),
+            ("train_cars", cars, Cars196, 98, (1, 2, 4, 8)),
+            ("train_sop", products, StanfordOnlineProducts, 10_000, (1, 10, 100, 1000)),
+            ("train_inshop", clothes, InShop, 4000, (1, 10, 20, 30)),
+        ],
+    )
+    def test_what_a_run_writes(
+        self, name, make, benchmark, clusters, ks, tmp_path, monkeypatch, capsys
+    ):
+        make(tmp_path / "data")
+        example = script(name)
+        assert example.CONFIG["num_clusters"] == clusters
+        run = tmp_path / "run"
+        command(monkeypatch, tmp_path / "data", "--run", run, "--weights=none", "--workers=0")
+        example.main(benchmark, {**example.CONFIG, **BENCHMARK}, "what it does")
+        metrics = json.loads((run / "metrics.json").read_text())
+        names = {f"recall_at_{k}" for k in ks} | ({"NMI"} if clusters < 200 else set())
+        for row in ("before", "after"):
+            assert set(metrics[row]) == names
+            assert all(0 <= value <= 1 for value in metrics[row].values())
+        assert metrics["config"] == {**metrics["config"], **BENCHMARK}
+        assert "recall_at_1 " in capsys.readouterr().out
+        assert len(list((run / "checkpoints").iterdir())) > 0
+
+        # Counted once more, by hand: of another class, and never the query itself.
+        model = AttentionEmbedder.from_pretrained(run / "model")
+        plain = model.transform(image_size=32)
+        parts = [benchmark(tmp_path / "data", p, plain) for p in example.CONFIG["test_splits"]]
+        (query, labels), (searched, found) = (
+            embed(model, part, progress=False) for part in (parts[0], parts[-1])
+        )
+        similarity = query @ searched.T
+        if len(parts) == 1:
+            similarity.fill_diagonal_(-2)
+        right = (found[similarity.argmax(1)] == labels).float().mean()
+        assert metrics["after"]["recall_at_1"] == pytest.approx(float(right), abs=1e-6)
+
+    def test_a_run_that_was_stopped_goes_on(self, tmp_path, monkeypatch):
+        birds(tmp_path / "data")
+        example = script("train_cub")
+        settings = {**example.CONFIG, **BENCHMARK}
+
+        def run(name, *flags):
+            folder = tmp_path / name
+            data = tmp_path / "data"
+            command(monkeypatch, data, "--run", folder, "--weights=none", "--workers=0", *flags)
+            example.main(CUB, settings, "")
+            return json.loads((folder / "metrics.json").read_text())
+
+        unbroken = run("unbroken")
+        step = UnsupervisedTrainer.forward_and_backward
+
+        def stopped(trainer):
+            if trainer.epoch == 2:
+                raise KeyboardInterrupt
+            step(trainer)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(UnsupervisedTrainer, "forward_and_backward", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                run("broken")
+        assert run("broken", "--resume") == unbroken
+        with pytest.raises(ValueError, match="holds another run"):
+            run("broken")
+
+    def test_a_wrong_root_is_found_before_anything_is_made(self, tmp_path, monkeypatch):
+        command(monkeypatch, tmp_path, "--run", tmp_path / "run")
+        example = script("train_cub")
+        with pytest.raises(SystemExit) as stop, runs.one_line_errors():
+            example.main(CUB, example.CONFIG, "")
+        assert "holds no CUB_200_2011/images.txt: CUB-200-2011 is to be had" in stop.value.code
+        assert "\n" not in stop.value.code
+        assert not (tmp_path / "run").exists()
+
+    def test_the_settings_are_those_of_the_field(self):
+        common = script("train_benchmark").COMMON
+        weights = timm.get_pretrained_cfg(common["backbone"])
+        assert common["embedding_dim"] == 512
+        assert common["image_size"] == 224
+        assert int(common["image_size"] / weights.crop_pct) == 256  # the crop is of 256 pixels
+        assert weights.tag.endswith("in1k")  # ImageNet of 1000 classes, without labels of ours
+
+
+class TestMixLosses:
+    def test_every_loss_of_each_mix_takes_part(self, monkeypatch, capsys):
+        seen = {}
+        step = UnsupervisedTrainer.forward_and_backward
+
+        def remembered(trainer):
+            step(trainer)
+            for name in trainer.loss_funcs:
+                seen.setdefault(type(trainer.loss_funcs[name]).__name__, []).append(
+                    float(trainer.losses[name])
+                )
+
+        monkeypatch.setattr(UnsupervisedTrainer, "forward_and_backward", remembered)
+        small = {"CLASSES": 9, "WARMUP_EPOCHS": 1, "EPOCHS": 1, "BATCH_SIZE": 32, "WORKERS": 0}
+        found = script("mix_losses", BACKBONE=NETWORK, **small).main()
+        assert set(seen) == {
+            "SelfSupervisedLoss", "MultiSimilarityLoss", "ContrastiveClusteringLoss",
+            "AttentionConsistencyLoss", "TripletMarginLoss", "ArcFaceLoss", "CrossBatchMemory",
+        }  # fmt: skip
+        assert all(np.isfinite(values).all() and max(values) > 0 for values in seen.values())
+        assert all(0 <= value <= 1 for value in found.values())
+        assert max(found.values()) > found["untrained"]
+        printed = capsys.readouterr().out.splitlines()
+        assert [line.split(" R@1")[0].strip() for line in printed] == list(found)
+
+
+class TestVit:
+    def test_maps_at_both_sizes(self, tmp_path, capsys):
+        small = {"CLASSES": 6, "EPOCHS": 1, "WORKERS": 0, "OUT": tmp_path}
+        found = script("vit_backbone", **small).main()
+        assert list(found) == ["before", "after, 64 pixels", "after, 96 pixels"]
+        assert all(0 < value <= 1 for value in found.values())
+        printed = capsys.readouterr().out
+        for size, side in ((64, 8), (96, 12)):
+            assert f"{size} pixels: feature maps (4, 96, {side}, {side})" in printed
+            assert f"attention ({side}, {side})" in printed
+            picture(tmp_path / f"attention_{size}.png")
+
+
+class TestVisualizeAttention:
+    NAMES = ("overlay.png", "pair.png", "similar.png")
+
+    def test_glyphs_with_the_model_of_a_run(self, tmp_path, monkeypatch, capsys):
+        torch.manual_seed(0)
+        model = AttentionEmbedder("resnet10t", 16, **NETWORK).eval()
+        model.save_pretrained(tmp_path / "model")
+        command(monkeypatch, "--model", tmp_path / "model", "--out", tmp_path / "out")
+        script("visualize_attention").main()
+        assert capsys.readouterr().out.split() == [str(tmp_path / "out" / n) for n in self.NAMES]
+        for name in self.NAMES:
+            picture(tmp_path / "out" / name)
+
+    def test_pictures_of_ones_own_with_any_backbone(self, tmp_path, monkeypatch):
+        files = []
+        for number, image in enumerate(Glyphs("test", num_classes=1).images[:3]):
+            files.append(tmp_path / f"{number}.png")
+            Image.fromarray(image).resize((90, 70)).save(files[-1])
+        backbone = ["--backbone=test_resnet", "--weights=none", "--size=64"]
+        command(monkeypatch, *files, *backbone, "--out", tmp_path / "out")
+        script("visualize_attention").main()
+        sizes = {name: picture(tmp_path / "out" / name).shape for name in self.NAMES}
+        assert len(set(sizes.values())) == 3
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["one.png"], "give at least two"),
+            ([], "holds no config.json: no saved model"),
+            (["a.png", "b.png", "--backbone=resnet5O", "--weights=none"], "did you mean"),
+        ],
+    )
+    def test_what_is_wrong_in_a_line(self, arguments, message, tmp_path, monkeypatch):
+        command(monkeypatch, *arguments, "--model", tmp_path / "none", "--out", tmp_path / "out")
+        with pytest.raises(SystemExit) as stop, runs.one_line_errors():
+            script("visualize_attention").main()
+        assert stop.value.code.startswith("error: ")
+        assert message in stop.value.code
+        assert not (tmp_path / "out").exists()
