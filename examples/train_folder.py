@@ -1,10 +1,11 @@
 """Train an embedding on a folder of pictures, without labels, and index the pictures by it.
 
     python examples/train_folder.py IMAGES --backbone resnet50
+    torchrun --nproc-per-node 4 examples/train_folder.py IMAGES --batch-size 128
 
 Writes runs/folder/: the model, embeddings.npy, files.json and index.faiss for search.py,
 metrics.json, figures, records, and a checkpoint of each epoch. The same script runs on a GPU if
-there is one.
+there is one, and with torchrun on several, or in several processes on CPUs.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from pytorch_metric_learning.losses import MultiSimilarityLoss
+from torch.utils.data import TensorDataset
 
 from pml_tacl import (
     AttentionConsistencyLoss,
@@ -27,7 +29,8 @@ from pml_tacl import (
 )
 from pml_tacl import visualize as vis
 from pml_tacl.datasets import ImageFiles
-from pml_tacl.evaluation import embed, evaluate
+from pml_tacl.evaluation import evaluate
+from pml_tacl.processes import embed_together, is_first, on_first, session
 from pml_tacl.search import PictureIndex
 from pml_tacl.trainers.checkpoint import checkpoints
 
@@ -60,15 +63,13 @@ def arguments() -> argparse.Namespace:
     add("--num-clusters", type=number_or_auto, default="auto", help="auto: a tenth of the pictures")
     add("--epochs", type=int, default=20, help="passes over the pictures")
     add("--warmup-epochs", type=int, default=2, help="epochs before the first clustering")
-    add("--batch-size", type=int, default=32, help="pictures, each in two views")
+    add("--batch-size", type=int, default=32, help="pictures of all processes, each in two views")
     add("--image-size", type=int, help="pixels; the backbone's own size if not given")
     add("--embedding-dim", type=int, default=512, help="numbers in an embedding")
     add("--learning-rate", type=float, default=1e-4, help="of the backbone; the head's is 10 times")
     add("--swap", action="store_true", help="also swap surroundings; for centred objects")
     add("--workers", type=int, default=2, help="processes that read pictures")
-    add(
-        "--checkpoint-every", type=int, help="iterations; also at each epoch's end"
-    )
+    add("--checkpoint-every", type=int, help="iterations; also at each epoch's end")
     add("--seed", type=int, default=0, help="of everything random")
     add("--strict", action="store_true", help="stop at broken files instead of leaving them out")
     add("--resume", action="store_true", help="go on with the run that --run holds")
@@ -85,11 +86,13 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     # An earlier run stays untouched until open_run; by then all that can be wrong is known.
     args = arguments()
-    runs.check_run(args.run, resume=args.resume, overwrite=args.overwrite)
+    flags = {"resume": args.resume, "overwrite": args.overwrite}
+    on_first(lambda: runs.check_run(args.run, **flags), "opening the run")
     root, run = args.images.resolve(), args.run.resolve()
     if root.is_relative_to(run) or run.is_relative_to(root):
         raise ValueError(f"the run, {run}, and the pictures, {root}, must lie apart: give --run")
-    begun = args.resume and bool(checkpoints(run / "checkpoints"))
+    there = on_first(lambda: len(checkpoints(run / "checkpoints")), "opening the run")
+    begun = args.resume and there > 0
     runs.seed_everything(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -105,10 +108,13 @@ def main() -> None:
         maps = model.eval().forward_features(torch.zeros(1, 3, *size, device=device)).feature_maps
     mean, std = model.data_config["mean"], model.data_config["std"]
 
-    pictures = ImageFiles(root, strict=args.strict)
+    pictures = on_first(lambda: ImageFiles(root, strict=args.strict), "reading the pictures")
     labelled = None
     if args.eval_folder:
-        labelled = ImageFiles(args.eval_folder, labels="folder", transform=transform)
+        labelled = on_first(
+            lambda: ImageFiles(args.eval_folder, labels="folder", transform=transform),
+            "reading the labelled pictures",
+        )
     files = [path.relative_to(root).as_posix() for path in pictures.paths]
     clusters = args.num_clusters
     if clusters == "auto":  # and no fewer than a batch needs
@@ -119,16 +125,23 @@ def main() -> None:
     config["pictures"] = hashlib.sha256(repr(files).encode("utf-8", "replace")).hexdigest()
 
     def test_at(epoch: int) -> None:
-        found = evaluate(model, labelled, num_workers=args.workers) if labelled else {}
-        trainer.extra["recalls"][epoch] = found
+        trainer.extra["recalls"][epoch] = {}
+        if labelled:
+            found = embed_together(model, labelled, num_workers=args.workers)
+            trainer.extra["recalls"][epoch] = on_first(
+                lambda: evaluate(torch.nn.Identity(), TensorDataset(*found), progress=False),
+                "evaluating",
+            )
 
     def end_iteration(trainer: UnsupervisedTrainer) -> None:
-        hooks.end_of_iteration_hook(trainer)
+        if is_first():
+            hooks.end_of_iteration_hook(trainer)
         for name, value in trainer.losses.items():
             trainer.extra["history"].setdefault(name, []).append(float(value))
 
     def end_epoch(trainer: UnsupervisedTrainer) -> None:
-        hooks.record_keeper.save_records()
+        if is_first():
+            hooks.record_keeper.save_records()
 
     groups = model.parameter_groups(args.learning_rate, 10 * args.learning_rate)
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-2)
@@ -164,20 +177,24 @@ def main() -> None:
     trainer.extra = {"history": {}, "recalls": {}}  # kept in the checkpoints
     if not begun:
         test_at(0)
-    runs.open_run(run, config, resume=args.resume, overwrite=args.overwrite)
-    hooks = runs.make_hooks(run / "records")
-    trainer.record_keeper = hooks.record_keeper
+    on_first(lambda: runs.open_run(run, config, **flags), "opening the run")
+    if is_first():  # one process writes what all have learnt
+        hooks = runs.make_hooks(run / "records")
+        trainer.record_keeper = hooks.record_keeper
     if begun:
         trainer.load_checkpoint()
     trainer.train(start_epoch=trainer.epoch + 1, num_epochs=args.epochs)
 
     test_at(args.epochs)
+    pictures.transform = transform
+    found = embed_together(model, pictures, num_workers=args.workers)
+    if not is_first():
+        return
     history, recalls = trainer.extra["history"], trainer.extra["recalls"]
     rows = {"before": recalls[0], "after": recalls[args.epochs]}
     runs.write_json(run / "metrics.json", {**rows, "config": config, "versions": runs.versions()})
     model.eval().save_pretrained(run / "model")
-    pictures.transform = transform
-    embeddings, _ = embed(model, pictures, num_workers=args.workers)
+    embeddings, _ = found
     index = PictureIndex(embeddings, files, root)
     index.save(run)
 
@@ -211,5 +228,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors():
+    with session(), runs.one_line_errors():
         main()

@@ -117,7 +117,7 @@ def on_first(function: Callable[[], _T], doing: str) -> _T:
         doing: for the message of the others, such as "clustering".
 
     Returns:
-        Its result, which must be small: it travels as a pickle.
+        Its result, which travels as a pickle.
 
     Raises:
         Exception: what the function raised, on all processes, so that none waits for ever; on
@@ -177,14 +177,19 @@ def check_same(what: str, values: Iterable[Any], remedy: str) -> None:
         )
 
 
+def highest(value: int) -> int:
+    """The largest of the processes' numbers. Collective."""
+    if world_size() == 1:
+        return value
+    said = torch.tensor([value])
+    with naming("agreeing with the others"):
+        distributed.all_reduce(said, distributed.ReduceOp.MAX, group=patient())
+    return int(said)
+
+
 def agree(flag: bool) -> bool:
     """Whether any process says yes. Collective."""
-    if world_size() == 1:
-        return flag
-    said = torch.tensor([float(flag)], device=device())
-    with naming("agreeing with the others"):
-        distributed.all_reduce(said)
-    return bool(said > 0)
+    return bool(highest(int(flag)))
 
 
 def device() -> torch.device:

@@ -130,7 +130,7 @@ def total(tensors: Iterable[Tensor], divisor: float = 1.0) -> None:
 
     They travel in flat buckets, so that many small ones cost no more than a large one.
     """
-    if not in_use():
+    if world_size() == 1:
         return
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:

@@ -28,6 +28,7 @@ def check_arguments(
     miners: Iterable[str],
     weights: Iterable[str],
     losses: Iterable[str],
+    processes: int = 1,
 ) -> None:
     """Raise ValueError for an argument of :class:`UnsupervisedTrainer` that does not fit.
 
@@ -37,6 +38,7 @@ def check_arguments(
         miners: names of mining_funcs.
         weights: names of loss_weights.
         losses: names of loss_funcs.
+        processes: that train together.
     """
     if not 1 <= batch_size <= count:
         raise ValueError(
@@ -45,6 +47,11 @@ def check_arguments(
     if images_per_cluster < 1 or batch_size % images_per_cluster:
         raise ValueError(
             f"images_per_cluster must divide batch_size={batch_size}, got {images_per_cluster}"
+        )
+    if batch_size % (processes * images_per_cluster):
+        raise ValueError(
+            f"batch_size={batch_size} is of all {processes} processes, and each takes whole "
+            f"clusters: give a multiple of {processes * images_per_cluster}, or fewer processes"
         )
     if recluster_every < 1 or warmup_epochs < 0:
         raise ValueError(
@@ -55,9 +62,10 @@ def check_arguments(
         raise ValueError(
             f"recluster_when_moved must be in [0, 2] or None, got {recluster_when_moved}"
         )
-    if not 1 <= accumulation_steps <= batch_size:
+    if not 1 <= accumulation_steps <= batch_size // processes:
+        of = f" / {processes} processes" if processes > 1 else ""
         raise ValueError(
-            f"accumulation_steps must be from 1 to batch_size={batch_size}, "
+            f"accumulation_steps must be from 1 to batch_size={batch_size}{of}, "
             f"got {accumulation_steps}"
         )
     if ema_decay is not None and not 0 < ema_decay < 1:

@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from pml_tacl.evaluation import embed
+from pml_tacl._distributed import check_same, is_first, on_first
+from pml_tacl._exchange import from_first
+from pml_tacl.processes import embed_together
+from pml_tacl.trainers._together import equalise
 from pml_tacl.trainers._views import OneView, describe
 
 _LOGGER = logging.getLogger(__name__)
@@ -27,7 +30,7 @@ class _Whole(nn.Module):
         return embeddings.float()
 
 
-def embed_pictures(trainer: Any, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def embed_pictures(trainer: Any, index: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
     """Embed pictures as the evaluation sees them, in the trainer's precision.
 
     Args:
@@ -35,25 +38,20 @@ def embed_pictures(trainer: Any, index: Tensor | None = None) -> tuple[Tensor, T
         index: (M,) of the pictures; None for all.
 
     Returns:
-        Embeddings (M, D) float32, NaN for pictures that cannot be read, and which can: (M,) bool.
+        Embeddings (M, D) float32 and where each is from, (M,) int64: for a picture that cannot be
+        read, -1 - its index. None but on the first of many processes, which share the work.
     """
+    equalise(trainer)
     pictures: Any = OneView(trainer.dataset, trainer.eval_transform)
     if index is not None:
         pictures = Subset(pictures, index.tolist())
-    embeddings, found = embed(
+    return embed_together(
         _Whole(trainer),
         pictures,
         batch_size=max(64, trainer.batch_size),
         num_workers=trainer.dataloader_num_workers,
         progress=trainer.progress,
     )
-    for unread in (-1 - found[found < 0]).tolist():
-        try:
-            trainer.dataset[unread]
-        except OSError as error:
-            trainer.unreadable.add(describe(unread, error))
-    embeddings[found < 0] = torch.nan
-    return embeddings, found >= 0
 
 
 def clustering_is_due(trainer: Any) -> bool:
@@ -65,30 +63,63 @@ def clustering_is_due(trainer: Any) -> bool:
         return False
     if trainer.recluster_when_moved is None or trainer.moved_from is None:
         return True
-    now, readable = embed_pictures(trainer, _sample(len(trainer.labels)))
-    distance = 1 - F.cosine_similarity(now, trainer.moved_from)
-    moved = float(distance[readable & distance.isfinite()].mean())
-    _LOGGER.info("epoch %d: embeddings have moved by %.4f", trainer.epoch, moved)
-    threshold: float = trainer.recluster_when_moved
-    return not moved < threshold
+    found = embed_pictures(trainer, _sample(len(trainer.labels)))
+
+    def have_moved() -> bool:
+        now, readable = _told(trainer, found)
+        distance = 1 - F.cosine_similarity(now, trainer.moved_from)
+        moved = float(distance[readable & distance.isfinite()].mean())
+        _LOGGER.info("epoch %d: embeddings have moved by %.4f", trainer.epoch, moved)
+        threshold: float = trainer.recluster_when_moved
+        return not moved < threshold
+
+    return on_first(have_moved, "comparing embeddings")
 
 
 def relabel(trainer: Any) -> None:
-    """Embed all pictures, cluster the readable ones, and hand over the pseudo-labels."""
-    embeddings, readable = embed_pictures(trainer)
-    rows = embeddings if readable.all() else embeddings[readable]
-    found = trainer.labeler(rows, trainer.centroids)
-    labels = torch.full((len(readable),), -1)
-    labels[readable] = found.labels.cpu().long()
-    trainer.set_pseudo_labels(labels, found.centroids)
-    trainer.embeddings = embeddings
-    trainer.moved_from = embeddings[_sample(len(labels))].clone()
-    _LOGGER.info(
-        "epoch %d: %d clusters, %d pictures are noise",
-        trainer.epoch,
-        len(found.centroids),
-        int((labels < 0).sum()),
-    )
+    """Embed all pictures, cluster the readable ones, and hand over the pseudo-labels.
+
+    Of many processes the first clusters; all end with its labels and centroids.
+    """
+    found = embed_pictures(trainer)
+    made: list[Tensor | None] = [None, None, None]
+
+    def cluster() -> None:
+        embeddings, readable = _told(trainer, found)
+        rows = embeddings if readable.all() else embeddings[readable]
+        clusters = trainer.labeler(rows, trainer.centroids)
+        labels = torch.full((len(readable),), -1)
+        labels[readable] = clusters.labels.cpu().long()
+        trainer.embeddings = embeddings
+        made[:] = labels, clusters.centroids, embeddings[_sample(len(labels))].clone()
+
+    on_first(cluster, "clustering")
+    labels, centroids, moved_from = from_first(made)
+    assert labels is not None
+    assert centroids is not None
+    check_same("pseudo-labels", [labels, centroids], "a network or memory is at fault, resume")
+    trainer.set_pseudo_labels(labels, centroids)
+    trainer.moved_from = moved_from
+    if is_first():
+        _LOGGER.info(
+            "epoch %d: %d clusters, %d pictures are noise",
+            trainer.epoch,
+            len(centroids),
+            int((labels < 0).sum()),
+        )
+
+
+def _told(trainer: Any, found: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Embeddings, NaN for pictures that cannot be read, and which can; those are told of."""
+    assert found is not None
+    embeddings, index = found
+    for unread in (-1 - index[index < 0]).tolist():
+        try:
+            trainer.dataset[unread]
+        except OSError as error:
+            trainer.unreadable.add(describe(unread, error))
+    embeddings[index < 0] = torch.nan
+    return embeddings, index >= 0
 
 
 def _sample(count: int) -> Tensor:

@@ -7,7 +7,9 @@ from typing import Any
 from pytorch_metric_learning.trainers import BaseTrainer
 from torch import Tensor
 
+from pml_tacl._distributed import highest, on_first
 from pml_tacl._interrupts import Interrupted, Signals
+from pml_tacl.trainers._together import equalise, restore_random, states_of_others
 from pml_tacl.trainers.checkpoint import (
     load_checkpoint,
     open_folder,
@@ -35,6 +37,8 @@ class Resumable(BaseTrainer):
     ) -> Path:
         """Write everything that :meth:`load_checkpoint` needs to go on as if never stopped.
 
+        In many processes all must call it; the first writes.
+
         Args:
             folder: the file is ``epoch_NNNN.pt`` in it, named by the epochs that have ended, or
                 ``epoch_NNNN_iteration_NNNNNN.pt`` within the next one.
@@ -51,7 +55,12 @@ class Resumable(BaseTrainer):
                 "save in end_of_epoch_hook"
             )
         self.extra.update(extra or {})
-        return save_checkpoint(folder, trainer_state(self), keep)
+        equalise(self)
+        others = states_of_others(self)
+        return on_first(
+            lambda: save_checkpoint(folder, trainer_state(self, others), keep),
+            "writing a checkpoint",
+        )
 
     def load_checkpoint(self, path: str | Path | None = None) -> dict[str, Any]:
         """Restore a checkpoint (a folder: its last readable one); train on from ``epoch + 1``.
@@ -67,7 +76,9 @@ class Resumable(BaseTrainer):
             ValueError: if it is damaged, or does not fit this trainer and its data set.
         """
         path = Path(path or self.checkpoint_folder or "checkpoints")
-        restore_trainer(self, load_checkpoint(path))
+        state = on_first(lambda: load_checkpoint(path), "reading a checkpoint")
+        restore_trainer(self, state)
+        restore_random(state, self.batch_size)
         self._own_folder = path if path.is_dir() else path.parent
         self._loaded_within_epoch = self.order is not None
         return self.extra
@@ -82,13 +93,18 @@ class Resumable(BaseTrainer):
         if not self._loaded_within_epoch:
             self.ended, self.done, self.order = start_epoch - 1, 0, None
         folder = self.checkpoint_folder
-        if folder is not None and open_folder(folder, self._own_folder, (self.ended, self.done)):
+        place = (self.ended, self.done)
+        if folder is not None and on_first(
+            lambda: open_folder(folder, self._own_folder, place), "opening checkpoint_folder"
+        ):
             self._save()  # or a crash in the first epoch would leave records without a checkpoint
 
     def _between_iterations(self, due: bool) -> None:
         """Save if it is time to, or if the training is asked to end; then end it."""
-        signum = self._signals.received
-        if self.checkpoint_folder is None or not (due or signum):
+        if self.checkpoint_folder is None:
+            return
+        signum = highest(self._signals.received or 0)  # all processes stop after one iteration
+        if not (due or signum):
             return
         self.look_at_losses()  # a model that has diverged must not take the place of a sound one
         path = self._save()

@@ -7,6 +7,7 @@ from pytorch_metric_learning.losses import SelfSupervisedLoss
 from torch import Tensor, nn
 
 from pml_tacl._centroids import Centroids
+from pml_tacl._exchange import mean_loss
 from pml_tacl.losses import AttentionConsistencyLoss
 from pml_tacl.trainers._forward import Features
 from pml_tacl.trainers._views import Batch
@@ -16,8 +17,10 @@ class Step(NamedTuple):
     """What the losses of one step see.
 
     Attributes:
-        features: of (views, transformed views), 2N images.
-        batch: the N pictures.
+        features: of (views, transformed views), 2N images of this process.
+        batch: its N pictures.
+        embeddings: (2M, D) of all processes' M pictures, both views.
+        labels: (M,) of them.
         weights: (N, H*W) of the cells, or None.
         pairs: what the tuple miner found among the embeddings, or None.
         attention_miner: feature maps and labels of the first views -> pairs, or None.
@@ -26,6 +29,8 @@ class Step(NamedTuple):
 
     features: Features
     batch: Batch
+    embeddings: Tensor
+    labels: Tensor
     weights: Tensor | None
     pairs: Any
     attention_miner: nn.Module | None
@@ -35,12 +40,12 @@ class Step(NamedTuple):
 def loss_of(loss_func: nn.Module, step: Step) -> Any:
     """A loss of the step: each kind of loss gets what it understands."""
     if isinstance(loss_func, AttentionConsistencyLoss):
-        return _attention_loss(loss_func, step)
+        return mean_loss(_attention_loss(loss_func, step))
     if isinstance(loss_func, SelfSupervisedLoss):
-        return loss_func(*step.features.embeddings.chunk(2))
+        return loss_func(*step.embeddings.chunk(2))
     # Centres say themselves what is hard; a miner's pairs are for the others.
     pairs = None if isinstance(loss_func, Centroids) else step.pairs
-    return loss_func(step.features.embeddings, torch.cat([step.batch.labels] * 2), pairs)
+    return loss_func(step.embeddings, torch.cat([step.labels] * 2), pairs)
 
 
 def _attention_loss(loss_func: AttentionConsistencyLoss, step: Step) -> Any:

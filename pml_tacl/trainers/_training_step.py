@@ -7,8 +7,10 @@ from pytorch_metric_learning.trainers import BaseTrainer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from pml_tacl._exchange import gather_batch
 from pml_tacl.trainers._forward import forward_in_chunks, forward_of
 from pml_tacl.trainers._steps import Step, loss_of
+from pml_tacl.trainers._together import begin_together, sum_gradients
 from pml_tacl.trainers._views import Batch, swap_surroundings
 
 _LOOK_EVERY = 10  # iterations: reading a loss makes the CPU wait for a GPU
@@ -19,6 +21,7 @@ class TrainingStep(BaseTrainer):
 
     def set_up_step(self, whole: nn.Module, compiled: bool, ema_decay: float | None) -> None:
         """What an iteration needs besides PML's own parts."""
+        begin_together(self)
         device = torch.device(self.data_device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype is torch.float16)
         self.look_every = 1 if device.type == "cpu" else _LOOK_EVERY
@@ -60,15 +63,18 @@ class TrainingStep(BaseTrainer):
             features = forward_in_chunks(
                 self.forward_features, images, self.accumulation_steps, list(self.models.values())
             )
-            pairs = self.maybe_mine_embeddings(features.embeddings, torch.cat([labels, labels]))
+            embeddings, labels = gather_batch(features.embeddings, 2), gather_batch(labels)
+            pairs = self.maybe_mine_embeddings(embeddings, torch.cat([labels, labels]))
             miner, warming_up = self.mining_funcs.get("attention_miner"), self.centroids is None
-            step = Step(features, curr_batch, weights, pairs, miner, warming_up)
+            seen = (features, curr_batch, embeddings, labels)
+            step = Step(*seen, weights, pairs, miner, warming_up)
             for name, loss_func in self.loss_funcs.items():
                 if self.loss_weights[name] != 0:
                     self.losses[name] = loss_of(loss_func, step)
 
     def backward(self) -> None:
         self.scaler.scale(self.losses["total_loss"]).backward()
+        sum_gradients(self)
         for name, value in self.losses.items():  # the graph has done its work
             self.losses[name] = value.detach() if isinstance(value, Tensor) else value
         if self.look_every == 1:  # else a GPU would have to be waited for

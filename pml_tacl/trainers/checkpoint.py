@@ -3,6 +3,7 @@
 import logging
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pml_tacl._distributed import is_first
 from pml_tacl._files import written_whole
 from pml_tacl.runs import versions
 from pml_tacl.trainers._records import records_state, restore_records
@@ -178,8 +180,14 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def trainer_state(trainer: Any) -> dict[str, Any]:
-    """What an :class:`UnsupervisedTrainer` needs to go on as if it had never stopped."""
+def trainer_state(trainer: Any, others: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """What an :class:`UnsupervisedTrainer` needs to go on as if it had never stopped.
+
+    Args:
+        trainer: that of the first process.
+        others: "random" and "unreadable" of each of the other processes.
+    """
+    unreadable = trainer.unreadable.known.union(*(other["unreadable"] for other in others))
     state: dict[str, Any] = {
         kind: {name: thing.state_dict() for name, thing in getattr(trainer, kind).items()}
         for kind in _SAVED
@@ -193,13 +201,14 @@ def trainer_state(trainer: Any) -> dict[str, Any]:
         "labels": trainer.labels,
         "centroids": trainer.centroids,
         "moved_from": trainer.moved_from,
-        "unreadable": sorted(trainer.unreadable.known),
+        "unreadable": sorted(unreadable),
         "extra": dict(trainer.extra),
         "counters": {name: _counters(loss) for name, loss in trainer.loss_funcs.items()},
         "scaler": trainer.scaler.state_dict(),
         "ema": trainer.average and trainer.average.state_dict(),
         "records": trainer.record_keeper and records_state(trainer.record_keeper),
         "random": random_state(),
+        "others": list(others),
         "config": {name: getattr(trainer, name) for name in _CONFIG},
         "versions": versions(),
     }
@@ -215,7 +224,7 @@ def _counters(loss: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def restore_trainer(trainer: Any, state: dict[str, Any]) -> None:
-    """Undo :func:`trainer_state`.
+    """Undo :func:`trainer_state`, but for the random state.
 
     Raises:
         ValueError: if the state is of another number of pictures, of other losses, or within an
@@ -235,9 +244,8 @@ def restore_trainer(trainer: Any, state: dict[str, Any]) -> None:
     trainer.scaler.load_state_dict(state["scaler"])
     if trainer.average is not None:
         trainer.average.load_state_dict(state["ema"])
-    if trainer.record_keeper is not None and state["records"] is not None:
+    if trainer.record_keeper is not None and state["records"] is not None and is_first():
         restore_records(trainer.record_keeper, state["records"])
-    set_random_state(state["random"])
     changed = {
         name: f"{name} {state['versions'].get(name)} (now {now})"
         for name, now in versions().items()

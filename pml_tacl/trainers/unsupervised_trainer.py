@@ -10,12 +10,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from pml_tacl._centroids import Centroids
+from pml_tacl._distributed import agree, is_first, world_size
 from pml_tacl._interrupts import Signals
 from pml_tacl.clustering import PseudoLabeler
 from pml_tacl.trainers._arguments import check_arguments, check_clusters
 from pml_tacl.trainers._clusters import clustering_is_due, relabel
-from pml_tacl.trainers._order import draw_order, make_loader
+from pml_tacl.trainers._order import make_loader
 from pml_tacl.trainers._resumable import Resumable
+from pml_tacl.trainers._together import draw_together, equalise, share_of
 from pml_tacl.trainers._training_step import TrainingStep
 from pml_tacl.trainers._unreadable import Unreadable
 from pml_tacl.trainers._views import Batch, TwoViews
@@ -38,7 +40,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         models: an :class:`AttentionEmbedder`, or {"trunk": ..., "embedder": ...}.
         optimizers: one optimizer of all parameters, or {"trunk_optimizer": ...,
             "embedder_optimizer": ...}.
-        batch_size: pictures in a batch; each comes in two views.
+        batch_size: pictures in a batch, of all processes together; each comes in two views.
         loss_funcs: named losses, added up: an AttentionConsistencyLoss gets feature maps and
             points, PML's SelfSupervisedLoss the two views, any other the embeddings of both
             views with their pseudo-labels.
@@ -82,7 +84,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         labels: pseudo-labels (N,), -1 for noise. Each picture's own before the first clustering.
         centroids: (K, D), or None before the first clustering.
         embeddings: (N, D) of the last embedding pass, NaN for unreadable pictures; not kept in
-            checkpoints.
+            checkpoints, and only on the first of many processes.
         extra: a dict of tensors, numbers, strings and containers of the user's, kept in
             checkpoints.
 
@@ -149,6 +151,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             miners=mining_funcs,
             weights=weights,
             losses=loss_funcs,
+            processes=world_size(),
         )
         self.transform, self.eval_transform, self.labeler = transform, eval_transform, labeler
         self.images_per_cluster, self.warmup_epochs = images_per_cluster, warmup_epochs
@@ -208,7 +211,8 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
                 self.step_lr_schedulers(end_of_epoch=True)
                 self.zero_losses()
                 self.ended, self.done, self.order = epoch, 0, None
-                self.stopped = self.end_of_epoch_hook(self) is False
+                equalise(self)
+                self.stopped = agree(self.end_of_epoch_hook(self) is False)
                 self._between_iterations(due=True)
         self.stopped = False
 
@@ -226,7 +230,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             initial=self.done * self.batch_size,
             desc=f"epoch {self.epoch}/{num_epochs}",
             unit="img",
-            disable=not self.progress,
+            disable=not (self.progress and is_first()),
         ) as bar:
             for iteration in range(self.done, self.iterations_per_epoch):
                 self.iteration = iteration
@@ -272,19 +276,12 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         A loader already running would hand out old pseudo-labels.
         """
         if not self._loaded_within_epoch or self.order is None:
-            size, clustered = (
-                self.iterations_per_epoch * self.batch_size,
-                self.centroids is not None,
-            )
-            self.order, self.done = (
-                draw_order(self.labels, clustered, size, self.images_per_cluster, self.batch_size),
-                0,
-            )
+            self.order, self.done = draw_together(self), 0
         self._loaded_within_epoch = False
         self.dataloader = make_loader(
             TwoViews(self.dataset, self.transform, self.labels),
-            self.order[self.done * self.batch_size :],
-            self.batch_size,
+            share_of(self.order[self.done * self.batch_size :], self.batch_size),
+            self.batch_size // world_size(),
             num_workers=self.dataloader_num_workers,
             collate_fn=self.collate_fn,
             pin_memory=torch.device(self.data_device).type == "cuda",

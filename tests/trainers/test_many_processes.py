@@ -1,5 +1,6 @@
 """Processes that train together: what they exchange, what they agree on, what ends them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,12 +9,15 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pytorch_metric_learning.losses import MultiSimilarityLoss
+from pytorch_metric_learning.miners import MultiSimilarityMiner
 from torch import distributed, multiprocessing, nn
 
-from pml_tacl import ContrastiveClusteringLoss
+from pml_tacl import AttentionConsistencyMiner, ContrastiveClusteringLoss
 from pml_tacl._distributed import (
     ProcessLost,
     agree,
@@ -34,6 +38,10 @@ from pml_tacl._exchange import (
     shard,
     total,
 )
+from pml_tacl.search import PictureIndex
+from pml_tacl.trainers.checkpoint import checkpoints
+
+from .small import Pictures, make_model, make_trainer
 
 ROOT = Path(__file__).parents[2]
 COUNTS = [(1, 4), (7, 2), (8, 4), (23, 3)]  # rows and rows at once: some process may get none
@@ -210,17 +218,138 @@ def test_shards_hold_each_row_once_in_batches_of_one_process(monkeypatch, world,
         assert [b.tolist() for b in cut] == [b.tolist() for b in batches]
 
 
-WAITING = """
-import os, sys, time
+def exact_trainer(**kwargs):
+    """All that must not change the mathematics, and no BatchNorm, which would."""
+    model = make_model(backbone="test_efficientnet_ln")
+    settings = {
+        "mining_funcs": {
+            "tuple_miner": MultiSimilarityMiner(),
+            "attention_miner": AttentionConsistencyMiner(),
+        },
+        "optimizers": torch.optim.AdamW(model.parameters(), 1e-3),
+        "accumulation_steps": 2,
+        "ema_decay": 0.5,
+        "dataset": Pictures(100),
+        "iterations_per_epoch": 3,
+        "gradient_clippers": {
+            "trunk_grad_clipper": lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        },
+    }
+    return make_trainer(model, **{**settings, **kwargs})
+
+
+def weights_of(trainer):
+    states = [*(m.state_dict() for m in trainer.models.values()), trainer.average.state_dict()]
+    return [value.clone() for state in states for value in state.values() if value.numel()]
+
+
+def first_epochs(trainer, epochs=2):
+    """Labels, losses and weights at the end of each epoch."""
+    found = []
+
+    def note(trainer):
+        found.append([trainer.labels, trainer.centroids, *weights_of(trainer)])
+
+    trainer.end_of_epoch_hook = note
+    losses = []
+    trainer.end_of_iteration_hook = lambda t: losses.append(
+        [float(value) for value in t.losses.values()]
+    )
+    trainer.train(start_epoch=trainer.epoch + 1, num_epochs=epochs)
+    return found, losses
+
+
+def noise(embeddings, initial_centroids=None):
+    raise ValueError("all embeddings are noise")
+
+
+def training(number, world, folder):
+    join(number, world, folder)
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    found = {}
+    found["epochs"], found["losses"] = first_epochs(
+        exact_trainer(checkpoint_folder=f"{folder}/run", keep=9)
+    )
+    torch.manual_seed(2 + number)  # whatever another process would have drawn
+    again = exact_trainer(checkpoint_folder=f"{folder}/run", keep=9)
+    again.load_checkpoint(f"{folder}/run/epoch_0001.pt")
+    found["again"], _ = first_epochs(again)
+
+    with_statistics = make_trainer(batch_size=16, images_per_cluster=4)
+    with_statistics.train(num_epochs=1)
+    found["statistics"] = [b.clone() for b in with_statistics.models["trunk"].buffers()]
+    found["labeler"] = message(lambda: exact_trainer(labeler=noise).train(), ValueError)
+    other = {"iterations_per_epoch": 2 + number}
+    found["settings"] = message(lambda: exact_trainer(**other), ValueError)
+    found["batch"] = message(lambda: exact_trainer(batch_size=6), ValueError)
+    found["stopped"] = make_stop(number)
+    leave(found, folder)
+
+
+def make_stop(number):
+    """How many epochs are trained if the hook of the last process alone says stop in epoch 2."""
+    trainer = exact_trainer(
+        end_of_epoch_hook=lambda t: not (number and t.epoch == 2), iterations_per_epoch=1
+    )
+    trainer.train(num_epochs=4)
+    return trainer.epoch
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    first, second = together(training, 2, tmp_path)
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    one, losses = first_epochs(exact_trainer(checkpoint_folder=tmp_path / "one", keep=9))
+    # Pseudo-labels of epoch 1 come from the same weights, in every bit.
+    assert torch.equal(first["epochs"][0][0], one[0][0])
+    assert torch.equal(first["epochs"][0][1], one[0][1])
+    torch.testing.assert_close(
+        torch.tensor(first["losses"][:3]), torch.tensor(losses[:3]), rtol=1e-4, atol=1e-5
+    )
+    initial = weights_of(exact_trainer())
+    for got, want, before in zip(first["epochs"][0][2:], one[0][2:], initial, strict=True):
+        if want.is_floating_point():  # Adam makes a full step of a gradient that is but rounding
+            assert (got - want).abs().mean() < 0.02 * (want - before).abs().mean() + 1e-7
+    # Both processes have the same of everything, and so has a resumed training.
+    for mine, yours in zip(first["epochs"], second["epochs"], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, yours, strict=True))
+    for found in (first, second):
+        assert all(
+            torch.equal(a, b) for a, b in zip(found["again"][0], first["epochs"][1], strict=True)
+        )
+        assert found["losses"] == first["losses"]
+        assert found["stopped"] == 2
+        assert "settings of process 1 differ from process 0's: start all" in found["settings"]
+        assert "batch_size=6 is of all 2 processes" in found["batch"]
+        assert "give a multiple of 4, or fewer processes" in found["batch"]
+    assert first["labeler"] == "ValueError: all embeddings are noise"
+    assert second["labeler"] == f"{first['labeler']} (in clustering on process 0)"
+    assert len(first["statistics"]) > 0
+    for mine, yours in zip(first["statistics"], second["statistics"], strict=True):
+        assert torch.equal(mine, yours)
+    # One process goes on with what two have saved.
+    alone = exact_trainer(checkpoint_folder=tmp_path / "run", keep=9)
+    alone.load_checkpoint(tmp_path / "run" / "epoch_0001.pt")
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights_of(alone), first["epochs"][0][2:], strict=True)
+    )
+    ((labels, *_),) = first_epochs(alone)[0]
+    assert torch.equal(labels, first["epochs"][1][0])
+
+
+TRAINING = """
+import sys
 from pml_tacl import runs
-from pml_tacl._distributed import agree, on_first, rank, session
+from pml_tacl.processes import is_first, session
+from tests.trainers.small import make_trainer
 with session(), runs.one_line_errors():
-    agree(False)
-    on_first(lambda: None, "meeting")
-    print("met", flush=True)
-    if rank() == 1:
-        time.sleep(600)
-    {waits}
+    begun = "--resume" in sys.argv
+    trainer = make_trainer(checkpoint_folder=sys.argv[1], end_of_iteration_hook=lambda t: print(
+        f"epoch {t.epoch} of {t.ended}", flush=True))
+    if begun:
+        trainer.load_checkpoint()
+    trainer.train(trainer.epoch + 1, 100_000)
 """
 
 
@@ -261,22 +390,92 @@ def wait_for(text, path, processes):
     raise AssertionError(f"{text!r} did not come: {path.read_text()}")
 
 
-@pytest.mark.parametrize("waits", ["agree(False)", "on_first(lambda: None, 'clustering')"])
-def test_a_killed_process_ends_the_other_with_one_line(waits, store, tmp_path):
-    code = WAITING.format(waits=waits)
-    survivor, killed = begin([sys.executable, "-c", code], 2, store, tmp_path)
-    try:
-        wait_for("met", tmp_path / "1.log", [killed])
-        killed.send_signal(signal.SIGKILL)
-        assert survivor.wait(timeout=120) != 0
-    finally:
-        for process in (survivor, killed):
-            process.kill()
-            process.wait()
+@pytest.fixture
+def processes():
+    started = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def last_lines(folder):
+    return [(folder / f"{number}.log").read_text().splitlines()[-1] for number in (0, 1)]
+
+
+def test_signals_save_once_and_a_killed_process_ends_the_others(store, processes, tmp_path):
+    command = [sys.executable, "-c", TRAINING, str(tmp_path / "run")]
+    processes += begin(command, 2, store, tmp_path)
+    wait_for("epoch 3 of", tmp_path / "0.log", processes)
+    for process in processes:  # as torchrun passes it on
+        process.send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=300) for process in processes] == [143, 143]
+    for line in last_lines(tmp_path):
+        assert line.startswith("stopped by SIGTERM: saved at"), line
+    saved = [path.name for path in checkpoints(tmp_path / "run")]
+    assert len(saved) == len(list((tmp_path / "run").iterdir())) == 2  # keep=2, nothing else
+    ended = int(saved[-1][6:10])
+
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    resumed = begin([*command, "--resume"], 2, store, tmp_path)
+    processes += resumed
+    wait_for(f"epoch {ended + 3} of", tmp_path / "0.log", resumed)
+    resumed[1].send_signal(signal.SIGKILL)
+    assert resumed[0].wait(timeout=300) == 1
     lines = (tmp_path / "0.log").read_text().splitlines()
-    assert [line for line in lines if "lost another of the 2 processes" in line] == [lines[-1]]
-    assert lines[-1].startswith("error: process 0 lost")
-    assert "Traceback" not in "".join(lines)
+    said = [line for line in lines if not line.startswith("epoch ")]
+    assert len(said) == 1, said
+    assert said[0].startswith("error: process 0 lost another of the 2 processes while")
+    assert said[0].endswith("resume from the last checkpoint")
+    assert int(checkpoints(tmp_path / "run")[-1].name[6:10]) >= ended + 2
+
+
+def test_waiting_for_the_first_process_ends_when_it_is_killed(store, processes, tmp_path):
+    code = """
+import time
+from pml_tacl import runs
+from pml_tacl._distributed import agree, on_first, rank, session
+with session(), runs.one_line_errors():
+    agree(False)
+    print("met", flush=True)
+    on_first(lambda: time.sleep(600), "clustering")
+"""
+    processes += begin([sys.executable, "-c", code], 2, store, tmp_path)
+    for number in (0, 1):
+        wait_for("met", tmp_path / f"{number}.log", processes)
+    processes[0].send_signal(signal.SIGKILL)
+    assert processes[1].wait(timeout=300) == 1
+    lines = (tmp_path / "1.log").read_text().splitlines()
+    assert len(lines) == 2
+    assert "process 1 lost another of the 2 processes while waiting for clustering" in lines[1]
+
+
+def test_torchrun_trains_a_folder_and_writes_it_once(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        path = tmp_path / "pictures" / str(number % 4) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cells = rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)
+        Image.fromarray(cells).resize((40, 50)).save(path)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = [ROOT / "examples" / "train_folder.py", tmp_path / "pictures"]
+    script += ["--backbone=test_resnet", "--weights=none", "--image-size=32", "--batch-size=8"]
+    script += ["--epochs=1", "--warmup-epochs=0", "--workers=0", "--embedding-dim=16"]
+    script += [f"--eval-folder={tmp_path / 'pictures'}", f"--run={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [*launch, "--", *map(str, script)],  # --run alone torchrun would take for its own
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("24 pictures indexed") == 1
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert 0 < metrics["after"]["recall_at_1"] <= 1
+    assert len(PictureIndex.load(tmp_path / "run")) == 24
+    rows = (tmp_path / "run" / "records" / "loss_histories.csv").read_text().splitlines()
+    assert len(rows) == 1 + 1  # a header, and the first iteration of the epoch
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
