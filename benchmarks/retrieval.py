@@ -24,10 +24,13 @@ from retrieval_parts.running import run
 from pml_tacl import runs
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> None:
     args = arguments().parse_args()
+    # A look in five minutes is nothing to keep beside what is published.
+    args.results = args.results or (Path("runs/retrieval") if args.command == "quick" else RESULTS)
     if args.command == "page":
         write(args.results, args.output, args.output.parent / "images", args.split)
         print(args.output)
@@ -76,7 +79,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="archives and pictures")
     parser.add_argument("--data-root", type=Path, help="folder with cub/, cars196/, sop/, inshop/")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--results", type=Path, help="folder of the results")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="one configuration, on validation")
     one.add_argument("method", choices=METHODS)

@@ -144,10 +144,22 @@ def test_busy_pictures_have_grounds_of_their_own(packages):
 
 def test_an_archive_that_npm_does_not_have_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(emoji.shutil, "which", lambda _: None)
-    with pytest.raises(RuntimeError, match="some@1 is fetched with npm: install it"):
+    with pytest.raises(OSError, match="some@1 is fetched with npm: install it"):
         emoji.fetch("some", "1", tmp_path)
     (tmp_path / "scope-some-1.tgz").write_bytes(b"")
     assert emoji.fetch("@scope/some", "1", tmp_path).name == "scope-some-1.tgz"
+
+
+def test_drawings_in_svg_are_rendered_where_that_is_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(ImportError, match="drawings are SVG: pip install resvg-py"):
+        emoji._open(b"<svg/>", "svg")
+    asked = {}
+    fake = type(sys)("resvg_py")
+    fake.svg_to_bytes = lambda **how: (asked.update(how), list(png(picture(1))))[1]
+    monkeypatch.setitem(sys.modules, "resvg_py", fake)
+    assert emoji._open(b"<svg/>", "svg").mode == "RGBA"
+    assert asked == {"svg_string": "<svg/>", "width": emoji.SIDE, "height": emoji.SIDE}
 
 
 def test_thirds_cover_every_class_once():

@@ -24,8 +24,10 @@ _SHARE_OF_PHOTOGRAPHS = 0.7
 
 @functools.cache
 def _photographs() -> tuple[Image.Image, ...]:
-    from skimage import data
-
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise ImportError("photographs are scikit-image's: pip install scikit-image") from error
     return tuple(Image.fromarray(getattr(data, n)()).convert("RGB") for n in _PHOTOGRAPHS)
 
 

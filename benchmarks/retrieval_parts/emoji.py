@@ -28,13 +28,13 @@ def fetch(package: str, version: str, cache: Path) -> Path:
     """The package's archive, from the cache or through npm.
 
     Raises:
-        RuntimeError: if npm is missing or gives no such package.
+        OSError: if npm is missing or gives no such package.
     """
     target = cache / f"{package.replace('@', '').replace('/', '-')}-{version}.tgz"
     if target.is_file():
         return target
     if shutil.which("npm") is None:
-        raise RuntimeError(f"{package}@{version} is fetched with npm: install it, or put {target}")
+        raise OSError(f"{package}@{version} is fetched with npm: install it, or put {target}")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         command = ["npm", "pack", f"{package}@{version}", "--pack-destination", folder]
@@ -42,7 +42,7 @@ def fetch(package: str, version: str, cache: Path) -> Path:
         found = list(Path(folder).glob("*.tgz"))
         if done.returncode or len(found) != 1:
             last = (done.stderr.strip() or "no archive").splitlines()[-1]
-            raise RuntimeError(f"npm pack {package}@{version} failed: {last}")
+            raise OSError(f"npm pack {package}@{version} failed: {last}")
         found[0].replace(target)
     return target
 
@@ -104,8 +104,10 @@ def _read(archive: Path, folder: str, ending: str) -> dict[str, bytes]:
 
 def _open(data: bytes, ending: str) -> Image.Image:
     if ending == "svg":
-        import resvg_py  # of all sets only one is not in pixels
-
+        try:
+            import resvg_py  # of all sets only one is not in pixels
+        except ImportError as error:
+            raise ImportError("OpenMoji's drawings are SVG: pip install resvg-py") from error
         data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=SIDE, height=SIDE))
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     if max(image.size) > SIDE:

