@@ -47,6 +47,7 @@ def train(processes: int, seed: int, folder: Path, pictures: Path, labelled: Pat
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        start.append("--")  # or torchrun would take --run for an option of its own
     command = [*start, *script, f"--eval-folder={labelled}", f"--seed={seed}", *SETTINGS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     before = time.perf_counter()
@@ -105,10 +106,10 @@ def report(results: list[dict], count: int) -> str:
     ]
     return f"""# One training in many processes
 
-    torchrun --nproc-per-node 4 examples/train_folder.py IMAGES --batch-size 128
+    torchrun --nproc-per-node 4 -- examples/train_folder.py IMAGES --batch-size 128
 
 trains as `python examples/train_folder.py IMAGES --batch-size 128` does: what differs is who does \
-what, and the last bits of sums.
+what, and the last bits of sums. Without the `--`, torchrun takes `--run` for an option of its own.
 
 - `--batch-size` is the batch of all processes together; it must divide into their number times \
 `images_per_cluster`. The first process draws the order of an epoch, and each takes its share of \
@@ -128,11 +129,13 @@ those of a process's share, and running statistics become their mean before each
 evaluation and checkpoint.
 - `SurroundingsSwap` swaps among the pictures of a process, and random miners draw in each: these \
 differ from one process, by chance and not by kind.
-- The first process evaluates, prints, and writes records and checkpoints. A checkpoint resumes \
-with any number of processes that divides the batch; with the same number it goes on as if never \
-stopped.
+- The first process alone calls the hooks, evaluates, prints, and writes records and checkpoints. \
+A checkpoint resumes with any number of processes that divides the batch; with the same number it \
+goes on as if never stopped.
 - A process that dies ends the others, each with a line; an error of the first in clustering or \
 writing is raised on all.
+- Ctrl-C or SIGTERM to torchrun reaches all: they end after the same iteration, with one \
+checkpoint. torchrun waits 30 seconds for that (its `--shutdown-timeout`) before it kills.
 
 ## Measured
 

@@ -1,7 +1,7 @@
 """Train an embedding on a folder of pictures, without labels, and index the pictures by it.
 
     python examples/train_folder.py IMAGES --backbone resnet50
-    torchrun --nproc-per-node 4 examples/train_folder.py IMAGES --batch-size 128
+    torchrun --nproc-per-node 4 -- examples/train_folder.py IMAGES --batch-size 128
 
 Writes runs/folder/: the model, embeddings.npy, files.json and index.faiss for search.py,
 metrics.json, figures, records, and a checkpoint of each epoch. The same script runs on a GPU if
@@ -134,14 +134,12 @@ def main() -> None:
             )
 
     def end_iteration(trainer: UnsupervisedTrainer) -> None:
-        if is_first():
-            hooks.end_of_iteration_hook(trainer)
+        hooks.end_of_iteration_hook(trainer)
         for name, value in trainer.losses.items():
             trainer.extra["history"].setdefault(name, []).append(float(value))
 
     def end_epoch(trainer: UnsupervisedTrainer) -> None:
-        if is_first():
-            hooks.record_keeper.save_records()
+        hooks.record_keeper.save_records()
 
     groups = model.parameter_groups(args.learning_rate, 10 * args.learning_rate)
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-2)

@@ -29,6 +29,7 @@ class Resumable(BaseTrainer):
         self.order: Tensor | None = None  # of the epoch that runs
         self.stopped = False
         self._within_step = self._loaded_within_epoch = False
+        self.others: list[dict[str, Any]] | None = None  # of the other processes, in a hook
         self._own_folder: Path | None = None
         self._signals = Signals(active=False)
 
@@ -37,7 +38,7 @@ class Resumable(BaseTrainer):
     ) -> Path:
         """Write everything that :meth:`load_checkpoint` needs to go on as if never stopped.
 
-        In many processes all must call it; the first writes.
+        In many processes all must call it, or a hook; the first writes.
 
         Args:
             folder: the file is ``epoch_NNNN.pt`` in it, named by the epochs that have ended, or
@@ -55,6 +56,8 @@ class Resumable(BaseTrainer):
                 "save in end_of_epoch_hook"
             )
         self.extra.update(extra or {})
+        if self.others is not None:  # in a hook of the first process
+            return save_checkpoint(folder, trainer_state(self, self.others), keep)
         equalise(self)
         others = states_of_others(self)
         return on_first(

@@ -7,7 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from pml_tacl._distributed import check_same, is_first, naming, patient, rank, world_size
+from pml_tacl._distributed import (
+    check_same,
+    is_first,
+    naming,
+    on_first,
+    patient,
+    rank,
+    world_size,
+)
 from pml_tacl._exchange import equal_to_first, equalise_buffers, from_first, total
 from pml_tacl.trainers._order import draw_order
 from pml_tacl.trainers.checkpoint import random_state, set_random_state
@@ -41,6 +49,19 @@ def sum_gradients(trainer: Any) -> None:
     for modules, divisor in ((trainer.models, 1), (trainer.loss_funcs, world_size())):
         parameters = [p for module in modules.values() for p in module.parameters()]
         total([p.grad for p in parameters if p.grad is not None], divisor)
+
+
+def end_of_epoch(trainer: Any) -> bool:
+    """Call end_of_epoch_hook, in the first process alone; whether it ends the training.
+
+    All else that a checkpoint needs is gathered before: the hook may save one.
+    """
+    equalise(trainer)
+    trainer.others = states_of_others(trainer)
+    try:
+        return on_first(lambda: trainer.end_of_epoch_hook(trainer) is False, "end_of_epoch_hook")
+    finally:
+        trainer.others = None
 
 
 def equalise(trainer: Any) -> None:

@@ -10,14 +10,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from pml_tacl._centroids import Centroids
-from pml_tacl._distributed import agree, is_first, world_size
+from pml_tacl._distributed import is_first, world_size
 from pml_tacl._interrupts import Signals
 from pml_tacl.clustering import PseudoLabeler
 from pml_tacl.trainers._arguments import check_arguments, check_clusters
 from pml_tacl.trainers._clusters import clustering_is_due, relabel
 from pml_tacl.trainers._order import make_loader
 from pml_tacl.trainers._resumable import Resumable
-from pml_tacl.trainers._together import draw_together, equalise, share_of
+from pml_tacl.trainers._together import draw_together, end_of_epoch, share_of
 from pml_tacl.trainers._training_step import TrainingStep
 from pml_tacl.trainers._unreadable import Unreadable
 from pml_tacl.trainers._views import Batch, TwoViews
@@ -35,6 +35,9 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
     clusters are the pseudo-labels of the epoch, and a new sampler and loader draw by them.
     Both views of a picture share its pseudo-label. During ``warmup_epochs`` every picture is a
     cluster of its own. After Li et al. 2020; definition ours.
+
+    In many processes (:mod:`pml_tacl.processes`) the trainers train together, as one; hooks are
+    called in the first process alone.
 
     Args:
         models: an :class:`AttentionEmbedder`, or {"trunk": ..., "embedder": ...}.
@@ -211,8 +214,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
                 self.step_lr_schedulers(end_of_epoch=True)
                 self.zero_losses()
                 self.ended, self.done, self.order = epoch, 0, None
-                equalise(self)
-                self.stopped = agree(self.end_of_epoch_hook(self) is False)
+                self.stopped = end_of_epoch(self)
                 self._between_iterations(due=True)
         self.stopped = False
 
@@ -236,7 +238,8 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
                 self.iteration = iteration
                 self._within_step = True
                 self.forward_and_backward()
-                self.end_of_iteration_hook(self)
+                if is_first():
+                    self.end_of_iteration_hook(self)
                 self.step_lr_schedulers(end_of_epoch=False)
                 self._within_step = False
                 self.done = iteration + 1

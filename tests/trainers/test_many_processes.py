@@ -39,7 +39,7 @@ from pml_tacl._exchange import (
     total,
 )
 from pml_tacl.search import PictureIndex
-from pml_tacl.trainers.checkpoint import checkpoints
+from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
 
 from .small import Pictures, make_model, make_trainer
 
@@ -256,7 +256,7 @@ def first_epochs(trainer, epochs=2):
         [float(value) for value in t.losses.values()]
     )
     trainer.train(start_epoch=trainer.epoch + 1, num_epochs=epochs)
-    return found, losses
+    return found, losses, [trainer.labels, trainer.centroids, *weights_of(trainer)]
 
 
 def noise(embeddings, initial_centroids=None):
@@ -268,13 +268,12 @@ def training(number, world, folder):
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
     found = {}
-    found["epochs"], found["losses"] = first_epochs(
-        exact_trainer(checkpoint_folder=f"{folder}/run", keep=9)
-    )
+    trainer = exact_trainer(checkpoint_folder=f"{folder}/run", keep=9)
+    found["epochs"], found["losses"], found["end"] = first_epochs(trainer)
     torch.manual_seed(2 + number)  # whatever another process would have drawn
     again = exact_trainer(checkpoint_folder=f"{folder}/run", keep=9)
     again.load_checkpoint(f"{folder}/run/epoch_0001.pt")
-    found["again"], _ = first_epochs(again)
+    *_, found["again"] = first_epochs(again)
 
     with_statistics = make_trainer(batch_size=16, images_per_cluster=4)
     with_statistics.train(num_epochs=1)
@@ -283,15 +282,19 @@ def training(number, world, folder):
     other = {"iterations_per_epoch": 2 + number}
     found["settings"] = message(lambda: exact_trainer(**other), ValueError)
     found["batch"] = message(lambda: exact_trainer(batch_size=6), ValueError)
-    found["stopped"] = make_stop(number)
+    found["stopped"] = stop_and_save(number, folder)
     leave(found, folder)
 
 
-def make_stop(number):
-    """How many epochs are trained if the hook of the last process alone says stop in epoch 2."""
-    trainer = exact_trainer(
-        end_of_epoch_hook=lambda t: not (number and t.epoch == 2), iterations_per_epoch=1
-    )
+def stop_and_save(number, folder):
+    """How many epochs are trained if a hook says stop in epoch 2, and saves; who calls it."""
+
+    def hook(trainer):
+        (Path(folder) / f"called by {number} in {trainer.epoch}").touch()
+        trainer.save_checkpoint(f"{folder}/of a hook")
+        return trainer.epoch < 2
+
+    trainer = exact_trainer(end_of_epoch_hook=hook, iterations_per_epoch=1)
     trainer.train(num_epochs=4)
     return trainer.epoch
 
@@ -300,7 +303,7 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     first, second = together(training, 2, tmp_path)
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
-    one, losses = first_epochs(exact_trainer(checkpoint_folder=tmp_path / "one", keep=9))
+    one, losses, _ = first_epochs(exact_trainer(checkpoint_folder=tmp_path / "one", keep=9))
     # Pseudo-labels of epoch 1 come from the same weights, in every bit.
     assert torch.equal(first["epochs"][0][0], one[0][0])
     assert torch.equal(first["epochs"][0][1], one[0][1])
@@ -312,17 +315,19 @@ def test_two_processes_learn_what_one_learns(tmp_path):
         if want.is_floating_point():  # Adam makes a full step of a gradient that is but rounding
             assert (got - want).abs().mean() < 0.02 * (want - before).abs().mean() + 1e-7
     # Both processes have the same of everything, and so has a resumed training.
-    for mine, yours in zip(first["epochs"], second["epochs"], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(mine, yours, strict=True))
+    assert second["epochs"] == second["losses"] == []  # hooks are the first one's
     for found in (first, second):
-        assert all(
-            torch.equal(a, b) for a, b in zip(found["again"][0], first["epochs"][1], strict=True)
-        )
-        assert found["losses"] == first["losses"]
+        for end in (found["end"], found["again"]):
+            assert all(torch.equal(a, b) for a, b in zip(end, first["epochs"][1], strict=True))
         assert found["stopped"] == 2
         assert "settings of process 1 differ from process 0's: start all" in found["settings"]
         assert "batch_size=6 is of all 2 processes" in found["batch"]
         assert "give a multiple of 4, or fewer processes" in found["batch"]
+    called = sorted(path.name for path in tmp_path.glob("called by *"))
+    assert called == ["called by 0 in 1", "called by 0 in 2"]
+    state = load_checkpoint(tmp_path / "of a hook")
+    assert state["epoch"] == 2
+    assert len(state["others"]) == 1
     assert first["labeler"] == "ValueError: all embeddings are noise"
     assert second["labeler"] == f"{first['labeler']} (in clustering on process 0)"
     assert len(first["statistics"]) > 0
@@ -345,8 +350,8 @@ from pml_tacl.processes import is_first, session
 from tests.trainers.small import make_trainer
 with session(), runs.one_line_errors():
     begun = "--resume" in sys.argv
-    trainer = make_trainer(checkpoint_folder=sys.argv[1], end_of_iteration_hook=lambda t: print(
-        f"epoch {t.epoch} of {t.ended}", flush=True))
+    trainer = make_trainer(checkpoint_folder=sys.argv[1], end_of_epoch_hook=lambda t: print(
+        f"epoch {t.epoch} of", flush=True))
     if begun:
         trainer.load_checkpoint()
     trainer.train(trainer.epoch + 1, 100_000)
