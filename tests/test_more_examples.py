@@ -243,6 +243,34 @@ class TestMixLosses:
         assert [line.split(" R@1")[0].strip() for line in printed] == list(found)
 
 
+class TestSemiSupervised:
+    def test_known_labels_are_kept_and_sure_ones_guessed(self):
+        generator = torch.Generator().manual_seed(0)
+        truth = torch.arange(4).repeat_interleave(10)
+        embeddings = torch.eye(4, 8)[truth] + 0.05 * torch.randn(40, 8, generator=generator)
+        embeddings[9] = embeddings[19] = torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0])  # unsure
+        known = truth.where(torch.arange(40) % 10 < 3, -1)
+        labeler = script("semi_supervised").KnownAndSure(known, (0.0, 26 / 28, 1.0))
+        first, second, third, fourth = (labeler(embeddings).labels for _ in range(4))
+        assert torch.equal(first, known)
+        unsure = torch.zeros(40, dtype=torch.bool)
+        unsure[[9, 19]] = True
+        assert torch.equal(second, truth.where(~unsure, -1))
+        assert torch.equal(third[~unsure], truth[~unsure])
+        assert (third >= 0).all()
+        assert torch.equal(third, fourth)
+
+    def test_each_source_of_labels_gives_a_result(self, capsys):
+        small = {"CLASSES": 10, "WARMUP_EPOCHS": 1, "EPOCHS": 2, "SHARES": (0.0, 0.5)}
+        small |= {"BATCH_SIZE": 32, "WORKERS": 0}
+        found = script("semi_supervised", BACKBONE=NETWORK, **small).main()
+        assert len(found) == len(set(found.values())) == 4
+        assert all(0 < value <= 1 for value in found.values())
+        printed = capsys.readouterr().out
+        assert "30 of " in printed
+        assert all(f"{name:<26} R@1" in printed for name in found)
+
+
 class TestVit:
     def test_maps_at_both_sizes(self, tmp_path, capsys):
         small = {"CLASSES": 6, "EPOCHS": 1, "WORKERS": 0, "OUT": tmp_path}

@@ -1,0 +1,98 @@
+"""A few labels are known, the rest is guessed: a clusterer of one's own in the trainer.
+
+    python examples/semi_supervised.py
+
+Prints how well characters never seen are retrieved after learning from clusters alone, from the
+known labels alone, and from those with the labels that can be guessed.
+"""
+
+import copy
+
+import torch
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torchvision.transforms import v2
+
+import pml_tacl
+from pml_tacl import runs
+from pml_tacl.clustering import PseudoLabels, pseudo_labels_from
+from pml_tacl.datasets import Glyphs
+from pml_tacl.evaluation import evaluate
+
+CLASSES, KNOWN = 60, 3  # pictures of each class whose label is known
+WARMUP_EPOCHS, EPOCHS, BATCH_SIZE, LEARNING_RATE = 6, 6, 64, 5e-3
+SHARES = (0.0, 0.0, 0.0, 0.3, 0.5, 0.7)  # of the other pictures, guessed in each epoch
+WORKERS = 1  # processes that make the views
+BACKBONE = {"channels": [16, 32, 64, 128], "stem_width": 8, "output_stride": 16}
+
+
+class KnownLabels:
+    """Labels (N,) where they are known, -1 elsewhere: pictures of unknown label are noise."""
+
+    def __init__(self, known: Tensor) -> None:
+        self.known = known
+
+    def __call__(self, embeddings: Tensor, initial_centroids: Tensor | None = None) -> PseudoLabels:
+        return pseudo_labels_from(self.known, embeddings)
+
+
+class KnownAndSure(KnownLabels):
+    """Unknown pictures that are surely nearest to one class join it; the others are noise.
+
+    Sure are those with the widest gap between the nearest class centre and the second: a share of
+    them that grows from call to call. Known labels are always kept.
+    """
+
+    def __init__(self, known: Tensor, shares: tuple[float, ...]) -> None:
+        super().__init__(known)
+        self.shares = list(shares)
+
+    def __call__(self, embeddings: Tensor, initial_centroids: Tensor | None = None) -> PseudoLabels:
+        share = self.shares.pop(0) if len(self.shares) > 1 else self.shares[0]
+        centroids = super().__call__(embeddings).centroids  # of the known pictures of each class
+        nearest = (normalize(embeddings) @ centroids.T).topk(2)
+        gap = (nearest.values[:, 0] - nearest.values[:, 1]).masked_fill(self.known >= 0, -1)
+        sure = gap.topk(round(share * int((self.known < 0).sum()))).indices
+        labels = self.known.clone()
+        labels[sure] = nearest.indices[sure, 0]
+        return pseudo_labels_from(labels, embeddings)
+
+
+def main() -> dict[str, float]:
+    runs.seed_everything(0)
+    start = pml_tacl.AttentionEmbedder("resnet10t", 64, **BACKBONE)
+    train, test = Glyphs("train", num_classes=CLASSES), Glyphs("test", num_classes=CLASSES)
+    test.transform = start.transform(image_size=64)
+    affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), fill=220)
+    colour = v2.Compose([v2.ColorJitter(0.5, 0.5, 0.5), v2.RandomChannelPermutation()])
+    two_views = pml_tacl.SiameseTransform(64, 4, geometric=affine, photometric=colour, flip=False)
+
+    labels = torch.from_numpy(train.labels)
+    number = torch.arange(len(labels)) - torch.searchsorted(labels, labels)  # within its class
+    known = labels.where(number < KNOWN, -1)
+    clusters = pml_tacl.KMeansPseudoLabeler("auto")
+
+    def fit(model: nn.Module, labeler, epochs: int, warmup: int) -> float:
+        trainer = pml_tacl.UnsupervisedTrainer(
+            model, torch.optim.AdamW(model.parameters(), LEARNING_RATE), BATCH_SIZE,
+            {"pairs": MultiSimilarityLoss(), "ccl": pml_tacl.ContrastiveClusteringLoss()}, train,
+            transform=two_views, eval_transform=test.transform, labeler=labeler,
+            warmup_epochs=warmup, progress=False, dataloader_num_workers=WORKERS,
+        )  # fmt: skip
+        trainer.train(num_epochs=epochs)
+        return evaluate(model, test, metrics=["recall_at_1"], progress=False)["recall_at_1"]
+
+    found = {"two views alone": fit(start, clusters, WARMUP_EPOCHS, WARMUP_EPOCHS)}
+    sources = {"clusters": clusters, "known labels": KnownLabels(known)}
+    sources["known and sure labels"] = KnownAndSure(known, SHARES)
+    for name, labeler in sources.items():
+        found[name] = fit(copy.deepcopy(start), labeler, EPOCHS, 0)
+    print(f"{int((known >= 0).sum())} of {len(known)} labels are known")
+    for name, value in found.items():
+        print(f"{name:<26} R@1 {100 * value:5.1f}")
+    return found
+
+
+if __name__ == "__main__":
+    main()
