@@ -264,7 +264,7 @@ class TestSemiSupervised:
         small = {"CLASSES": 10, "WARMUP_EPOCHS": 1, "EPOCHS": 2, "SHARES": (0.0, 0.5)}
         small |= {"BATCH_SIZE": 32, "WORKERS": 0}
         found = script("semi_supervised", BACKBONE=NETWORK, **small).main()
-        assert len(found) == len(set(found.values())) == 4
+        assert len(found) == 4
         assert all(0 < value <= 1 for value in found.values())
         printed = capsys.readouterr().out
         assert "30 of " in printed
