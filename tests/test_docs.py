@@ -128,6 +128,15 @@ def test_names_that_the_reference_shows_are_there():
                 assert hasattr(importlib.import_module(module), attribute), name
 
 
+def test_every_drawing_is_made_by_the_script_and_shown():
+    script = (ROOT / "docs" / "figures.py").read_text("utf-8")
+    made = set(re.findall(r"^    (\w+),$", script.partition("\nDRAWINGS = (")[2], re.M))
+    parts = ROOT / "docs" / "images" / "parts"
+    assert made == {path.stem for path in parts.iterdir()}
+    shown = "".join(page.read_text("utf-8") for page in PAGES)
+    assert all(f"images/parts/{name}.png" in shown for name in made)
+
+
 def messages():
     """Every string of the package, with an ellipsis for what is filled in."""
     for path in (ROOT / "pml_tacl").rglob("*.py"):
