@@ -15,7 +15,7 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch.nn import functional as F
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # as "python benchmarks/retrieval.py" has it
+sys.path.append(str(BENCHMARKS))  # last: its files have names as common as "losses"
 
 from retrieval_parts import (  # noqa: E402
     batches,
@@ -197,9 +197,21 @@ def test_in_shop_queries_search_in_the_gallery(tmp_path):
     assert train.labels.tolist() == [0, 0, 1, 1]
     assert validation.labels.tolist() == [0, 0]
     assert test.queries.tolist() == [True, False] * 3
-    pooled = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    assert scoring.measure(pooled, test, lambda x: x - 0.5)["recall_at_1"] == 1
+    assert scoring.measure(MEAN_COLOUR, test, lambda x: x - 0.5)["recall_at_1"] == 1
     assert photos.PHOTOS.keys() <= set(data.NAMES)
+
+
+MEAN_COLOUR = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+
+def test_queries_do_not_find_one_another():
+    colours = torch.tensor([[250, 0, 0], [250, 9, 0], [250, 30, 0], [0, 0, 250]])
+    images = colours.to(torch.uint8).view(4, 3, 1, 1).expand(4, 3, 4, 4)
+    labels, queries = torch.tensor([0, 0, 1, 0]), torch.tensor([True, True, False, False])
+    among_all = data.Pictures(images, labels)
+    assert scoring.measure(MEAN_COLOUR, among_all, lambda x: x)["recall_at_1"] > 0.5
+    in_gallery = among_all._replace(queries=queries)
+    assert scoring.measure(MEAN_COLOUR, in_gallery, lambda x: x)["recall_at_1"] == 0
 
 
 # --- views ------------------------------------------------------------------------------------
