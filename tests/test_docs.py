@@ -65,7 +65,7 @@ def test_links_to_files_are_good(page):
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_scripts_that_a_page_runs_are_there(page):
     lines = "\n".join(blocks(page, "bash"))
-    scripts = re.findall(r"(?:python|--nproc-per-node \S+) (\S+\.py)", lines)
+    scripts = re.findall(r"(?:python|--nproc-per-node \S+)(?: --)? (\S+\.py)", lines)
     assert all((ROOT / script).is_file() for script in scripts), scripts
     if page.name == "README.md":
         assert scripts
@@ -149,8 +149,9 @@ def messages():
 
 
 def test_troubleshooting_quotes_what_the_code_says():
-    page = ROOT / "docs" / "guides" / "troubleshooting.md"
+    guides = ROOT / "docs" / "guides"
+    pages = (guides / "troubleshooting.md", guides / "several_gpus.md")
     said = list(messages())
-    quoted = [line for block in blocks(page, "text") for line in block.splitlines()]
+    quoted = [line for p in pages for block in blocks(p, "text") for line in block.splitlines()]
     assert len(quoted) > 15
     assert [line for line in quoted if not any(line in message for message in said)] == []
