@@ -187,7 +187,7 @@ def test_stability_is_the_agreement_of_two_clusterings():
 
 def test_noise_is_left_out_of_the_agreement():
     hook = cb.EarlyStopping("stability")
-    first, second = torch.tensor([0, 0, 1, 1, -1, 2]), torch.tensor([5, 5, 3, 3, 1, -1])
+    first, second = torch.tensor([0, 0, 1, 1, -1, 1]), torch.tensor([5, 5, 3, 3, 3, -1])
     trainer = types.SimpleNamespace(epoch=1, labels=first, centroids=torch.eye(6), embeddings=None)
     assert hook(trainer) is None
     trainer.labels, trainer.epoch = second, 2

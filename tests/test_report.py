@@ -70,7 +70,8 @@ def write_run(folder, *, count=60, labelled=True):
     )
     rows = unit(np.repeat(np.eye(6, 16), 10, 0)[:count] + 0.1 * rng.standard_normal((count, 16)))
     PictureIndex(rows, files, pictures).save(run)
-    labels = torch.arange(count) // 10 - 1  # the first ten are noise
+    labels = torch.arange(count) // 10
+    labels[50:] = -1  # noise
     history = {"total_loss": [3.0, 2.0, float("nan"), 1.0], "<i>_loss": [1.0] * 4}
     extra = {"history": history, "recalls": {0: before, 2: after}}
     (run / "checkpoints").mkdir()
@@ -143,6 +144,7 @@ def test_the_page_is_sound_and_says_what_the_run_was(html):
 def test_nothing_in_a_run_becomes_a_tag_a_handler_or_a_script(html):
     found = Page(html)
     assert found.tags.count("script") == 2
+    assert html.count("window.pwned=1&lt;/script&gt;.png") > 1  # it is shown, as its own name
     assert not [name for name in found.attributes if name.startswith("on")]
     assert "<i>" not in html.replace('<i style="--share', "")
     outside = re.sub(r"data:image/webp;base64,[A-Za-z0-9+/=]+", "", html)
@@ -163,7 +165,8 @@ def test_the_map_holds_every_picture_with_its_cluster(html, run):
     assert training["all"] == len(training["x"]) == training["tiles"] == 60
     index = PictureIndex.load(run)
     for name, group in zip(training["names"][5:], training["group"][5:], strict=True):
-        cluster = index.files.index(name) // 10 - 1
+        cluster = index.files.index(name) // 10
+        cluster = -1 if cluster == 5 else cluster
         assert training["ids"][group] == cluster
         assert training["groups"][group] == ("noise, in no cluster" if cluster < 0
                                              else f"cluster {cluster}")  # fmt: skip
@@ -200,7 +203,7 @@ def test_clusters_are_judged_by_folders_if_asked(run):
     ]  # fmt: skip
     found = choices.clusters_of(training)
     assert [c.number for c in found] == [0, 1, 2, 3, 4]
-    assert found[0].purity == 0.5
+    assert found[0].purity == 0.4
     assert list(choices.ranked_clusters(found, 1)) == ["Largest", "Purest", "Most mixed"]
 
 
@@ -512,7 +515,7 @@ def choose(driver, value):
 def test_the_page_opens_quickly_quietly_and_without_a_network(browser, run, html):
     browser.get_log("browser"), browser.get_log("performance")
     seconds = min(opened(browser, run / "report.html") for _ in range(3))
-    assert seconds < 4  # 2 are the aim; a crowded machine takes longer
+    assert seconds < 10  # 2 are the aim, for a quiet machine; see docs/report.md
     assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
     asked = [json.loads(line["message"])["message"] for line in browser.get_log("performance")]
     asked = [one["params"] for one in asked if one["method"] == "Network.requestWillBeSent"]
