@@ -78,7 +78,9 @@ class Halfway(io.RawIOBase):
         return int(self.file.write(data))
 
 
-def train(folder: Path, halves: tuple[Glyphs, Glyphs], forced: tuple[str, int] | None) -> None:
+def train(
+    folder: Path, halves: tuple[Glyphs, Glyphs], workers: int, forced: tuple[str, int] | None
+) -> None:
     """One training, or what is left of it; what it does is written to ``folder.trace``."""
     torch.set_num_threads(1)
     os.dup2(os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
@@ -86,10 +88,13 @@ def train(folder: Path, halves: tuple[Glyphs, Glyphs], forced: tuple[str, int] |
     counts: dict[str, int] = {}
 
     def enter(place: str) -> bool:
-        """Note where the training is; whether it is to be killed there."""
+        """Note what the training begins; whether it is to be killed in it."""
         counts[place] = counts.get(place, 0) + 1
         os.write(trace, f"{place}\n".encode())
         return forced == (place, counts[place])
+
+    def leave(place: str) -> None:
+        os.write(trace, f"after {place}\n".encode())
 
     resume = bool(checkpoints(folder / "checkpoints"))
     runs.open_run(folder, {"epochs": EPOCHS}, resume=folder.exists())
@@ -108,20 +113,24 @@ def train(folder: Path, halves: tuple[Glyphs, Glyphs], forced: tuple[str, int] |
     def labeler(embeddings: Any, initial_centroids: Any = None) -> Any:
         if enter("clustering"):
             kill_now()
-        return cluster(embeddings, initial_centroids)
+        found = cluster(embeddings, initial_centroids)
+        leave("clustering")
+        return found
 
     def write_checkpoint(state: Any, file: Any) -> None:
         save(state, Halfway(file) if enter("writing a checkpoint") else file)
+        leave("writing a checkpoint")
 
     def write_rows(*arguments: Any, **settings: Any) -> None:
         if enter("writing records, csv done and sqlite not"):
             kill_now()
         insert(*arguments, **settings)
+        leave("writing records of a group")
 
     def end_iteration(trainer: UnsupervisedTrainer) -> None:
         hooks.end_of_iteration_hook(trainer)
         trainer.extra.setdefault("history", []).append(float(trainer.losses["total_loss"]))
-        enter(f"epoch {trainer.epoch}, iteration {trainer.iteration + 1}")
+        leave(f"epoch {trainer.epoch}, iteration {trainer.iteration + 1}")
 
     def end_epoch(trainer: UnsupervisedTrainer) -> None:
         enter(f"evaluating epoch {trainer.epoch}")
@@ -151,6 +160,7 @@ def train(folder: Path, halves: tuple[Glyphs, Glyphs], forced: tuple[str, int] |
         warmup_epochs=1,
         iterations_per_epoch=ITERATIONS,
         ema_decay=0.9,
+        dataloader_num_workers=workers,
         lr_schedulers={"trunk_scheduler_by_iteration": schedule},
         checkpoint_folder=folder / "checkpoints",
         checkpoint_every=4,
@@ -168,11 +178,15 @@ def train(folder: Path, halves: tuple[Glyphs, Glyphs], forced: tuple[str, int] |
 
 
 def run(
-    folder: Path, halves: Any, forced: tuple[str, int] | None = None, after: float | None = None
+    folder: Path,
+    halves: Any,
+    workers: int = 0,
+    forced: tuple[str, int] | None = None,
+    after: float | None = None,
 ) -> tuple[int, float]:
     """Train in a process of its own, killed ``after`` so many seconds: exit code and seconds."""
     process = multiprocessing.get_context("fork").Process(
-        target=train, args=(folder, halves, forced)
+        target=train, args=(folder, halves, workers, forced)
     )
     start = time.perf_counter()
     process.start()
@@ -214,8 +228,10 @@ def differences(folder: Path, expected: dict[str, Any]) -> list[str]:
     return [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
 
 
-def series(kills: int, seed: int, note: Callable[[str], None]) -> list[tuple[str, int, list[str]]]:
-    """Kill and resume; gives (where, kills, what differs from the unbroken run) of each run."""
+def series(
+    kills: int, seed: int, note: Callable[[str], None]
+) -> list[tuple[str, str, int, list[str]]]:
+    """Kill and resume; gives (moment, place, kills, what differs from the unbroken) of each run."""
     halves = Glyphs("train", size=SIZE, num_classes=16), Glyphs("test", size=SIZE, num_classes=6)
     for half in halves:
         half.preload(progress=False)
@@ -236,7 +252,7 @@ def series(kills: int, seed: int, note: Callable[[str], None]) -> list[tuple[str
             killed, places = 0, []
             while killed < times:
                 after = None if forced else rng.uniform(0.1, 0.95 if times == 1 else 0.5) * seconds
-                code, _ = run(folder, halves, forced, after)
+                code, _ = run(folder, halves, number % 2, forced, after)
                 if code == 0:
                     break
                 if code != -signal.SIGKILL:
@@ -248,12 +264,12 @@ def series(kills: int, seed: int, note: Callable[[str], None]) -> list[tuple[str
             if code:
                 note(folder.with_suffix(".log").read_text())
             place = "; ".join(places) or "not killed: it had ended"
-            rows.append((place, killed, different))
+            rows.append(("chosen" if forced else "random", place, killed, different))
             note(f"{number + 1} of {kills}: {place}: {', '.join(different) or 'equal'}")
     return rows
 
 
-def report(rows: list[tuple[str, int, list[str]]], seconds: float) -> str:
+def report(rows: list[tuple[str, str, int, list[str]]], seconds: float) -> str:
     equal = sum(not different for *_, different in rows)
     lines = [
         f"Written by `benchmarks/resume.py` on {datetime.date.today()}: {cpu_model()}, one thread, "
@@ -261,19 +277,21 @@ def report(rows: list[tuple[str, int, list[str]]], seconds: float) -> str:
         f"pml_tacl {__version__}; {seconds:.0f} s.",
         "",
         f"Runs of {EPOCHS} epochs of {ITERATIONS} iterations on Glyphs, a checkpoint every four "
-        "iterations and after each epoch; killed with `kill -9` at the place named (a call that "
-        "was made to die halfway, or wherever a random moment found the run), resumed by the same "
-        "command, and compared with the run that was never killed: weights, averaged weights, the "
-        "whole last checkpoint, metrics, every csv file and every row of the data base, bit for "
-        "bit.",
+        "iterations and after each epoch; killed with `kill -9` at a chosen moment, in the middle "
+        "of the call named, or at a random one, of which what the run had last noted is given; "
+        "resumed by the same command, and compared with the run that was never killed: weights, "
+        "averaged weights, the whole last checkpoint, metrics, every csv file and every row of the "
+        "data base, bit for bit. Every other run was killed with a loader's process beside it, and "
+        "resumed without.",
         "",
         f"**{equal} of {len(rows)} are equal.**",
         "",
-        "| run | killed while | kills | differs in |",
-        "| ---: | --- | ---: | --- |",
+        "| run | moment | killed in | kills | differs in |",
+        "| ---: | --- | --- | ---: | --- |",
     ]
-    for number, (place, kills, different) in enumerate(rows, 1):
-        lines.append(f"| {number} | {place} | {kills} | {', '.join(different) or 'nothing'} |")
+    for number, (moment, place, kills, different) in enumerate(rows, 1):
+        found = ", ".join(different) or "nothing"
+        lines.append(f"| {number} | {moment} | {place} | {kills} | {found} |")
     return "\n".join(lines) + "\n"
 
 

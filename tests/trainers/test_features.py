@@ -273,7 +273,7 @@ def test_how_far_embeddings_have_moved_is_the_mean_cosine_distance(monkeypatch):
     due = functools.partial(
         __import__(clusters, fromlist=["clustering_is_due"]).clustering_is_due, trainer
     )
-    everything = torch.ones(COUNT, dtype=torch.bool)
+    everything = torch.arange(COUNT)
     half = kept.clone()
     half[: COUNT // 2] *= -1  # cosine distance 2 for half of them: 1 on average
     monkeypatch.setattr(f"{clusters}.embed_pictures", lambda *_: (half, everything))

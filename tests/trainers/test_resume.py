@@ -343,5 +343,5 @@ def test_runs_killed_and_resumed_equal_an_unbroken_one():
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT)
     assert done.returncode == 0, done.stderr + done.stdout
     assert "**3 of 3 are equal.**" in done.stdout
-    assert "| between records and checkpoint | 1 | nothing |" in done.stdout
-    assert "| writing a checkpoint | 1 | nothing |" in done.stdout
+    assert "| chosen | between records and checkpoint | 1 | nothing |" in done.stdout
+    assert "| chosen | writing a checkpoint | 1 | nothing |" in done.stdout
