@@ -1,7 +1,7 @@
 """Does attention find the glyph? Pointing game and inside / outside ratio, before and after.
 
-Glyphs knows the box of each character. Attention is upsampled bilinearly to the picture; a hit of
-the pointing game is an arg-max inside the box.
+Glyphs knows the box of each character. Attention is upsampled bicubically to the picture, each cell
+at the place that it looks at; a hit of the pointing game is an arg-max inside the box.
 
     python benchmarks/attention.py runs/quickstart       # writes docs/attention.md
     python benchmarks/attention.py RUN --classes 20 --output -
@@ -17,13 +17,13 @@ import timm
 import torch
 from _common import publish
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from pml_tacl import AttentionEmbedder, __version__, runs
 from pml_tacl.datasets import Glyphs
+from pml_tacl.functional import to_picture
 
 SIZE, REFERENCES = 64, 64
 
@@ -45,9 +45,11 @@ def moved_boxes(dataset: Glyphs, transform: v2.Compose) -> Tensor:
     return boxes.as_subclass(Tensor)
 
 
-def scores(attention: Tensor, masks: Tensor) -> dict[str, float]:
+def scores(
+    attention: Tensor, masks: Tensor, cell_offset: tuple[float, float] = (0.0, 0.0)
+) -> dict[str, float]:
     """The three numbers, of attention (N, H, W) and masks (N, SIZE, SIZE)."""
-    large = F.interpolate(attention[:, None].double(), (SIZE, SIZE), mode="bilinear")[:, 0]
+    large = to_picture(attention.double(), (SIZE, SIZE), cell_offset, "bicubic").clamp_min(0)
     box = masks.double()
     inside = (large * box).sum((1, 2)) / box.sum((1, 2))
     outside = (large * (1 - box)).sum((1, 2)) / (1 - box).sum((1, 2))
@@ -102,7 +104,8 @@ def measured(run: Path, classes: int | None, seed: int) -> tuple[dict[str, dict[
         f"{SIZE} x {SIZE} pixels; attention of `{config['backbone']}` on {height} x {width} "
         f"places; the box covers {masks.double().mean():.1%} of a picture on average"
     )
-    return {name: scores(attention, masks) for name, attention in maps.items()}, about
+    looks = trained.cell_offset(SIZE)
+    return {name: scores(attention, masks, looks) for name, attention in maps.items()}, about
 
 
 def report(rows: dict[str, dict[str, float]], about: str) -> str:
@@ -114,7 +117,8 @@ def report(rows: dict[str, dict[str, float]], about: str) -> str:
         f"of `examples/quickstart.py`: Python {platform.python_version()}, torch "
         f"{torch.__version__.partition('+')[0]}, timm {timm.__version__}, pml_tacl {__version__}.",
         "",
-        f"On {about}. Attention is upsampled bilinearly to the picture.",
+        f"On {about}. Attention is upsampled bicubically to the picture, each cell at the place that "
+        "it looks at (`AttentionEmbedder.cell_offset`).",
         "",
         f"| attention | {' | '.join(names)} |",
         "| --- |" + " ---: |" * len(names),

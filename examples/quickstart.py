@@ -32,6 +32,7 @@ from pml_tacl.evaluation import embed, make_tester
 CONFIG = {
     "backbone": "resnet10t",  # any timm model; this one is small and starts from scratch
     "timm": {"channels": [32, 64, 128, 256], "stem_width": 16, "output_stride": 16},
+    "feature_index": 2,  # the stage of attention: 8 x 8 places of a 64-pixel picture
     "embedding_dim": 128,
     "num_clusters": "auto",  # a tenth of the pictures
     "batch_size": 64,
@@ -59,12 +60,18 @@ def main() -> None:
     for half in (train, test):
         half.preload()
 
-    model = AttentionEmbedder(config["backbone"], config["embedding_dim"], **config["timm"])
+    model = AttentionEmbedder(
+        config["backbone"],
+        config["embedding_dim"],
+        feature_index=config["feature_index"],
+        **config["timm"],
+    )
     model = model.to(device, memory_format=torch.channels_last)
     test.transform = model.transform(image_size=64)
     siamese = SiameseTransform(
         size=64,
-        grid=4,  # the feature maps of a 64-pixel picture at stride 16
+        grid=8,  # the places of attention, and
+        cell_offset=model.cell_offset(64),  # where they look
         crop_scale=(0.6, 1.0),
         geometric=v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), shear=10, fill=220),
         photometric=v2.Compose(

@@ -91,7 +91,10 @@ def sample_at_points(maps: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_picture(
-    maps: Tensor, size: tuple[int, int], cell_offset: tuple[float, float] = (0.0, 0.0)
+    maps: Tensor,
+    size: tuple[int, int],
+    cell_offset: tuple[float, float] = (0.0, 0.0),
+    mode: str = "bilinear",
 ) -> Tensor:
     """Maps at the size of the picture, each cell's value where the cell looks.
 
@@ -99,9 +102,10 @@ def to_picture(
         maps: (N, H, W).
         size: (height, width) of the picture, in pixels.
         cell_offset: (x, y) in cells, as of :meth:`AttentionEmbedder.cell_offset`.
+        mode: "bilinear", or "bicubic", whose peaks lie between cells and may overshoot.
 
     Returns:
-        (N, height, width), bilinear between cells; the outermost cells reach to the border.
+        (N, height, width); the outermost cells reach to the border.
 
     Raises:
         ValueError: if maps are not (N, H, W).
@@ -109,14 +113,14 @@ def to_picture(
     if maps.ndim != 3:
         raise ValueError(f"maps must be (N, H, W), got {tuple(maps.shape)}")
     if cell_offset == (0.0, 0.0):
-        return F.interpolate(maps.unsqueeze(1), size, mode="bilinear").squeeze(1)
+        return F.interpolate(maps.unsqueeze(1), size, mode=mode).squeeze(1)
     centres = [
         (2 * torch.arange(n, device=maps.device, dtype=maps.dtype) + 1) / n - 1 - 2 * shift / cells
         for n, shift, cells in zip(size, reversed(cell_offset), maps.shape[1:], strict=True)
     ]
     grid = torch.stack(torch.meshgrid(*centres, indexing="ij")[::-1], dim=-1)
     grid = grid.expand(len(maps), -1, -1, -1)
-    large = F.grid_sample(maps.unsqueeze(1), grid, padding_mode="border", align_corners=False)
+    large = F.grid_sample(maps.unsqueeze(1), grid, mode, "border", align_corners=False)
     return large.squeeze(1)
 
 

@@ -114,6 +114,10 @@ def test_to_picture_puts_values_where_cells_look():
     moved = to_picture(maps, (32, 48), (1.0, -0.5))  # 8 pixels to the right, 4 up
     assert torch.allclose(moved[:, :-4, 8:], plain[:, 4:, :-8], atol=1e-5)
     assert torch.allclose(to_picture(maps, (32, 48), (1e-9, 0.0)), plain, atol=1e-5)
+    cubic = F.interpolate(maps[:, None], (32, 48), mode="bicubic")[:, 0]
+    assert torch.equal(to_picture(maps, (32, 48), mode="bicubic"), cubic)
+    moved = to_picture(maps, (32, 48), (1.0, -0.5), "bicubic")
+    assert torch.allclose(moved[:, 4:-12, 20:-12], cubic[:, 8:-8, 12:-20], atol=1e-5)
     with pytest.raises(ValueError, match=r"maps must be \(N, H, W\), got \(4, 6\)"):
         to_picture(maps[0], (8, 8))
 
