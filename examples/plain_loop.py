@@ -18,6 +18,7 @@ from pml_tacl.evaluation import embed, evaluate
 
 SEED, EPOCHS, WARMUP_EPOCHS, BATCH_SIZE, PER_CLUSTER, LEARNING_RATE = 0, 6, 3, 64, 4, 5e-3
 BACKBONE = {"channels": [32, 64, 128, 256], "stem_width": 16, "output_stride": 16}
+BACKBONE["feature_index"] = 2  # the stage of attention: 8 x 8 places of a 64-pixel picture
 CLASSES = None  # characters of each half; None for all 280
 
 
@@ -34,7 +35,8 @@ def main():
     colours += [v2.RandomGrayscale(0.2), v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.5))], 0.3)]
     affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), shear=10, fill=220)
     settings = {"crop_scale": (0.6, 1), "flip": False, "photometric": v2.Compose(colours)}
-    train.transform = pml_tacl.SiameseTransform(64, grid=4, geometric=affine, **settings)
+    settings["cell_offset"] = model.cell_offset(64)
+    train.transform = pml_tacl.SiameseTransform(64, grid=8, geometric=affine, **settings)
 
     similarity, clustering = MultiSimilarityLoss(), pml_tacl.ContrastiveClusteringLoss()
     attention, miner = pml_tacl.AttentionConsistencyLoss(), pml_tacl.AttentionConsistencyMiner()

@@ -82,6 +82,7 @@ def main(benchmark, settings: dict, description: str) -> None:
     }
     views = {"mean": model.data_config["mean"], "std": model.data_config["std"]}
     views |= {"crop_scale": config["crop_scale"]}
+    views |= {"cell_offset": model.cell_offset(config["image_size"])}
     trainer = pml_tacl.UnsupervisedTrainer(
         model,
         optimizer,
