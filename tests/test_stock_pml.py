@@ -36,7 +36,7 @@ def coloured(seed):
     labels = torch.arange(CLASSES).repeat_interleave(EACH)
     corners = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
     images = corners[labels][:, :, None, None].repeat(1, 1, 32, 32)
-    return TensorDataset(images + 1.5 * torch.randn(images.shape, generator=generator), labels)
+    return TensorDataset(images + 2.5 * torch.randn(images.shape, generator=generator), labels)
 
 
 class Stock:
@@ -45,7 +45,7 @@ class Stock:
     def __init__(self, folder, epochs=None):
         runs.seed_everything(0)  # PML's sampler draws from NumPy
         self.model = AttentionEmbedder("test_resnet", 16)  # ours
-        self.loss = ContrastiveClusteringLoss()  # ours
+        self.loss = ContrastiveClusteringLoss(margin=1.0)  # ours
         parts = {"trunk": self.model.trunk, "embedder": self.model.embedder}
         optimizers = {
             f"{name}_optimizer": torch.optim.Adam(part.parameters(), 3e-3)
@@ -78,7 +78,8 @@ class Stock:
         )
 
     def records(self, folder, name):
-        (path,) = (folder / "records").glob(f"{name}*.csv")
+        # The shortest name: records of a loss's parts begin with the name of the loss.
+        path = min((folder / "records").glob(f"{name}*.csv"), key=lambda path: len(path.name))
         with path.open(newline="") as file:
             return list(csv.DictReader(file))
 
@@ -95,9 +96,9 @@ def test_stock_pml_trains_tests_saves_logs_and_resumes(tmp_path):
 
     losses_written = first.records(tmp_path, "loss_histories")
     assert [int(row["~iteration~"]) for row in losses_written] == [0, 2, 4]
-    assert float(losses_written[0]["metric_loss"]) > float(losses_written[-1]["metric_loss"]) > 0
+    assert float(losses_written[0]["metric_loss"]) > 2 * float(losses_written[-1]["metric_loss"])
     ours = first.records(tmp_path, "metric_loss_ContrastiveClusteringLoss")
-    assert float(ours[0]["margin"]) == 0.2
+    assert float(ours[0]["margin"]) == 1.0
     assert len(first.records(tmp_path, "tuple_miner_ContrastiveClusteringMiner")) == 3
     tested = first.records(tmp_path, "accuracies")
     assert [int(row["epoch"]) for row in tested] == [0, 1, 2, 3]
