@@ -1,7 +1,47 @@
-"""What every benchmark's page says of the machine, and where the page goes."""
+"""What the benchmarks share: taking turns, naming the machine, and where a page goes."""
 
 import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+
+
+def take_turns(
+    contenders: dict[str, Callable[[], object]], rounds: int, cuda: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, after one that warms up.
+
+    On a CPU these are seconds of work of this process, which other processes disturb least; on a
+    GPU those of the clock.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    clock = time.perf_counter if cuda else time.process_time
+    for turn in range(rounds + 1):
+        # Who goes first alternates, so that neither always follows the other.
+        for name in list(contenders)[:: 1 if turn % 2 else -1]:
+            if cuda:
+                torch.cuda.synchronize()
+            start = clock()
+            contenders[name]()
+            if cuda:
+                torch.cuda.synchronize()
+            if turn:
+                times[name].append(clock() - start)
+        print(f"turn {turn} of {rounds}", file=sys.stderr)
+    return times
+
+
+def ratio_line(title: str, ours: list[float], base: list[float]) -> str:
+    """A table's line: medians in seconds, and the ratio of neighbouring turns."""
+    ratios = [a / b for a, b in zip(ours, base, strict=True)]
+    return (
+        f"| {title} | {statistics.median(base):.2f} s | {statistics.median(ours):.2f} s "
+        f"| {statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f} |"
+    )
 
 
 def cpu_model() -> str:

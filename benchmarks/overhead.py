@@ -1,90 +1,137 @@
-"""What embedding, attention and maps cost beside the backbone itself, in training.
+"""What the parts cost beside the backbone itself: embedder, losses, embedding pass.
 
-Both sides are one timm model in channels_last: timm's own forward to pooled features, with its
-backward, and `AttentionEmbedder.forward_features`, with the backward of its embeddings. They take
-turns in one process; what counts is the median of the ratios of neighbouring turns.
+Each row is two contenders that take turns in one process, in channels_last; what counts is the
+median of the ratios of neighbouring turns.
 
     python benchmarks/overhead.py                # writes docs/benchmarks/overhead.md
-    python benchmarks/overhead.py --backbone resnet18 --side 64 --batch 4 --rounds 3 --output -
+    python benchmarks/overhead.py --backbone resnet18 --side 64 --batch 8 --rounds 2 --output -
 """
 
 import argparse
 import datetime
 import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable
 
+import PIL.Image
 import timm
 import torch
-from _common import cpu_model, publish
+from _common import cpu_model, publish, ratio_line, take_turns
+from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
-from pml_tacl import AttentionEmbedder, __version__
+from pml_tacl import (
+    AttentionConsistencyLoss,
+    AttentionConsistencyMiner,
+    AttentionEmbedder,
+    ContrastiveClusteringLoss,
+    SiameseTransform,
+    __version__,
+)
+from pml_tacl.evaluation import embed
 
-
-def step(model: nn.Module, output: Callable[[Tensor], Tensor], images: Tensor) -> float:
-    """Seconds of one forward and backward, gradients thrown away."""
-    cuda = images.is_cuda
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    output(images).square().sum().backward()
-    if cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
-    return seconds
+PER_CLUSTER, CLUSTERS = 4, 100
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
+def learns(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    """A forward and backward, gradients thrown away."""
+
+    def step() -> None:
+        loss().backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def measure(arguments: argparse.Namespace) -> list[str]:
     torch.manual_seed(0)
     device = torch.device(arguments.device)
     placed = {"device": device, "memory_format": torch.channels_last}
-    shape = (arguments.batch, 3, arguments.side, arguments.side)
-    images = torch.randn(shape).to(**placed)
-    timms = timm.create_model(arguments.backbone, num_classes=0).to(**placed).train()
+    batch, side = arguments.batch, arguments.side
+    images = torch.randn(2 * batch, 3, side, side).to(**placed)
+    bare = timm.create_model(arguments.backbone, num_classes=0).to(**placed).train()
     ours = AttentionEmbedder(arguments.backbone, 512).to(**placed).train()
 
-    def embed(x: Tensor) -> Tensor:
-        return ours.forward_features(x).embeddings
+    def turns(base: Callable[[], object], with_us: Callable[[], object], title: str) -> str:
+        contenders = {"base": base, "ours": with_us}
+        times = take_turns(contenders, arguments.rounds, device.type == "cuda")
+        return ratio_line(title, times["ours"], times["base"])
 
-    times: dict[str, list[float]] = {"timm": [], "ours": []}
-    contenders = {"timm": (timms, timms), "ours": (ours, embed)}
-    for turn in range(arguments.rounds + 1):  # the first one warms up
-        # Who goes first alternates too, so that neither always follows the other.
-        for name in list(contenders)[:: 1 if turn % 2 else -1]:
-            seconds = step(*contenders[name], images)
-            if turn:
-                times[name].append(seconds)
-        print(f"turn {turn} of {arguments.rounds}", file=sys.stderr)
-    return times
+    half = images[:batch]
+    lines = [
+        turns(
+            learns(bare, lambda: bare(half).square().sum()),
+            learns(ours, lambda: ours.forward_features(half).embeddings.square().sum()),
+            f"training pass: timm to pooled features / `AttentionEmbedder` to embeddings, maps "
+            f"and attention, {batch} pictures",
+        )
+    ]
+
+    labels = torch.arange(batch, device=device) // PER_CLUSTER
+    twice = torch.cat([labels, labels])
+    grid = ours.eval().forward_features(half[:1]).feature_maps.shape[-2:]
+    ours.train()
+    views = SiameseTransform(side, grid)
+    blank = PIL.Image.new("RGB", (side, side))
+    points = torch.stack([views(blank)[2] for _ in range(batch)]).to(device)
+    similarity, attention, miner = (
+        MultiSimilarityLoss(),
+        AttentionConsistencyLoss(),
+        AttentionConsistencyMiner(),
+    )
+    clustering = ContrastiveClusteringLoss()
+    clustering.set_centroids(torch.randn(CLUSTERS, 512, device=device))
+
+    def full() -> Tensor:
+        out = ours.forward_features(images)
+        first, second = out.feature_maps.chunk(2)
+        loss = similarity(out.embeddings, twice) + clustering(out.embeddings, twice)
+        return loss + attention(first, second, points, labels, miner(first, labels))
+
+    lines.append(
+        turns(
+            learns(ours, lambda: similarity(ours(images), twice)),
+            learns(ours, full),
+            f"training step, both views of {batch} pictures: MultiSimilarityLoss / with CCL, TAC "
+            "and its miner",
+        )
+    )
+
+    data = TensorDataset(images, twice)
+
+    @torch.inference_mode()
+    def inference() -> None:
+        bare.eval()
+        for part in images.split(batch):
+            bare(part)
+
+    lines.append(
+        turns(
+            inference,
+            lambda: embed(ours, data, batch_size=batch, progress=False),
+            f"embedding pass of {2 * batch} pictures: timm's inference / `embed`",
+        )
+    )
+    return lines
 
 
-def report(arguments: argparse.Namespace, times: dict[str, list[float]]) -> str:
-    ratios = [ours / base for ours, base in zip(times["ours"], times["timm"], strict=True)]
+def report(arguments: argparse.Namespace, rows: list[str]) -> str:
     cuda = arguments.device.startswith("cuda")
     machine = torch.cuda.get_device_name() if cuda else cpu_model()
-    threads = "" if cuda else f", threads: {torch.get_num_threads()}"
+    clock = "wall clock" if cuda else f"seconds of CPU, threads: {torch.get_num_threads()}"
     lines = [
-        "# What attention costs beside the backbone",
+        "# What the parts cost beside the backbone",
         "",
-        f"Written by `benchmarks/overhead.py` on {datetime.date.today()}: {machine}{threads}, "
+        f"Written by `benchmarks/overhead.py` on {datetime.date.today()}: {machine}, {clock}, "
         f"fp32, channels_last, Python {platform.python_version()}, torch "
         f"{torch.__version__.partition('+')[0]}, timm {timm.__version__}, pml_tacl {__version__}.",
         "",
-        f"`{arguments.backbone}` in training, {arguments.batch} pictures of {arguments.side} x "
-        f"{arguments.side} pixels, forward and backward: timm's own to pooled features, and "
-        f"`AttentionEmbedder.forward_features` to embeddings (512), maps and attention, in "
-        f"{arguments.rounds} turns of both.",
+        f"`{arguments.backbone}`, {arguments.side} x {arguments.side} pixels; each row in "
+        f"{arguments.rounds} turns of both sides.",
         "",
-        "| | median |",
-        "| --- | ---: |",
-        f"| timm | {statistics.median(times['timm']) * 1e3:.0f} ms |",
-        f"| AttentionEmbedder | {statistics.median(times['ours']) * 1e3:.0f} ms |",
-        f"| ratio of each turn, median | {statistics.median(ratios):.3f} |",
-        f"| least and greatest ratio | {min(ratios):.3f} to {max(ratios):.3f} |",
+        "| base / with pml_tacl | base | ours | ratio, median | of the turns |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        *rows,
     ]
     return "\n".join(lines) + "\n"
 
@@ -94,12 +141,13 @@ def main() -> None:
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; 1 disturbs least")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", default="docs/benchmarks/overhead.md", help="- prints it")
     arguments = parser.parse_args()
-    text = report(arguments, measure(arguments))
-    publish(text, arguments.output)
+    torch.set_num_threads(arguments.threads)
+    publish(report(arguments, measure(arguments)), arguments.output)
 
 
 if __name__ == "__main__":
