@@ -67,6 +67,7 @@ def arguments() -> argparse.Namespace:
     add("--image-size", type=int, help="pixels; the backbone's own size if not given")
     add("--embedding-dim", type=int, default=512, help="numbers in an embedding")
     add("--learning-rate", type=float, default=1e-4, help="of the backbone; the head's is 10 times")
+    add("--freeze-batchnorm", action="store_true", help="keep its statistics; for small batches")
     add("--swap", action="store_true", help="also swap surroundings; for centred objects")
     add("--workers", type=int, default=2, help="processes that read pictures")
     add("--checkpoint-every", type=int, help="iterations; also at each epoch's end")
@@ -98,7 +99,12 @@ def main() -> None:
 
     weights = {"pretrained": True, "none": False}.get(args.weights, args.weights)
     try:
-        model = AttentionEmbedder(args.backbone, args.embedding_dim, False if begun else weights)
+        model = AttentionEmbedder(
+            args.backbone,
+            args.embedding_dim,
+            False if begun else weights,
+            freeze_batchnorm=args.freeze_batchnorm,
+        )
     except OSError as error:
         raise OSError(f"{error} (here: --weights FILE, or --weights none)") from error
     model = model.to(device, memory_format=torch.channels_last)

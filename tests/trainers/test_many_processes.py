@@ -8,6 +8,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ from pml_tacl._exchange import (
     total,
 )
 from pml_tacl.search import PictureIndex
+from pml_tacl.trainers._together import begin_together
 from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
 
 from .small import Pictures, make_model, make_trainer
@@ -490,6 +492,29 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SystemExit, match="process 1 of this machine has no GPU, there are 1"):
         session().__enter__()
+
+
+def test_batchnorm_is_synchronised_on_gpus_with_its_activation_and_weights(monkeypatch):
+    monkeypatch.setattr("pml_tacl.trainers._together.world_size", lambda: 2)
+    model = make_model(backbone="test_efficientnet")  # BatchNorm and activation in one layer
+    model.eval()
+    images = torch.randn(2, 3, 32, 32)
+    before, parameters = model(images), list(model.parameters())
+    trainer = SimpleNamespace(
+        models={"trunk": model.trunk, "embedder": model.embedder},
+        loss_funcs={},
+        loss_weights={},
+        labels=torch.arange(8),
+        batch_size=4,
+        iterations_per_epoch=2,
+        data_device="cuda",
+    )
+    begin_together(trainer)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    torch.testing.assert_close(model(images), before)
 
 
 def test_errors_of_other_kinds_keep_their_words():
