@@ -14,7 +14,7 @@ from pml_tacl._files import written_whole
 from pml_tacl._rows import Embeddings, FloatArray, IntArray, UnitRows, check_count
 from pml_tacl.datasets.image_files import ImageFiles
 
-# Up to here a look at every picture takes some milliseconds, so nothing is won by a graph.
+# Up to here a look at every picture takes hundredths of a second: a graph would win nothing.
 FLAT_UP_TO = 50_000
 _KINDS = ("auto", "flat", "hnsw")
 _LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 100, 128
