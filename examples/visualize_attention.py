@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main() -> None:
     args = arguments()
     if args.backbone:
@@ -63,7 +63,7 @@ def main() -> None:
 
     siamese = SiameseTransform(
         args.size, tuple(maps.shape[2:]), crop_scale=None, geometric=MOVED, photometric=None,
-        flip=False, mean=(0, 0, 0), std=(1, 1, 1),
+        flip=False, mean=(0, 0, 0), std=(1, 1, 1), cell_offset=model.cell_offset(args.size),
     )  # fmt: skip
     view, moved, points = siamese(v2.functional.to_pil_image(seen[0]))
     both = model.forward_features(normalise(torch.stack([view, moved]))).feature_maps
