@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from pml_tacl._calculator import RetrievalCalculator
+from pml_tacl._interrupts import ignore_in_worker
 from pml_tacl._rows import check_count
 
 __all__ = ["RetrievalCalculator", "embed", "evaluate", "make_tester"]
@@ -54,7 +55,9 @@ def embed(
         raise ValueError("dataset is empty: there is nothing to embed")
     where = _device_of(model) if device is None else torch.device(device)
     model.to(where)
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
+    loader = DataLoader(
+        dataset, batch_size=batch_size, num_workers=num_workers, worker_init_fn=ignore_in_worker
+    )
     embeddings, labels = torch.empty(0), []
     done = 0
     with (

@@ -442,22 +442,35 @@ SCRIPT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests ignored it
 from pml_tacl.runs import one_line_errors
-from tests.trainers.small import make_trainer
+from tests.trainers.small import Pictures, make_trainer
+
+folder, place = sys.argv[1:]
+
+class Slow(Pictures):
+    def __getitem__(self, index):
+        if place == "embedding" and (index > 5):
+            print("2", flush=True)
+            time.sleep(0.2)
+        return super().__getitem__(index)
 
 def hook(trainer):
     print(trainer.iteration, flush=True)
     time.sleep(0.2)
 
 with one_line_errors():
-    make_trainer(checkpoint_folder=sys.argv[1], end_of_iteration_hook=hook,
-                 dataloader_num_workers=2, iterations_per_epoch=500, warmup_epochs=1).train()
+    make_trainer(dataset=Slow(), checkpoint_folder=folder, end_of_iteration_hook=hook,
+                 dataloader_num_workers=2, iterations_per_epoch=500,
+                 warmup_epochs=int(place == "training")).train()
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_to_all_processes_leaves_no_traceback(tmp_path, signum):
+@pytest.mark.parametrize(
+    ("signum", "place"),
+    [(signal.SIGINT, "training"), (signal.SIGTERM, "training"), (signal.SIGTERM, "embedding")],
+)
+def test_a_signal_to_all_processes_leaves_no_traceback(tmp_path, signum, place):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, tmp_path]
+    command = [sys.executable, "-c", SCRIPT, tmp_path, place]
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, start_new_session=True,
@@ -474,8 +487,9 @@ def test_a_signal_to_all_processes_leaves_no_traceback(tmp_path, signum):
     assert "Traceback" not in errors
     assert "Exception" not in errors
     last = names(tmp_path)[-1]
-    assert last.startswith("epoch_0000_iteration_")
-    assert errors.strip().splitlines()[-1].endswith(f"{last}: go on with --resume")
+    assert last.startswith("epoch_0000_iteration_" if place == "training" else "epoch_0000.pt")
+    saved = f"{last}: go on" if place == "training" else "at the end of epoch 0: go on"
+    assert errors.strip().splitlines()[-1].endswith(f"{saved} with --resume")
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:  # its loader's processes go too
         try:
