@@ -170,7 +170,8 @@ class SurroundingsSwap(nn.Module):
         deviation = rare.square().mean(dim=(1, 2), keepdim=True).sqrt()
         # B is made of cosines: what differs by less than this is rounding, not distinctiveness.
         z = torch.where(deviation > 1e-6, rare / deviation, 0.0)
-        z = to_picture(z, tuple(images.shape[-2:]), self.cell_offset)
+        height, width = images.shape[-2:]
+        z = to_picture(z, (height, width), self.cell_offset)
         return torch.sigmoid(self.sharpness * z)
 
     def _centred(self, images: Tensor) -> Tensor:

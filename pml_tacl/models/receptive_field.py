@@ -6,6 +6,7 @@ from torch import nn
 _IMAGES, _PAIRS, _DIRECTIONS = 4, 2, 2
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def measure_cell_offset(
     trunk: nn.Module, image_size: tuple[int, int], channels: int = 3, seed: int = 0

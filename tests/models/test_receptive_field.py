@@ -38,6 +38,13 @@ def test_kernel_three_looks_half_a_pixel_off_at_each_stride(layers):
     assert y == pytest.approx(expected, abs=1e-6)
 
 
+def test_in_inference_mode_as_elsewhere():
+    trunk = Strided(2, 3, 2, 1)
+    with torch.inference_mode():
+        offset = measure_cell_offset(trunk, (64, 64), channels=1)
+    assert offset == pytest.approx((-0.375, -0.375), abs=1e-6)
+
+
 def test_patches_look_straight_on():
     x, y = measure_cell_offset(Strided(2, 4, 4, 0), (64, 48), channels=1)
     assert x == pytest.approx(0, abs=1e-6)
