@@ -30,7 +30,7 @@ from pml_tacl.datasets import Glyphs
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ["--backbone=tf_efficientnet_lite0", "--freeze-batchnorm", "--image-size=64"]
-SETTINGS += ["--embedding-dim=128", "--learning-rate=1e-4", "--epochs=2", "--warmup-epochs=0"]
+SETTINGS += ["--embedding-dim=128", "--learning-rate=3e-5", "--epochs=2", "--warmup-epochs=0"]
 SETTINGS += ["--batch-size=32", "--workers=0"]
 
 
