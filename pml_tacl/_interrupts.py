@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from torch.utils.data import DataLoader, Dataset
+
 
 class Interrupted(SystemExit):
     """A signal ended the training and everything is saved; ``code`` is 128 and its number.
@@ -76,6 +78,23 @@ class Signals:
         # Not through logging or print: the signal may have come within one of theirs.
         name = signal.Signals(signum).name
         os.write(2, f"\n{name}: ends after this iteration and a checkpoint; again: now\n".encode())
+
+
+class ShieldedLoader(DataLoader[Any]):
+    """A DataLoader whose processes obey none but their parent, from their first moment on."""
+
+    def __init__(self, dataset: Dataset[Any], batch_size: int, **kwargs: Any) -> None:
+        super().__init__(dataset, batch_size, worker_init_fn=ignore_in_worker, **kwargs)
+
+    def __iter__(self) -> Any:
+        if not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        # What starts in here begins with both blocked; what comes meanwhile waits for us.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ignore_in_worker(_worker: int) -> None:

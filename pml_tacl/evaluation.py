@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from pml_tacl._calculator import RetrievalCalculator
-from pml_tacl._interrupts import ignore_in_worker
+from pml_tacl._interrupts import ShieldedLoader
 from pml_tacl._rows import check_count
 
 __all__ = ["RetrievalCalculator", "embed", "evaluate", "make_tester"]
@@ -55,9 +55,7 @@ def embed(
         raise ValueError("dataset is empty: there is nothing to embed")
     where = _device_of(model) if device is None else torch.device(device)
     model.to(where)
-    loader = DataLoader(
-        dataset, batch_size=batch_size, num_workers=num_workers, worker_init_fn=ignore_in_worker
-    )
+    loader = ShieldedLoader(dataset, batch_size, num_workers=num_workers)
     embeddings, labels = torch.empty(0), []
     done = 0
     with (

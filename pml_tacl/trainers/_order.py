@@ -8,7 +8,7 @@ from pytorch_metric_learning.samplers import MPerClassSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 
-from pml_tacl._interrupts import ignore_in_worker
+from pml_tacl._interrupts import ShieldedLoader
 from pml_tacl.trainers._views import TwoViews
 
 
@@ -56,11 +56,10 @@ def make_loader(views: TwoViews, order: Tensor, batch_size: int, **kwargs: Any) 
         batch_size: pictures in a batch.
         **kwargs: of the DataLoader.
     """
-    return DataLoader(
+    return ShieldedLoader(
         views,
         batch_size,
         sampler=_Items(order),
-        worker_init_fn=ignore_in_worker,
         generator=torch.Generator(),  # the global one would be a draw ahead after resuming
         **kwargs,
     )
