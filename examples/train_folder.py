@@ -159,7 +159,9 @@ def main() -> None:
             "attention_loss": AttentionConsistencyLoss(),
         },
         pictures,
-        transform=SiameseTransform(size, tuple(maps.shape[-2:]), mean=mean, std=std),
+        transform=SiameseTransform(
+            size, tuple(maps.shape[-2:]), mean=mean, std=std, cell_offset=model.cell_offset(size)
+        ),
         eval_transform=transform,
         labeler=KMeansPseudoLabeler(clusters, seed=args.seed),
         mining_funcs={"attention_miner": AttentionConsistencyMiner()},
