@@ -117,8 +117,8 @@ def report(rows: dict[str, dict[str, float]], about: str) -> str:
         f"of `examples/quickstart.py`: Python {platform.python_version()}, torch "
         f"{torch.__version__.partition('+')[0]}, timm {timm.__version__}, pml_tacl {__version__}.",
         "",
-        f"On {about}. Attention is upsampled bicubically to the picture, each cell at the place that "
-        "it looks at (`AttentionEmbedder.cell_offset`).",
+        f"On {about}. Attention is upsampled bicubically to the picture, each cell at the place "
+        "that it looks at (`AttentionEmbedder.cell_offset`).",
         "",
         f"| attention | {' | '.join(names)} |",
         "| --- |" + " ---: |" * len(names),

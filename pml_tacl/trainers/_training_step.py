@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pml_tacl._exchange import gather_batch
+from pml_tacl._precision import wide_dtype
 from pml_tacl.trainers._forward import forward_in_chunks, forward_of
 from pml_tacl.trainers._steps import Step, loss_of
 from pml_tacl.trainers._together import begin_together, sum_gradients
@@ -63,14 +64,18 @@ class TrainingStep(BaseTrainer):
             features = forward_in_chunks(
                 self.forward_features, images, self.accumulation_steps, list(self.models.values())
             )
-            embeddings, labels = gather_batch(features.embeddings, 2), gather_batch(labels)
-            pairs = self.maybe_mine_embeddings(embeddings, torch.cat([labels, labels]))
-            miner, warming_up = self.mining_funcs.get("attention_miner"), self.centroids is None
-            seen = (features, curr_batch, embeddings, labels)
-            step = Step(*seen, weights, pairs, miner, warming_up)
-            for name, loss_func in self.loss_funcs.items():
-                if self.loss_weights[name] != 0:
-                    self.losses[name] = loss_of(loss_func, step)
+        # Outside of autocast: PML's losses would round similarities to half precision, of which
+        # they then take exponentials.
+        embeddings = features.embeddings.to(wide_dtype(features.embeddings))
+        embeddings = gather_batch(embeddings, 2)
+        labels = gather_batch(labels)
+        pairs = self.maybe_mine_embeddings(embeddings, torch.cat([labels, labels]))
+        miner, warming_up = self.mining_funcs.get("attention_miner"), self.centroids is None
+        seen = (features, curr_batch, embeddings, labels)
+        step = Step(*seen, weights, pairs, miner, warming_up)
+        for name, loss_func in self.loss_funcs.items():
+            if self.loss_weights[name] != 0:
+                self.losses[name] = loss_of(loss_func, step)
 
     def backward(self) -> None:
         self.scaler.scale(self.losses["total_loss"]).backward()

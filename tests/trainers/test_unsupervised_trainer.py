@@ -202,6 +202,23 @@ def test_mixed_precision_trains(amp_dtype):
     assert not same(before, after)
 
 
+def test_losses_are_summed_in_single_precision():
+    seen = set()
+
+    class Watching(losses.MultiSimilarityLoss):
+        def compute_loss(self, embeddings, *args):
+            seen.add((embeddings.dtype, (embeddings @ embeddings.T).dtype))
+            return super().compute_loss(embeddings, *args)
+
+    trainer = make_trainer(amp_dtype=torch.bfloat16, loss_funcs={"metric_loss": Watching()})
+    # A head of the user's gives what autocast gives.
+    trainer.models["trunk"] = torch.nn.Flatten()
+    trainer.models["embedder"] = torch.nn.Linear(3 * SIZE * SIZE, 16)
+    trainer.set_up_step(torch.nn.Sequential(*trainer.models.values()), False, None)
+    trainer.train(num_epochs=1)
+    assert seen == {(torch.float32, torch.float32)}
+
+
 def test_resumed_training_ends_bit_for_bit_like_an_unbroken_one(tmp_path):
     def fresh(folder):
         model = make_model()
