@@ -35,6 +35,8 @@ def blocks(page, language, marked=False):
     ]
 
 
+# The pages' pictures are noise, of which clusters may well be uneven.
+@pytest.mark.filterwarnings("ignore:one cluster holds:UserWarning")
 @pytest.mark.parametrize(
     "page", [pytest.param(p, id=i) for p, i in zip(PAGES, IDS, strict=True) if blocks(p, "python")]
 )
