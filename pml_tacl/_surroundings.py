@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from pml_tacl._figure_ground import figure_scores
 from pml_tacl.functional import to_picture
 
 
@@ -57,14 +58,16 @@ class SurroundingsSwap(nn.Module):
 
     Args:
         probability: of each image being swapped, in [0, 1].
-        mask: "distinctive" keeps the places with little in common with other clusters:
-            `sigmoid(sharpness * z)`, where z is the negated commonness, standardised within each
-            image and upsampled to its size. "centred" keeps the middle: a Gaussian, 1 at the
-            centre.
-        sharpness: of the "distinctive" mask, above 0; the larger, the nearer to a hard mask.
+        mask: "border" keeps what does not look like the image's own border, "distinctive" what it
+            has not in common with other clusters: `sigmoid(sharpness * z)`, where z is the negated
+            `border_similarity` or `commonness`, standardised within each image and upsampled to
+            its size. "centred" keeps the middle: a Gaussian, 1 at the centre.
+        sharpness: of the masks that come from maps, above 0; the larger, the nearer to hard.
         sigma: deviation of the "centred" mask as a fraction of the image's sides, above 0.
-        cell_offset: where the cells of the commonness look, (x, y) in cells off their middle, as
-            of `AttentionEmbedder.cell_offset`.
+        cell_offset: where the cells of the maps look, (x, y) in cells off their middle, as of
+            `AttentionEmbedder.cell_offset`.
+        empty: first paint over what the other image keeps, with the colours around it, so that
+            its object does not show beside the own one. False takes it as it is.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -78,17 +81,18 @@ class SurroundingsSwap(nn.Module):
     def __init__(
         self,
         probability: float = 0.7,
-        mask: Literal["distinctive", "centred"] = "distinctive",
+        mask: Literal["border", "distinctive", "centred"] = "border",
         *,
         sharpness: float = 4.0,
         sigma: float = 0.25,
         cell_offset: tuple[float, float] = (0.0, 0.0),
+        empty: bool = True,
     ) -> None:
         super().__init__()
         if not 0 <= probability <= 1:
             raise ValueError(f"probability must be in [0, 1], got {probability!r}")
-        if mask not in ("distinctive", "centred"):
-            raise ValueError(f"mask must be 'distinctive' or 'centred', got {mask!r}")
+        if mask not in ("border", "distinctive", "centred"):
+            raise ValueError(f"mask must be 'border', 'distinctive' or 'centred', got {mask!r}")
         for name, value in (("sharpness", sharpness), ("sigma", sigma)):
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
@@ -97,11 +101,12 @@ class SurroundingsSwap(nn.Module):
         self.sharpness = sharpness
         self.sigma = sigma
         self.cell_offset = as_offset(cell_offset)
+        self.empty = empty
 
     def forward(
         self,
         images: Tensor,
-        commonness: Tensor | None = None,
+        background: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> SwapOutput:
         """Swap the surroundings of some images of a batch.
@@ -111,8 +116,8 @@ class SurroundingsSwap(nn.Module):
 
         Args:
             images: (N, C, H, W), of a floating dtype, normalised or not.
-            commonness: (N, h, w), B of each image's own feature map (see `commonness` in
-                `pml_tacl.functional`); needed, and read, by the "distinctive" mask only. Where
+            background: (N, h, w), of each image's own feature map: `border_similarity` or
+                `commonness` of `pml_tacl.functional`; the "centred" mask does not read it. Where
                 it is constant the mask is 1/2.
             generator: source of the random numbers; the default one of the images' device if
                 None. One on the CPU gives the same draws for every device.
@@ -122,7 +127,7 @@ class SurroundingsSwap(nn.Module):
 
         Raises:
             TypeError: if images are not of a floating dtype.
-            ValueError: if shapes do not fit, or commonness is missing.
+            ValueError: if shapes do not fit, or background is missing.
         """
         if images.ndim != 4:
             raise ValueError(f"images must have the shape (N, C, H, W), got {tuple(images.shape)}")
@@ -130,10 +135,8 @@ class SurroundingsSwap(nn.Module):
             raise TypeError(
                 f"images must be of a floating dtype, got {images.dtype}; swap after normalising"
             )
-        if self.mask == "distinctive":
-            keep = self._distinctive(images, commonness)
-        else:
-            keep = self._centred(images)
+        centred = self.mask == "centred"
+        keep = self._centred(images) if centred else self._from_maps(images, background)
         count = len(images)
         device = images.device if generator is None else generator.device
         draws = torch.rand(2, count, generator=generator, device=device)
@@ -143,7 +146,8 @@ class SurroundingsSwap(nn.Module):
         order = draws[1].argsort()
         partner = torch.empty_like(order).scatter_(0, order, order.roll(1))
         masks = torch.where(swapped[:, None, None], keep, 1.0)
-        blended = torch.lerp(images[partner], images, masks[:, None].to(images.dtype))
+        surroundings = emptied(images, keep) if self.empty else images
+        blended = torch.lerp(surroundings[partner], images, masks[:, None].to(images.dtype))
         return SwapOutput(
             torch.where(swapped[:, None, None, None], blended, images), masks, swapped
         )
@@ -152,24 +156,21 @@ class SurroundingsSwap(nn.Module):
         """The arguments, for print()."""
         return (
             f"probability={self.probability}, mask={self.mask!r}, "
-            f"sharpness={self.sharpness}, sigma={self.sigma}, cell_offset={self.cell_offset}"
+            f"sharpness={self.sharpness}, sigma={self.sigma}, cell_offset={self.cell_offset}, "
+            f"empty={self.empty}"
         )
 
-    def _distinctive(self, images: Tensor, commonness: Tensor | None) -> Tensor:
-        if commonness is None:
+    def _from_maps(self, images: Tensor, background: Tensor | None) -> Tensor:
+        if background is None:
             raise ValueError(
-                "commonness must be given for mask='distinctive'; or use mask='centred'"
+                f"background must be given for mask={self.mask!r}; or use mask='centred'"
             )
-        if commonness.ndim != 3 or len(commonness) != len(images) or 0 in commonness.shape[1:]:
+        if background.ndim != 3 or len(background) != len(images) or 0 in background.shape[1:]:
             raise ValueError(
-                f"commonness must have the shape (N, h, w) with N = {len(images)} images, "
-                f"got {tuple(commonness.shape)}"
+                f"background must have the shape (N, h, w) with N = {len(images)} images, "
+                f"got {tuple(background.shape)}"
             )
-        rare = -commonness.detach().float()
-        rare = rare - rare.mean(dim=(1, 2), keepdim=True)
-        deviation = rare.square().mean(dim=(1, 2), keepdim=True).sqrt()
-        # B is made of cosines: what differs by less than this is rounding, not distinctiveness.
-        z = torch.where(deviation > 1e-6, rare / deviation, 0.0)
+        z = figure_scores(background)
         height, width = images.shape[-2:]
         z = to_picture(z, (height, width), self.cell_offset)
         return torch.sigmoid(self.sharpness * z)
@@ -180,6 +181,28 @@ class SurroundingsSwap(nn.Module):
         x = (torch.arange(width, device=images.device) + 0.5) / width - 0.5
         squared = y.square()[:, None] + x.square()
         return torch.exp(squared / (-2 * self.sigma**2)).expand(len(images), height, width)
+
+
+def emptied(images: Tensor, keep: Tensor) -> Tensor:
+    """Images (N, C, H, W) with what masks (N, H, W) keep painted over by what lies around it.
+
+    The colours are means over ever larger squares, each where the smaller ones hold too little.
+    """
+    height, width = images.shape[-2:]
+    # A rim wider, or the object's own edge would colour its place.
+    side = min(height, width) // 8 | 1
+    over = nnf.max_pool2d(keep[:, None], side, 1, side // 2)
+    weights = (1 - over).square() + 1e-6
+    levels = [
+        tuple(nnf.adaptive_avg_pool2d(x, cells) for x in (images.float() * weights, weights))
+        for cells in (8, 4, 2, 1)
+    ]
+    colours = levels[-1][0] / levels[-1][1]
+    for total, weight in reversed(levels[:-1]):
+        colours = nnf.interpolate(colours, total.shape[-2:], mode="bilinear")
+        colours = torch.lerp(colours, total / weight, weight / (weight + 0.05))
+    colours = nnf.interpolate(colours, (height, width), mode="bilinear")
+    return torch.lerp(images, colours.to(images.dtype), over.to(images.dtype))
 
 
 def cell_weights(masks: Tensor, grid: int | Sequence[int]) -> Tensor:

@@ -75,7 +75,8 @@ def make_swap(config: Config, probability: float | None = None) -> SurroundingsS
     """The surroundings swap of a run; every mask but the centred one comes as a map."""
     return SurroundingsSwap(
         config.swap if probability is None else probability,
-        "centred" if config.mask == "centred" else "distinctive",
+        "centred" if config.mask == "centred" else "border",
         sharpness=config.sharpness,
         sigma=config.sigma,
+        empty=config.empty,
     )

@@ -22,7 +22,8 @@ def recluster(run: Training, losses: Losses) -> None:
     warm = run.step >= config.warmup
     grouped = config.metric == "ms" or config.ccl > 0 or config.tac > 0
     uses_clusters = config.ccl > 0 or (grouped and config.labels == "clusters")
-    stale = run.background is None or (config.mask_from == "recluster" and warm)
+    first = run.step == config.warmup or run.background is None
+    stale = first or (config.mask_from == "recluster" and warm)
     if config.swap > 0 and config.mask != "centred" and stale:
         run.background = _masks(run, run.labels if run.centroids is not None else None)
     if config.metric == "stml" or (warm and uses_clusters):

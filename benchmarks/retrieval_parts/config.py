@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 # Raised when data or training change so that earlier results no longer hold.
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 # The parts of the full method, as fields of Config: here alone their weights are set.
 PARTS: dict[str, dict[str, Any]] = {
-    "ccl": {"ccl": 1.0},
-    "tac": {"tac": 1.0},
+    "head": {"attention": "border", "pooling": "covariance"},
+    "ccl": {"ccl": 0.5},
+    "tac": {"tac": 3.0},
     "swap": {"swap": 0.7},
 }
 
@@ -22,22 +23,30 @@ def _method(*parts: str, **other: Any) -> dict[str, Any]:
 # What a method is. Everything else is the same for all of them.
 METHODS: dict[str, dict[str, Any]] = {
     "zero_shot": {"steps": 0},
+    "zero_shot+head": _method("head", steps=0),
     "ms": {},
+    "full": _method("ccl", "tac", "head", "swap"),
+    "supervised": {"labels": "true"},
+    "ms+tac+head+swap": _method("tac", "head", "swap"),
+    "ms+ccl+head+swap": _method("ccl", "head", "swap"),
+    "ms+ccl+tac+head": _method("ccl", "tac", "head"),
+    "ms+ccl+tac+swap": _method("ccl", "tac", "swap"),
+    "ccl+tac+head+swap": _method("ccl", "tac", "head", "swap", metric="none"),
+    "ntxent": {"metric": "ntxent"},
+    "ntxent+swap": _method("swap", metric="ntxent"),
+    "stml": {"metric": "stml"},
+    "stml+swap": _method("swap", metric="stml"),
+    "supervised+head": _method("head", labels="true"),
+    "ms+head": _method("head"),
+    "ntxent+head+swap": _method("head", "swap", metric="ntxent"),
+    "stml+head+swap": _method("head", "swap", metric="stml"),
+    # The paper's two losses, without what was added to them here.
+    "ms+swap": _method("swap"),
     "ms+ccl": _method("ccl"),
     "ms+tac": _method("tac"),
     "ms+ccl+tac": _method("ccl", "tac"),
     "ccl": _method("ccl", metric="none"),
     "ccl+tac": _method("ccl", "tac", metric="none"),
-    "ms+swap": _method("swap"),
-    "ms+ccl+swap": _method("ccl", "swap"),
-    "ms+tac+swap": _method("tac", "swap"),
-    "ccl+tac+swap": _method("ccl", "tac", "swap", metric="none"),
-    "full": _method("ccl", "tac", "swap"),
-    "ntxent": {"metric": "ntxent"},
-    "ntxent+swap": _method("swap", metric="ntxent"),
-    "stml": {"metric": "stml"},
-    "stml+swap": _method("swap", metric="stml"),
-    "supervised": {"labels": "true"},
 }
 REGIMES = ("scratch", "pretrained")
 
@@ -58,7 +67,9 @@ class Config:
     # Model and optimiser.
     embedding_dim: int = -1  # 0 leaves the projection out
     attention: str = "none"
-    feature_index: int = -1  # stage of attention's maps; -1 is the last of stride 16 or finer
+    pooling: str = "average"
+    whiten: bool = True  # the projection at the start, if it is of covariance pooling
+    feature_index: int = -1  # stage of attention's maps, -1: stride 16, 8 on 64 pixels
     lr: float = -1.0
     weight_decay: float = 1e-2
     schedule: str = "onecycle"  # or "constant"
@@ -66,7 +77,7 @@ class Config:
 
     # Labels of the metric losses and of CCL: clusters, or the true ones (the ceiling).
     labels: str = "clusters"
-    num_clusters: str = "auto"  # a number, "auto" (a tenth), "classes" or "2classes"
+    num_clusters: str = "classes"  # or a number, "auto" (a tenth), "2classes"
     recluster: int = -1  # steps between clusterings
     warmup: int = -1  # steps before the first, each picture its own cluster
     per_cluster: int = 4
@@ -84,10 +95,12 @@ class Config:
     tac_masked: bool = True  # under a swap count only cells that were kept
 
     swap: float = 0.0  # share of views
-    mask: str = "distinctive"  # or centred, or a name in masks.MASKS
+    mask: str = "border"  # or centred, or a name in masks.MASKS
+    empty: bool = True
     sharpness: float = 4.0
     sigma: float = 0.25
-    mask_from: str = "start"  # the net before training; recluster: the net or teacher at each
+    # The net at the start and again when clustering begins; recluster: at each clustering too.
+    mask_from: str = "first"
     mask_index: int = -1  # stage of the mask's maps; -1 is feature_index's
     mask_size: int = 1  # the net sees pictures so many times larger to make masks
     mask_references: int = 64
@@ -115,13 +128,15 @@ class Config:
         scratch = self.regime == "scratch"
         small = scratch or self.dataset == "glyphs"
         steps = (300 if scratch else 60) if self.steps < 0 else self.steps
-        steps = 0 if self.method == "zero_shot" else steps
+        steps = 0 if self.method.startswith("zero_shot") else steps
+        plain = 128 if scratch else 0
         filled = {
             "steps": steps,
             "size": (64 if small else 96) if self.size < 0 else self.size,
-            "embedding_dim": (128 if scratch else 0)
+            "embedding_dim": (plain if self.pooling == "average" else 512)
             if self.embedding_dim < 0
             else self.embedding_dim,
+            "feature_index": 2 if scratch and self.feature_index < 0 else self.feature_index,
             "lr": (5e-3 if scratch else 1e-3) if self.lr < 0 else self.lr,
             "recluster": max(1, steps // 6) if self.recluster < 0 else self.recluster,
             "warmup": (steps // 2 if scratch else 0) if self.warmup < 0 else self.warmup,

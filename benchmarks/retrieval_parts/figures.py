@@ -6,8 +6,15 @@ from matplotlib.figure import Figure
 from retrieval_parts.tables import RECALLS, Table, cost_of_removal, gap_closed
 
 # The rest would hide these; the tables have them all.
-_SHOWN = ("zero_shot", "ms", "ntxent+swap", "stml+swap", "full", "supervised")
-_COLOURS = ("#999999", "#e69f00", "#56b4e9", "#009e73", "#d55e00", "#000000")
+_SHOWN = {
+    "zero_shot": "#999999",
+    "ms": "#e69f00",
+    "ntxent+swap": "#56b4e9",
+    "stml+swap": "#009e73",
+    "full": "#d55e00",
+    "supervised": "#000000",
+    "supervised+head": "#cc79a7",
+}
 
 
 def recall_curves(table: Table) -> Figure:
@@ -19,7 +26,7 @@ def recall_curves(table: Table) -> Figure:
     for axes in panels[len(table) :]:
         axes.remove()
     for axes, (setting, methods) in zip(panels, table.items(), strict=False):
-        for name, colour in zip(_SHOWN, _COLOURS, strict=True):
+        for name, colour in _SHOWN.items():
             if name in methods:
                 heights = [100 * methods[name].mean(metric) for metric in RECALLS]
                 axes.plot(range(4), heights, color=colour, marker="o", markersize=4, label=name)
@@ -35,7 +42,12 @@ def recall_curves(table: Table) -> Figure:
         for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(
-        lines_of.values(), lines_of, loc="outside lower center", ncols=6, frameon=False, fontsize=8
+        lines_of.values(),
+        lines_of,
+        loc="outside lower center",
+        ncols=len(_SHOWN),
+        frameon=False,
+        fontsize=8,
     )
     return figure
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pml_tacl import AttentionEmbedder
-from pml_tacl.functional import commonness
+from pml_tacl.functional import border_similarity, commonness
 
 Normalise = Callable[[Tensor], Tensor]
 # (maps of all pictures (N, C, h, w), pseudo-labels or None, references wanted, seed) -> (N, h, w)
@@ -23,8 +23,13 @@ def distinctive(maps: Tensor, labels: Tensor | None, references: int, seed: int)
     return commonness(maps, labels, maps[rows], labels[rows])
 
 
+def border(maps: Tensor, labels: Tensor | None, references: int, seed: int) -> Tensor:
+    """Likeness of each place with the picture's own border."""
+    return border_similarity(maps)
+
+
 # A kind of mask for exploration is one more function here.
-MASKS: dict[str, MaskFunction] = {"distinctive": distinctive}
+MASKS: dict[str, MaskFunction] = {"border": border, "distinctive": distinctive}
 
 
 def chunks(images: Tensor, size: int = 128) -> Iterator[Tensor]:

@@ -22,6 +22,7 @@ def build(config: Config, cache: Path) -> AttentionEmbedder:
     common: dict[str, Any] = {
         "embedding_dim": config.embedding_dim or None,
         "attention": config.attention,
+        "pooling": config.pooling,
         "feature_index": None if config.feature_index < 0 else config.feature_index,
     }
     if config.regime == "scratch":

@@ -51,7 +51,8 @@ class Losses:
             total = total + self.views_loss(*embeddings.chunk(2))
         elif self.self_taught is not None:
             total = total + self.self_taught(output, embeddings, batch)
-        if config.ccl > 0:
+        # In the warm-up there are no centres: each picture is its own cluster.
+        if config.ccl > 0 and self.run.centroids is not None:
             total = total + config.ccl * self.clustering(embeddings, labels)
         if config.tac > 0:
             total = total + config.tac * self._attention(output.feature_maps, batch)

@@ -17,10 +17,11 @@ COLUMNS = {
 }
 # What a configuration without one part of the full method is called.
 WITHOUT = {
-    "CCL": "ms+tac+swap",
-    "TAC": "ms+ccl+swap",
-    "swap": "ms+ccl+tac",
-    "metric": "ccl+tac+swap",
+    "CCL": "ms+tac+head+swap",
+    "TAC": "ms+ccl+head+swap",
+    "swap": "ms+ccl+tac+head",
+    "head": "ms+ccl+tac+swap",
+    "metric": "ccl+tac+head+swap",
 }
 
 
@@ -83,12 +84,12 @@ def tables(results: Iterable[dict[str, Any]], split: str = "test") -> Table:
     }
 
 
-def gap_closed(methods: dict[str, Group], method: str, metric: str = R1) -> float | None:
-    """Where a method lies between zero-shot (0) and supervised (1); None if one is missing."""
-    if not {"zero_shot", "supervised", method} <= set(methods):
+def gap_closed(methods: dict[str, Group], method: str, ceiling: str = "supervised") -> float | None:
+    """Where R@1 lies between zero-shot (0) and supervised (1); None if one is missing."""
+    if not {"zero_shot", ceiling, method} <= set(methods):
         return None
-    low, high = methods["zero_shot"].mean(metric), methods["supervised"].mean(metric)
-    return None if high <= low else (methods[method].mean(metric) - low) / (high - low)
+    low, high = methods["zero_shot"].mean(), methods[ceiling].mean()
+    return None if high <= low else (methods[method].mean() - low) / (high - low)
 
 
 def cost_of_removal(table: Table) -> dict[str, dict[Setting, float]]:

@@ -1,6 +1,7 @@
 """`AttentionEmbedder`: a backbone, attention pooling and a projection to unit embeddings."""
 
 import json
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -10,12 +11,13 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from pml_tacl.models.attention_pooling import Embedder, EmbedderOutput
+from pml_tacl.models.attention_pooling import Embedder, EmbedderOutput, chosen_pooling
 from pml_tacl.models.preprocessing import image_transform
 from pml_tacl.models.receptive_field import measure_cell_offset
 from pml_tacl.models.self_attention import self_attention_map
 from pml_tacl.models.trunk import Trunk
 from pml_tacl.models.weights import Pretrained, flat_tensors
+from pml_tacl.models.whitening import whiten
 
 _FORMAT_VERSION = 1
 _Self = TypeVar("_Self", bound="AttentionEmbedder")
@@ -35,8 +37,12 @@ class AttentionEmbedder(nn.Module):
             `.safetensors`, `.pth` or `.bin` state dict, with or without classifier.
         feature_index: the stage (CNN) or block (ViT) whose maps carry attention, negative from the
             end. None: the last one with stride 16 or finer.
-        attention: `"pool"` (learned, starts as average pooling), `"distinctive"`, `"none"`, or a
+        attention: `"border"` (what does not look like the image's own border; with covariance),
+            `"pool"` (learned, starts uniform; with the average), `"distinctive"`, `"none"`, or a
             module from `TrunkOutput` to (N, H, W) logits; see `Embedder`.
+        pooling: `"covariance"` of the maps that carry attention, at which the backbone then ends;
+            or `"average"` of the last stage, the default without projection. `whiten` gives
+            either a good start.
         freeze_batchnorm: BatchNorm of the trunk keeps its statistics and weights in training.
         **timm_kwargs: passed to `timm.create_model`, such as `in_chans` or `drop_path_rate`.
             With a module, `in_chans` and `img_size` say what it takes where that is not plain.
@@ -59,27 +65,30 @@ class AttentionEmbedder(nn.Module):
         pretrained: Pretrained = False,
         *,
         feature_index: int | None = None,
-        attention: str | nn.Module = "pool",
+        attention: str | nn.Module | None = None,
+        pooling: str | None = None,
         freeze_batchnorm: bool = False,
         **timm_kwargs: Any,
     ) -> None:
         super().__init__()
+        pooling = chosen_pooling(pooling, embedding_dim)
         self.trunk = Trunk(
             backbone,
             pretrained,
             feature_index=feature_index,
             freeze_batchnorm=freeze_batchnorm,
+            stop_at_maps=pooling == "covariance",
             **timm_kwargs,
         )
         norm, self.trunk.head_norm = self.trunk.head_norm, None
-        self.embedder = Embedder(
-            self.trunk.num_features, self.trunk.map_channels, embedding_dim, attention, norm
-        )
+        channels = (self.trunk.num_features, self.trunk.map_channels)
+        self.embedder = Embedder(*channels, embedding_dim, attention, norm, pooling)
         self._config = {
             "backbone": backbone if isinstance(backbone, str) else None,
             "embedding_dim": embedding_dim,
             "feature_index": feature_index,
             "attention": self.embedder.attention_name,
+            "pooling": pooling,
             "freeze_batchnorm": freeze_batchnorm,
             "timm_kwargs": timm_kwargs,
         }
@@ -130,6 +139,28 @@ class AttentionEmbedder(nn.Module):
         channels, height, width = self.data_config["input_size"]
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         return measure_cell_offset(self.trunk, size or (height, width), channels)
+
+    def whiten(
+        self,
+        batches: Iterable[Tensor | Sequence[Tensor]],
+        max_images: int = 10_000,
+        shrinkage: float = 0.1,
+    ) -> None:
+        """Starts the projection as a whitening of what is pooled, so that rare detail counts.
+
+        Needs no label. Call it once, before training; two passes over the images, in evaluation
+        mode. See :func:`pml_tacl.models.whitening.whiten` for what it computes.
+
+        Args:
+            batches: images (N, C, H, W) as the model takes them, or sequences that start with
+                them; read twice, so a list or a DataLoader, no generator.
+            max_images: how many are used, the first ones.
+            shrinkage: added to each variance, as a fraction of the mean one; above 0.
+
+        Raises:
+            ValueError: without a projection or images, or for an argument out of its range.
+        """
+        whiten(self, batches, max_images, shrinkage)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades compute for memory, where timm has it; raises ValueError where not."""
@@ -224,6 +255,7 @@ class AttentionEmbedder(nn.Module):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"folder={str(folder)!r} holds no {name}: no saved model")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config.setdefault("pooling", "average")  # all that versions before 0.2 had
         version = config.pop("format_version", None)
         if not isinstance(version, int) or version > _FORMAT_VERSION:
             raise ValueError(

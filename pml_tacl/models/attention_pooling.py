@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pml_tacl.functional import commonness
+from pml_tacl._figure_ground import figure_scores
+from pml_tacl.functional import border_similarity, commonness
+from pml_tacl.models.covariance import Covariance
 from pml_tacl.models.trunk import TrunkOutput
 
 _DISTINCTIVE_TEMPERATURE = 0.1
+_BORDER_SHARPNESS = 4.0
 
 
 class EmbedderOutput(NamedTuple):
@@ -25,6 +28,15 @@ class EmbedderOutput(NamedTuple):
     embeddings: Tensor
     feature_maps: Tensor
     attention: Tensor
+
+
+def chosen_pooling(pooling: str | None, embedding_dim: int | None) -> str:
+    """The pooling that None stands for, or the one asked for; ValueError if there is no such."""
+    if pooling is None:
+        return "average" if embedding_dim is None else "covariance"
+    if pooling not in ("average", "covariance"):
+        raise ValueError(f"pooling must be 'average' or 'covariance', got {pooling!r}")
+    return pooling
 
 
 class PoolAttention(nn.Module):
@@ -49,21 +61,38 @@ class PoolAttention(nn.Module):
         return logits
 
 
+class BorderAttention(nn.Module):
+    """Attention logits `log sigmoid(4 z)`: what does not look like the image's own border.
+
+    z is the negated `border_similarity`, standardised within each image. Nothing is learned.
+    """
+
+    def forward(self, trunk_output: TrunkOutput) -> Tensor:
+        scores = figure_scores(border_similarity(trunk_output.feature_maps))
+        return F.logsigmoid(_BORDER_SHARPNESS * scores)
+
+
 class Embedder(nn.Module):
     """Attention pooling, linear projection and L2 normalisation.
 
     Args:
-        num_features: channels C of the last stage, which are pooled.
+        num_features: channels C of the last stage, which average pooling takes.
         map_channels: channels C' of the maps that carry attention.
-        embedding_dim: D of the embeddings; None leaves the projection out, D = C.
-        attention: `"pool"`: learned, starts exactly as average pooling; `"none"`: average pooling;
+        embedding_dim: D of the embeddings; None leaves the projection out, and D is the number of
+            pooled features.
+        attention: `"border"`: places that do not look like the image's own border, nothing
+            learned, see :func:`pml_tacl.functional.border_similarity`; `"pool"`: learned, starts
+            uniform; `"none"`: uniform; None: `"border"` for covariance, `"pool"` for the average;
             `"distinctive"`: softmax(-B / 0.1), with B the commonness of each place among reference
             images (after Li et al. 2020; definition ours), see `set_attention_references`; or a
             module that maps a `TrunkOutput` to (N, H', W') logits on the grid of its feature maps.
-        norm: applied to the pooled features (N, C), such as `Trunk.head_norm`.
+        norm: applied to average-pooled features (N, C), such as `Trunk.head_norm`.
+        pooling: `"covariance"`: of the maps that carry attention, see :class:`Covariance`;
+            `"average"`: the mean of the last stage. Both weighted by attention. None: the
+            average where there is no projection, else the covariance.
 
     Raises:
-        ValueError: for another `attention` or a dimension below 1.
+        ValueError: for another `attention` or `pooling`, or a dimension below 1.
     """
 
     def __init__(
@@ -71,24 +100,36 @@ class Embedder(nn.Module):
         num_features: int,
         map_channels: int,
         embedding_dim: int | None = 512,
-        attention: str | nn.Module = "pool",
+        attention: str | nn.Module | None = None,
         norm: nn.Module | None = None,
+        pooling: str | None = None,
     ) -> None:
         super().__init__()
         if embedding_dim is not None and (not isinstance(embedding_dim, int) or embedding_dim < 1):
             raise ValueError(f"embedding_dim must be None or at least 1, got {embedding_dim!r}")
+        pooling = chosen_pooling(pooling, embedding_dim)
+        if attention is None:
+            attention = "border" if pooling == "covariance" else "pool"
         self.map_channels = map_channels
+        self.pooling = pooling
+        self.covariance = Covariance(map_channels) if pooling == "covariance" else None
+        if self.covariance is not None:
+            num_features, norm = self.covariance.num_features, None
         self.embedding_dim = embedding_dim or num_features
         self.attention: nn.Module | None = None
         if isinstance(attention, nn.Module):
             self.attention = attention
             self.attention_name = "module"
-        elif attention in ("pool", "distinctive", "none"):
-            self.attention = PoolAttention(map_channels) if attention == "pool" else None
+        elif attention in ("border", "pool", "distinctive", "none"):
+            if attention == "border":
+                self.attention = BorderAttention()
+            elif attention == "pool":
+                self.attention = PoolAttention(map_channels)
             self.attention_name = attention
         else:
             raise ValueError(
-                f"attention must be 'pool', 'distinctive', 'none' or a module, got {attention!r}"
+                "attention must be 'border', 'pool', 'distinctive', 'none' or a module, "
+                f"got {attention!r}"
             )
         self.norm = nn.Identity() if norm is None else norm
         self.projection = nn.Linear(num_features, embedding_dim) if embedding_dim else nn.Identity()
@@ -102,14 +143,23 @@ class Embedder(nn.Module):
 
     def forward_features(self, trunk_output: TrunkOutput) -> EmbedderOutput:
         """Embeddings with the maps and the attention that they come from."""
+        pooled, attention = self.pool(trunk_output)
+        embeddings = F.normalize(at_least_float32(self.projection(pooled)), dim=1)
+        return EmbedderOutput(embeddings, trunk_output.feature_maps, attention)
+
+    def pool(self, trunk_output: TrunkOutput) -> tuple[Tensor, Tensor]:
+        """What is projected, (N, F), and the attention (N, H', W') that it is weighted by."""
         features, maps = trunk_output
         attention = self._attention(trunk_output)
+        dtype = next((parameter.dtype for parameter in self.parameters()), None)
+        if self.covariance is not None:
+            pooled = self.covariance(maps, attention)
+            return pooled.to(dtype or pooled.dtype), attention
         with torch.autocast(features.device.type, enabled=False):
             weights = resample_attention(attention, features.shape[-2:])
             pooled = torch.einsum("nchw,nhw->nc", at_least_float32(features), weights)
-        dtype = next((parameter.dtype for parameter in self.parameters()), pooled.dtype)
-        pooled = self.projection(self.norm(pooled.to(dtype)))
-        return EmbedderOutput(F.normalize(at_least_float32(pooled), dim=1), maps, attention)
+        pooled = self.norm(pooled.to(dtype or pooled.dtype))
+        return pooled, attention
 
     def set_attention_references(self, feature_maps: Tensor | None) -> None:
         """Sets the bank of images against which `attention="distinctive"` looks for the common.

@@ -45,6 +45,8 @@ class Trunk(nn.Module):
             end. None: the last one with stride 16 or finer, for a plain ViT its last block.
         freeze_batchnorm: keep running statistics and affine parameters of BatchNorm as they are,
             also in training mode.
+        stop_at_maps: end at the maps that carry attention, which are then the features too; what
+            comes after them is removed from a timm model.
         **timm_kwargs: passed to `timm.create_model`: `in_chans`, `img_size`, `dynamic_img_size`,
             `output_stride`, `drop_path_rate` and so on. With a module only `in_chans` and
             `img_size`: they say what it takes, where that can not be read off it.
@@ -62,6 +64,7 @@ class Trunk(nn.Module):
         *,
         feature_index: int | None = None,
         freeze_batchnorm: bool = False,
+        stop_at_maps: bool = False,
         **timm_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -74,7 +77,7 @@ class Trunk(nn.Module):
             self.model = backbone
         else:
             raise TypeError(f"backbone must be a timm model name or a module, got {backbone!r}")
-        self.freeze_batchnorm = freeze_batchnorm
+        self.freeze_batchnorm, self.stop_at_maps = freeze_batchnorm, stop_at_maps
         self.data_config = model_data_config(self.model, timm_kwargs, isinstance(backbone, str))
         reductions = _reductions(self.model)
         self.is_timm = bool(reductions)
@@ -87,8 +90,8 @@ class Trunk(nn.Module):
         self._isotropic = len(set(reductions)) == 1
         self.feature_index = _resolve_index(feature_index, reductions)
         _normalise_before_pooling(self.model)
-        last_index = len(reductions) - 1
-        self._indices = sorted({self.feature_index or 0, last_index}) if self.is_timm else []
+        stages = {self.feature_index or 0, *([] if stop_at_maps else [len(reductions) - 1])}
+        self._indices = sorted(stages) if self.is_timm else []
         output, unused = self._probe()
         self.num_features = output.features.shape[1]
         self.map_channels = output.feature_maps.shape[1]
@@ -118,8 +121,13 @@ class Trunk(nn.Module):
                 f"convert them, or build the model with in_chans={images.shape[1]}"
             )
         try:
-            final, maps = cast(Any, self.model).forward_intermediates(
-                images, indices=self._indices, norm=self._isotropic, output_fmt="NCHW"
+            found = cast(Any, self.model).forward_intermediates(
+                images,
+                indices=self._indices,
+                norm=self._isotropic,
+                output_fmt="NCHW",
+                stop_early=self.stop_at_maps,
+                intermediates_only=self.stop_at_maps,
             )
         except (AssertionError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not self._wrong_size(images):
@@ -128,6 +136,9 @@ class Trunk(nn.Module):
                 f"the backbone takes no images of {tuple(images.shape[2:])} px ({error}): resize "
                 "them, or pass img_size= or dynamic_img_size=True where timm has it"
             ) from error
+        if self.stop_at_maps:
+            return TrunkOutput(found[0], found[0])
+        final, maps = found
         features = self._as_maps(final, maps[-1])
         if self._isotropic and len(self._indices) == 1:
             return TrunkOutput(features, features)
@@ -170,7 +181,7 @@ class Trunk(nn.Module):
         index = -1 if self.feature_index is None else self.feature_index
         if not -len(stages) <= index < len(stages):
             raise ValueError(f"feature_index={index}: the backbone returns {len(stages)} map(s)")
-        return TrunkOutput(stages[-1], stages[index])
+        return TrunkOutput(stages[index if self.stop_at_maps else -1], stages[index])
 
     def _as_maps(self, final: Any, last: Tensor) -> Tensor:
         """timm's final features, which are (N, C, H, W), (N, H, W, C) or (N, L, C), as maps."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, get_worker_info
 
-from pml_tacl.functional import commonness, sample_at_points
+from pml_tacl.functional import border_similarity, commonness, sample_at_points
 from pml_tacl.transforms import SurroundingsSwap, cell_weights
 
 _TRIES = 5  # pictures in a row that cannot be read: it is the storage then, not a picture
@@ -147,22 +147,24 @@ def swap_surroundings(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Swap the surroundings of both views.
 
-    A distinctive mask takes a pass of the trunk over the unswapped views, in evaluation mode and
-    in so many chunks.
+    A mask from maps takes a pass of the trunk over the unswapped views, in evaluation mode and in
+    so many chunks.
 
     Returns:
         Both views (N, 3, S, S), and how far both kept each cell of the first: (N, H*W) in [0, 1].
     """
-    common: list[Tensor | None] = [None, None]
-    if swap.mask == "distinctive":
+    ground: list[Tensor | None] = [None, None]
+    if swap.mask != "centred":
         training = {module: module.training for module in trunk.modules()}
         trunk.eval()
         images = torch.cat([batch.views, batch.transformed])
         maps = torch.cat([trunk(part).feature_maps for part in images.chunk(chunks)])
         for module, mode in training.items():
             module.training = mode
-        common = [commonness(part, batch.labels) for part in maps.chunk(2)]
-    first = swap(batch.views, common[0])
-    second = swap(batch.transformed, common[1])
+        for view, part in enumerate(maps.chunk(2)):
+            border = swap.mask == "border"
+            ground[view] = border_similarity(part) if border else commonness(part, batch.labels)
+    first = swap(batch.views, ground[0])
+    second = swap(batch.transformed, ground[1])
     kept, _ = sample_at_points(second.masks, batch.points)
     return first.images, second.images, cell_weights(first.masks, grid) * kept

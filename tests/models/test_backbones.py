@@ -86,16 +86,18 @@ def check_output(model, x, dim=8):
     return out
 
 
+@pytest.mark.parametrize("pooling", ["average", "covariance"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shapes_and_gradients(family):
-    model, size, _, grid = build(family)
+def test_shapes_and_gradients(family, pooling):
+    model, size, _, grid = build(family, pooling=pooling)
     out = check_output(model, images(size))
     assert out.feature_maps.shape[2:] == grid
     assert model.trunk.num_features == model.trunk(images(size)).features.shape[1]
     (out.embeddings * torch.randn_like(out.embeddings)).sum().backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []
-    assert model.embedder.attention.score.weight.grad.abs().sum() > 0
+    if pooling == "average":
+        assert model.embedder.attention.score.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -192,7 +194,9 @@ def test_the_layout_is_seen_where_a_model_says_it_wrongly():
 
 
 def test_intermediate_blocks_of_a_vit_are_normalised():
-    model = AttentionEmbedder("test_vit", 8, feature_index=2, img_size=64).eval()
+    model = AttentionEmbedder(
+        "test_vit", 8, feature_index=2, img_size=64, pooling="average"
+    ).eval()
     with torch.no_grad():
         out = model.trunk(images((64, 64)))
         maps = model.trunk.model.forward_intermediates(
@@ -293,11 +297,27 @@ def test_own_module(channels):
 
 
 def test_own_module_with_stages():
-    model = AttentionEmbedder(Plain(stages=True), 8, feature_index=0)
+    model = AttentionEmbedder(Plain(stages=True), 8, feature_index=0, pooling="average")
     assert check_output(model, images((32, 32))).feature_maps.shape == (2, 6, 16, 16)
     assert model.trunk.num_features == 10
     with pytest.raises(ValueError, match=r"feature_index=2: the backbone returns 2 map\(s\)"):
         AttentionEmbedder(Plain(stages=True), 8, feature_index=2)
+
+
+@pytest.mark.parametrize("family", ["resnet", "efficientnet", "convnext", "swin"])
+def test_covariance_pooling_ends_the_backbone_at_its_maps(family):
+    model, size, *_ = build(family)
+    whole, *_ = build(family, pooling="average")
+    with torch.no_grad():
+        output = model.eval().trunk(images(size))
+        maps = whole.eval().trunk(images(size)).feature_maps
+    assert output.features is output.feature_maps
+    torch.testing.assert_close(output.feature_maps, maps, rtol=1e-5, atol=1e-5)
+
+    def size_of(module):
+        return sum(p.numel() for p in module.trunk.parameters())
+
+    assert size_of(model) < size_of(whole)
 
 
 def test_own_module_is_left_as_it_was():

@@ -1,0 +1,80 @@
+"""What is figure and what is ground, from each image's own border, and second-order pooling."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from pml_tacl._precision import wide_dtype, without_autocast
+
+
+@torch.no_grad()
+def border_similarity(feature_maps: Tensor) -> Tensor:
+    """How much each place looks like the image's own border: high is background.
+
+    ``B_i[u] = mean of cos(F_i[u], F_i[v]) over the outermost places v``. Without gradient: it says
+    where to look, not what to learn. The border as a sample of the background is a prior of
+    saliency detection (Wei et al. 2012, "Geodesic saliency using background priors"); the
+    definition is ours. Needs no other image, no training, and no figure in the very middle.
+
+    Args:
+        feature_maps: (N, C, H, W).
+
+    Returns:
+        (N, H, W) in [-1, 1], at least fp32.
+
+    Raises:
+        ValueError: if feature_maps are not (N, C, H, W).
+    """
+    if feature_maps.ndim != 4:
+        raise ValueError(f"feature_maps must be (N, C, H, W), got {tuple(feature_maps.shape)}")
+    cells = nnf.normalize(feature_maps.to(wide_dtype(feature_maps)), dim=1)  # (N, C, H, W)
+    inner = cells[:, :, 1:-1, 1:-1]
+    height, width = cells.shape[-2:]
+    count = height * width - inner.shape[-2] * inner.shape[-1]
+    around = (cells.sum((2, 3)) - inner.sum((2, 3))) / count  # (N, C)
+    with without_autocast(cells.device):
+        return torch.einsum("nchw,nc->nhw", cells, around)
+
+
+def figure_scores(background: Tensor) -> Tensor:
+    """(N, H, W) background-ness, negated and standardised within each image: high is figure."""
+    rare = -background.detach().float()
+    rare = rare - rare.mean(dim=(1, 2), keepdim=True)
+    deviation = rare.square().mean(dim=(1, 2), keepdim=True).sqrt()
+    # Made of cosines: what differs by less than this is rounding, nothing that was seen.
+    return torch.where(deviation > 1e-6, rare / deviation.clamp_min(1e-12), 0.0)
+
+
+def covariance_pooling(feature_maps: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Which channels fire together, over the places of an image: second-order pooling.
+
+    ``C = sum over u of w[u] (F[u] - mean) (F[u] - mean)^T`` with ``sum of w = 1`` and the mean
+    weighted alike. After Lin et al. 2015 (bilinear CNN), centred.
+
+    Args:
+        feature_maps: (N, C, H, W).
+        weights: (N, H, W), non-negative; None weighs all places alike.
+
+    Returns:
+        (N, C * (C + 1) / 2), the upper triangle row by row, at least fp32.
+
+    Raises:
+        ValueError: if the shapes do not match.
+    """
+    if feature_maps.ndim != 4:
+        raise ValueError(f"feature_maps must be (N, C, H, W), got {tuple(feature_maps.shape)}")
+    n, channels, height, width = feature_maps.shape
+    if weights is not None and weights.shape != (n, height, width):
+        raise ValueError(
+            f"weights must have the shape {(n, height, width)}, got {tuple(weights.shape)}"
+        )
+    with without_autocast(feature_maps.device):
+        cells = feature_maps.to(wide_dtype(feature_maps)).flatten(2)  # (N, C, H * W)
+        share = cells.new_ones(n, 1, height * width)
+        if weights is not None:
+            share = weights.flatten(1)[:, None].to(cells.dtype)
+        share = share / share.sum(2, keepdim=True).clamp_min(1e-12)
+        apart = cells - (cells * share).sum(2, keepdim=True)
+        covariance = (apart * share) @ apart.transpose(1, 2)  # (N, C, C)
+    row, column = torch.triu_indices(channels, channels, device=cells.device)
+    return covariance[:, row, column]
