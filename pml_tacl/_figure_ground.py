@@ -38,7 +38,7 @@ def border_similarity(feature_maps: Tensor) -> Tensor:
 
 def figure_scores(background: Tensor) -> Tensor:
     """(N, H, W) background-ness, negated and standardised within each image: high is figure."""
-    rare = -background.detach().float()
+    rare = -background.detach().to(wide_dtype(background))
     rare = rare - rare.mean(dim=(1, 2), keepdim=True)
     deviation = rare.square().mean(dim=(1, 2), keepdim=True).sqrt()
     # Made of cosines: what differs by less than this is rounding, nothing that was seen.

@@ -170,7 +170,7 @@ class SurroundingsSwap(nn.Module):
                 f"background must have the shape (N, h, w) with N = {len(images)} images, "
                 f"got {tuple(background.shape)}"
             )
-        z = figure_scores(background)
+        z = figure_scores(background.float())
         height, width = images.shape[-2:]
         z = to_picture(z, (height, width), self.cell_offset)
         return torch.sigmoid(self.sharpness * z)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from pml_tacl._surroundings import emptied
 from pml_tacl.transforms import SiameseTransform, SurroundingsSwap, SwapOutput, cell_weights
 
 HEIGHT, WIDTH, SIZE = 150, 200, 128
@@ -481,7 +482,7 @@ def partners(images, output):
     return found
 
 
-def slow_distinctive(commonness, sharpness, height, width):
+def slow_mask(commonness, sharpness, height, width):
     """The mask of one image, element by element; bilinear, half-pixel centres, edges repeated."""
     b = commonness.double().numpy()
     z = -(b - b.mean()) / b.std()
@@ -499,12 +500,13 @@ def slow_distinctive(commonness, sharpness, height, width):
     return torch.tensor(mask, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("mask", ["border", "distinctive"])
 @pytest.mark.parametrize("sharpness", [1.0, 4.0])
-def test_distinctive_mask_is_the_formula(sharpness):
+def test_mask_from_maps_is_the_formula(mask, sharpness):
     images, commonness = batch(), torch.rand(6, 3, 4) * 0.2 + 0.5
-    output = SurroundingsSwap(1.0, sharpness=sharpness)(images, commonness)
+    output = SurroundingsSwap(1.0, mask, sharpness=sharpness, empty=False)(images, commonness)
     for mask, b in zip(output.masks, commonness, strict=True):
-        torch.testing.assert_close(mask, slow_distinctive(b, sharpness, 12, 10))
+        torch.testing.assert_close(mask, slow_mask(b, sharpness, 12, 10))
     assert -1 not in partners(images, output)
 
 
@@ -537,7 +539,8 @@ def test_centred_mask_is_a_gaussian_of_the_sides(sigma):
 def test_every_swapped_image_gets_anothers_surroundings(count, probability, seed):
     images = batch(count, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    output = SurroundingsSwap(probability, "centred")(images, generator=generator)
+    swap = SurroundingsSwap(probability, "centred", empty=False)
+    output = swap(images, generator=generator)
     taken = partners(images, output)
     for i in range(count):
         if output.swapped[i]:
@@ -554,7 +557,7 @@ def test_every_swapped_image_gets_anothers_surroundings(count, probability, seed
 
 def test_every_other_image_is_as_likely_a_partner():
     images, generator = batch(4, 2, 2), torch.Generator().manual_seed(0)
-    swap = SurroundingsSwap(1.0, "centred")
+    swap = SurroundingsSwap(1.0, "centred", empty=False)
     counts = torch.zeros(4, 4)
     for _ in range(600):
         for i, j in enumerate(partners(images, swap(images, generator=generator))):
@@ -591,7 +594,7 @@ def test_constant_commonness_gives_half_masks_and_no_nan(commonness):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("mask", ["distinctive", "centred"])
+@pytest.mark.parametrize("mask", ["border", "distinctive", "centred"])
 def test_other_dtypes_are_kept(dtype, mask):
     images, commonness = batch().to(dtype), torch.rand(6, 3, 4)
     results = [
@@ -650,7 +653,7 @@ def test_mask_carries_no_gradient_to_the_commonness():
     assert not SurroundingsSwap(1.0)(batch(), commonness).images.requires_grad
 
 
-@pytest.mark.parametrize("mask", ["distinctive", "centred"])
+@pytest.mark.parametrize("mask", ["border", "distinctive", "centred"])
 def test_swap_never_reads_a_value_back(mask):
     images = torch.empty(6, 3, 12, 10, device="meta")  # holds no values: reading one raises
     output = SurroundingsSwap(0.7, mask)(images, torch.empty(6, 3, 4, device="meta"))
@@ -660,7 +663,7 @@ def test_swap_never_reads_a_value_back(mask):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("mask", ["distinctive", "centred"])
+@pytest.mark.parametrize("mask", ["border", "distinctive", "centred"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_cuda_agrees_with_cpu_and_never_waits(mask, dtype):
     images, commonness = batch(16), torch.rand(16, 3, 4)
@@ -685,7 +688,7 @@ def test_cuda_agrees_with_cpu_and_never_waits(mask, dtype):
     [
         ({"probability": 1.2}, r"probability must be in \[0, 1\], got 1.2"),
         ({"probability": float("nan")}, "probability must be"),
-        ({"mask": "central"}, "mask must be 'distinctive' or 'centred', got 'central'"),
+        ({"mask": "central"}, "mask must be 'border', 'distinctive' or 'centred', got 'central'"),
         ({"sharpness": 0}, "sharpness must be above 0 and finite, got 0"),
         ({"sigma": float("inf")}, "sigma must be above 0 and finite, got inf"),
     ],
@@ -700,7 +703,7 @@ def test_wrong_swap_arguments_are_named(kwargs, message):
     [
         (torch.zeros(3, 4, 4), None, ValueError, r"images must .* got \(3, 4, 4\)"),
         (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), None, TypeError, "got torch.uint8"),
-        (torch.zeros(2, 3, 4, 4), None, ValueError, "commonness must be given"),
+        (torch.zeros(2, 3, 4, 4), None, ValueError, "background must be given for mask='border'"),
         (torch.zeros(2, 3, 4, 4), torch.zeros(3, 4, 4), ValueError, r"N = 2 .* got \(3, 4, 4\)"),
         (torch.zeros(2, 3, 4, 4), torch.zeros(2, 4), ValueError, r"got \(2, 4\)"),
         (torch.zeros(2, 3, 4, 4), torch.zeros(2, 0, 4), ValueError, r"got \(2, 0, 4\)"),
@@ -709,6 +712,58 @@ def test_wrong_swap_arguments_are_named(kwargs, message):
 def test_wrong_batches_are_named(images, commonness, error, message):
     with pytest.raises(error, match=message):
         SurroundingsSwap()(images, commonness)
+
+
+def slow_emptied(image, keep):
+    """Where keep is 1 in the middle and 0 elsewhere: the colours come from without."""
+    outside = keep.numpy() == 0
+    return image.numpy()[:, outside].min(1), image.numpy()[:, outside].max(1)
+
+
+def test_the_others_object_is_painted_over():
+    images = torch.zeros(2, 3, 32, 32)
+    images[0], images[1] = 0.2, 0.6
+    keep = torch.zeros(2, 32, 32)
+    keep[:, 8:20, 10:24] = 1
+    images[:, :, 8:20, 10:24] = 5.0  # the objects
+    found = emptied(images, keep)
+    # Of one colour around, so that colour fills it.
+    torch.testing.assert_close(found[0], torch.full((3, 32, 32), 0.2), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found[1], torch.full((3, 32, 32), 0.6), atol=1e-3, rtol=0)
+    noisy = torch.rand(1, 3, 32, 32)
+    found = emptied(noisy, keep[:1])
+    low, high = slow_emptied(noisy[0], keep[0])
+    inside = found[0][:, 8:20, 10:24].flatten(1).numpy()
+    assert (inside.min(1) >= low).all()
+    assert (inside.max(1) <= high).all()
+    assert torch.equal(found[0][:, 28:], noisy[0][:, 28:])  # far from the object all stays
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_emptying_nothing_or_all(level):
+    images = torch.rand(2, 3, 20, 24)
+    found = emptied(images, torch.full((2, 20, 24), level))
+    assert found.isfinite().all()
+    if level == 0:
+        assert torch.equal(found, images)
+    else:  # nothing is left to tell a colour: the mean
+        mean = images.mean((2, 3), keepdim=True).expand_as(images)
+        torch.testing.assert_close(found, mean, atol=0.3, rtol=0)
+
+
+def test_a_swapped_image_shows_only_its_own_object():
+    images = torch.zeros(4, 3, 32, 32) + torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None, None, None]
+    background = torch.ones(4, 8, 8)
+    for i, (y, x) in enumerate([(1, 1), (1, 5), (5, 1), (5, 5)]):
+        images[i, :, 4 * y : 4 * y + 8, 4 * x : 4 * x + 8] = 9.0
+        background[i, y : y + 2, x : x + 2] = 0
+    shown = []
+    for empty in (False, True):
+        swap = SurroundingsSwap(1.0, sharpness=8.0, empty=empty)
+        found = swap(images, background, torch.Generator().manual_seed(0)).images
+        shown.append((found[:, 0] > 4).float().sum((1, 2)))
+    assert (shown[0] > 110).all()  # two objects of 64 pixels, with their rims
+    assert (shown[1] < 80).all()
 
 
 def test_swap_shows_its_arguments():

@@ -34,10 +34,8 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
     there. Each epoch that is due begins with an embedding pass over the whole data set; its
     clusters are the pseudo-labels of the epoch, and a new sampler and loader draw by them.
     Both views of a picture share its pseudo-label. During ``warmup_epochs`` every picture is a
-    cluster of its own. After Li et al. 2020; definition ours.
-
-    In many processes (:mod:`pml_tacl.processes`) the trainers train together, as one; hooks are
-    called in the first process alone.
+    cluster of its own. In many processes (:mod:`pml_tacl.processes`) all train as one, and the
+    first calls the hooks. After Li et al. 2020; definition ours.
 
     Args:
         models: an :class:`AttentionEmbedder`, or {"trunk": ..., "embedder": ...}.
@@ -62,23 +60,24 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             pictures from where they were (0.02 is little, 0.2 much). None: always.
         warmup_epochs: epochs before the first clustering.
         swap: a :class:`SurroundingsSwap` of both views, or None.
-        amp_dtype: torch.bfloat16 or torch.float16 for autocast, None for none. float16 scales
-            the loss.
+        cluster_views: with a swap, the mean embedding of so many swapped views of each picture is
+            clustered; 0: that of the picture as it is.
+        amp_dtype: of autocast, torch.bfloat16 or torch.float16 (scales the loss); None for none.
         accumulation_steps: chunks that a batch goes through the model in, to save memory. The
             losses see the whole batch, so the step is that of one chunk, but for BatchNorm.
         ema_decay: in (0, 1), of averaged weights, ``ema_model``; None for none. They are for
             evaluation and export; clusters come from the weights that are trained, since their
             centres are compared with those weights' embeddings.
         compile: torch.compile trunk and embedder, as one; names of parameters stay.
-        max_unreadable: pictures that may turn unreadable before the training stops. Until then,
-            another of its cluster takes the place of each, and it becomes noise.
+        max_unreadable: pictures that may turn unreadable before the training stops; until then
+            each becomes noise, and another of its cluster takes its place.
         checkpoint_folder: a checkpoint is written there at the end of each epoch, and SIGINT or
             SIGTERM end the training after one, with :class:`Interrupted` (a SystemExit, 130 or
             143); a second signal ends it at once. None: only :meth:`save_checkpoint` writes.
         checkpoint_every: iterations between two more of them, within an epoch; None for none.
         keep: how many of the last checkpoints stay, at least 1.
         record_keeper: record-keeper's RecordKeeper (``hooks.record_keeper``), whose records are
-            part of the checkpoints: none is twice there, or lost, after a crash.
+            part of the checkpoints: none is lost after a crash, or there twice.
         progress: show bars.
         **kwargs: as of PML's BaseTrainer (loss_weights, iterations_per_epoch, lr_schedulers,
             gradient_clippers, freeze_these, dataloader_num_workers, end_of_epoch_hook, ...).
@@ -88,8 +87,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         centroids: (K, D), or None before the first clustering.
         embeddings: (N, D) of the last embedding pass, NaN for unreadable pictures; not kept in
             checkpoints, and only on the first of many processes.
-        extra: a dict of tensors, numbers, strings and containers of the user's, kept in
-            checkpoints.
+        extra: a dict of the user's tensors, numbers, strings and containers, in checkpoints too.
 
     Raises:
         ValueError: for an argument that does not fit, before anything is computed.
@@ -115,6 +113,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         recluster_when_moved: float | None = None,
         warmup_epochs: int = 0,
         swap: SurroundingsSwap | None = None,
+        cluster_views: int = 4,
         amp_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
         ema_decay: float | None = None,
@@ -144,6 +143,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             recluster_every=recluster_every,
             recluster_when_moved=recluster_when_moved,
             warmup_epochs=warmup_epochs,
+            cluster_views=cluster_views,
             amp_dtype=amp_dtype,
             accumulation_steps=accumulation_steps,
             ema_decay=ema_decay,
@@ -159,8 +159,8 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         self.transform, self.eval_transform, self.labeler = transform, eval_transform, labeler
         self.images_per_cluster, self.warmup_epochs = images_per_cluster, warmup_epochs
         self.recluster_every, self.recluster_when_moved = recluster_every, recluster_when_moved
-        self.swap, self.amp_dtype, self.progress = swap, amp_dtype, progress
-        self.accumulation_steps = accumulation_steps
+        self.swap, self.cluster_views, self.progress = swap, cluster_views, progress
+        self.amp_dtype, self.accumulation_steps = amp_dtype, accumulation_steps
         self.checkpoint_folder = checkpoint_folder and Path(checkpoint_folder)
         self.checkpoint_every, self.keep = checkpoint_every, keep
         self.record_keeper = record_keeper

@@ -126,9 +126,12 @@ class TestModules:
 
 class TestPrecision:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_autocast(self, model, dtype):
-        model.eval()
-        model.embedder.attention.score.weight.data.normal_(generator=torch.manual_seed(0))
+    @pytest.mark.parametrize("pooling", ["average", "covariance"])
+    def test_autocast(self, pooling, dtype):
+        torch.manual_seed(0)
+        model = AttentionEmbedder("test_resnet", 16, pooling=pooling).eval()
+        if pooling == "average":
+            model.embedder.attention.score.weight.data.normal_(generator=torch.manual_seed(0))
         with torch.no_grad(), torch.autocast("cpu", dtype):
             out = model.forward_features(images())
         exact = model.forward_features(images())
@@ -137,7 +140,7 @@ class TestPrecision:
         torch.testing.assert_close(out.attention.sum((1, 2)), torch.ones(2))
         torch.testing.assert_close(out.embeddings, exact.embeddings, rtol=0, atol=0.05)
 
-    @pytest.mark.parametrize("attention", ["pool", "none", "distinctive", Brightness()])
+    @pytest.mark.parametrize("attention", ["border", "pool", "none", "distinctive", Brightness()])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
     def test_other_types(self, attention, dtype):
         model = AttentionEmbedder("test_resnet", 16, attention=attention).eval().to(dtype)

@@ -41,7 +41,7 @@ class TestPool:
         return TrunkOutput(maps(2, 6, 3, 3, seed=seed), maps(2, 5, 7, 7, seed=seed + 1))
 
     def test_embedding_from_the_formula(self):
-        embedder = Embedder(6, 5, 4)
+        embedder = Embedder(6, 5, 4, pooling="average")
         nn.init.normal_(embedder.attention.score.weight, generator=torch.manual_seed(0))
         features, feature_maps = self.output()
         out = embedder.forward_features(self.output())
@@ -72,8 +72,9 @@ class TestPool:
         torch.testing.assert_close(actual.attention, expected.attention, rtol=0, atol=0)
         torch.testing.assert_close(actual.embeddings, expected.embeddings, rtol=0, atol=0)
 
-    def test_dead_places_do_no_harm(self):
-        embedder = Embedder(6, 5, 4)
+    @pytest.mark.parametrize("pooling", ["average", "covariance"])
+    def test_dead_places_do_no_harm(self, pooling):
+        embedder = Embedder(6, 5, 4, pooling=pooling)
         out = TrunkOutput(torch.zeros(1, 6, 3, 3), torch.zeros(1, 5, 7, 7, requires_grad=True))
         embeddings = embedder(out)
         embeddings.sum().backward()
@@ -84,7 +85,7 @@ class TestPool:
         """One place tells the class, the others are noise: attention must go there."""
         torch.manual_seed(0)
         labels = torch.arange(64) % 2
-        embedder = Embedder(8, 8, 2)
+        embedder = Embedder(8, 8, 2, pooling="average")
         optimizer = torch.optim.Adam(embedder.parameters(), 0.05)
         for _ in range(150):
             places = torch.randn(64, 8, 4, 4)
@@ -162,7 +163,7 @@ class TestDistinctive:
         torch.testing.assert_close(other.references, embedder.references)
 
     def test_errors(self):
-        with pytest.raises(ValueError, match="attention='pool' uses no references"):
+        with pytest.raises(ValueError, match="attention='border' uses no references"):
             Embedder(5, 5).set_attention_references(maps(3, 5, 2, 2))
         with pytest.raises(ValueError, match=r"must be \(M, 5, H, W\), got shape \(3, 6, 2, 2\)"):
             Embedder(5, 5, 4, "distinctive").set_attention_references(maps(3, 6, 2, 2))

@@ -194,9 +194,7 @@ def test_the_layout_is_seen_where_a_model_says_it_wrongly():
 
 
 def test_intermediate_blocks_of_a_vit_are_normalised():
-    model = AttentionEmbedder(
-        "test_vit", 8, feature_index=2, img_size=64, pooling="average"
-    ).eval()
+    model = AttentionEmbedder("test_vit", 8, feature_index=2, img_size=64, pooling="average").eval()
     with torch.no_grad():
         out = model.trunk(images((64, 64)))
         maps = model.trunk.model.forward_intermediates(

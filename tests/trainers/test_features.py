@@ -322,3 +322,55 @@ def test_labels_of_noise_reach_no_loss():
 
     make_trainer(labeler=labeler, loss_funcs={"metric_loss": Watching()}).train(num_epochs=2)
     assert torch.cat(seen).unique().tolist() == [0, 1, 2, 3]
+
+
+class TestClusterViews:
+    """Clusters of the mean embedding over other pictures' surroundings."""
+
+    def embeddings(self, **kwargs):
+        trainer = make_trainer(**kwargs)
+        trainer.relabel()
+        return trainer.embeddings
+
+    @pytest.mark.parametrize("mask", ["border", "distinctive", "centred"])
+    def test_surroundings_average_out(self, mask):
+        """Spread of the surroundings' share falls with the number of views, towards their mean."""
+        swap = SurroundingsSwap(0.1, mask, sigma=0.1)
+        plain, one, other, many = (
+            self.embeddings(swap=swap, cluster_views=views) for views in (0, 1, 2, 16)
+        )
+        assert torch.equal(plain, self.embeddings())  # 0: as without a swap
+        for found in (one, other, many):
+            torch.testing.assert_close(found.norm(dim=1), torch.ones(len(found)))
+        assert not torch.allclose(one, plain, atol=1e-3)
+        assert not torch.allclose(one, other, atol=1e-3)
+        assert (other - many).norm() < (one - many).norm()
+
+    def test_a_mask_that_keeps_all_changes_nothing_and_keeps_the_order(self):
+        swap = SurroundingsSwap(1.0, "centred", sigma=1e4)
+        torch.testing.assert_close(self.embeddings(swap=swap), self.embeddings())
+
+    def test_repeated_alike(self):
+        swap = SurroundingsSwap(1.0, "border")
+        assert torch.equal(self.embeddings(swap=swap), self.embeddings(swap=swap))
+
+    def test_what_has_not_moved_is_not_clustered_again(self):
+        model = plain_model()
+        trainer = make_trainer(
+            model,
+            optimizers=torch.optim.SGD(model.parameters(), 0.0),
+            swap=SurroundingsSwap(1.0, "centred"),
+            recluster_when_moved=1e-4,
+            freeze_these=["trunk", "embedder"],
+        )
+        passes, relabel = [], trainer.relabel
+        trainer.relabel = lambda: passes.append(trainer.epoch) or relabel()
+        for module in model.modules():
+            module.eval()
+        trainer.set_to_train = lambda: None  # BatchNorm's statistics would move
+        trainer.train(num_epochs=3)
+        assert passes == [1]
+
+    def test_wrong_numbers_are_named(self):
+        with pytest.raises(ValueError, match=r"cluster_views must be .*0.* got -1"):
+            make_trainer(cluster_views=-1)
