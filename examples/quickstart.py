@@ -12,6 +12,7 @@ from collections import defaultdict
 import torch
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch.nn.functional import normalize
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from pml_tacl import (
@@ -40,7 +41,7 @@ CONFIG = {
     "epochs": 6,
     "warmup_epochs": 3,  # each picture is its own cluster until features are worth clustering
     "learning_rate": 5e-3,
-    "loss_weights": {"metric_loss": 1.0, "clustering_loss": 1.0, "attention_loss": 1.0},
+    "loss_weights": {"metric_loss": 1.0, "clustering_loss": 0.5, "attention_loss": 3.0},
 }
 
 
@@ -67,7 +68,9 @@ def main() -> None:
         **config["timm"],
     )
     model = model.to(device, memory_format=torch.channels_last)
-    test.transform = model.transform(image_size=64)
+    train.transform = test.transform = model.transform(image_size=64)
+    model.whiten(DataLoader(train, 128))  # where the projection starts
+    train.transform = None
     siamese = SiameseTransform(
         size=64,
         grid=8,  # the places of attention, and

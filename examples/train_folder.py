@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from pytorch_metric_learning.losses import MultiSimilarityLoss
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from pml_tacl import (
     AttentionConsistencyLoss,
@@ -34,7 +34,7 @@ from pml_tacl.processes import embed_together, is_first, on_first, session
 from pml_tacl.search import PictureIndex
 from pml_tacl.trainers.checkpoint import checkpoints
 
-LOSS_WEIGHTS = {"metric_loss": 1.0, "clustering_loss": 1.0, "attention_loss": 1.0}
+LOSS_WEIGHTS = {"metric_loss": 1.0, "clustering_loss": 0.5, "attention_loss": 3.0}
 IMAGES_PER_CLUSTER = 4  # in a batch
 FREE = {
     "run",
@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
     add("--embedding-dim", type=int, default=512, help="numbers in an embedding")
     add("--learning-rate", type=float, default=1e-4, help="of the backbone; the head's is 10 times")
     add("--freeze-batchnorm", action="store_true", help="keep its statistics; for small batches")
-    add("--swap", action="store_true", help="also swap surroundings; for centred objects")
+    add("--swap", action="store_true", help="also swap surroundings; for pictures of one thing")
     add("--workers", type=int, default=2, help="processes that read pictures")
     add("--checkpoint-every", type=int, help="iterations; also at each epoch's end")
     add("--seed", type=int, default=0, help="of everything random")
@@ -147,6 +147,7 @@ def main() -> None:
     def end_epoch(trainer: UnsupervisedTrainer) -> None:
         hooks.record_keeper.save_records()
 
+    offset = model.cell_offset(size)
     groups = model.parameter_groups(args.learning_rate, 10 * args.learning_rate)
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-2)
     trainer = UnsupervisedTrainer(
@@ -160,14 +161,14 @@ def main() -> None:
         },
         pictures,
         transform=SiameseTransform(
-            size, tuple(maps.shape[-2:]), mean=mean, std=std, cell_offset=model.cell_offset(size)
+            size, tuple(maps.shape[-2:]), mean=mean, std=std, cell_offset=offset
         ),
         eval_transform=transform,
         labeler=KMeansPseudoLabeler(clusters, seed=args.seed),
         mining_funcs={"attention_miner": AttentionConsistencyMiner()},
         images_per_cluster=IMAGES_PER_CLUSTER,
         warmup_epochs=args.warmup_epochs,
-        swap=SurroundingsSwap(mask="centred") if args.swap else None,
+        swap=SurroundingsSwap(cell_offset=offset) if args.swap else None,
         loss_weights=LOSS_WEIGHTS,
         checkpoint_folder=run / "checkpoints",
         checkpoint_every=args.checkpoint_every,
@@ -182,6 +183,10 @@ def main() -> None:
     )
     trainer.extra = {"history": {}, "recalls": {}}  # kept in the checkpoints
     if not begun:
+        pictures.transform = transform
+        shuffled = DataLoader(pictures, 64, shuffle=True, num_workers=args.workers)
+        model.whiten(shuffled, progress=is_first())  # where the projection starts
+        pictures.transform = None
         test_at(0)
     on_first(lambda: runs.open_run(run, config, **flags), "opening the run")
     if is_first():  # one process writes what all have learnt

@@ -8,7 +8,6 @@ from torch import Tensor
 from pml_tacl import SurroundingsSwap
 from pml_tacl.functional import sample_at_points
 from pml_tacl.transforms import cell_weights
-from retrieval_parts.config import Config
 from retrieval_parts.state import Training
 from retrieval_parts.views import Views
 
@@ -36,7 +35,13 @@ def draw(run: Training) -> Batch:
     views = run.views(run.pictures.images[rows], run.generator, maps)
     weights = None
     if config.swap > 0:
-        swap = make_swap(config)
+        swap = SurroundingsSwap(
+            config.swap,
+            "centred" if config.mask == "centred" else "border",  # any other comes as a map too
+            sharpness=config.sharpness,
+            sigma=config.sigma,
+            empty=config.empty,
+        )
         first = swap(views.first, views.first_maps, run.generator)
         second = swap(views.second, views.second_maps, run.generator)
         views = views._replace(first=first.images, second=second.images)
@@ -69,14 +74,3 @@ def draw_rows(run: Training) -> Tensor:
         repeats = -(-config.per_cluster // len(members))
         groups.append(members[order.repeat(repeats)[: config.per_cluster]])
     return torch.cat(groups)
-
-
-def make_swap(config: Config, probability: float | None = None) -> SurroundingsSwap:
-    """The surroundings swap of a run; every mask but the centred one comes as a map."""
-    return SurroundingsSwap(
-        config.swap if probability is None else probability,
-        "centred" if config.mask == "centred" else "border",
-        sharpness=config.sharpness,
-        sigma=config.sigma,
-        empty=config.empty,
-    )

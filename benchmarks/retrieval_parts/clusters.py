@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from pml_tacl import KMeansPseudoLabeler
 from pml_tacl.functional import to_picture
-from retrieval_parts.batches import make_swap
 from retrieval_parts.masks import picture_masks
 from retrieval_parts.objective import Losses
 from retrieval_parts.scoring import embed_pictures, purity
@@ -27,7 +26,7 @@ def recluster(run: Training, losses: Losses) -> None:
     if config.swap > 0 and config.mask != "centred" and stale:
         run.background = _masks(run, run.labels if run.centroids is not None else None)
     if config.metric == "stml" or (warm and uses_clusters):
-        run.embeddings = _embeddings(run)
+        run.embeddings = embed_pictures(run.teacher, run.pictures.images, run.views.normalise)
     if not (warm and uses_clusters):
         return
     if config.labels == "true":
@@ -80,22 +79,3 @@ def _masks(run: Training, labels: Tensor | None) -> Tensor:
         return maps
     # Half a cell is nothing that the grid of the maps could show.
     return to_picture(maps, (2 * maps.shape[1], 2 * maps.shape[2]), offset)
-
-
-def _embeddings(run: Training) -> Tensor:
-    """(N, D) of the pictures as they are, or averaged over their swapped views."""
-    images, count = run.pictures.images, run.config.cluster_views
-    if count <= 1:
-        return embed_pictures(run.teacher, images, run.views.normalise)
-    total = torch.zeros(())
-    for _ in range(count):
-        total = total + embed_pictures(
-            run.teacher, images, lambda part: part, prepare=lambda rows: _swapped(run, rows)
-        )
-    return F.normalize(total)
-
-
-def _swapped(run: Training, rows: Tensor) -> Tensor:
-    pixels = run.views.normalise(run.pictures.images[rows].float() / 255)
-    maps = None if run.background is None else run.background[rows]
-    return make_swap(run.config, probability=1.0)(pixels, maps, run.generator).images

@@ -7,7 +7,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from retrieval_parts.config import METHODS, Config, make
+from retrieval_parts.config import FIRST, METHODS, Config, make
 from retrieval_parts.photos import PHOTOS
 from retrieval_parts.running import run
 
@@ -22,12 +22,14 @@ _LARGER_METHODS = ("zero_shot", "ms", "full", "supervised")
 def everything(split: str = "test", data_root: Path | None = None) -> list[Config]:
     """Every method on every data set, in the regime that fits it, for every seed.
 
-    The photographs of `data_root` are for the pretrained network alone.
+    The larger size is run once, and the photographs of `data_root` by the pretrained network.
     """
+    further = [name for name in METHODS if name not in FIRST]
     configs = [
         make(method, dataset=dataset, regime=regime, seed=seed, split=split)
-        for seed in SEEDS  # first, so that an interrupted run has whole tables
-        for method in METHODS
+        for methods in (FIRST, further)
+        for seed in SEEDS  # before methods, so that an interrupted run has whole tables
+        for method in methods
         for dataset, regime in SETTINGS
     ]
     for name in PHOTOS:
@@ -38,8 +40,7 @@ def everything(split: str = "test", data_root: Path | None = None) -> list[Confi
                 for method in METHODS
             ]
     configs += [
-        make(method, dataset=SETTINGS[-1][0], size=LARGER, seed=seed, split=split)
-        for seed in SEEDS
+        make(method, dataset=SETTINGS[-1][0], size=LARGER, split=split)
         for method in _LARGER_METHODS
     ]
     return without_repeats(configs)
@@ -77,6 +78,8 @@ def run_all(
         return
     # Read by torch and faiss when a fresh process loads them; a forked one has them half-way.
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    # glibc gives every large tensor back to the system and takes it anew: a third of a step.
+    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         yield from pool.map(_one, arguments)
 

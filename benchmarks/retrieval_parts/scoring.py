@@ -14,17 +14,14 @@ from retrieval_parts.data import Pictures
 
 @torch.no_grad()  # not inference mode: what comes out is trained with
 def embed_pictures(
-    model: nn.Module,
-    images: Tensor,
-    normalise: Callable[[Tensor], Tensor],
-    prepare: Callable[[Tensor], Tensor] | None = None,
+    model: nn.Module, images: Tensor, normalise: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Unit embeddings (N, D) of uint8 pictures; `prepare` makes a batch of rows instead."""
+    """Unit embeddings (N, D) of uint8 pictures."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     parts = []
-    for rows in torch.arange(len(images)).split(128):
-        pixels = normalise(images[rows].float() / 255) if prepare is None else prepare(rows)
+    for part in images.split(128):
+        pixels = normalise(part.float() / 255)
         parts.append(model(pixels.contiguous(memory_format=torch.channels_last)))
     for module, mode in modes.items():
         module.training = mode

@@ -60,7 +60,10 @@ def start(config: Config, pictures: Pictures, cache: Path = DEFAULT_CACHE) -> Tr
     norm = (tuple(data["mean"]), tuple(data["std"]))
     views = BatchViews(RECIPES[config.views], grid, *norm, offset)
     if config.pooling == "covariance" and config.whiten:
-        model.whiten([views.normalise(part.float() / 255) for part in pictures.images.split(128)])
+        model.whiten(
+            [views.normalise(part.float() / 255) for part in pictures.images.split(128)],
+            progress=False,
+        )
     needs_teacher = config.ema > 0 or config.metric == "stml"
     teacher = copy.deepcopy(model).requires_grad_(False) if needs_teacher else model
     labels = pictures.labels if config.labels == "true" else torch.arange(len(pictures.labels))

@@ -145,6 +145,7 @@ class AttentionEmbedder(nn.Module):
         batches: Iterable[Tensor | Sequence[Tensor]],
         max_images: int = 10_000,
         shrinkage: float = 0.1,
+        progress: bool = True,
     ) -> None:
         """Starts the projection as a whitening of what is pooled, so that rare detail counts.
 
@@ -154,13 +155,14 @@ class AttentionEmbedder(nn.Module):
         Args:
             batches: images (N, C, H, W) as the model takes them, or sequences that start with
                 them; read twice, so a list or a DataLoader, no generator.
-            max_images: how many are used, the first ones.
+            max_images: how many are used, the first ones: shuffle folders that are in an order.
             shrinkage: added to each variance, as a fraction of the mean one; above 0.
+            progress: show a bar.
 
         Raises:
             ValueError: without a projection or images, or for an argument out of its range.
         """
-        whiten(self, batches, max_images, shrinkage)
+        whiten(self, batches, max_images, shrinkage, progress)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades compute for memory, where timm has it; raises ValueError where not."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pml_tacl._checks import check_count
 
@@ -18,6 +19,7 @@ def whiten(
     batches: Iterable[Tensor | Sequence[Tensor]],
     max_images: int = 10_000,
     shrinkage: float = 0.1,
+    progress: bool = True,
 ) -> None:
     """Sets the projection of a model to a whitening of what it pools.
 
@@ -30,8 +32,9 @@ def whiten(
     Args:
         model: its projection is overwritten, in place.
         batches: images (N, C, H, W) as the model takes them, or sequences that start with them.
-        max_images: how many are used.
+        max_images: how many are used, the first ones.
         shrinkage: above 0.
+        progress: show a bar.
 
     Raises:
         ValueError: without a projection or images, or for an argument out of its range.
@@ -47,10 +50,15 @@ def whiten(
     model.eval()
     try:
         if model.embedder.covariance is not None:
-            _, moments = _moments(batches, max_images, lambda x: _places(model, x.to(device)))
+            _, moments = _moments(
+                batches, max_images, lambda x: _places(model, x.to(device)), progress
+            )
             model.embedder.covariance.fit(moments)
         mean, moments = _moments(
-            batches, max_images, lambda x: model.embedder.pool(model.trunk(x.to(device)))[0]
+            batches,
+            max_images,
+            lambda x: model.embedder.pool(model.trunk(x.to(device)))[0],
+            progress,
         )
     finally:
         for module, mode in modes.items():
@@ -70,18 +78,20 @@ def whiten(
 
 
 def _places(model: "AttentionEmbedder", images: Tensor) -> Tensor:
-    return model.trunk(images).feature_maps.movedim(1, -1).flatten(0, 2)
+    maps: Tensor = model.trunk(images).feature_maps
+    return maps.movedim(1, -1).flatten(0, 2)
 
 
 def _moments(
     batches: Iterable[Tensor | Sequence[Tensor]],
     max_images: int,
     features: Callable[[Tensor], Tensor],
+    progress: bool,
 ) -> tuple[Tensor, Tensor]:
     """Mean (F,) and covariance (F, F), float64, of rows (n, F) that images give."""
     count = images_seen = 0
     total = outer = torch.zeros((), dtype=torch.float64)
-    for batch in batches:
+    for batch in tqdm(batches, "whitening", disable=not progress):
         images = batch if isinstance(batch, Tensor) else batch[0]
         images = images[: max_images - images_seen]
         rows = features(images).double()

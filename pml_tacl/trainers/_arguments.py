@@ -18,7 +18,6 @@ def check_arguments(
     recluster_every: int,
     recluster_when_moved: float | None,
     warmup_epochs: int,
-    cluster_views: int,
     amp_dtype: torch.dtype | None,
     accumulation_steps: int,
     ema_decay: float | None,
@@ -71,7 +70,6 @@ def check_arguments(
         )
     if ema_decay is not None and not 0 < ema_decay < 1:
         raise ValueError(f"ema_decay must be above 0 and below 1, or None, got {ema_decay}")
-    check_count("cluster_views", cluster_views, 0)
     check_count("max_unreadable", max_unreadable, 0)
     check_count("keep", keep, 1)
     if checkpoint_every is not None:

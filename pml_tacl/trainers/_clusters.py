@@ -1,6 +1,5 @@
 """The embedding pass of a trainer: when it is due, and what it makes of the clusters found."""
 
-import copy
 import logging
 from typing import Any
 
@@ -13,53 +12,30 @@ from pml_tacl._distributed import check_same, is_first, on_first
 from pml_tacl._exchange import from_first
 from pml_tacl.processes import embed_together
 from pml_tacl.trainers._together import equalise
-from pml_tacl.trainers._views import OneView, background, describe
-from pml_tacl.transforms import SurroundingsSwap
+from pml_tacl.trainers._views import OneView, describe
 
 _LOGGER = logging.getLogger(__name__)
 _SAMPLE = 1000  # pictures that stand for all when it is asked how far the embeddings have moved
 
 
 class _Whole(nn.Module):
-    """Images to embeddings in a trainer's precision: as they are, or the mean of swapped views."""
-
-    def __init__(self, trainer: Any, swap: SurroundingsSwap | None = None) -> None:
+    def __init__(self, trainer: Any) -> None:
         super().__init__()
         self.trunk, self.embedder = trainer.models["trunk"], trainer.models["embedder"]
-        self.dtype, self.views, self.seed = trainer.amp_dtype, trainer.cluster_views, trainer.epoch
-        self.swap = swap and copy.deepcopy(swap)
-        if self.swap is not None:
-            self.swap.probability = 1.0
+        self.dtype = trainer.amp_dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.swap is None:
-            return self._embed(images)
-        with self._precision(images):
-            ground = background(self.swap, self.trunk(images).feature_maps)
-        # Alike in every batch, so that one process draws as many do; the batches are random.
-        generator = torch.Generator().manual_seed(self.seed)
-        views = [self.swap(images, ground, generator).images for _ in range(self.views)]
-        return F.normalize(torch.stack([self._embed(view) for view in views]).mean(0), dim=1)
-
-    def _embed(self, images: Tensor) -> Tensor:
-        with self._precision(images):
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
             embeddings: Tensor = self.embedder(self.trunk(images))
         return embeddings.float()
 
-    def _precision(self, images: Tensor) -> torch.autocast:
-        return torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None)
 
-
-def embed_pictures(
-    trainer: Any, index: Tensor | None = None, swap: SurroundingsSwap | None = None
-) -> tuple[Tensor, Tensor] | None:
+def embed_pictures(trainer: Any, index: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
     """Embed pictures as the evaluation sees them, in the trainer's precision.
 
     Args:
         trainer: an :class:`UnsupervisedTrainer`.
         index: (M,) of the pictures; None for all.
-        swap: of the views of all pictures whose mean embedding is taken; None for the pictures
-            as they are.
 
     Returns:
         Embeddings (M, D) float32 and where each is from, (M,) int64: for a picture that cannot be
@@ -67,22 +43,15 @@ def embed_pictures(
     """
     equalise(trainer)
     pictures: Any = OneView(trainer.dataset, trainer.eval_transform)
-    if swap is not None:  # among random others: folders hold pictures of a kind together
-        generator = torch.Generator().manual_seed(trainer.epoch)
-        index = torch.randperm(len(pictures), generator=generator)
     if index is not None:
         pictures = Subset(pictures, index.tolist())
-    found = embed_together(
-        _Whole(trainer, swap),
+    return embed_together(
+        _Whole(trainer),
         pictures,
         batch_size=max(64, trainer.batch_size),
         num_workers=trainer.dataloader_num_workers,
         progress=trainer.progress,
     )
-    if swap is None or found is None or index is None:
-        return found
-    back = index.argsort()
-    return found[0][back], found[1][back]
 
 
 def clustering_is_due(trainer: Any) -> bool:
@@ -112,10 +81,7 @@ def relabel(trainer: Any) -> None:
 
     Of many processes the first clusters; all end with its labels and centroids.
     """
-    found = embed_pictures(trainer, swap=trainer.swap if trainer.cluster_views else None)
-    sample = _sample(len(trainer.labels))
-    moved = trainer.recluster_when_moved is not None
-    still = embed_pictures(trainer, sample) if moved and trainer.swap is not None else None
+    found = embed_pictures(trainer)
     made: list[Tensor | None] = [None, None, None]
 
     def cluster() -> None:
@@ -125,8 +91,7 @@ def relabel(trainer: Any) -> None:
         labels = torch.full((len(readable),), -1)
         labels[readable] = clusters.labels.cpu().long()
         trainer.embeddings = embeddings
-        moved_from = embeddings[sample].clone() if still is None else still[0]
-        made[:] = labels, clusters.centroids, moved_from
+        made[:] = labels, clusters.centroids, embeddings[_sample(len(labels))].clone()
 
     on_first(cluster, "clustering")
     labels, centroids, moved_from = from_first(made)

@@ -137,19 +137,6 @@ def _finite(image: Tensor, index: int) -> Tensor:
     return image
 
 
-def background(
-    swap: SurroundingsSwap, feature_maps: Tensor, labels: Tensor | None = None
-) -> Tensor | None:
-    """What a swap takes its masks from, (N, H, W), of maps (N, C, H, W); None if from nothing."""
-    if swap.mask == "centred":
-        return None
-    return (
-        border_similarity(feature_maps)
-        if swap.mask == "border"
-        else commonness(feature_maps, labels)
-    )
-
-
 @torch.no_grad()
 def swap_surroundings(
     swap: SurroundingsSwap,
@@ -174,7 +161,9 @@ def swap_surroundings(
         maps = torch.cat([trunk(part).feature_maps for part in images.chunk(chunks)])
         for module, mode in training.items():
             module.training = mode
-        ground = [background(swap, part, batch.labels) for part in maps.chunk(2)]
+        for view, part in enumerate(maps.chunk(2)):
+            border = swap.mask == "border"
+            ground[view] = border_similarity(part) if border else commonness(part, batch.labels)
     first = swap(batch.views, ground[0])
     second = swap(batch.transformed, ground[1])
     kept, _ = sample_at_points(second.masks, batch.points)

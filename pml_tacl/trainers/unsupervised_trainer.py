@@ -60,8 +60,6 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             pictures from where they were (0.02 is little, 0.2 much). None: always.
         warmup_epochs: epochs before the first clustering.
         swap: a :class:`SurroundingsSwap` of both views, or None.
-        cluster_views: with a swap, the mean embedding of so many swapped views of each picture is
-            clustered; 0: that of the picture as it is.
         amp_dtype: of autocast, torch.bfloat16 or torch.float16 (scales the loss); None for none.
         accumulation_steps: chunks that a batch goes through the model in, to save memory. The
             losses see the whole batch, so the step is that of one chunk, but for BatchNorm.
@@ -113,7 +111,6 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         recluster_when_moved: float | None = None,
         warmup_epochs: int = 0,
         swap: SurroundingsSwap | None = None,
-        cluster_views: int = 4,
         amp_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
         ema_decay: float | None = None,
@@ -143,7 +140,6 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             recluster_every=recluster_every,
             recluster_when_moved=recluster_when_moved,
             warmup_epochs=warmup_epochs,
-            cluster_views=cluster_views,
             amp_dtype=amp_dtype,
             accumulation_steps=accumulation_steps,
             ema_decay=ema_decay,
@@ -159,8 +155,8 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         self.transform, self.eval_transform, self.labeler = transform, eval_transform, labeler
         self.images_per_cluster, self.warmup_epochs = images_per_cluster, warmup_epochs
         self.recluster_every, self.recluster_when_moved = recluster_every, recluster_when_moved
-        self.swap, self.cluster_views, self.progress = swap, cluster_views, progress
-        self.amp_dtype, self.accumulation_steps = amp_dtype, accumulation_steps
+        self.swap, self.amp_dtype, self.progress = swap, amp_dtype, progress
+        self.accumulation_steps = accumulation_steps
         self.checkpoint_folder = checkpoint_folder and Path(checkpoint_folder)
         self.checkpoint_every, self.keep = checkpoint_every, keep
         self.record_keeper = record_keeper
