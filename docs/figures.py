@@ -193,17 +193,15 @@ def attention_embedder() -> Figure:
     grid = "x".join(map(str, out.feature_maps.shape[1:]))
     box(axes, 0, 1.5, "images\n3x224x224", GREY)
     box(axes, 3, 1.5, "trunk\n(any timm model)")
-    box(axes, 6, 2.7, "last stage\n512x7x7", GREY)
-    box(axes, 6, 0.3, f"feature_maps\n{grid}", GREY)
+    box(axes, 6, 1.5, f"feature_maps\n{grid}", GREY)
     box(axes, 9, 0.3, "attention\n14x14, sums to 1", RED)
-    box(axes, 9, 2.7, "weighted mean,\nprojection", BLUE)
-    box(axes, 12, 2.7, "embedding\n128, unit norm", GREEN)
+    box(axes, 9, 2.7, f"covariance\n{model.embedder.projection.in_features}", BLUE)
+    box(axes, 12, 2.7, "projection:\n128, unit norm", GREEN)
     for start, end in (
         ((2.2, 1.5), (3, 1.5)),
-        ((5.2, 1.6), (6, 2.6)),
-        ((5.2, 1.4), (6, 0.4)),
-        ((8.2, 0.3), (9, 0.3)),
-        ((8.2, 2.7), (9, 2.7)),
+        ((5.2, 1.5), (6, 1.5)),
+        ((8.2, 1.6), (9, 2.6)),
+        ((8.2, 1.4), (9, 0.4)),
         ((10.1, 0.8), (10.1, 2.2)),
         ((11.2, 2.7), (12, 2.7)),
     ):
