@@ -92,7 +92,7 @@ def measured(run: Path, classes: int | None, seed: int) -> tuple[dict[str, dict[
     train, test = (Glyphs(s, transform=transform, num_classes=classes) for s in ("train", "test"))
     masks = box_masks(moved_boxes(test, transform))
     maps = {
-        "average pooling": torch.ones(len(test), 1, 1),
+        "even": torch.ones(len(test), 1, 1),
         f"{config['attention']}, untrained": attention_maps(fresh, test),
         f"{config['attention']}, trained": attention_maps(trained, test),
         "distinctive, untrained": attention_maps(distinctive(fresh, config, train), test),
@@ -134,7 +134,9 @@ def report(rows: dict[str, dict[str, float]], about: str) -> str:
         "means: the two averaged over pictures first.",
         "- pointing game: how often the arg-max lies inside the box. Equal places count by their "
         "share, so that an even map scores what the box covers.",
-        "- average pooling: the same weight everywhere. Learned pooling (`pool`) starts as it.",
+        "- even: the same weight everywhere, as average pooling has it.",
+        '- border: the default, `AttentionEmbedder(attention="border")`; only the features under it '
+        "are trained.",
         f"- distinctive: the same trunk, no training of the attention; {REFERENCES} pictures of "
         "the training half as references, see `Embedder.set_attention_references`.",
     ]

@@ -30,7 +30,7 @@ def main():
     train, seen, test = (Glyphs(half, num_classes=CLASSES) for half in ("train", "train", "test"))
     seen.transform = test.transform = model.transform(image_size=64)
     train.preload()
-
+    model.whiten(DataLoader(seen, BATCH_SIZE))  # where the projection starts
     colours = [v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5)], 0.9), v2.RandomChannelPermutation()]
     colours += [v2.RandomGrayscale(0.2), v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.5))], 0.3)]
     affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), shear=10, fill=220)
@@ -63,8 +63,8 @@ def main():
             i = torch.arange(len(y), device=device)
             pairs = (i, i, i[:0], i[:0]) if centroids is None else miner(first, y)
             twice = torch.cat([y, y])
-            loss = similarity(out.embeddings, twice) + clustering(out.embeddings, twice)
-            loss = loss + attention(first, second, points, y, pairs)
+            loss = similarity(out.embeddings, twice) + 0.5 * clustering(out.embeddings, twice)
+            loss = loss + 3 * attention(first, second, points, y, pairs)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

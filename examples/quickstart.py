@@ -42,16 +42,18 @@ CONFIG = {
     "warmup_epochs": 3,  # each picture is its own cluster until features are worth clustering
     "learning_rate": 5e-3,
     "loss_weights": {"metric_loss": 1.0, "clustering_loss": 0.5, "attention_loss": 3.0},
+    "amp": None,  # or "bfloat16": mixed precision
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--amp", choices=["bfloat16"], default=CONFIG["amp"], help="precision")
     parser.add_argument("--run", default="runs/quickstart", help="folder for the results")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run there")
     args = parser.parse_args()
-    config = {**CONFIG, "seed": args.seed}
+    config = {**CONFIG, "seed": args.seed, "amp": args.amp}
     run = runs.open_run(args.run, config, overwrite=args.overwrite)
     runs.seed_everything(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -134,6 +136,7 @@ def main() -> None:
         images_per_cluster=config["images_per_cluster"],
         warmup_epochs=config["warmup_epochs"],
         loss_weights=config["loss_weights"],
+        amp_dtype=config["amp"] and getattr(torch, config["amp"]),
         lr_schedulers={"trunk_scheduler_by_iteration": schedule},
         dataloader_num_workers=1,
         end_of_iteration_hook=remember_losses,
