@@ -135,8 +135,7 @@ def report(rows: dict[str, dict[str, float]], about: str) -> str:
         "- pointing game: how often the arg-max lies inside the box. Equal places count by their "
         "share, so that an even map scores what the box covers.",
         "- even: the same weight everywhere, as average pooling has it.",
-        '- border: the default, `AttentionEmbedder(attention="border")`; only the features under it '
-        "are trained.",
+        "- border: the default of `AttentionEmbedder`; only the features under it are trained.",
         f"- distinctive: the same trunk, no training of the attention; {REFERENCES} pictures of "
         "the training half as references, see `Embedder.set_attention_references`.",
     ]

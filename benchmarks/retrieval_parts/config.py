@@ -131,6 +131,7 @@ class Config:
         small = scratch or self.dataset == "glyphs"
         steps = (300 if scratch else 60) if self.steps < 0 else self.steps
         steps = 0 if self.method.startswith("zero_shot") else steps
+        warmup = (steps // 2 if scratch else 0) if self.warmup < 0 else self.warmup
         plain = 128 if scratch else 0
         filled = {
             "steps": steps,
@@ -140,8 +141,8 @@ class Config:
             else self.embedding_dim,
             "feature_index": 2 if scratch and self.feature_index < 0 else self.feature_index,
             "lr": (5e-3 if scratch else 1e-3) if self.lr < 0 else self.lr,
-            "recluster": max(1, steps // 3) if self.recluster < 0 else self.recluster,
-            "warmup": (steps // 2 if scratch else 0) if self.warmup < 0 else self.warmup,
+            "recluster": max(1, (steps - warmup) // 3) if self.recluster < 0 else self.recluster,
+            "warmup": warmup,
         }
         return replace(self, **filled)
 
