@@ -12,6 +12,7 @@ import torch
 from pytorch_metric_learning import losses
 from pytorch_metric_learning.distances import CosineSimilarity
 from torch import nn
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import pml_tacl
@@ -43,7 +44,7 @@ def mixes(clusters: int) -> dict[str, tuple[dict[str, nn.Module], dict[str, nn.M
             matched,
         ),
         "TripletMargin by our miner, TAC": (
-            {"triplets": losses.TripletMarginLoss(), "tac": attention},
+            {"triplets": losses.TripletMarginLoss(margin=0.2), "tac": attention},
             {**matched, **hard},
         ),
         "ArcFace, CCL": ({"classes": classifier, "ccl": clustering}, {}),
@@ -56,7 +57,9 @@ def main() -> dict[str, float]:
     runs.seed_everything(0)
     start = pml_tacl.AttentionEmbedder("resnet10t", DIM, **BACKBONE)
     train, test = Glyphs("train", num_classes=CLASSES), Glyphs("test", num_classes=CLASSES)
-    test.transform = start.transform(image_size=64)
+    train.transform = test.transform = start.transform(image_size=64)
+    start.whiten(DataLoader(train, BATCH_SIZE), progress=False)  # where the projection starts
+    train.transform = None
     clusters = len(train) // 10
     affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), fill=220)
     colour = v2.Compose([v2.ColorJitter(0.5, 0.5, 0.5), v2.RandomChannelPermutation()])

@@ -12,6 +12,7 @@ import torch
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import pml_tacl
@@ -62,8 +63,10 @@ class KnownAndSure(KnownLabels):
 def main() -> dict[str, float]:
     runs.seed_everything(0)
     start = pml_tacl.AttentionEmbedder("resnet10t", 64, **BACKBONE)
-    train, test = Glyphs("train", num_classes=CLASSES), Glyphs("test", num_classes=CLASSES)
-    test.transform = start.transform(image_size=64)
+    plain, halves = start.transform(image_size=64), ("train", "train", "test")
+    train, seen, test = (Glyphs(half, num_classes=CLASSES) for half in halves)
+    seen.transform = test.transform = plain
+    start.whiten(DataLoader(seen, BATCH_SIZE), progress=False)  # where the projection starts
     affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), fill=220)
     colour = v2.Compose([v2.ColorJitter(0.5, 0.5, 0.5), v2.RandomChannelPermutation()])
     two_views = pml_tacl.SiameseTransform(64, 4, geometric=affine, photometric=colour, flip=False)
@@ -77,7 +80,7 @@ def main() -> dict[str, float]:
         trainer = pml_tacl.UnsupervisedTrainer(
             model, torch.optim.AdamW(model.parameters(), LEARNING_RATE), BATCH_SIZE,
             {"pairs": MultiSimilarityLoss(), "ccl": pml_tacl.ContrastiveClusteringLoss()}, train,
-            transform=two_views, eval_transform=test.transform, labeler=labeler,
+            transform=two_views, eval_transform=plain, labeler=labeler,
             warmup_epochs=warmup, progress=False, dataloader_num_workers=WORKERS,
         )  # fmt: skip
         trainer.train(num_epochs=epochs)

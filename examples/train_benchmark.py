@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from pytorch_metric_learning.losses import MultiSimilarityLoss
+from torch.utils.data import DataLoader
 
 import pml_tacl
 from pml_tacl import runs
@@ -26,6 +27,7 @@ COMMON = {
     "epochs": 90,
     "learning_rate": 1e-4,
     "weight_decay": 1e-2,
+    "loss_weights": {"metric_loss": 1.0, "clustering_loss": 0.5, "attention_loss": 3.0},
     "seed": 0,
 }
 
@@ -60,6 +62,9 @@ def main(benchmark, settings: dict, description: str) -> None:
     ).to(device, memory_format=torch.channels_last)
     plain = model.transform(image_size=config["image_size"])
     query, *gallery = (benchmark(args.root, part, plain) for part in config["test_splits"])
+    if not begun:  # where the projection starts
+        seen = benchmark(args.root, "train", plain)
+        model.whiten(DataLoader(seen, 64, shuffle=True, num_workers=args.workers))
     with torch.inference_mode():
         example = torch.zeros(1, 3, *[config["image_size"]] * 2, device=device)
         grid = model.eval().forward_features(example).feature_maps.shape[2:]
@@ -82,7 +87,8 @@ def main(benchmark, settings: dict, description: str) -> None:
     }
     views = {"mean": model.data_config["mean"], "std": model.data_config["std"]}
     views |= {"crop_scale": config["crop_scale"]}
-    views |= {"cell_offset": model.cell_offset(config["image_size"])}
+    offset = model.cell_offset(config["image_size"])
+    views |= {"cell_offset": offset}
     trainer = pml_tacl.UnsupervisedTrainer(
         model,
         optimizer,
@@ -94,6 +100,8 @@ def main(benchmark, settings: dict, description: str) -> None:
         labeler=pml_tacl.KMeansPseudoLabeler(config["num_clusters"], seed=config["seed"]),
         mining_funcs={"attention_miner": pml_tacl.AttentionConsistencyMiner()},
         images_per_cluster=config["images_per_cluster"],
+        swap=pml_tacl.SurroundingsSwap(cell_offset=offset),
+        loss_weights=config["loss_weights"],
         amp_dtype=torch.bfloat16 if device.type == "cuda" else None,
         lr_schedulers={"trunk_scheduler_by_epoch": cosine},
         dataloader_num_workers=args.workers,

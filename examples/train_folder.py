@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
     add("--embedding-dim", type=int, default=512, help="numbers in an embedding")
     add("--learning-rate", type=float, default=1e-4, help="of the backbone; the head's is 10 times")
     add("--freeze-batchnorm", action="store_true", help="keep its statistics; for small batches")
-    add("--swap", action="store_true", help="also swap surroundings; for pictures of one thing")
+    add("--no-swap", action="store_true", help="do not swap surroundings: they are what is shown")
     add("--workers", type=int, default=2, help="processes that read pictures")
     add("--checkpoint-every", type=int, help="iterations; also at each epoch's end")
     add("--seed", type=int, default=0, help="of everything random")
@@ -168,7 +168,7 @@ def main() -> None:
         mining_funcs={"attention_miner": AttentionConsistencyMiner()},
         images_per_cluster=IMAGES_PER_CLUSTER,
         warmup_epochs=args.warmup_epochs,
-        swap=SurroundingsSwap(cell_offset=offset) if args.swap else None,
+        swap=None if args.no_swap else SurroundingsSwap(cell_offset=offset),
         loss_weights=LOSS_WEIGHTS,
         checkpoint_folder=run / "checkpoints",
         checkpoint_every=args.checkpoint_every,

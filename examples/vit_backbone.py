@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from pytorch_metric_learning.losses import MultiSimilarityLoss
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import pml_tacl
@@ -34,6 +35,9 @@ def main() -> dict[str, float]:
     model = pml_tacl.AttentionEmbedder(BACKBONE, 64, dynamic_img_size=True, **TIMM)
     train, test = Glyphs("train", num_classes=CLASSES), Glyphs("test", num_classes=CLASSES)
     views = {size: model.transform(image_size=size) for size in SIZES}
+    train.transform = views[SIZES[0]]
+    model.whiten(DataLoader(train, BATCH_SIZE), progress=False)  # where the projection starts
+    train.transform = None
     settings = {key: model.data_config[key] for key in ("mean", "std")}
     with torch.inference_mode():
         grid = model.forward_features(torch.zeros(1, 3, SIZES[0], SIZES[0])).feature_maps.shape[2:]

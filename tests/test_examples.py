@@ -265,7 +265,7 @@ def test_a_resumed_run_ends_like_an_unbroken_one(few, labelled, unbroken, tmp_pa
 @pytest.fixture(scope="module")
 def unbroken(few, labelled, tmp_path_factory):
     class Unbroken:
-        settings = (*SMALL, "--epochs=3", "--warmup-epochs=1", "--batch-size=8", "--swap",
+        settings = (*SMALL, "--epochs=3", "--warmup-epochs=1", "--batch-size=8",
                     "--eval-folder", labelled)  # fmt: skip
         run = tmp_path_factory.mktemp("unbroken") / "run"
 
