@@ -15,14 +15,12 @@ from pml_tacl import callbacks as cb
 from pml_tacl.evaluation import evaluate
 from pml_tacl.loggers import Logger, TensorBoardLogger, WandbLogger, as_picture
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def seeded():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pictures(count=32):
