@@ -22,23 +22,31 @@ class Term(NamedTuple):
     memory: bool = False  # whether its peak grows with its work
 
 
+def pictures(n: float, _: float) -> float:
+    return n
+
+
+def products(n: float, k: float) -> float:
+    return n * k
+
+
 TERMS = {
     "decode and two views": Term(
-        runs.decode, lambda n, k: n, [(40, 0), (80, 0), (240, 0)], "pictures, one core"
+        runs.decode, pictures, [(40, 0), (80, 0), (240, 0)], "pictures, one core"
     ),
-    "embedding": Term(runs.embed, lambda n, k: n, [(16, 0), (40, 0), (96, 0)], "pictures"),
+    "embedding": Term(runs.embed, pictures, [(16, 0), (40, 0), (96, 0)], "pictures"),
     "training step": Term(
-        runs.train, lambda n, k: n, [(4, 0), (8, 0), (16, 0)], "pictures, two views each", True
+        runs.train, pictures, [(4, 0), (8, 0), (16, 0)], "pictures, two views each", True
     ),
     "k-means": Term(
         runs.kmeans,
-        lambda n, k: n * k,
+        products,
         [(10_000, 200), (20_000, 400), (60_000, 1_000)],
         f"points x clusters, {ITERATIONS} iterations",
     ),
     "assignment": Term(
         runs.assign,
-        lambda n, k: n * k,
+        products,
         [(20_000, 1_000), (40_000, 2_000), (80_000, 4_000)],
         "pictures x clusters",
     ),
@@ -49,23 +57,20 @@ TERMS = {
         "pictures x root of clusters",
     ),
     "store and read embeddings": Term(
-        runs.store, lambda n, k: n, [(20_000, 0), (60_000, 0), (200_000, 0)], "pictures"
+        runs.store, pictures, [(20_000, 0), (60_000, 0), (200_000, 0)], "pictures"
     ),
     "order of an epoch": Term(
         runs.draw,
-        lambda n, k: n,
+        pictures,
         [(50_000, 5_000), (100_000, 10_000), (400_000, 40_000)],
         "pictures",
         True,
     ),
     "list of files": Term(
-        runs.listing, lambda n, k: n, [(50_000, 0), (100_000, 0), (500_000, 0)], "pictures", True
+        runs.listing, pictures, [(50_000, 0), (100_000, 0), (500_000, 0)], "pictures", True
     ),
     "exact search, all in all": Term(
-        runs.search,
-        lambda n, k: n * n,
-        [(8_000, 0), (16_000, 0), (40_000, 0)],
-        "pictures squared",
+        runs.search, lambda n, k: n * n, [(8_000, 0), (16_000, 0), (40_000, 0)], "pictures squared"
     ),
     "IVF search, all in all": Term(
         runs.ivf,
