@@ -134,6 +134,15 @@ def test_evaluating_measures_what_evaluate_does_every_so_many_epochs():
     assert trainer.models["trunk"].training
 
 
+def test_evaluating_searches_a_reference_and_loads_as_asked(monkeypatch):
+    given = []
+    monkeypatch.setattr(cb, "evaluate", lambda *a, **k: given.append(k) or evaluate(*a, **k))
+    hook = cb.Evaluate(labelled(), reference=labelled(), batch_size=5, num_workers=1)
+    pmls(hook).train(num_epochs=1)
+    assert (given[0]["batch_size"], given[0]["num_workers"]) == (5, 1)
+    assert hook.history[1]["recall_at_1"] == 1  # every picture is in the reference, too
+
+
 def test_without_labels_the_last_is_kept_and_nothing_is_best(tmp_path):
     pmls(cb.Evaluate(folder=tmp_path)).train(num_epochs=2)
     assert [path.name for path in tmp_path.rglob("*.pt")] == ["epoch_0002.pt"]
