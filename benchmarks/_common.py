@@ -1,4 +1,4 @@
-"""What the benchmarks share: taking turns, naming the machine, and where a page goes."""
+"""What the benchmarks share: taking turns, peak memory, the machine's name, where a page goes."""
 
 import platform
 import statistics
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 def take_turns(
@@ -42,6 +43,20 @@ def ratio_line(title: str, ours: list[float], base: list[float]) -> str:
         f"| {title} | {statistics.median(base):.2f} s | {statistics.median(ours):.2f} s "
         f"| {statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f} |"
     )
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Most memory that the CPU allocator held at once beyond what there was before."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert events
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def cpu_model() -> str:

@@ -17,11 +17,10 @@ from functools import partial
 import pytorch_metric_learning
 import torch
 import torch.nn.functional as F
-from _common import cpu_model, publish
+from _common import cpu_model, peak_bytes, publish
 from pytorch_metric_learning.losses import MultiSimilarityLoss, ProxyAnchorLoss, SoftTripleLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Measurement, Timer
 
 from pml_tacl import (
@@ -164,19 +163,6 @@ def medians(contenders: Contenders, rounds: int) -> dict[str, float]:
         for name, timer in timers.items():
             rows[name].append(timer.timeit(calls[name]))
     return {name: Measurement.merge(row)[0].median for name, row in rows.items()}
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Most memory that the allocator held at once beyond what there was before."""
-    run()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 Results = dict[str, tuple[dict[str, float], dict[str, float]]]

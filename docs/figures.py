@@ -12,55 +12,39 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
-from matplotlib.axes import Axes
+from figure_parts.diagrams import attention_embedder, code_map, unsupervised_trainer
+from figure_parts.strokes import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    RED,
+    arrow,
+    bare,
+    clusters,
+    on_circle,
+    pictures,
+)
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 from torchvision.transforms import v2
 
 from pml_tacl import (
     AttentionConsistencyMiner,
-    AttentionEmbedder,
     ContrastiveClusteringMiner,
     KMeansPseudoLabeler,
     RetrievalCalculator,
     SiameseTransform,
     SurroundingsSwap,
 )
-from pml_tacl.datasets import Glyphs
 from pml_tacl.functional import contrastive_clustering
 
-BLUE, RED, GREEN, GREY, INK = "#1f77b4", "#d62728", "#2a9d5c", "#9aa0a6", "#333333"
 STYLE = {
     "figure.facecolor": "white",  # legible on the dark theme too
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-
-
-def bare(axes: Axes, title: str = "") -> None:
-    axes.set_axis_off()
-    axes.set_aspect("equal")
-    axes.set_title(title, fontsize=9, color=INK)
-
-
-def arrow(axes: Axes, start: object, end: object, colour: str, **kwargs: object) -> None:
-    style = {"arrowstyle": "-|>", "mutation_scale": 10, "shrinkA": 4, "shrinkB": 4, **kwargs}
-    axes.add_patch(FancyArrowPatch(start, end, color=colour, **style))
-
-
-def on_circle(degrees: object) -> np.ndarray:
-    radians = np.deg2rad(np.asarray(degrees, float))
-    return np.stack([np.cos(radians), np.sin(radians)], axis=-1)
-
-
-def clusters(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Embeddings (N, 2) on the unit circle, their clusters, and the centres (K, 2)."""
-    rng = np.random.default_rng(seed)
-    angles = [20, 75, 150, 215, 300]
-    labels = np.repeat(np.arange(5), 7)
-    points = on_circle(np.repeat(angles, 7) + rng.normal(0, 11, 35))
-    return points, labels, on_circle(angles)
 
 
 def contrastive_clustering_loss() -> Figure:
@@ -89,11 +73,6 @@ def contrastive_clustering_loss() -> Figure:
     right.set_ylabel("loss of one embedding")
     right.legend(frameon=False)
     return figure
-
-
-def pictures(count: int, seed: int = 0) -> np.ndarray:
-    glyphs = Glyphs("test", num_classes=count, images_per_class=2, size=96, seed=seed)
-    return np.stack([np.asarray(glyphs[i][0]) for i in range(len(glyphs))])
 
 
 def attention_consistency_loss() -> Figure:
@@ -177,39 +156,6 @@ def attention_consistency_miner() -> Figure:
     return figure
 
 
-def box(axes: Axes, x: float, y: float, text: str, colour: str = BLUE, width: float = 2.2) -> None:
-    axes.add_patch(
-        FancyBboxPatch((x, y - 0.45), width, 0.9, boxstyle="round,pad=0.06", fc="white", ec=colour)
-    )
-    axes.text(x + width / 2, y, text, ha="center", va="center", color=INK, fontsize=8)
-
-
-def attention_embedder() -> Figure:
-    figure = Figure((8.4, 2.7), layout="constrained")
-    axes = figure.subplots()
-    bare(axes)
-    model = AttentionEmbedder("resnet18", 128)
-    out = model.forward_features(torch.zeros(1, 3, 224, 224))
-    grid = "x".join(map(str, out.feature_maps.shape[1:]))
-    box(axes, 0, 1.5, "images\n3x224x224", GREY)
-    box(axes, 3, 1.5, "trunk\n(any timm model)")
-    box(axes, 6, 1.5, f"feature_maps\n{grid}", GREY)
-    box(axes, 9, 0.3, "attention\n14x14, sums to 1", RED)
-    box(axes, 9, 2.7, f"covariance\n{model.embedder.projection.in_features}", BLUE)
-    box(axes, 12, 2.7, "projection:\n128, unit norm", GREEN)
-    for start, end in (
-        ((2.2, 1.5), (3, 1.5)),
-        ((5.2, 1.5), (6, 1.5)),
-        ((8.2, 1.6), (9, 2.6)),
-        ((8.2, 1.4), (9, 0.4)),
-        ((10.1, 0.8), (10.1, 2.2)),
-        ((11.2, 2.7), (12, 2.7)),
-    ):
-        arrow(axes, start, end, INK)
-    axes.set(xlim=(-0.2, 14.4), ylim=(-0.4, 3.4))
-    return figure
-
-
 def kmeans_pseudo_labeler() -> Figure:
     figure = Figure((8.4, 3.2), layout="constrained")
     rng = np.random.default_rng(1)
@@ -277,35 +223,6 @@ def surroundings_swap() -> Figure:
     return figure
 
 
-def unsupervised_trainer() -> Figure:
-    figure = Figure((8.4, 3.3), layout="constrained")
-    axes = figure.subplots()
-    bare(axes)
-    box(axes, 0, 3, "every picture,\none plain view", GREY, 2.4)
-    box(axes, 3.3, 3, "embed\n(evaluation mode)", BLUE, 2.4)
-    box(axes, 6.6, 3, "labeler", BLUE, 2.4)
-    box(axes, 9.9, 3, "pseudo-labels,\ncentres", GREEN, 2.4)
-    box(axes, 0, 0.6, "batch: clusters x images,\ntwo views each", GREY, 2.9)
-    box(axes, 3.8, 0.6, "trunk, embedder", BLUE, 2.2)
-    box(axes, 6.9, 0.6, "metric + clustering\n+ attention loss", RED, 2.4)
-    box(axes, 10.2, 0.6, "step", BLUE, 1.6)
-    for start, end in (
-        ((2.4, 3), (3.3, 3)),
-        ((5.7, 3), (6.6, 3)),
-        ((9, 3), (9.9, 3)),
-        ((2.9, 0.6), (3.8, 0.6)),
-        ((6, 0.6), (6.9, 0.6)),
-        ((9.3, 0.6), (10.2, 0.6)),
-    ):
-        arrow(axes, start, end, INK)
-    arrow(axes, (11, 2.5), (1.4, 1.1), GREEN, connectionstyle="arc3,rad=0.0", lw=1.2)
-    arrow(axes, (11, 2.5), (8.4, 1.1), GREEN, lw=1.2)
-    axes.text(12.5, 3, "every\nrecluster_every\nepochs", color=INK, va="center", fontsize=8)
-    axes.text(12.5, 0.6, "every\niteration", color=INK, va="center", fontsize=8)
-    axes.set(xlim=(-0.2, 14.6), ylim=(-0.1, 3.7))
-    return figure
-
-
 def retrieval_calculator() -> Figure:
     right = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 1, 0, 0, 0, 1], [0, 0, 0, 0, 1, 1]])
     figure = Figure((8.4, 2.3), layout="constrained")
@@ -329,39 +246,6 @@ def retrieval_calculator() -> Figure:
     for column, name in enumerate(("R@1", "R@2", "R@4", "R-prec.", "MAP@R", "MRR")):
         axes.text(7.4 + 1.8 * column, 2.75, name, ha="center", color=INK)
     axes.set(xlim=(-2, 17.4), ylim=(-0.5, 3.1))
-    return figure
-
-
-def code_map() -> Figure:
-    figure = Figure((8.4, 4.6), layout="constrained")
-    axes = figure.subplots()
-    bare(axes)
-    rows = (
-        (4.2, RED, "knows no PML", [("visualize", 0), ("functional", 2.7), ("models", 5.4),
-                                    ("clustering", 8.1), ("transforms", 10.8)]),
-        (2.6, BLUE, "PML's kinds", [("_compat", 0), ("losses, miners", 2.7), ("evaluation", 5.4),
-                                    ("datasets", 10.8)]),
-        (1.0, GREEN, "the whole", [("trainers", 5.4), ("examples/", 8.1), ("runs, search", 10.8)]),
-    )  # fmt: skip
-    for y, colour, name, parts in rows:
-        axes.text(-0.3, y, name, ha="right", va="center", color=colour)
-        for text, x in parts:
-            box(axes, x, y, text, colour)
-    for start, end in (
-        ((2.7, 4.2), (2.2, 4.2)),
-        ((4.9, 4.2), (5.4, 4.2)),
-        ((3.8, 3.7), (3.8, 3.1)),
-        ((2.2, 2.6), (2.7, 2.6)),
-        ((4.3, 2.1), (5.6, 1.5)),
-        ((6.5, 2.1), (6.5, 1.5)),
-        ((8.9, 3.7), (7.2, 1.5)),
-        ((11.2, 3.7), (7.6, 1.4)),
-        ((7.6, 1), (8.1, 1)),
-        ((11.2, 2.1), (10, 1.5)),
-        ((10.8, 1), (10.3, 1)),
-    ):
-        arrow(axes, start, end, GREY)
-    axes.set(xlim=(-2.3, 13.2), ylim=(0.3, 4.9))
     return figure
 
 

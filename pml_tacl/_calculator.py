@@ -11,6 +11,7 @@ from pytorch_metric_learning.utils.inference import FaissKMeans
 from torch import Tensor
 
 from pml_tacl._agreement import adjusted_mutual_information
+from pml_tacl._checks import check_count
 from pml_tacl._retrieval import (
     check_fit,
     check_included,
@@ -20,7 +21,7 @@ from pml_tacl._retrieval import (
     torch_search,
     whole_labels,
 )
-from pml_tacl._rows import Embeddings, check_count
+from pml_tacl._rows import Embeddings
 
 RANKING_METRICS = (
     "precision_at_1",

@@ -87,9 +87,8 @@ class Centroids:
             embeddings = embeddings.to(wide_dtype(embeddings))
             labels, ref_labels = labels.long(), ref_labels.long()
             if self.centroids is None:
-                return self._nearest_means(
-                    embeddings, labels, ref_emb.to(embeddings.dtype), ref_labels, num_negatives
-                )
+                reference = ref_emb.to(embeddings.dtype), ref_labels
+                return self._nearest_means(embeddings, labels, reference, num_negatives)
             return self._nearest_centroids(embeddings, labels, ref_labels, num_negatives)
 
     def _nearest_centroids(
@@ -110,14 +109,10 @@ class Centroids:
         return NearestCentres(own_distance, others, columns, None, ref_labels, labels >= 0)
 
     def _nearest_means(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        ref_emb: Tensor,
-        ref_labels: Tensor,
-        num_negatives: int,
+        self, embeddings: Tensor, labels: Tensor, reference: tuple[Tensor, Tensor], count: int
     ) -> NearestCentres:
         """One centre per reference element, of which the first of each label stands for it."""
+        ref_emb, ref_labels = reference
         same = (ref_labels[:, None] == ref_labels) & (ref_labels >= 0)
         first = same.byte().argmax(dim=1)
         members = same.to(ref_emb.dtype)
@@ -128,7 +123,7 @@ class Centroids:
         own, has_own = found.byte().argmax(dim=1), found.any(dim=1)
         mat = self.distance(embeddings, means)
         ranked = mat.detach().masked_fill(~stands, self._farthest())
-        near = self._nearest(mat, own, min(num_negatives, len(ref_labels)), ranked)
+        near = self._nearest(mat, own, min(count, len(ref_labels)), ranked)
         # An embedding without an own centre is no concern of anyone: which others count neither.
         rank = torch.arange(near[1].shape[1], device=near[1].device)
         valid = rank < stands.sum() - 1

@@ -36,7 +36,7 @@ def cross_attention(
     check_options(temperature, chunk_size)
     with without_autocast(queries.device):
         first, second = _CrossAttention.apply(
-            queries, second_queries, references, anchors, others, temperature, chunk_size
+            anchors, others, temperature, chunk_size, queries, second_queries, references
         )
     first = first.unflatten(1, queries.shape[2:])
     if second_queries is not None:
@@ -62,15 +62,14 @@ class _CrossAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        queries: Tensor,
-        second_queries: Tensor | None,
-        references: Tensor | None,
         anchors: Tensor,
         others: Tensor,
         temperature: float | None,
         chunk_size: int | None,
+        *given: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        maps = [m for m in (queries, second_queries, references) if m is not None]
+        _, second_queries, references = given
+        maps = [m for m in given if m is not None]
         table, inverse_norms = unit_rows(maps)
         shapes = [m.shape for m in maps]
         r = 0 if references is None else len(maps) - 1
@@ -93,7 +92,7 @@ class _CrossAttention(torch.autograd.Function):
         ctx.save_for_backward(table, inverse_norms, anchors, others, *attention, *nearest)
         ctx.layout = (shapes, r, step, temperature)
         ctx.channels_last = [_is_channels_last(m) for m in maps]
-        ctx.present = [m is not None for m in (queries, second_queries, references)]
+        ctx.present = [m is not None for m in given]
         ctx.set_materialize_grads(False)
         return attention[0], (attention[1] if num_queries == 2 else attention[0].new_empty(0))
 
@@ -121,7 +120,7 @@ class _CrossAttention(torch.autograd.Function):
                 _views(grad, shapes), shapes, ctx.channels_last, strict=True
             )
         ]
-        return (*[parts.pop(0) if there else None for there in ctx.present], *[None] * 4)
+        return (*[None] * 4, *[parts.pop(0) if there else None for there in ctx.present])
 
 
 def soft_maximum(similarity: Tensor, temperature: float) -> Tensor:

@@ -187,11 +187,6 @@ def highest(value: int) -> int:
     return int(said)
 
 
-def agree(flag: bool) -> bool:
-    """Whether any process says yes. Collective."""
-    return bool(highest(int(flag)))
-
-
 def device() -> torch.device:
     """Where tensors must lie to travel: the CPU unless nccl is all there is."""
     there = distributed.get_backend_config()

@@ -10,8 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pml_tacl._checks import check_count as check_count
-
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 Embeddings = Tensor | npt.NDArray[Any]

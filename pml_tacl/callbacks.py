@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pml_tacl._rows import check_count
+from pml_tacl._checks import check_count
 from pml_tacl._watching import CRITERIA, features_of, keep, memory_of, model_of, restore
 from pml_tacl.evaluation import evaluate
 from pml_tacl.loggers import Logger

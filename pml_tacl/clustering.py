@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pml_tacl._rows import Embeddings, FloatArray, IntArray, UnitRows, check_count
+from pml_tacl._checks import check_count
+from pml_tacl._rows import Embeddings, FloatArray, IntArray, UnitRows
 
 # Mean cosine distance to the common direction below which rows differ by rounding alone.
 COLLAPSED = 1e-6

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from pml_tacl._calculator import RetrievalCalculator
+from pml_tacl._checks import check_count
 from pml_tacl._interrupts import ShieldedLoader
-from pml_tacl._rows import check_count
 
 __all__ = ["RetrievalCalculator", "embed", "evaluate", "make_tester"]
 

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pml_tacl._rows import check_count
+from pml_tacl._checks import check_count
 
 Pixels = Any  # a matplotlib figure, a PIL image, or an array or tensor that visualize takes
+Thumbnails = Sequence[Image.Image] | None
 
 
 @runtime_checkable
@@ -30,11 +31,7 @@ class Logger(Protocol):
         """Write figures or pictures by name."""
 
     def log_embeddings(
-        self,
-        step: int,
-        embeddings: Tensor,
-        names: Sequence[str],
-        thumbnails: Sequence[Image.Image] | None = None,
+        self, step: int, embeddings: Tensor, names: Sequence[str], thumbnails: Thumbnails = None
     ) -> None:
         """Write embeddings (N, D), with a name and perhaps a small picture for each."""
 
@@ -73,11 +70,7 @@ class TensorBoardLogger:
             self._writer.add_image(name, np.array(as_picture(image)), step, dataformats="HWC")
 
     def log_embeddings(
-        self,
-        step: int,
-        embeddings: Tensor,
-        names: Sequence[str],
-        thumbnails: Sequence[Image.Image] | None = None,
+        self, step: int, embeddings: Tensor, names: Sequence[str], thumbnails: Thumbnails = None
     ) -> None:
         check_embeddings(embeddings, names, thumbnails)
         sprites = None
@@ -127,11 +120,7 @@ class WandbLogger:
         self._log(step, {k: self._wandb.Image(as_picture(v)) for k, v in images.items()})
 
     def log_embeddings(
-        self,
-        step: int,
-        embeddings: Tensor,
-        names: Sequence[str],
-        thumbnails: Sequence[Image.Image] | None = None,
+        self, step: int, embeddings: Tensor, names: Sequence[str], thumbnails: Thumbnails = None
     ) -> None:
         check_embeddings(embeddings, names, thumbnails)
         columns = ["name", *(["picture"] if thumbnails is not None else [])]
@@ -178,9 +167,7 @@ def as_picture(image: Pixels) -> Image.Image:
     return Image.fromarray(to_pixels(image))
 
 
-def check_embeddings(
-    embeddings: Tensor, names: Sequence[str], thumbnails: Sequence[Image.Image] | None
-) -> None:
+def check_embeddings(embeddings: Tensor, names: Sequence[str], thumbnails: Thumbnails) -> None:
     """Raise ValueError unless there is a name, and a thumbnail if any, for each row (N, D)."""
     if embeddings.ndim != 2:
         raise ValueError(f"embeddings must be (N, D), got {tuple(embeddings.shape)}")

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 import faiss
 import numpy as np
 
+from pml_tacl._checks import check_count
 from pml_tacl._files import written_whole
-from pml_tacl._rows import Embeddings, FloatArray, IntArray, UnitRows, check_count
+from pml_tacl._rows import Embeddings, FloatArray, IntArray, UnitRows
 from pml_tacl.datasets.image_files import ImageFiles
 
 # Up to here a look at every picture takes hundredths of a second: a graph would win nothing.
@@ -217,8 +218,7 @@ class PictureIndex:
         with written_whole(folder / _FILES) as file:
             file.write(text.encode("ascii"))
         with written_whole(folder / _INDEX) as file:
-            writer = faiss.PyCallbackIOWriter(file.write)  # type: ignore[attr-defined]
-            faiss.write_index(self._index, writer)
+            faiss.write_index(self._index, faiss.PyCallbackIOWriter(file.write))  # type: ignore
 
     @classmethod
     def load(cls: type[_Self], folder: str | PathLike[str]) -> _Self:

@@ -2,8 +2,10 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "losses.py"
 
 
@@ -12,11 +14,7 @@ def test_the_table_of_the_losses_is_written(tmp_path, monkeypatch):
     arguments = ["--only", "miners", "--rounds", "1", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
     monkeypatch.syspath_prepend(SCRIPT.parent)  # as "python benchmarks/losses.py" has it
-    threads = torch.get_num_threads()
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    finally:
-        torch.set_num_threads(threads)
+    runpy.run_path(str(SCRIPT), run_name="__main__")
     table = output.read_text()
     assert torch.__version__.partition("+")[0] in table
     assert "| MultiSimilarityMiner | 1.00 x |" in table

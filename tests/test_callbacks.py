@@ -15,14 +15,12 @@ from pml_tacl import callbacks as cb
 from pml_tacl.evaluation import evaluate
 from pml_tacl.loggers import Logger, TensorBoardLogger, WandbLogger, as_picture
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def seeded():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pictures(count=32):
@@ -134,6 +132,15 @@ def test_evaluating_measures_what_evaluate_does_every_so_many_epochs():
     assert hook.history[4] == expected
     assert set(expected) == {"recall_at_1", "recall_at_3"}
     assert trainer.models["trunk"].training
+
+
+def test_evaluating_searches_a_reference_and_loads_as_asked(monkeypatch):
+    given = []
+    monkeypatch.setattr(cb, "evaluate", lambda *a, **k: given.append(k) or evaluate(*a, **k))
+    hook = cb.Evaluate(labelled(), reference=labelled(), batch_size=5, num_workers=1)
+    pmls(hook).train(num_epochs=1)
+    assert (given[0]["batch_size"], given[0]["num_workers"]) == (5, 1)
+    assert hook.history[1]["recall_at_1"] == 1  # every picture is in the reference, too
 
 
 def test_without_labels_the_last_is_kept_and_nothing_is_best(tmp_path):

@@ -592,6 +592,15 @@ def test_evaluate_with_chosen_metrics_and_gallery():
     )
 
 
+def test_evaluate_measures_the_same_however_images_are_loaded():
+    dataset = Pictures([3, 1, 2, 3, 1, 2, 3])
+    torch.manual_seed(0)
+    model = Model()
+    values = evaluate(model, dataset, progress=False)
+    loading = {"batch_size": 2, "num_workers": 1, "device": "cpu"}
+    assert evaluate(model, dataset, progress=False, **loading) == pytest.approx(values)
+
+
 def test_examples_in_docstrings():
     for module in (_calculator, evaluation):
         result = doctest.testmod(module)

@@ -24,18 +24,11 @@ from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import embed
 from pml_tacl.search import PictureIndex
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ["--backbone=test_resnet", "--weights=none", "--image-size=32", "--embedding-dim=32"]
 SMALL += ["--workers=0", "--learning-rate=1e-3"]
 BROKEN = ("broken/empty.jpg", "broken/text.jpg", "broken/truncated.png")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run_example(name, *arguments):

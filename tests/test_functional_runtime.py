@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from _common import peak_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pml_tacl import functional as core
@@ -234,20 +234,6 @@ def test_no_sync_on_cuda():
         torch.cuda.set_sync_debug_mode("default")
     for value, reference in zip(got, expected, strict=True):
         torch.testing.assert_close(value.cpu(), reference, rtol=1e-4, atol=1e-6)
-
-
-def peak_bytes(run):
-    """Most memory that the CPU allocator held at once beyond what there was before."""
-    run()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    assert events
-    return peak
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

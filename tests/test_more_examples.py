@@ -16,6 +16,7 @@ from pml_tacl.datasets import CUB, Cars196, Glyphs, InShop, StanfordOnlineProduc
 from pml_tacl.evaluation import embed
 from tests.layouts import make_cars, make_cub, make_inshop, make_sop
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NETWORK = {"channels": [8, 16, 32, 64], "stem_width": 8, "output_stride": 16}
 BENCHMARK = {"backbone": "test_resnet", "embedding_dim": 16, "image_size": 32, "batch_size": 8}
@@ -26,10 +27,6 @@ BENCHMARK |= {"num_clusters": 6, "images_per_cluster": 2, "freeze_batchnorm": Fa
 def from_examples(monkeypatch):
     """As Python starts a script: its folder is where modules are looked for first."""
     monkeypatch.syspath_prepend(EXAMPLES)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def script(name, **constants):

@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from pml_tacl import AttentionEmbedder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = Path(__file__).parent.parent / "examples" / "quickstart.py"
 
 
@@ -27,12 +27,7 @@ def quickstart(monkeypatch):
 
 def run(module, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["quickstart.py", *map(str, arguments)])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        module.main()
-    finally:
-        torch.set_num_threads(threads)
+    module.main()
 
 
 def test_the_quickstart_writes_everything_and_repeats_itself(

@@ -28,6 +28,7 @@ from pml_tacl.report import write_report
 from pml_tacl.report._sources import PictureSet, read_run
 from pml_tacl.search import PictureIndex
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = Path(__file__).parents[1] / "examples" / "report.py"
 HOSTILE = [
     "a<//script><script>window.pwned=1<//script>.png".replace("//", "/"),
@@ -77,14 +78,6 @@ def write_run(folder, *, count=60, labelled=True):
     (run / "checkpoints").mkdir()
     torch.save({"labels": labels, "extra": extra}, run / "checkpoints" / "epoch_0002.pt")
     return run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,23 @@ def test_resuming_keeps_and_overwriting_replaces(tmp_path):
     assert json.loads((folder / "run.json").read_text()) == {"epochs": 4}
 
 
+def test_checking_a_run_says_what_opening_it_would_and_reads_what_it_was_asked(tmp_path):
+    runs.check_run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"is no run's folder: it holds no readable run\.json"):
+        runs.read_config(tmp_path / "run")
+    folder = runs.open_run(tmp_path / "run", {"epochs": 3})
+    assert runs.read_config(folder) == {"epochs": 3}
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="holds another run: give --resume"):
+        runs.check_run(folder)
+    with pytest.raises(ValueError, match=r"begun with other settings \(epochs\)"):
+        runs.check_run(folder, {"epochs": 4}, resume=True)
+    runs.check_run(folder, resume=True)  # of settings not known yet
+    runs.check_run(folder, {"epochs": 4}, overwrite=True)
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}])
 def test_a_folder_that_is_no_run_is_never_touched(tmp_path, flags):
     (tmp_path / "holiday.jpg").write_text("precious")

@@ -19,15 +19,8 @@ from pml_tacl import (
 )
 from pml_tacl.callbacks import Evaluate, chain
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES, EACH = 4, 10
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def coloured(seed):

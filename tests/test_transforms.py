@@ -19,6 +19,7 @@ from pml_tacl.transforms import SiameseTransform, SurroundingsSwap, SwapOutput, 
 
 HEIGHT, WIDTH, SIZE = 150, 200, 128
 BILINEAR = v2.InterpolationMode.BILINEAR
+GRIDS = st.tuples(st.integers(1, 6), st.integers(1, 6))
 
 
 def plain(size=SIZE, grid=SIZE, **kwargs):
@@ -275,17 +276,13 @@ def test_fold_in_the_field_loses_points_rather_than_inventing_them():
     height=st.integers(1, 90),
     width=st.integers(1, 90),
     size=st.integers(2, 40),
-    rows=st.integers(1, 6),
-    columns=st.integers(1, 6),
+    grid=GRIDS,
     seed=st.integers(0, 1000),
 )
-def test_any_picture_gives_finite_views_and_evenly_spaced_points(
-    height, width, size, rows, columns, seed
-):
+def test_any_picture_gives_finite_views_and_evenly_spaced_points(height, width, size, grid, seed):
+    rows, columns = grid
     torch.manual_seed(seed)
-    view, transformed, points = SiameseTransform(size, (rows, columns))(
-        picture(seed, height, width)
-    )
+    view, transformed, points = SiameseTransform(size, grid)(picture(seed, height, width))
     for tensor in (view, transformed):
         assert tensor.shape == (3, size, size)
         assert tensor.dtype == torch.float32
@@ -772,15 +769,15 @@ def test_swap_shows_its_arguments():
 
 @settings(max_examples=30, deadline=None)
 @given(
-    rows=st.integers(1, 5),
-    columns=st.integers(1, 5),
+    grid=GRIDS,
     cell_height=st.integers(1, 4),
     cell_width=st.integers(1, 4),
     count=st.integers(0, 3),
 )
-def test_cell_weights_are_means_over_the_cells(rows, columns, cell_height, cell_width, count):
+def test_cell_weights_are_means_over_the_cells(grid, cell_height, cell_width, count):
+    rows, columns = grid
     masks = torch.rand(count, rows * cell_height, columns * cell_width)
-    weights = cell_weights(masks, (rows, columns))
+    weights = cell_weights(masks, grid)
     assert weights.shape == (count, rows * columns)
     for n in range(count):
         for k in range(rows * columns):

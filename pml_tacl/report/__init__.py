@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from pml_tacl._checks import check_count
 from pml_tacl._files import written_whole
-from pml_tacl._rows import check_count
 from pml_tacl.report import _images as images
 from pml_tacl.report import _page as page
 from pml_tacl.report._choices import (

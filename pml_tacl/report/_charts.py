@@ -13,12 +13,12 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 12, 34
 _MOST_POINTS = 400  # of a line: more than a chart has pixels for
 
 
-def loss_chart(name: str, curve: Curve, width: int = 340, height: int = 190) -> str:
+def loss_chart(name: str, curve: Curve) -> str:
     """A loss by iteration, raw and smoothed."""
     steps, values = thinned(curve)
     mean = smoothed(np.where(np.isfinite(values), values, np.nan)).tolist()
     finite = [value for value in values if math.isfinite(value)] or [0.0]
-    frame = _Frame(steps or [0.0], [min(finite), max(finite)], width, height)
+    frame = _Frame(steps or [0.0], [min(finite), max(finite)], 340, 190)
     last = next((value for value in reversed(mean) if math.isfinite(value)), finite[-1])
     says = f"{name} by iteration, from {finite[0]:.3g} to about {last:.3g}"
     lines = frame.line(steps, values, "raw") + frame.line(steps, mean, "mean")
@@ -79,10 +79,10 @@ def thinned(curve: Curve) -> tuple[list[float], list[float]]:
     return [steps[i] for i in kept], [values[i] for i in kept]
 
 
-def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers that span a range."""
+def ticks(low: float, high: float) -> list[float]:
+    """About four round numbers that span a range."""
     span = max(high - low, abs(high) * 1e-6, 1e-9)
-    rough = span / about
+    rough = span / 4
     size = 10.0 ** math.floor(math.log10(rough))
     step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= rough * 0.999)
     first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)

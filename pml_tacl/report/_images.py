@@ -19,9 +19,9 @@ _THUMBNAIL = 128
 _QUALITIES = (72, 60, 48, 36, 24, 14)
 
 
-def uri(image: Image.Image, quality: int = 72) -> str:
+def uri(image: Image.Image) -> str:
     """A picture as a WebP data URI."""
-    return _as_uri(_encoded(image, quality))
+    return _as_uri(_encoded(image, _QUALITIES[0]))
 
 
 def thumbnail(image: Image.Image, side: int = _THUMBNAIL) -> Image.Image:

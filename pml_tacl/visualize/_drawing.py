@@ -22,6 +22,7 @@ HIDDEN_COLOUR = "#d9d9d9"
 
 _MAP = "inferno"  # perceptually even, and black where there is nothing
 _WIDTH = 8.3  # inches; at 100 dots an inch what a README shows
+_CELL = 1.9  # inches that a cell is at most wide
 
 
 class Grid:
@@ -35,7 +36,6 @@ class Grid:
         column_gaps: further inches before single columns.
         min_width: inches that the figure is at least wide, for its title.
         titles: whether cells of the first row have titles, above which its headers go.
-        max_cell: inches that a cell is at most wide.
     """
 
     def __init__(
@@ -50,13 +50,12 @@ class Grid:
         column_gaps: Mapping[int, float] | None = None,
         min_width: float = 0.0,
         titles: bool = False,
-        max_cell: float = 1.9,
     ) -> None:
         self._rows, self._titles = rows, titles
         self._gap, self._top, self._side = gap, top, 0.04
         further = column_gaps or {}
         extra = sum(further.values()) + 2 * self._side + (columns - 1) * gap[0]
-        width = min(max_cell, (_WIDTH - extra) / columns)
+        width = min(_CELL, (_WIDTH - extra) / columns)
         self._cell = (width, width * aspect)
         self._left = [
             self._side + c * (width + gap[0]) + sum(v for at, v in further.items() if at <= c)

@@ -23,14 +23,7 @@ from pml_tacl import (
     ContrastiveClusteringLoss,
     ContrastiveClusteringMiner,
 )
-
-GENERATOR = torch.Generator().manual_seed(0)
-LABELS = torch.tensor([0, -1, 1, 0, 2, 1, -1, 2, 0, 3])
-CLEAN = LABELS >= 0
-EMBEDDINGS = torch.randn(10, 6, generator=GENERATOR)
-CENTROIDS = torch.randn(4, 6, generator=GENERATOR)
-MAPS = torch.randn(2, 10, 4, 2, 2, generator=GENERATOR)
-POINTS = 2.4 * torch.rand(10, 4, 2, generator=GENERATOR) - 1.2
+from tests.losses.batch import CENTROIDS, CLEAN, EMBEDDINGS, LABELS, MAPS, POINTS
 
 
 def of_means(chosen=slice(None), labels=LABELS, **kwargs):
@@ -173,7 +166,7 @@ def test_among_multiple_losses(named, dtype):
 def test_cross_batch_memory_refuses_ours_by_name_and_its_pattern_works():
     with pytest.raises(Exception, match="not supported for ContrastiveClusteringLoss"):
         CrossBatchMemory(ContrastiveClusteringLoss(), embedding_size=6)
-    memory = torch.cat([EMBEDDINGS, torch.randn(20, 6, generator=GENERATOR)])
+    memory = torch.cat([EMBEDDINGS, torch.randn(20, 6, generator=torch.Generator().manual_seed(1))])
     memory_labels = torch.cat([LABELS, torch.arange(20) % 5])
     loss = ContrastiveClusteringLoss()
     pairs = get_all_pairs_indices(LABELS, memory_labels)

@@ -442,9 +442,9 @@ def test_waiting_for_the_first_process_ends_when_it_is_killed(store, processes, 
     code = """
 import time
 from pml_tacl import runs
-from pml_tacl._distributed import agree, on_first, rank, session
+from pml_tacl._distributed import highest, on_first, rank, session
 with session(), runs.one_line_errors():
-    agree(False)
+    highest(0)
     print("met", flush=True)
     on_first(lambda: time.sleep(600), "clustering")
 """
@@ -493,6 +493,22 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SystemExit, match="process 1 of this machine has no GPU, there are 1"):
         session().__enter__()
+
+
+def test_a_session_meets_the_others_with_its_timeout(monkeypatch):
+    met = []
+
+    def meet(backend, timeout):
+        met.append((backend, timeout))
+        raise RuntimeError("nobody is there")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(distributed, "init_process_group", meet)
+    with pytest.raises(RuntimeError, match="nobody is there"):
+        session(timedelta(seconds=7)).__enter__()
+    assert met == [("gloo", timedelta(seconds=7))]
 
 
 def test_batchnorm_is_synchronised_on_gpus_with_its_activation_and_weights(monkeypatch):

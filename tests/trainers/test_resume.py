@@ -19,26 +19,11 @@ from pml_tacl.trainers import checkpoint
 from pml_tacl.trainers._order import draw_order, make_loader
 from pml_tacl.trainers._views import TwoViews, drawing_from
 from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
-from tests.trainers.small import (
-    BATCH,
-    COUNT,
-    SIZE,
-    Pictures,
-    make_model,
-    make_trainer,
-    same,
-    state_of,
-)
 
+from .small import BATCH, COUNT, SIZE, Pictures, make_model, make_trainer, same, state_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Noisy(Pictures):

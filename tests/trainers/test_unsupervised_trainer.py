@@ -19,16 +19,8 @@ from pml_tacl.clustering import PseudoLabels, pseudo_labels_from
 from pml_tacl.runs import seed_everything
 from pml_tacl.trainers._views import Batch, swap_surroundings
 from pml_tacl.trainers.checkpoint import checkpoints
-from tests.trainers.small import (
-    BATCH,
-    COUNT,
-    SIZE,
-    Pictures,
-    make_model,
-    make_trainer,
-    same,
-    state_of,
-)
+
+from .small import BATCH, COUNT, SIZE, Pictures, make_model, make_trainer, same, state_of
 
 
 def test_training_moves_every_trainable_part_and_sets_centroids():

@@ -1,0 +1,101 @@
+"""Each cost and its measurement."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from scaling_parts import runs
+from scaling_parts.config import ITERATIONS, NPROBE
+from scaling_parts.runs import Run, lists
+
+
+class Term(NamedTuple):
+    """A cost: what makes it, how its work grows, and the sizes (N, k) at which it is measured."""
+
+    run: Callable[[int, int], Run]
+    work: Callable[[float, float], float]
+    sizes: list[tuple[int, int]]
+    says: str
+    memory: bool = False  # whether its peak grows with its work
+
+
+def pictures(n: float, _: float) -> float:
+    return n
+
+
+def products(n: float, k: float) -> float:
+    return n * k
+
+
+TERMS = {
+    "decode and two views": Term(
+        runs.decode, pictures, [(40, 0), (80, 0), (240, 0)], "pictures, one core"
+    ),
+    "embedding": Term(runs.embed, pictures, [(16, 0), (40, 0), (96, 0)], "pictures"),
+    "training step": Term(
+        runs.train, pictures, [(4, 0), (8, 0), (16, 0)], "pictures, two views each", True
+    ),
+    "k-means": Term(
+        runs.kmeans,
+        products,
+        [(10_000, 200), (20_000, 400), (60_000, 1_000)],
+        f"points x clusters, {ITERATIONS} iterations",
+    ),
+    "assignment": Term(
+        runs.assign,
+        products,
+        [(20_000, 1_000), (40_000, 2_000), (80_000, 4_000)],
+        "pictures x clusters",
+    ),
+    "two-level k-means": Term(
+        runs.hierarchy,
+        lambda n, k: n * k**0.5,
+        [(10_000, 400), (20_000, 900), (60_000, 3_600)],
+        "pictures x root of clusters",
+    ),
+    "store and read embeddings": Term(
+        runs.store, pictures, [(20_000, 0), (60_000, 0), (200_000, 0)], "pictures"
+    ),
+    "order of an epoch": Term(
+        runs.draw,
+        pictures,
+        [(50_000, 5_000), (100_000, 10_000), (400_000, 40_000)],
+        "pictures",
+        True,
+    ),
+    "list of files": Term(
+        runs.listing, pictures, [(50_000, 0), (100_000, 0), (500_000, 0)], "pictures", True
+    ),
+    "exact search, all in all": Term(
+        runs.search, lambda n, k: n * n, [(8_000, 0), (16_000, 0), (40_000, 0)], "pictures squared"
+    ),
+    "IVF search, all in all": Term(
+        runs.ivf,
+        lambda n, k: n * (lists(n) + NPROBE * n / lists(n)),
+        [(10_000, 0), (30_000, 0), (80_000, 0)],
+        "pictures x vectors compared",
+    ),
+}
+
+
+def peak(reset: bool = False) -> int:
+    """Bytes that this process has held at most, since the last reset (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) << 10
+
+
+def measure(name: str, count: int, clusters: int) -> dict[str, float]:
+    torch.manual_seed(0)
+    run = TERMS[name].run(count, clusters)
+    before = peak(reset=True)
+    start = time.perf_counter()
+    kept = run()
+    seconds = time.perf_counter() - start
+    held = peak() - before
+    del kept
+    return {"n": count, "k": clusters, "seconds": seconds, "bytes": held}

@@ -1,0 +1,1 @@
+"""Parts of the drawings: strokes and inputs that several share, diagrams of boxes and arrows."""
