@@ -168,7 +168,10 @@ def _figures(table: Table, page: Path, images: Path) -> str:
 
 
 def _details(table: Table) -> str:
-    parts = ["## All numbers\n\nPer cent; purity of the last clusters; seconds and memory as run."]
+    parts = [
+        "## All numbers\n\nPer cent; purity of the last clusters; seconds as run. Memory is the "
+        "most that the process held, which keeps what earlier runs took."
+    ]
     for setting, methods in table.items():
         lines = []
         for name, group in methods.items():

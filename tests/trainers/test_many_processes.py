@@ -21,9 +21,9 @@ from torch import distributed, multiprocessing, nn
 from pml_tacl import AttentionConsistencyMiner, ContrastiveClusteringLoss
 from pml_tacl._distributed import (
     ProcessLost,
-    agree,
     barrier,
     check_same,
+    highest,
     in_use,
     is_first,
     on_first,
@@ -130,7 +130,7 @@ def exchanging(number, world, folder):
     norm.running_mean.fill_(float(number))
     equalise_buffers([norm])
     found["means"] = norm.running_mean, norm.num_batches_tracked
-    found["agreed"] = agree(number == world - 1), agree(False)
+    found["highest"] = highest(number), highest(-number)
     found["on first"] = on_first(lambda: {"k": [rank()]}, "counting")
     for error in (ValueError("two\nlines"), FileNotFoundError(2, "gone"), KeyError("k")):
         text = message(lambda error=error: on_first(lambda: fail(error), "clustering"), Exception)
@@ -167,7 +167,7 @@ def test_what_processes_exchange(world, tmp_path):
         mean, steps = one["means"]
         assert mean.tolist() == [(world - 1) / 2] * 2
         assert steps == 0
-        assert one["agreed"] == (True, False)
+        assert one["highest"] == (world - 1, 0)
         assert one["on first"] == {"k": [0]}
         where = "" if number == 0 else " (in clustering on process 0)"
         said = "two\nlines" if number == 0 else "two lines"
@@ -195,8 +195,7 @@ def test_one_process_exchanges_nothing():
     assert from_first([rows, None]) == [rows, None]
     total([rows])
     assert torch.equal(rows, rows_of(7))
-    assert agree(True)
-    assert not agree(False)
+    assert highest(-3) == -3
     assert on_first(lambda: 3, "counting") == 3
     check_same("labels", [rows], "")
     barrier()
