@@ -252,6 +252,7 @@ def test_a_list_of_pictures_leaves_out_the_broken_or_stops(tmp_path, caplog):
     pictures = PictureList(paths, strict=False)
     assert "b.png: not a picture of a known format" in caplog.text
     assert (len(pictures), pictures[0][1], pictures[0][0].size) == (1, -1, (24, 24))
+    assert PictureList(paths[1:], lambda image: image.size)[0] == ((24, 24), -1)
     with pytest.raises(OSError, match=r"b\.png: not a picture of a known format"):
         PictureList(paths)
 
