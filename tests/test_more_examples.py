@@ -228,7 +228,7 @@ class TestMixLosses:
                 )
 
         monkeypatch.setattr(UnsupervisedTrainer, "forward_and_backward", remembered)
-        small = {"CLASSES": 9, "WARMUP_EPOCHS": 1, "EPOCHS": 1, "BATCH_SIZE": 32, "WORKERS": 0}
+        small = {"CLASSES": 24, "WARMUP_EPOCHS": 6, "EPOCHS": 1, "BATCH_SIZE": 32, "WORKERS": 0}
         found = script("mix_losses", BACKBONE=NETWORK, **small).main()
         assert set(seen) == {
             "SelfSupervisedLoss", "MultiSimilarityLoss", "ContrastiveClusteringLoss",

@@ -37,7 +37,8 @@ class Stock:
 
     def __init__(self, folder, epochs=None):
         runs.seed_everything(0)  # PML's sampler draws from NumPy
-        self.model = AttentionEmbedder("test_resnet", 16)  # ours
+        # Ours. Pictures of one colour have no covariance.
+        self.model = AttentionEmbedder("test_resnet", 16, pooling="average")
         self.loss = ContrastiveClusteringLoss(margin=1.0)  # ours
         parts = {"trunk": self.model.trunk, "embedder": self.model.embedder}
         optimizers = {

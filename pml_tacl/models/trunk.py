@@ -199,6 +199,7 @@ class Trunk(nn.Module):
             return here
         return str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
 
+    @torch.inference_mode(False)  # where a user builds models in it, there would be no gradients
     def _probe(self) -> tuple[TrunkOutput, set[str]]:
         """One pass without data: the shapes, and the parameters that no output depends on."""
         modes = {module: module.training for module in self.modules()}

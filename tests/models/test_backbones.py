@@ -362,3 +362,11 @@ def test_timm_module_and_features_only_net():
         8,
         8,
     )
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_model_built_without_gradients_ends_at_its_maps_too(mode):
+    expected = AttentionEmbedder("test_resnet", 16).state_dict()
+    with mode():
+        found = AttentionEmbedder("test_resnet", 16).state_dict()
+    assert list(found) == list(expected)

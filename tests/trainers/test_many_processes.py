@@ -346,7 +346,8 @@ def test_two_processes_learn_what_one_learns(tmp_path):
 
 
 TRAINING = """
-import sys
+import sys, warnings
+warnings.simplefilter("ignore")  # so small a network makes uneven clusters
 from pml_tacl import runs
 from pml_tacl.processes import is_first, session
 from tests.trainers.small import make_trainer
