@@ -13,6 +13,7 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Switch autocast off; nothing on a device that has none."""
-    if torch.amp.is_autocast_available(device.type):
+    # torch 2.11 can not trace the question; devices without autocast are not compiled for.
+    if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
