@@ -63,7 +63,7 @@ def measure(seed: int, folder: Path, *flags: str) -> dict:
 def precision(results: list[dict], mixed: list[dict]) -> str:
     """R@1 of the same seeds in fp32 and in mixed precision, as a table."""
     both = [[100 * r["after"]["recall_at_1"] for r in group] for group in (results, mixed)]
-    rows = [(str(r["seed"]), *pair) for r, *pair in zip(mixed, *both, strict=False)]
+    rows = [(str(r["seed"]), *pair) for r, *pair in zip(results, *both, strict=True)]
     rows.append(
         ("mean", *(mean(column) for column in zip(*[row[1:] for row in rows], strict=True)))
     )
