@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -84,7 +85,8 @@ class ShieldedLoader(DataLoader[Any]):
     """A DataLoader whose processes obey none but their parent, from their first moment on."""
 
     def __init__(self, dataset: Dataset[Any], batch_size: int, **kwargs: Any) -> None:
-        super().__init__(dataset, batch_size, worker_init_fn=ignore_in_worker, **kwargs)
+        begin = partial(obey_parent_alone, os.getpid())
+        super().__init__(dataset, batch_size, worker_init_fn=begin, **kwargs)
 
     def __iter__(self) -> Any:
         if not hasattr(signal, "pthread_sigmask"):
@@ -97,19 +99,25 @@ class ShieldedLoader(DataLoader[Any]):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def ignore_in_worker(_worker: int) -> None:
+def obey_parent_alone(parent: int, _worker: int) -> None:
     """Let none but its parent end a loader's process: Ctrl-C and SIGTERM often go to all of them.
 
     The training ends its loader when it has finished the iteration; a reader that is gone before
     would break that iteration.
+
+    Args:
+        parent: process of the training. One that is killed while this process starts is not
+            missed by torch's own watch, which takes whoever is the parent by then for it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # only Linux says who sent a signal
+    if hasattr(signal, "sigtimedwait"):  # only Linux says who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, daemon=True).start()
+        threading.Thread(target=_obey, args=(parent,), daemon=True).start()
 
 
-def _obey_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _obey(parent: int) -> None:
+    while os.getppid() == parent:
+        sent = signal.sigtimedwait({signal.SIGTERM}, 2)
+        if sent is not None and sent.si_pid == parent:
+            break
     os._exit(0)

@@ -464,6 +464,31 @@ with one_line_errors():
 """
 
 
+ORPHAN = """
+import os, signal, time
+from pml_tacl._interrupts import obey_parent_alone
+
+training = os.getpid()
+if os.fork() == 0:
+    while {waits} and os.getppid() == training:
+        time.sleep(0.01)
+    obey_parent_alone(training, 0)
+    time.sleep(600)
+else:
+    time.sleep({waits} or 1)
+    os.kill(training, signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="signals tell no sender here")
+@pytest.mark.parametrize("waits", [0, 0.1])
+def test_a_reader_ends_with_its_training_however_early_that_is_killed(waits):
+    # Whoever still holds the pipe keeps this waiting: a reader that is left alone would.
+    command = [sys.executable, "-c", ORPHAN.format(waits=waits)]
+    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, timeout=60, check=False)
+    assert ended.returncode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize(
     ("signum", "place"),
     [(signal.SIGINT, "training"), (signal.SIGTERM, "training"), (signal.SIGTERM, "embedding")],
