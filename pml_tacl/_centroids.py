@@ -61,13 +61,57 @@ class Centroids:
             )
         self.centroids = F.normalize(centroids, dim=1)
 
+    @torch.no_grad()
+    def move_centroids(self, embeddings: Tensor, labels: Tensor, momentum: float = 0.0) -> None:
+        """Let the centres that are set follow the embeddings of a training step, in place.
+
+        A network in training leaves the centres of its last clustering behind. Each centre named
+        by a label becomes ``normalize(momentum * c + (1 - momentum) * normalize(sum of its e))``;
+        the others stay. For after ``backward``, which still needs the centres as they were.
+
+        Args:
+            embeddings: (N, D), scaled to unit norm here.
+            labels: (N,), which index the centres; -1 is noise, which moves none.
+            momentum: in [0, 1]: 1 leaves the centres where they are, 0 forgets them.
+
+        Raises:
+            ValueError: if no centres are set, the momentum is out of range, or the embeddings or
+                labels do not fit the centres.
+        """
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must be in [0, 1], got {momentum}")
+        if self.centroids is None:
+            raise ValueError("move_centroids needs centres to move: call set_centroids first")
+        if labels.shape != embeddings.shape[:1]:
+            raise ValueError(
+                f"labels {tuple(labels.shape)} do not fit embeddings {tuple(embeddings.shape)}: "
+                "give one for each"
+            )
+        if momentum == 1 or len(embeddings) == 0:
+            return
+        self._set_centres(embeddings, labels)
+        with without_autocast(embeddings.device):
+            labels, own = labels.long(), labels.long().clamp(min=0)
+            unit = F.normalize(embeddings.to(self.centroids.dtype), dim=1)
+            same = (labels[:, None] == labels) & (labels >= 0)
+            before = self.centroids[own]
+            mean = F.normalize(same.to(unit.dtype) @ unit, dim=1)
+            moved = F.normalize(momentum * before + (1 - momentum) * mean, dim=1)
+            first = same.byte().argmax(dim=1) == torch.arange(len(labels), device=labels.device)
+            # The mean of nothing, of opposites or of NaN says nothing about where to go.
+            moves = first & (labels >= 0) & (moved.norm(dim=1) > 0.5)
+            # One row for each centre is not zero, so the order of the sum does not matter.
+            steps = torch.where(moves[:, None], moved - before, torch.zeros_like(moved))
+            self.centroids.index_add_(0, own, steps)
+
     def get_extra_state(self) -> dict[str, Tensor | None]:
         return {"centroids": self.centroids}
 
     def set_extra_state(self, state: dict[str, Tensor | None]) -> None:
         centroids = state["centroids"]
-        if centroids is not None and self.centroids is not None:
-            centroids = centroids.to(self.centroids.device)
+        if centroids is not None:
+            device = centroids.device if self.centroids is None else self.centroids.device
+            centroids = centroids.to(device, copy=True)  # the state's own must not move with ours
         self.centroids = centroids
 
     def nearest_centres(

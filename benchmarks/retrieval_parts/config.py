@@ -10,7 +10,7 @@ RESULTS_VERSION = 2
 # The parts of the full method, as fields of Config: here alone their weights are set.
 PARTS: dict[str, dict[str, Any]] = {
     "head": {"attention": "border", "pooling": "covariance"},
-    "ccl": {"ccl": 0.5},
+    "ccl": {"ccl": 0.5, "ccl_momentum": 0.0},
     "tac": {"tac": 3.0},
     "swap": {"swap": 0.7},
 }
@@ -91,6 +91,7 @@ class Config:
     ccl: float = 0.0
     ccl_margin: float = 0.2
     ccl_negatives: int = 5
+    ccl_momentum: float = 1.0  # of the centres, which follow the batches; at 1 they stay
     tac: float = 0.0
     tac_temperature: float = 0.0  # 0 is the hard maximum
     tac_pairs: int = 1

@@ -29,6 +29,7 @@ class Losses:
         self.attention = AttentionConsistencyLoss(config.tac_temperature or None)
         self.pairs = AttentionConsistencyMiner(config.tac_pairs)
         self.views_loss = SelfSupervisedLoss(NTXentLoss(config.ntxent_temperature))
+        self.embedded: tuple[Tensor, Tensor] | None = None
         self.self_taught = SelfTaught(run) if config.metric == "stml" else None
 
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -54,9 +55,16 @@ class Losses:
         # In the warm-up there are no centres: each picture is its own cluster.
         if config.ccl > 0 and self.run.centroids is not None:
             total = total + config.ccl * self.clustering(embeddings, labels)
+            self.embedded = embeddings.detach(), labels
         if config.tac > 0:
             total = total + config.tac * self._attention(output.feature_maps, batch)
         return total
+
+    def move_centres(self) -> None:
+        """After a step: the centres of its clusters follow it, and so the next clustering."""
+        if self.embedded is not None:
+            self.clustering.move_centroids(*self.embedded, self.run.config.ccl_momentum)
+            self.run.centroids = self.clustering.centroids
 
     def _attention(self, maps: Tensor, batch: Batch) -> Tensor:
         first, second = maps.chunk(2)

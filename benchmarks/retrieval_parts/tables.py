@@ -104,7 +104,7 @@ def cost_of_removal(table: Table) -> dict[str, dict[Setting, float]]:
 
 
 class Trial(NamedTuple):
-    """One setting tried on validation, beside the method without the change."""
+    """One setting that was tried, beside the method without the change."""
 
     setting: Setting
     method: str
@@ -114,12 +114,12 @@ class Trial(NamedTuple):
     plain: float | None
 
 
-def trials(results: Iterable[dict[str, Any]]) -> list[Trial]:
-    """Everything that was tried on validation, worst and best alike."""
+def trials(results: Iterable[dict[str, Any]], split: str = "validation") -> list[Trial]:
+    """Everything that was tried on a split, worst and best alike."""
     groups: dict[tuple[Setting, str, str], Group] = {}
     for result in results:
         config = result["config"]
-        if config["split"] == "validation":
+        if config["split"] == split:
             setting = Setting(config["regime"], config["size"], config["dataset"])
             changed = ", ".join(f"{k}={v}" for k, v in changes(result).items())
             groups.setdefault((setting, config["method"], changed), Group()).append(result)

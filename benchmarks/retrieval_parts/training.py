@@ -51,6 +51,7 @@ def train(
         loss = losses(draw(run))
         optimizer.zero_grad()
         loss.backward()
+        losses.move_centres()
         optimizer.step()
         if schedule is not None:
             schedule.step()

@@ -18,6 +18,7 @@ def check_arguments(
     recluster_every: int,
     recluster_when_moved: float | None,
     warmup_epochs: int,
+    centroid_momentum: float,
     amp_dtype: torch.dtype | None,
     accumulation_steps: int,
     ema_decay: float | None,
@@ -62,6 +63,8 @@ def check_arguments(
         raise ValueError(
             f"recluster_when_moved must be in [0, 2] or None, got {recluster_when_moved}"
         )
+    if not 0 <= centroid_momentum <= 1:
+        raise ValueError(f"centroid_momentum must be in [0, 1], got {centroid_momentum}")
     if not 1 <= accumulation_steps <= batch_size // processes:
         of = f" / {processes} processes" if processes > 1 else ""
         raise ValueError(

@@ -87,7 +87,8 @@ def relabel(trainer: Any) -> None:
     def cluster() -> None:
         embeddings, readable = _told(trainer, found)
         rows = embeddings if readable.all() else embeddings[readable]
-        clusters = trainer.labeler(rows, trainer.centroids)
+        initial = None if trainer.centroids is None else trainer.centroids.cpu()
+        clusters = trainer.labeler(rows, initial)
         labels = torch.full((len(readable),), -1)
         labels[readable] = clusters.labels.cpu().long()
         trainer.embeddings = embeddings

@@ -7,6 +7,7 @@ from pytorch_metric_learning.trainers import BaseTrainer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from pml_tacl._centroids import Centroids
 from pml_tacl._exchange import gather_batch
 from pml_tacl._precision import wide_dtype
 from pml_tacl.trainers._forward import forward_in_chunks, forward_of
@@ -19,6 +20,9 @@ _LOOK_EVERY = 10  # iterations: reading a loss makes the CPU wait for a GPU
 
 class TrainingStep(BaseTrainer):
     """Forward, losses, backward and step of an :class:`UnsupervisedTrainer`, from its settings."""
+
+    centroids: Tensor | None
+    centroid_momentum: float
 
     def set_up_step(self, whole: nn.Module, compiled: bool, ema_decay: float | None) -> None:
         """What an iteration needs besides PML's own parts."""
@@ -49,6 +53,12 @@ class TrainingStep(BaseTrainer):
         averaged: nn.Module = self.average.module
         return averaged
 
+    @property
+    def with_centroids(self) -> list[Centroids]:
+        """The losses and miners that compare with cluster centres."""
+        parts = (*self.loss_funcs.values(), *self.mining_funcs.values())
+        return [part for part in parts if isinstance(part, Centroids)]
+
     def calculate_loss(self, curr_batch: Batch) -> None:
         views, transformed, _, labels = curr_batch
         weights = None
@@ -76,10 +86,15 @@ class TrainingStep(BaseTrainer):
         for name, loss_func in self.loss_funcs.items():
             if self.loss_weights[name] != 0:
                 self.losses[name] = loss_of(loss_func, step)
+        self._embedded = embeddings.detach(), torch.cat([labels, labels])
 
     def backward(self) -> None:
         self.scaler.scale(self.losses["total_loss"]).backward()
         sum_gradients(self)
+        if self.centroids is not None:
+            for part in self.with_centroids:
+                part.move_centroids(*self._embedded, self.centroid_momentum)
+                self.centroids = part.centroids  # where the next clustering begins
         for name, value in self.losses.items():  # the graph has done its work
             self.losses[name] = value.detach() if isinstance(value, Tensor) else value
         if self.look_every == 1:  # else a GPU would have to be waited for

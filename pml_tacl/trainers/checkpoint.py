@@ -22,7 +22,14 @@ _SAVED = ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs")
 _COUNTERS = ("queue_idx", "has_been_filled")  # of PML's CrossBatchMemory, not in its state_dict
 _NAME = re.compile(r"epoch_(\d+)(?:_iteration_(\d+))?\.pt")
 _ORDER = ("batch_size", "iterations_per_epoch")  # what an epoch that was drawn depends on
-_CONFIG = (*_ORDER, "images_per_cluster", "recluster_every", "warmup_epochs", "accumulation_steps")
+_CONFIG = (
+    *_ORDER,
+    "images_per_cluster",
+    "recluster_every",
+    "warmup_epochs",
+    "centroid_momentum",
+    "accumulation_steps",
+)
 
 
 def save_checkpoint(folder: str | Path, state: dict[str, Any], keep: int = 2) -> Path:

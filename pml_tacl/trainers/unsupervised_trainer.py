@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from pml_tacl._centroids import Centroids
 from pml_tacl._distributed import is_first, world_size
 from pml_tacl._interrupts import Signals
 from pml_tacl.clustering import PseudoLabeler
@@ -59,6 +58,9 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             this much since the last clustering: the mean cosine distance, in [0, 2], of 1000
             pictures from where they were (0.02 is little, 0.2 much). None: always.
         warmup_epochs: epochs before the first clustering.
+        centroid_momentum: in [0, 1], of centres that follow the batches of a training
+            (``ContrastiveClusteringLoss.move_centroids``); at 1 they stay where clustering left
+            them.
         swap: a :class:`SurroundingsSwap` of both views, or None.
         amp_dtype: of autocast, torch.bfloat16 or torch.float16 (scales the loss); None for none.
         accumulation_steps: chunks that a batch goes through the model in, to save memory. The
@@ -110,6 +112,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         recluster_every: int = 1,
         recluster_when_moved: float | None = None,
         warmup_epochs: int = 0,
+        centroid_momentum: float = 0.0,
         swap: SurroundingsSwap | None = None,
         amp_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
@@ -140,6 +143,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             recluster_every=recluster_every,
             recluster_when_moved=recluster_when_moved,
             warmup_epochs=warmup_epochs,
+            centroid_momentum=centroid_momentum,
             amp_dtype=amp_dtype,
             accumulation_steps=accumulation_steps,
             ema_decay=ema_decay,
@@ -156,7 +160,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         self.images_per_cluster, self.warmup_epochs = images_per_cluster, warmup_epochs
         self.recluster_every, self.recluster_when_moved = recluster_every, recluster_when_moved
         self.swap, self.amp_dtype, self.progress = swap, amp_dtype, progress
-        self.accumulation_steps = accumulation_steps
+        self.accumulation_steps, self.centroid_momentum = accumulation_steps, centroid_momentum
         self.checkpoint_folder = checkpoint_folder and Path(checkpoint_folder)
         self.checkpoint_every, self.keep = checkpoint_every, keep
         self.record_keeper = record_keeper
@@ -265,9 +269,8 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         there = int(labels[labels >= 0].unique().numel())
         check_clusters(there, self.batch_size, self.images_per_cluster)
         self.labels, self.centroids = labels.cpu().long(), centroids
-        for module in (*self.loss_funcs.values(), *self.mining_funcs.values()):
-            if isinstance(module, Centroids):
-                module.set_centroids(centroids)
+        for part in self.with_centroids:
+            part.set_centroids(centroids)
 
     def initialize_dataloader(self) -> None:
         """Draw an epoch, or take what is left of a loaded one, for a new loader.

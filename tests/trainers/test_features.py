@@ -196,6 +196,40 @@ def test_averaged_weights_follow_the_formula():
     assert not torch.equal(next(trainer.ema_model.parameters()), next(model.parameters()))
 
 
+@pytest.mark.filterwarnings("ignore:one cluster holds")  # after losses of centres alone
+@pytest.mark.parametrize("momentum", [0.25, 1])
+def test_centres_follow_the_batches_until_the_next_clustering(momentum):
+    begun, moved = [], []
+
+    def labeler(embeddings, initial_centroids=None):
+        begun.append(initial_centroids)
+        return KMeansPseudoLabeler(4)(embeddings, initial_centroids)
+
+    class Watching(ContrastiveClusteringLoss):
+        def forward(self, embeddings, labels, *args):
+            moved.append((self.centroids.clone(), embeddings.detach().clone(), labels))
+            return super().forward(embeddings, labels, *args)
+
+    loss = Watching()
+    trainer = make_trainer(
+        loss_funcs={"clustering_loss": loss}, labeler=labeler, centroid_momentum=momentum
+    )
+    trainer.train(num_epochs=2)
+    for (before, embeddings, labels), (after, *_) in ((moved[0], moved[1]), (moved[2], moved[3])):
+        expected = ContrastiveClusteringLoss()
+        expected.set_centroids(before)
+        expected.move_centroids(embeddings, labels, momentum)
+        torch.testing.assert_close(after, expected.centroids)
+        assert torch.equal(after, before) == (momentum == 1)
+    # The next clustering begins where the batches have led them.
+    last = ContrastiveClusteringLoss()
+    last.set_centroids(moved[1][0])
+    last.move_centroids(*moved[1][1:], momentum)
+    assert begun[0] is None
+    torch.testing.assert_close(begun[1], last.centroids)
+    assert torch.equal(trainer.centroids, loss.centroids)
+
+
 def test_averaged_weights_are_evaluated_and_exported(tmp_path):
     trainer = make_trainer(ema_decay=0.5)
     trainer.train(num_epochs=1)

@@ -390,6 +390,7 @@ def test_the_clustering_is_logged(caplog):
         ({"recluster_when_moved": 3.0}, r"recluster_when_moved must be in \[0, 2\] or None, got 3"),
         ({"accumulation_steps": 0}, "accumulation_steps must be from 1 to batch_size=8, got 0"),
         ({"accumulation_steps": 9}, "accumulation_steps must be from 1 to batch_size=8, got 9"),
+        ({"centroid_momentum": 1.5}, r"centroid_momentum must be in \[0, 1\], got 1.5"),
         ({"ema_decay": 1.0}, "ema_decay must be above 0 and below 1, or None, got 1"),
         ({"max_unreadable": -1}, "max_unreadable must be an integer of at least 0, got -1"),
         ({"checkpoint_every": 0}, "checkpoint_every must be an integer of at least 1 or None"),
