@@ -22,9 +22,8 @@ from pml_tacl.datasets import Glyphs
 from pml_tacl.evaluation import evaluate
 
 CLASSES, KNOWN = 60, 3  # pictures of each class whose label is known
-WARMUP_EPOCHS, EPOCHS, BATCH_SIZE, LEARNING_RATE = 6, 6, 64, 5e-3
+WARMUP_EPOCHS, EPOCHS, BATCH_SIZE, LEARNING_RATE, WORKERS = 6, 6, 64, 5e-3, 1
 SHARES = (0.0, 0.0, 0.0, 0.3, 0.5, 0.7)  # of the other pictures, guessed in each epoch
-WORKERS = 1  # processes that make the views
 BACKBONE = {"channels": [16, 32, 64, 128], "stem_width": 8, "output_stride": 16}
 
 
@@ -70,7 +69,6 @@ def main() -> dict[str, float]:
     affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), fill=220)
     colour = v2.Compose([v2.ColorJitter(0.5, 0.5, 0.5), v2.RandomChannelPermutation()])
     two_views = pml_tacl.SiameseTransform(64, 4, geometric=affine, photometric=colour, flip=False)
-
     labels = torch.from_numpy(train.labels)
     number = torch.arange(len(labels)) - torch.searchsorted(labels, labels)  # within its class
     known = labels.where(number < KNOWN, -1)

@@ -68,26 +68,25 @@ class Centroids:
         A network in training leaves the centres of its last clustering behind. Each centre named
         by a label becomes ``normalize(momentum * c + (1 - momentum) * normalize(sum of its e))``;
         the others stay. For after ``backward``, which still needs the centres as they were.
+        Without set centres nothing is done: means of a batch follow by themselves.
 
         Args:
             embeddings: (N, D), scaled to unit norm here.
             labels: (N,), which index the centres; -1 is noise, which moves none.
-            momentum: in [0, 1]: 1 leaves the centres where they are, 0 forgets them.
+            momentum: in [0, 1]: 0 makes a centre that of its last batch, 1 leaves it be.
 
         Raises:
-            ValueError: if no centres are set, the momentum is out of range, or the embeddings or
-                labels do not fit the centres.
+            ValueError: if the momentum is out of range, or embeddings or labels do not fit the
+                centres or each other.
         """
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be in [0, 1], got {momentum}")
-        if self.centroids is None:
-            raise ValueError("move_centroids needs centres to move: call set_centroids first")
         if labels.shape != embeddings.shape[:1]:
             raise ValueError(
                 f"labels {tuple(labels.shape)} do not fit embeddings {tuple(embeddings.shape)}: "
                 "give one for each"
             )
-        if momentum == 1 or len(embeddings) == 0:
+        if self.centroids is None or momentum == 1 or len(embeddings) == 0:
             return
         self._set_centres(embeddings, labels)
         with without_autocast(embeddings.device):

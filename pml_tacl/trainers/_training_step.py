@@ -91,10 +91,9 @@ class TrainingStep(BaseTrainer):
     def backward(self) -> None:
         self.scaler.scale(self.losses["total_loss"]).backward()
         sum_gradients(self)
-        if self.centroids is not None:
-            for part in self.with_centroids:
-                part.move_centroids(*self._embedded, self.centroid_momentum)
-                self.centroids = part.centroids  # where the next clustering begins
+        for part in self.with_centroids:
+            part.move_centroids(*self._embedded, self.centroid_momentum)
+            self.centroids = part.centroids  # where the next clustering begins
         for name, value in self.losses.items():  # the graph has done its work
             self.losses[name] = value.detach() if isinstance(value, Tensor) else value
         if self.look_every == 1:  # else a GPU would have to be waited for
