@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pml_tacl._agreement import adjusted_mutual_information
 from pml_tacl._files import written_whole
+from pml_tacl.clustering import pseudo_labels_from
 from pml_tacl.trainers.checkpoint import checkpoints
 
 _PARTS = ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs")
@@ -114,17 +115,24 @@ def separation(trainer: Any, memory: dict[str, Any]) -> float | None:
     """Mean of cosine to the own centre less that to the nearest other, after a clustering."""
     labels, centroids = _pseudo_labels(trainer)
     embeddings = getattr(trainer, "embeddings", None)
-    if centroids is None or embeddings is None or len(centroids) < 2:
+    if centroids is None or embeddings is None:
         return None
-    chosen = torch.where((labels >= 0) & embeddings.isfinite().all(1))[0]
-    unit = nn.functional.normalize(centroids.float().cpu())
+    chosen = (labels >= 0) & embeddings.isfinite().all(1)
+    if not chosen.any():
+        return None
+    if not chosen.all():
+        labels, embeddings = labels[chosen], embeddings[chosen]
+    # Not the trainer's centres: those have followed the network since.
+    labels, centres, _ = pseudo_labels_from(labels, embeddings)
+    if len(centres) < 2:
+        return None
     total = 0.0
-    for rows in chosen.split(_CHUNK):
-        similar = nn.functional.normalize(embeddings[rows].float()) @ unit.T
-        own = similar.gather(1, labels[rows, None])
-        other = similar.scatter(1, labels[rows, None], float("-inf")).amax(1, keepdim=True)
+    for own_labels, rows in zip(labels.split(_CHUNK), embeddings.split(_CHUNK), strict=True):
+        similar = nn.functional.normalize(rows.float()) @ centres.T
+        own = similar.gather(1, own_labels[:, None])
+        other = similar.scatter(1, own_labels[:, None], float("-inf")).amax(1, keepdim=True)
         total += float((own - other).sum())
-    return total / len(chosen) if len(chosen) else None
+    return total / len(labels)
 
 
 CRITERIA = {"stability": stability, "separation": separation}
