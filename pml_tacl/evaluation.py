@@ -1,7 +1,6 @@
 """How well embeddings retrieve: PML's tester with our calculator, and evaluation in one line."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from pml_tacl._calculator import RetrievalCalculator
 from pml_tacl._checks import check_count
+from pml_tacl._evaluating import evaluating
 from pml_tacl._interrupts import ShieldedLoader
 
 __all__ = ["RetrievalCalculator", "embed", "evaluate", "make_tester"]
@@ -59,7 +59,7 @@ def embed(
     embeddings, labels = torch.empty(0), []
     done = 0
     with (
-        _evaluating(model),
+        evaluating(model),
         tqdm(total=count, desc="embedding", unit="img", disable=not progress, leave=False) as bar,
     ):
         for batch in loader:
@@ -172,15 +172,3 @@ def evaluate(
 def _device_of(model: nn.Module) -> torch.device:
     tensor = next(model.parameters(), next(model.buffers(), None))
     return torch.device("cpu") if tensor is None else tensor.device
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    # Each flag by itself: model.train() would wake modules that were frozen on purpose.
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -7,11 +7,12 @@ if __name__ == "__main__":
         main()  # an UnsupervisedTrainer in it trains together with the other processes'
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from pml_tacl._distributed import (
     ProcessLost,
@@ -23,12 +24,13 @@ from pml_tacl._distributed import (
     world_size,
 )
 from pml_tacl._exchange import gather_rows, shard
-from pml_tacl.evaluation import embed
+from pml_tacl.evaluation import embed, evaluate
 
 __all__ = [
     "ProcessLost",
     "barrier",
     "embed_together",
+    "evaluate_together",
     "is_first",
     "on_first",
     "rank",
@@ -64,3 +66,32 @@ def embed_together(
     embeddings = gather_rows(rows, count, batch_size)
     found = gather_rows(labels, count, batch_size)
     return None if embeddings is None or found is None else (embeddings, found)
+
+
+def evaluate_together(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    metrics: Sequence[str] = (),
+    batch_size: int = 64,
+    **kwargs: Any,
+) -> dict[str, float]:
+    """As :func:`pml_tacl.evaluation.evaluate`, shared by all processes; all of them must call it.
+
+    Args:
+        model: images (N, C, H, W) -> embeddings (N, D).
+        dataset: items (image, label), each searched for among the others.
+        metrics: names; empty for all.
+        batch_size: images at once in each process.
+        **kwargs: of ``embed``.
+
+    Returns:
+        Value in [0, 1] by name of metric, on every process.
+    """
+    found = embed_together(model, dataset, batch_size=batch_size, **kwargs)
+
+    def measure() -> dict[str, float]:
+        assert found is not None
+        return evaluate(nn.Identity(), TensorDataset(*found), metrics=metrics, progress=False)
+
+    return on_first(measure, "evaluating")

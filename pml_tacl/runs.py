@@ -4,7 +4,7 @@ import json
 import random
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,14 +27,7 @@ _PACKAGES = (
     "record-keeper",
 )
 _MARK = "run.json"
-COLUMNS = {
-    "recall_at_1": "R@1",
-    "recall_at_2": "R@2",
-    "recall_at_4": "R@4",
-    "recall_at_8": "R@8",
-    "mean_average_precision_at_r": "MAP@R",
-    "NMI": "NMI",
-}
+_OTHERS = {"mean_average_precision_at_r": "MAP@R", "NMI": "NMI"}
 
 
 def open_run(
@@ -174,15 +167,23 @@ def make_hooks(folder: str | Path, log_freq: int = 10, **kwargs: Any) -> Any:
     return logging_presets.HookContainer(keeper, log_freq=log_freq, **kwargs)
 
 
+def columns_of(metrics: Iterable[str]) -> dict[str, str]:
+    """Which metrics a table shows, and what heads their columns: R@K by K, MAP@R, NMI."""
+    there = set(metrics)
+    ks = sorted(int(at) for name in there if (at := name.removeprefix("recall_at_")).isdecimal())
+    recalls = {f"recall_at_{k}": f"R@{k}" for k in ks}
+    return recalls | {name: head for name, head in _OTHERS.items() if name in there}
+
+
 def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Retrieval metrics in per cent, one line per row.
 
     Args:
         rows: name of the row -> metrics, named as :class:`RetrievalCalculator` does.
     """
-    names = [name for name in COLUMNS if any(name in row for row in rows.values())]
+    names = columns_of(name for row in rows.values() for name in row)
     width = max(map(len, rows), default=0)
-    lines = [" " * width + "".join(f"{COLUMNS[name]:>8}" for name in names)]
+    lines = [" " * width + "".join(f"{head:>8}" for head in names.values())]
     for title, row in rows.items():
         cells = (f"{100 * row[name]:8.1f}" if name in row else " " * 7 + "-" for name in names)
         lines.append(f"{title:<{width}}" + "".join(cells))

@@ -153,7 +153,7 @@ class TestBenchmarks:
             assert set(metrics[row]) == names
             assert all(0 <= value <= 1 for value in metrics[row].values())
         assert metrics["config"] == {**metrics["config"], **BENCHMARK}
-        assert "recall_at_1 " in capsys.readouterr().out
+        assert "R@1" in capsys.readouterr().out
         assert len(list((run / "checkpoints").iterdir())) > 0
 
         # Counted once more, by hand: of another class, and never the query itself.

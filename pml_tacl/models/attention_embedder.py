@@ -6,11 +6,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from pml_tacl._evaluating import evaluating
 from pml_tacl.models.attention_pooling import Embedder, EmbedderOutput, chosen_pooling
 from pml_tacl.models.preprocessing import image_transform
 from pml_tacl.models.receptive_field import measure_cell_offset
@@ -126,6 +128,17 @@ class AttentionEmbedder(nn.Module):
         """
         return image_transform(self.data_config, training, image_size)
 
+    def grid(self, image_size: int | tuple[int, int] | None = None) -> tuple[int, int]:
+        """Height and width of the feature maps, as `SiameseTransform(grid=)` takes them.
+
+        Args:
+            image_size: side or (height, width) in pixels; None takes the data config's.
+        """
+        probe = next(self.parameters()).new_zeros(1, *self._input_size(image_size))
+        with evaluating(self), torch.inference_mode():
+            height, width = self.trunk(probe).feature_maps.shape[-2:]
+        return height, width
+
     def cell_offset(self, image_size: int | tuple[int, int] | None = None) -> tuple[float, float]:
         """How far from the middle of its cell a feature looks, as (x, y) in cells.
 
@@ -136,9 +149,13 @@ class AttentionEmbedder(nn.Module):
         Args:
             image_size: side or (height, width) in pixels; None takes the data config's.
         """
+        channels, *size = self._input_size(image_size)
+        return measure_cell_offset(self.trunk, (size[0], size[1]), channels)
+
+    def _input_size(self, image_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
         channels, height, width = self.data_config["input_size"]
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        return measure_cell_offset(self.trunk, size or (height, width), channels)
+        return channels, *(size or (height, width))
 
     def whiten(
         self,

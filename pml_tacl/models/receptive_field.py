@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from pml_tacl._evaluating import evaluating
+
 _IMAGES, _PAIRS, _DIRECTIONS = 4, 2, 2
 
 
@@ -26,13 +28,11 @@ def measure_cell_offset(
         channels: C.
         seed: of the noise.
     """
-    modes = {module: module.training for module in trunk.modules()}
     first = next(trunk.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(_IMAGES, channels, *image_size, generator=generator)
     images = noise.to(first).requires_grad_()
-    try:
-        trunk.eval()
+    with evaluating(trunk):
         maps = trunk(images).feature_maps
         rows, columns = maps.shape[-2:]
         cells = set()
@@ -49,9 +49,6 @@ def measure_cell_offset(
                 x = _centroid(weight.sum(0)) * columns - (column + 0.5)
                 y = _centroid(weight.sum(1)) * rows - (row + 0.5)
                 found.append(torch.stack([x, y]))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     x, y = torch.stack(found).mean(0).tolist()
     return x, y
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pml_tacl._evaluating import evaluating
 from pml_tacl.models.weights import Pretrained, create_timm_model, model_data_config
 
 _USEFUL_STRIDE = 16  # at 32 an image of 224 px has 7 x 7 places: too coarse to point at things
@@ -202,9 +203,7 @@ class Trunk(nn.Module):
     @torch.inference_mode(False)  # where a user builds models in it, there would be no gradients
     def _probe(self) -> tuple[TrunkOutput, set[str]]:
         """One pass without data: the shapes, and the parameters that no output depends on."""
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
+        with evaluating(self):
             state = {
                 name: torch.empty_like(value, device="meta")
                 for name, value in [*self.named_parameters(), *self.named_buffers()]
@@ -224,9 +223,6 @@ class Trunk(nn.Module):
                     return self(images.zero_().to(first.device)), set()
             unused = {n for n, g in zip(weights, gradients, strict=True) if g is None}
             return output, {name.removeprefix("model.") for name in unused}
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
 
 
 def _reductions(model: nn.Module) -> list[int]:

@@ -61,7 +61,8 @@ def _create_downloaded(name: str, timm_kwargs: dict[str, Any]) -> nn.Module:
             raise
         raise OSError(
             f"pretrained=True: no weights for {name!r} ({_one_line(error, 120)}); without a "
-            "network pass a local file, pretrained='weights.safetensors', or pretrained=False"
+            "network give a local file (pretrained='weights.safetensors', --weights FILE) or none "
+            "(pretrained=False, --weights none)"
         ) from error
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pml_tacl._checks import check_count
+from pml_tacl._evaluating import evaluating
 
 if TYPE_CHECKING:
     from pml_tacl.models.attention_embedder import AttentionEmbedder
@@ -46,9 +47,7 @@ def whiten(
     if not isinstance(projection, nn.Linear):
         raise ValueError("embedding_dim is None: there is no projection to whiten with")
     device = projection.weight.device
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         if model.embedder.covariance is not None:
             _, moments = _moments(
                 batches, max_images, lambda x: _places(model, x.to(device)), progress
@@ -60,9 +59,6 @@ def whiten(
             lambda x: model.embedder.pool(model.trunk(x.to(device)))[0],
             progress,
         )
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     values, vectors = torch.linalg.eigh(moments)
     values = values.clamp_min(0).flip(0)[: projection.out_features]
     floor = shrinkage * moments.trace() / len(moments)

@@ -11,7 +11,7 @@ from pml_tacl.report import _charts as charts
 from pml_tacl.report import _images as images
 from pml_tacl.report._choices import Cluster, Query
 from pml_tacl.report._sources import PictureSet, Run
-from pml_tacl.runs import COLUMNS
+from pml_tacl.runs import columns_of
 
 _SHOWN_IN_CLUSTER = 12
 _ROW_NAMES = {"raw_pixels": "raw pixels", "before": "before training", "after": "after training"}
@@ -52,14 +52,14 @@ def header(run: Run) -> str:
 def results(run: Run) -> str:
     """The table of metrics, and Recall@K as a chart."""
     rows = {_ROW_NAMES.get(name, name): values for name, values in run.metrics.items()}
-    names = [name for name in COLUMNS if any(name in row for row in rows.values())]
+    names = columns_of(name for row in rows.values() for name in row)
     if not rows or not names:
         return (
             '<p class="empty">The run had no labelled pictures to test on, so nothing was '
             "measured. Give <code>--eval-folder</code> when training to have a table here.</p>"
         )
     best = {name: max(row.get(name, -1.0) for row in rows.values()) for name in names}
-    head = "".join(f'<th scope="col">{COLUMNS[name]}</th>' for name in names)
+    head = "".join(f'<th scope="col">{title}</th>' for title in names.values())
     body = ""
     for title, row in rows.items():
         cells = "".join(_cell(row.get(name), best[name], len(rows) > 1) for name in names)
@@ -92,9 +92,9 @@ def training(run: Run) -> str:
         _figure(charts.loss_chart(name, run.losses[name]), name.replace("_", " ")) for name in order
     ]
     lines = {
-        COLUMNS[name]: curve
-        for name, curve in run.recalls.items()
-        if name in COLUMNS and name.startswith("recall") and len(curve[0]) > 1
+        head: run.recalls[name]
+        for name, head in columns_of(run.recalls).items()
+        if name.startswith("recall") and len(run.recalls[name][0]) > 1
     }
     if lines:
         said = "Recall by epoch: " + "; ".join(

@@ -62,6 +62,9 @@ def test_of_timm_models(backbone, low, high):
     offset = model.cell_offset(160)
     assert all(low < value < high for value in offset)
     assert offset == model.cell_offset((160, 160))
+    maps = model.trunk(torch.zeros(2, 3, 160, 160)).feature_maps
+    model.load_state_dict(before)  # a training pass counts in BatchNorm
+    assert model.grid(160) == model.grid((160, 160)) == maps.shape[-2:]
     assert model.trunk.training  # as it was, statistics of BatchNorm too
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())

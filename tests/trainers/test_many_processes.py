@@ -39,6 +39,8 @@ from pml_tacl._exchange import (
     shard,
     total,
 )
+from pml_tacl.evaluation import evaluate
+from pml_tacl.processes import evaluate_together
 from pml_tacl.search import PictureIndex
 from pml_tacl.trainers._together import begin_together
 from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
@@ -263,6 +265,11 @@ def first_epochs(trainer, epochs=2):
 WITHIN = "epoch_0001_iteration_000001.pt"  # the second epoch, after one of three iterations
 
 
+def labelled():
+    images = torch.rand(18, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return torch.utils.data.TensorDataset(images, torch.arange(18) % 5)
+
+
 def noise(embeddings, initial_centroids=None):
     raise ValueError("all embeddings are noise")
 
@@ -282,6 +289,7 @@ def training(number, world, folder):
     with_statistics = make_trainer(batch_size=16, images_per_cluster=4)
     with_statistics.train(num_epochs=1)
     found["statistics"] = [b.clone() for b in with_statistics.models["trunk"].buffers()]
+    found["metrics"] = evaluate_together(make_model(), labelled(), batch_size=4, progress=False)
     found["labeler"] = message(lambda: exact_trainer(labeler=noise).train(), ValueError)
     other = {"iterations_per_epoch": 2 + number}
     found["settings"] = message(lambda: exact_trainer(**other), ValueError)
@@ -325,6 +333,7 @@ def test_two_processes_learn_what_one_learns(tmp_path):
         for end in (found["end"], found["again"]):
             assert all(torch.equal(a, b) for a, b in zip(end, first["epochs"][1], strict=True))
         assert found["stopped"] == 2
+        assert found["metrics"] == evaluate(make_model(), labelled(), batch_size=4, progress=False)
         assert "settings of process 1 differ from process 0's: start all" in found["settings"]
         assert "batch_size=6 is of all 2 processes" in found["batch"]
         assert "give a multiple of 4, or fewer processes" in found["batch"]

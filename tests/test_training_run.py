@@ -1,0 +1,146 @@
+"""The folder of a training: what is tested when, what ends it early, and what is drawn."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from pml_tacl.runs import seed_everything
+from pml_tacl.training_run import TrainingRun
+from tests.trainers.small import Pictures, make_model, make_trainer
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:one cluster holds"),
+]
+
+
+def train(folder, epochs=3, asked=None, resume=False, test_epochs=(1,), fails_at=None, **kwargs):
+    """Epochs that were tested, of a training of its own; a test in epoch `fails_at` breaks it."""
+    asked = [] if asked is None else asked
+    seed_everything(0)
+    run = TrainingRun(folder, resume=resume)
+    run.open({"seed": 0})
+    trainer = make_trainer(iterations_per_epoch=1, **kwargs)
+
+    def test(epoch):
+        assert trainer.epoch == epoch
+        asked.append(epoch)
+        if epoch == fails_at:
+            raise OSError("the disk of the test pictures is gone")
+        weight = next(trainer.models["trunk"].parameters()).detach()
+        return {"recall_at_1": float(weight.double().abs().mean().clamp(0, 1))}
+
+    return run.train(trainer, epochs, test, test_epochs=test_epochs), asked, trainer
+
+
+def contents(folder):
+    kept = ("*.json", "*.csv", "*.png", "*.safetensors")
+    found = (path for kind in kept for path in folder.rglob(kind))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def test_it_is_tested_before_between_and_after(tmp_path):
+    rows, asked, trainer = train(tmp_path / "run")
+    assert asked == [0, 1, 3]
+    assert sorted(trainer.extra["recalls"]) == [0, 1, 3]
+    assert rows == {"before": trainer.extra["recalls"][0], "after": trainer.extra["recalls"][3]}
+    assert rows["before"] != rows["after"]
+    assert len(trainer.extra["history"]["total_loss"]) == 3
+    written = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {**written, **rows} == written
+    assert written["config"] == {"seed": 0}
+    names = {"model/config.json", "records/loss_histories.csv", "curves.png", "recall.png"}
+    assert names <= set(contents(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 3])
+def test_a_broken_run_ends_like_an_unbroken_one(tmp_path, fails_at):
+    whole, *_ = train(tmp_path / "whole")
+    with pytest.raises(OSError, match="gone"):
+        train(tmp_path / "broken", fails_at=fails_at)
+    asked = []
+    rows, *_ = train(tmp_path / "broken", asked=asked, resume=True)
+    assert rows == whole
+    assert asked == [epoch for epoch in (0, 1, 3) if epoch >= fails_at]
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+    before = contents(tmp_path / "whole")
+    again, *_ = train(tmp_path / "whole", resume=True)
+    assert again == whole
+    assert contents(tmp_path / "whole") == before
+
+
+def test_a_hook_that_ends_the_training_ends_the_run(tmp_path):
+    seen = []
+    hooks = {
+        "end_of_iteration_hook": lambda trainer: seen.append(trainer.epoch),
+        "end_of_epoch_hook": lambda trainer: trainer.epoch < 2,
+    }
+    rows, asked, trainer = train(tmp_path, epochs=9, test_epochs=(1, 5), **hooks)
+    assert asked == [0, 1, 2]
+    assert seen == [1, 2]
+    assert rows["after"] == trainer.extra["recalls"][2]
+    again, asked, _ = train(tmp_path, epochs=9, test_epochs=(1, 5), resume=True, **hooks)
+    assert again == rows
+    assert asked == [2]  # it was measured after the last checkpoint
+
+
+def test_without_tests_there_are_no_recalls(tmp_path):
+    run = TrainingRun(tmp_path / "run")
+    run.open({"seed": 0})
+    rows = run.train(make_trainer(iterations_per_epoch=1), 1)
+    assert rows == {"before": {}, "after": {}}
+    assert not (tmp_path / "run" / "recall.png").exists()
+    assert (tmp_path / "run" / "curves.png").exists()
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+@pytest.mark.parametrize("count", [2, 99])
+def test_pictures_are_drawn_beside_their_nearest(tmp_path, monkeypatch, count, with_labels):
+    model, pictures = make_model(), Pictures(6)
+    plain = model.transform(image_size=32)
+    items = [(plain(pictures[row][0]), 0) for row in range(6)]
+    embeddings = nn.functional.normalize(torch.tensor([[1.0, 0], [1, 0.1], [1, 0.3], [0, 1],
+                                                       [0.1, 1], [0.3, 1]]))  # fmt: skip
+    labels = torch.tensor([0, 0, 1, 1, 1, 1]) if with_labels else None
+    drawn = {}
+
+    def gallery(queries, neighbours, correct=None, title=None):
+        drawn.update(queries=queries, neighbours=neighbours, correct=correct, title=title)
+        return original(queries, neighbours, correct=correct, title=title)
+
+    from pml_tacl import visualize
+
+    original = visualize.retrieval_gallery
+    monkeypatch.setattr(visualize, "retrieval_gallery", gallery)
+    run = TrainingRun(tmp_path / "run")
+    run.open({"seed": 0})
+    run.draw(model, items, embeddings, labels, count=count, title="six")
+    assert len(drawn["queries"]) == min(count, 6)
+    mean, std = (torch.tensor(model.data_config[k]).view(3, 1, 1) for k in ("mean", "std"))
+    shown = [(items[row][0] * std + mean).clamp(0, 1) for row in (0, 1, 5)]
+    assert torch.equal(drawn["queries"][0], shown[0])
+    assert torch.equal(drawn["queries"][-1], shown[2])
+    assert torch.equal(drawn["neighbours"][0][0], shown[1])  # never the picture itself
+    if with_labels:
+        assert drawn["correct"][0][:2].tolist() == [True, False]
+    else:
+        assert drawn["correct"] is None
+    for name in ("gallery", "attention"):
+        with Image.open(run.folder / f"{name}.png") as picture:
+            picture.verify()
+
+
+def test_wrong_uses_are_named(tmp_path):
+    run = TrainingRun(tmp_path / "run")
+    with pytest.raises(RuntimeError, match=r"must be open to be trained: call open\(config\)"):
+        run.train(make_trainer(), 1)
+    with pytest.raises(ValueError, match="epochs must be an integer of at least 1, got 0"):
+        run.train(make_trainer(), 0)
+    run.open({"seed": 0})
+    with pytest.raises(ValueError, match="holds another run: give --resume"):
+        TrainingRun(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"begun with other settings \(seed\)"):
+        TrainingRun(tmp_path / "run", resume=True).open({"seed": 1})
