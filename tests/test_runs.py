@@ -108,14 +108,16 @@ def test_the_table_has_a_row_for_each_result():
     table = runs.metrics_table(
         {
             "raw pixels": {"recall_at_1": 0.25, "NMI": 0.5},
-            "after": {"recall_at_1": 0.8312, "recall_at_8": 1.0, "NMI": 0.791},
+            "after": {"recall_at_1000": 1.0, "recall_at_8": 1.0, "NMI": 0.791, "AMI": 0.7},
+            "again": {"recall_at_1": 0.8312},
         }
     )
-    header, raw, after = table.splitlines()
-    assert header.split() == ["R@1", "R@8", "NMI"]
-    assert raw.split() == ["raw", "pixels", "25.0", "-", "50.0"]
-    assert after.split() == ["after", "83.1", "100.0", "79.1"]
-    assert len({len(line) for line in (header, raw, after)}) == 1
+    header, raw, after, again = table.splitlines()
+    assert header.split() == ["R@1", "R@8", "R@1000", "NMI"]
+    assert raw.split() == ["raw", "pixels", "25.0", "-", "-", "50.0"]
+    assert after.split() == ["after", "-", "100.0", "100.0", "79.1"]
+    assert again.split() == ["again", "83.1", "-", "-", "-"]
+    assert len({len(line) for line in (header, raw, after, again)}) == 1
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, TypeError, FloatingPointError])
