@@ -57,6 +57,7 @@ def main() -> None:
     colours += [v2.RandomGrayscale(0.2), v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.5))], 0.3)]
     affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), shear=10, fill=220)
     views = {"crop_scale": (0.6, 1), "geometric": affine, "photometric": v2.Compose(colours)}
+    views |= {name: model.data_config[name] for name in ("mean", "std")}
     views |= {"flip": False, "cell_offset": model.cell_offset(64)}  # a mirrored letter is another
     calculator = pml_tacl.RetrievalCalculator(exclude=("AMI",))
     tester = make_tester(calculator, end_of_testing_hook=run.hooks.end_of_testing_hook)
@@ -88,8 +89,7 @@ def main() -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is the loader's
     also = {"test_epochs": [config["warmup_epochs"]], "rows": rows}
     rows = run.train(trainer, config["epochs"], measure, **also)
-    title = "characters never seen in training, and their 8 nearest"
-    run.draw(model, test, embed(model, test)[0], labels, title=title)
+    run.draw(model, test, embed(model, test)[0], labels, title="characters never seen")
     print(f"\n{runs.metrics_table(rows)}\n\nper cent, on {len(test.classes)} unseen characters")
     print(f"pictures, metrics and model: {args.run}")
 

@@ -63,7 +63,9 @@ def main(benchmark, settings: dict, description: str) -> None:
     def measure(epoch: int) -> dict[str, float]:
         searched = gallery[0] if gallery else None
         settings = {"metrics": config["metrics"], "num_workers": args.workers}
-        return evaluate(model, query, reference=searched, **settings)
+        found = evaluate(model, query, reference=searched, **settings)
+        print(f"epoch {epoch}:", *(f"{name} {100 * value:.1f}" for name, value in found.items()))
+        return found
 
     parameters = {"lr": config["learning_rate"], "weight_decay": config["weight_decay"]}
     optimizer = torch.optim.AdamW(model.parameters(), **parameters)
@@ -89,4 +91,4 @@ def main(benchmark, settings: dict, description: str) -> None:
     )  # fmt: skip
     run.open(config)
     rows = run.train(trainer, config["epochs"], measure)
-    print(f"\n{runs.metrics_table(rows)}\n\nmetrics and model: {args.run}")
+    print(f"\n{runs.metrics_table(rows)}\n\nper cent; metrics and model: {args.run}")

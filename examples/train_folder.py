@@ -29,6 +29,10 @@ IMAGES_PER_CLUSTER = 4  # in a batch
 FREE = {"run", "resume", "overwrite", "strict", "workers", "checkpoint_every"}  # may differ later
 
 
+def number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -39,7 +43,12 @@ def arguments() -> argparse.Namespace:
     add("--backbone", default="resnet50", help="any timm model")
     add("--weights", default="pretrained", help="pretrained (through timm), none, or a local file")
     add("--eval-folder", type=Path, help="labelled pictures to test on: a sub-folder is a class")
-    add("--num-clusters", default="auto", help="a number; auto: a tenth of the pictures")
+    add(
+        "--num-clusters",
+        type=number_or_auto,
+        default="auto",
+        help="a number; auto: a tenth of the pictures",
+    )
     add("--epochs", type=int, default=20, help="passes over the pictures")
     add("--warmup-epochs", type=int, default=2, help="epochs before the first clustering")
     add("--batch-size", type=int, default=32, help="pictures of all processes, in two views each")
@@ -58,7 +67,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    # An earlier run stays untouched until run.open; by then all that can be wrong is known.
+    # An earlier run stays untouched until run.open: by then the arguments are found good.
     args = arguments()
     run = TrainingRun(args.run, resume=args.resume, overwrite=args.overwrite)
     root, apart = args.images.resolve(), "must lie apart: give --run"
@@ -83,7 +92,7 @@ def main() -> None:
         "reading the labelled pictures",
     )
     clusters = max(2, len(files) // 10, args.batch_size // IMAGES_PER_CLUSTER)
-    clusters = clusters if args.num_clusters == "auto" else int(args.num_clusters)
+    clusters = clusters if args.num_clusters == "auto" else args.num_clusters
     config = {name: value for name, value in vars(args).items() if name not in FREE}
     config |= {"images": str(root), "eval_folder": labelled and str(args.eval_folder.resolve())}
     config |= {"image_size": size, "num_clusters": clusters, "loss_weights": LOSS_WEIGHTS}
@@ -129,8 +138,9 @@ def main() -> None:
     if is_first():
         PictureIndex(found[0], files, root).save(run.folder)
         run.draw(model, pictures, found[0])
-        print(f"\n{runs.metrics_table(rows)}\n" if labelled else "")
-        print(f"{len(files)} pictures indexed, in {args.run}; search with")
+        if labelled:
+            print(f"\n{runs.metrics_table(rows)}\n\nper cent, on {args.eval_folder}")
+        print(f"\n{len(files)} pictures indexed, in {args.run}; search with")
         print(f"    python examples/search.py {args.run} QUERY")
 
 

@@ -68,7 +68,8 @@ class Centroids:
         A network in training leaves the centres of its last clustering behind. Each centre named
         by a label becomes ``normalize(momentum * c + (1 - momentum) * normalize(sum of its e))``;
         the others stay. For after ``backward``, which still needs the centres as they were.
-        Without set centres nothing is done: means of a batch follow by themselves.
+        Without set centres nothing is done: means of a batch follow by themselves. Of many
+        processes each must give the embeddings and labels of all, or their centres part.
 
         Args:
             embeddings: (N, D), scaled to unit norm here.

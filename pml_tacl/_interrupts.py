@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM in a training: noted, and acted upon where nothing is lost."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -9,7 +10,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 
 class Interrupted(SystemExit):
@@ -84,11 +85,11 @@ class Signals:
 class ShieldedLoader(DataLoader[Any]):
     """A DataLoader whose processes obey none but their parent, from their first moment on."""
 
-    def __init__(self, dataset: Dataset[Any], batch_size: int, **kwargs: Any) -> None:
-        begin = partial(obey_parent_alone, os.getpid())
-        super().__init__(dataset, batch_size, worker_init_fn=begin, **kwargs)
-
     def __iter__(self) -> Any:
+        if self.num_workers:
+            context = self.multiprocessing_context or multiprocessing
+            served = context.get_start_method() == "forkserver"
+            self.worker_init_fn = partial(obey_parent_alone, None if served else os.getpid())
         if not hasattr(signal, "pthread_sigmask"):
             return super().__iter__()
         # What starts in here begins with both blocked; what comes meanwhile waits for us.
@@ -99,7 +100,7 @@ class ShieldedLoader(DataLoader[Any]):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def obey_parent_alone(parent: int, _worker: int) -> None:
+def obey_parent_alone(parent: int | None, _worker: int) -> None:
     """Let none but its parent end a loader's process: Ctrl-C and SIGTERM often go to all of them.
 
     The training ends its loader when it has finished the iteration; a reader that is gone before
@@ -107,7 +108,8 @@ def obey_parent_alone(parent: int, _worker: int) -> None:
 
     Args:
         parent: process of the training. One that is killed while this process starts is not
-            missed by torch's own watch, which takes whoever is the parent by then for it.
+            missed by torch's own watch, which takes whoever is the parent by then for it. None
+            where a server forks the loader's processes, and is the parent of all.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # only Linux says who sent a signal
@@ -115,9 +117,11 @@ def obey_parent_alone(parent: int, _worker: int) -> None:
         threading.Thread(target=_obey, args=(parent,), daemon=True).start()
 
 
-def _obey(parent: int) -> None:
-    while os.getppid() == parent:
+def _obey(parent: int | None) -> None:
+    served = multiprocessing.parent_process() if parent is None else None
+    sender = parent if served is None else served.pid
+    while served.is_alive() if served is not None else os.getppid() == parent:
         sent = signal.sigtimedwait({signal.SIGTERM}, 2)
-        if sent is not None and sent.si_pid == parent:
+        if sent is not None and sent.si_pid == sender:
             break
     os._exit(0)

@@ -117,7 +117,7 @@ def separation(trainer: Any, memory: dict[str, Any]) -> float | None:
     embeddings = getattr(trainer, "embeddings", None)
     if centroids is None or embeddings is None:
         return None
-    chosen = (labels >= 0) & embeddings.isfinite().all(1)
+    chosen = (labels >= 0) & embeddings.isfinite().all(1) & embeddings.any(1)
     if not chosen.any():
         return None
     if not chosen.all():

@@ -36,8 +36,8 @@ class PseudoLabels(NamedTuple):
 class PseudoLabeler(Protocol):
     """Anything that turns embeddings into pseudo-labels can take the place of k-means.
 
-    `initial_centroids` are the centroids of the previous call, or None; a clusterer that has no
-    use for them ignores them.
+    `initial_centroids` are those of the previous call, which a training may have moved since, or
+    None; a clusterer that has no use for them ignores them.
 
     Example:
         HDBSCAN of scikit-learn; its noise (-1) goes through the whole training.

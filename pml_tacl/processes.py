@@ -73,25 +73,28 @@ def evaluate_together(
     dataset: Dataset[Any],
     *,
     metrics: Sequence[str] = (),
-    batch_size: int = 64,
+    reference: Dataset[Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, float]:
     """As :func:`pml_tacl.evaluation.evaluate`, shared by all processes; all of them must call it.
 
     Args:
         model: images (N, C, H, W) -> embeddings (N, D).
-        dataset: items (image, label), each searched for among the others.
+        dataset: items (image, label) of the queries.
         metrics: names; empty for all.
-        batch_size: images at once in each process.
-        **kwargs: of ``embed``.
+        reference: the gallery to search in, if it is another data set.
+        **kwargs: of :func:`embed_together`.
 
     Returns:
         Value in [0, 1] by name of metric, on every process.
     """
-    found = embed_together(model, dataset, batch_size=batch_size, **kwargs)
+    parts = [dataset] if reference is None else [dataset, reference]
+    found = [embed_together(model, part, **kwargs) for part in parts]
 
     def measure() -> dict[str, float]:
-        assert found is not None
-        return evaluate(nn.Identity(), TensorDataset(*found), metrics=metrics, progress=False)
+        query, *gallery = [TensorDataset(*part) for part in found if part is not None]
+        searched = gallery[0] if gallery else None
+        settings: dict[str, Any] = {"metrics": metrics, "progress": False}
+        return evaluate(nn.Identity(), query, reference=searched, **settings)
 
     return on_first(measure, "evaluating")

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from pml_tacl import runs
 from pml_tacl._checks import check_count
 from pml_tacl._distributed import is_first, on_first
+from pml_tacl._evaluating import evaluating
 from pml_tacl.callbacks import chain
 from pml_tacl.models import AttentionEmbedder
 from pml_tacl.trainers.checkpoint import checkpoints
@@ -22,9 +23,10 @@ Rows = dict[str, Mapping[str, float]]
 class TrainingRun:
     """The folder of a training: checked, opened, trained into, resumed, and drawn at the end.
 
-    It ends with ``metrics.json``, ``model/``, ``records/`` of record-keeper, ``checkpoints/``,
-    ``curves.png``, and ``recall.png`` if there was something to test on. Under torchrun every
-    process calls all of it, and the first writes.
+    It ends with ``metrics.json``, ``model/`` (of an :class:`AttentionEmbedder`, with averaged
+    weights if there are some), ``records/`` of record-keeper, ``checkpoints/``, ``curves.png``,
+    and ``recall.png`` if recall was measured. Under torchrun, within
+    :func:`pml_tacl.processes.session`, every process calls all of it and the first writes.
 
     Args:
         folder: of the run; made by :meth:`open`.
@@ -58,7 +60,7 @@ class TrainingRun:
         saved = on_first(lambda: len(checkpoints(self.folder / "checkpoints")), "opening the run")
         self.begun = resume and saved > 0
         self.hooks: Any = None
-        self._config: dict[str, Any] = {}
+        self._config: dict[str, Any] | None = None
 
     def open(self, config: Mapping[str, Any]) -> None:
         """Make or open the folder, as :func:`pml_tacl.runs.open_run`, when nothing can be wrong.
@@ -68,9 +70,12 @@ class TrainingRun:
 
         Raises:
             ValueError: if a run to resume had another config.
+            ImportError: without matplotlib, which draws at the end.
         """
-        self._config = dict(config)
+        import pml_tacl.visualize  # noqa: F401  # better missed now than after days
+
         on_first(lambda: runs.open_run(self.folder, config, **self._flags), "opening the run")
+        self._config = dict(config)
         if is_first():  # one process writes what all have learnt
             self.hooks = runs.make_hooks(self.folder / "records")
 
@@ -86,8 +91,8 @@ class TrainingRun:
         """Train to the end, from the start or the last checkpoint, and write what came of it.
 
         Args:
-            trainer: an :class:`UnsupervisedTrainer`; gets the run's records and
-                ``checkpoint_folder``. Its hooks are called too.
+            trainer: a new :class:`UnsupervisedTrainer`; gets the run's records, checkpoint_folder
+                and test_hook. Its own hooks of iterations and epochs are called too.
             epochs: of the whole training, at least 1.
             test: epoch -> metrics in [0, 1], called at 0, at ``test_epochs`` and at the end, by
                 every process. What it finds is shown, and never chosen by.
@@ -95,36 +100,47 @@ class TrainingRun:
             rows: metrics of other methods, beside which the training's are shown.
 
         Returns:
-            ``rows``, and "before" and "after".
+            ``rows``, and "before" and "after": empty without a test.
 
         Raises:
             RuntimeError: if the run is not open.
+            ValueError: if the trainer was trained before, or the run beyond ``epochs``.
         """
         check_count("epochs", epochs, 1)
-        if not self._config:
+        if self._config is None:
             raise RuntimeError("a run must be open to be trained: call open(config) before")
+        if trainer.epoch:
+            raise ValueError(f"trainer must be new, got one in epoch {trainer.epoch}")
         self._equip(trainer)
         if self.begun:
             trainer.load_checkpoint()
-        recalls = trainer.extra["recalls"]
-        for epoch in sorted({0, epochs, *test_epochs}):
-            if trainer.epoch < epoch:
-                trainer.train(trainer.epoch + 1, epoch)
-            now = trainer.epoch  # earlier than asked for if a hook has ended the training
-            if now <= epoch and now not in recalls:
-                recalls[now] = {} if test is None else test(now)
-            if now < epoch:
-                break
-        found = {**(rows or {}), "before": recalls[0], "after": recalls[trainer.epoch]}
-        if is_first():
-            self._write(trainer, found)
+        if trainer.epoch > epochs:
+            raise ValueError(
+                f"epochs={epochs} are fewer than the {trainer.epoch} that {self.folder} has been "
+                "trained: give at least as many"
+            )
+        recalls = trainer.extra.setdefault("recalls", {})
+        trainer.extra.setdefault("history", {})
+
+        def measure(trainer: Any) -> None:
+            if trainer.epoch not in recalls:
+                recalls[trainer.epoch] = {} if test is None else test(trainer.epoch)
+
+        due = {epochs, *test_epochs}
+        trainer.test_hook = lambda trainer: measure(trainer) if trainer.epoch in due else None
+        if not self.begun:
+            measure(trainer)
+        trainer.train(trainer.epoch + 1, epochs)
+        measure(trainer)  # if a hook has ended the training at an epoch that was not due
+        found = {**(rows or {}), "before": recalls.get(0, {}), "after": recalls[trainer.epoch]}
+        on_first(lambda: self._write(trainer, found), "writing the run")
         return found
 
     def draw(
         self,
         model: AttentionEmbedder,
         dataset: Dataset[Any],
-        embeddings: Tensor,
+        embeddings: Tensor | None,
         labels: Tensor | None = None,
         *,
         count: int = 8,
@@ -135,39 +151,41 @@ class TrainingRun:
         Args:
             model: of the pictures' attention.
             dataset: items (picture as the model takes it (3, H, W), anything).
-            embeddings: (N, D) of them, unit rows.
+            embeddings: (N, D) of them, unit rows; not looked at but on the first process.
             labels: (N,), to frame right and wrong neighbours; None for neither.
             count: pictures shown, and neighbours of each.
             title: of the gallery.
         """
+        if embeddings is None or not is_first():
+            return
         from pml_tacl import visualize as vis
 
         mean, std = (torch.tensor(model.data_config[k]).view(3, 1, 1) for k in ("mean", "std"))
 
-        def as_seen(rows: Tensor) -> Tensor:
-            pictures = torch.stack([dataset[int(row)][0] for row in rows])
-            return (pictures * std + mean).clamp(0, 1)
+        def as_seen(rows: Tensor) -> list[Tensor]:
+            return [(dataset[int(row)][0] * std + mean).clamp(0, 1) for row in rows]
 
         size = len(embeddings)
         shown = torch.linspace(0, size - 1, min(count, size)).long()
+        device = next(model.parameters()).device
+        with evaluating(model), torch.inference_mode():
+            batch = torch.stack([dataset[int(row)][0] for row in shown]).to(device)
+            attention = model.forward_features(batch).attention.cpu()
+        overlay = vis.attention_overlay(as_seen(shown), attention)
+        vis.save_figure(overlay, self.folder / "attention.png")
+        if size < 2:
+            return
         similar = embeddings[shown] @ embeddings.T
         similar[torch.arange(len(shown)), shown] = -torch.inf
         nearest = similar.topk(min(count, size - 1), dim=1).indices
-        device = next(model.parameters()).device
-        with torch.inference_mode():
-            batch = torch.stack([dataset[int(row)][0] for row in shown]).to(device)
-            attention = model.eval().forward_features(batch).attention.cpu()
         right = None if labels is None else labels[nearest] == labels[shown, None]
         found = [as_seen(rows) for rows in nearest]
-        gallery = vis.retrieval_gallery(as_seen(shown), found, correct=right, title=title)
+        gallery = vis.retrieval_gallery(as_seen(shown), found, correct=right, title=title or None)
         vis.save_figure(gallery, self.folder / "gallery.png")
-        overlay = vis.attention_overlay(as_seen(shown), attention)
-        vis.save_figure(overlay, self.folder / "attention.png")
 
     def _equip(self, trainer: Any) -> None:
-        """Records, history and checkpoints, beside the hooks that the trainer has."""
+        """Records and checkpoints, beside the hooks that the trainer has."""
         trainer.checkpoint_folder = self.folder / "checkpoints"
-        trainer.extra |= {"history": {}, "recalls": {}}
         if not is_first():
             return
         trainer.record_keeper = self.hooks.record_keeper
@@ -184,15 +202,21 @@ class TrainingRun:
         self.hooks.record_keeper.save_records()
         content = {**rows, "config": self._config, "versions": runs.versions()}
         runs.write_json(self.folder / "metrics.json", content)
-        trainer.whole.eval().save_pretrained(self.folder / "model")
+        model = trainer.whole if trainer.average is None else trainer.ema_model
+        if isinstance(model, AttentionEmbedder):
+            model.eval().save_pretrained(self.folder / "model")
         extra = trainer.extra
         figures = {"curves": vis.training_curves(extra["history"], extra["recalls"])}
-        if any(rows.values()):
-            figures["recall"] = vis.recall_curve(rows)
+        with_recalls = {
+            name: row for name, row in rows.items() if any("recall_at_" in at for at in row)
+        }
+        if with_recalls:
+            figures["recall"] = vis.recall_curve(with_recalls)
         for name, figure in figures.items():
             vis.save_figure(figure, self.folder / f"{name}.png")
 
 
 def _remember(trainer: Any) -> None:
+    history = trainer.extra.setdefault("history", {})
     for name, value in trainer.losses.items():
-        trainer.extra["history"].setdefault(name, []).append(float(value))
+        history.setdefault(name, []).append(float(value))

@@ -283,7 +283,7 @@ def test_resuming_an_ended_run_changes_nothing(few, unbroken):
         (["{few}", "--batch-size=0"], "batch_size must be from 1"),
         (["{few}", "--batch-size=6"], "images_per_cluster must divide batch_size=6"),
         (["{few}", "--backbone=resnet5O"], "backbone='resnet5O' is no timm model: did you mean"),
-        (["{few}", "--weights=pretrained"], "or none (pretrained=False, --weights none)"),
+        (["{few}", "--weights=pretrained"], "(in the examples: --weights FILE, or --weights none)"),
         (["{few}", "--weights={empty}/none.pth"], "pretrained='{empty}/none.pth': no such file"),
         (["{few}", "--epochs=0"], "epochs must be at least 1"),
         (["{few}", "--image-size=-3"], "image_size must be pixels"),
@@ -363,6 +363,6 @@ def test_offline_a_process_ends_with_one_line_and_code_1(few, tmp_path):
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: pretrained=True: no weights for 'test_resnet'")
-    assert last.endswith("--weights FILE) or none (pretrained=False, --weights none)")
+    assert last.endswith("(in the examples: --weights FILE, or --weights none)")
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "run").exists()

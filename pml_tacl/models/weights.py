@@ -61,8 +61,8 @@ def _create_downloaded(name: str, timm_kwargs: dict[str, Any]) -> nn.Module:
             raise
         raise OSError(
             f"pretrained=True: no weights for {name!r} ({_one_line(error, 120)}); without a "
-            "network give a local file (pretrained='weights.safetensors', --weights FILE) or none "
-            "(pretrained=False, --weights none)"
+            "network pass a local file, pretrained='weights.safetensors', or pretrained=False (in "
+            "the examples: --weights FILE, or --weights none)"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """When a trainer writes its checkpoints, reads them and ends."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class Resumable(BaseTrainer):
     def stand_at_start(self) -> None:
         """Where a training is before it has begun."""
         self.extra: dict[str, Any] = {}
+        self.test_hook: Callable[[Any], None] | None = None  # each epoch, on every process
         self.epoch = self.ended = self.done = 0
         self.order: Tensor | None = None  # of the epoch that runs
         self.stopped = False

@@ -52,11 +52,13 @@ def sum_gradients(trainer: Any) -> None:
 
 
 def end_of_epoch(trainer: Any) -> bool:
-    """Call end_of_epoch_hook, in the first process alone; whether it ends the training.
+    """Call test_hook, then end_of_epoch_hook in the first process alone; whether that ends it.
 
     All else that a checkpoint needs is gathered before: the hook may save one.
     """
     equalise(trainer)
+    if trainer.test_hook is not None:
+        trainer.test_hook(trainer)
     trainer.others = states_of_others(trainer)
     try:
         return on_first(lambda: trainer.end_of_epoch_hook(trainer) is False, "end_of_epoch_hook")

@@ -93,7 +93,8 @@ class TrainingStep(BaseTrainer):
         sum_gradients(self)
         for part in self.with_centroids:
             part.move_centroids(*self._embedded, self.centroid_momentum)
-            self.centroids = part.centroids  # where the next clustering begins
+            if part.centroids is not None and self.centroid_momentum < 1:
+                self.centroids = part.centroids  # where the next clustering begins
         for name, value in self.losses.items():  # the graph has done its work
             self.losses[name] = value.detach() if isinstance(value, Tensor) else value
         if self.look_every == 1:  # else a GPU would have to be waited for

@@ -84,7 +84,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
 
     Attributes:
         labels: pseudo-labels (N,), -1 for noise. Each picture's own before the first clustering.
-        centroids: (K, D), or None before the first clustering.
+        centroids: (K, D), moved with the losses' own; None before the first clustering.
         embeddings: (N, D) of the last embedding pass, NaN for unreadable pictures; not kept in
             checkpoints, and only on the first of many processes.
         extra: a dict of the user's tensors, numbers, strings and containers, in checkpoints too.

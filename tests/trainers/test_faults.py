@@ -1,6 +1,7 @@
 """What can go wrong in a long training: none loses a checkpoint, each says in a line what to do."""
 
 import contextlib
+import multiprocessing
 import os
 import re
 import signal
@@ -19,11 +20,12 @@ from pytorch_metric_learning import losses
 from sklearn.cluster import HDBSCAN
 
 from pml_tacl import KMeansPseudoLabeler
-from pml_tacl._interrupts import Interrupted, Signals
+from pml_tacl._interrupts import Interrupted, ShieldedLoader, Signals
 from pml_tacl.clustering import pseudo_labels_from
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.runs import one_line_errors, seed_everything
 from pml_tacl.trainers._views import OneView, TwoViews
+from pml_tacl.trainers._workers import lost_workers_named
 from pml_tacl.trainers.checkpoint import checkpoints
 from tests.trainers.small import COUNT, Pictures, make_trainer, same, state_of
 
@@ -464,6 +466,12 @@ with one_line_errors():
 """
 
 
+class SlowPictures(Pictures):
+    def __getitem__(self, index):
+        time.sleep(0.15)  # longer in all than a reader looks for its parent
+        return super().__getitem__(index)
+
+
 ORPHAN = """
 import os, signal, time
 from pml_tacl._interrupts import obey_parent_alone
@@ -487,6 +495,14 @@ def test_a_reader_ends_with_its_training_however_early_that_is_killed(waits):
     command = [sys.executable, "-c", ORPHAN.format(waits=waits)]
     ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, timeout=60, check=False)
     assert ended.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_readers_live_however_they_are_started(method):
+    slow = SlowPictures()
+    with lost_workers_named():
+        loader = ShieldedLoader(slow, 8, num_workers=1, multiprocessing_context=method)
+        assert sum(len(batch[0]) for batch in loader) == COUNT
 
 
 @pytest.mark.parametrize(
