@@ -33,11 +33,14 @@ from pml_tacl.evaluation import embed
 PER_CLUSTER, CLUSTERS = 4, 100
 
 
-def learns(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    """A forward and backward, gradients thrown away."""
+def learns(
+    model: nn.Module, loss: Callable[[], Tensor], after: Callable[[], None] = lambda: None
+) -> Callable[[], None]:
+    """A forward and backward, and what comes after; gradients thrown away."""
 
     def step() -> None:
         loss().backward()
+        after()
         model.zero_grad(set_to_none=True)
 
     return step
@@ -82,8 +85,11 @@ def measure(arguments: argparse.Namespace) -> list[str]:
     clustering = ContrastiveClusteringLoss()
     clustering.set_centroids(torch.randn(CLUSTERS, 512, device=device))
 
+    seen: list[Tensor] = []
+
     def full() -> Tensor:
         out = ours.forward_features(images)
+        seen[:] = [out.embeddings]
         first, second = out.feature_maps.chunk(2)
         loss = similarity(out.embeddings, twice) + clustering(out.embeddings, twice)
         return loss + attention(first, second, points, labels, miner(first, labels))
@@ -91,7 +97,7 @@ def measure(arguments: argparse.Namespace) -> list[str]:
     lines.append(
         turns(
             learns(ours, lambda: similarity(ours(images), twice)),
-            learns(ours, full),
+            learns(ours, full, lambda: clustering.move_centroids(seen[0], twice)),
             f"training step, both views of {batch} pictures: MultiSimilarityLoss / with CCL, TAC "
             "and its miner",
         )
