@@ -537,6 +537,7 @@ def result(method, value, **changes):
 def results(tmp_path):
     values = {"zero_shot": 0.1, "ms": 0.2, "full": 0.4, "ms+ccl+head+swap": 0.35, "supervised": 0.7}
     values |= {"ms+tac+head+swap": 0.38, "ms+ccl+tac+head": 0.15, "ntxent": 0.3}
+    values["zero_shot+head"] = 0.22
     found = [
         result(method, value + 0.01 * seed, dataset=dataset, seed=seed, split="test")
         for method, value in values.items()
@@ -558,6 +559,8 @@ def test_tables_average_the_seeds_and_leave_out_what_is_changed(results):
     assert full.text("recall_at_1") == "41.0 ± 1.0"
     gaps = [tables.gap_closed(methods, "full") for methods in table.values()]
     assert gaps == pytest.approx([0.5, 0.5])
+    shares = [tables.share_untrained(methods) for methods in table.values()]
+    assert shares == pytest.approx([0.4, 0.4])
     lost = tables.cost_of_removal(table)
     assert {part: round(next(iter(v.values())), 6) for part, v in lost.items()} == {
         "CCL": 2,
@@ -574,7 +577,19 @@ def test_the_page_is_made_of_the_results_alone(results, tmp_path):
     assert target.read_text("utf-8") == text
     assert "| glyphs, pretrained, 64 px | +20.0 |  | +10.0 |" in text
     assert "| 50 % |" in text
+    assert "never trained, has 40 % on glyphs, 40 % on openemoji: the" in text
     assert "| **mean** | **+2.0** | **+5.0** | **+25.0** |" in text
+    assert "Measured on test before" not in text
+    earlier = result("full", 0.3, dataset="glyphs", split="test", ccl_momentum=1.0)
+    (results / "earlier.json").write_text(json.dumps(earlier))
+    again = page.write(results, target, target.parent / "images")
+    assert (
+        again.replace(again[again.index("## Measured on") : again.index("## What was tr")], "")
+        == text
+    )
+    assert "| full | `ccl_momentum=1.0` | 30.0 | +11.0 | 1 |" in again
+    (results / "earlier.json").unlink()
+    page.write(results, target, target.parent / "images")
     assert "| full | `tac_temperature=0.1` | 31.0 | -2.0 | 1 |" in text  # what failed is shown too
     assert "| mask | centred | validation of glyphs | +3 |" in text
     for name in ("recall", "ablation", "gap"):

@@ -15,6 +15,7 @@ from retrieval_parts.tables import (
     cost_of_removal,
     gap_closed,
     read_results,
+    share_untrained,
     tables,
     trials,
 )
@@ -135,6 +136,13 @@ def _asked(table: Table) -> str:
         "much of the way from zero-shot (or untrained) to supervised it goes.",
         rows(heads, lines),
     ]
+    untrained = {s: share_untrained(methods) for s, methods in table.items()}
+    shares = [f"{100 * share:.0f} % on {s.dataset}" for s, share in untrained.items() if share]
+    if shares:
+        parts.append(
+            "Of what `full` gains over zero-shot the head alone, whitened and never trained, has "
+            f"{', '.join(shares)}: the losses are compared fairly among methods with the same head."
+        )
     removal = cost_of_removal(table)
     if removal:
         parts.append("What each part is worth: R@1 that is lost without it, in points.")
