@@ -169,7 +169,8 @@ Written by `benchmarks/many_processes.py` on {datetime.date.today()}: {cpu_model
 {count} pictures of the training half of Glyphs; R@1, in per cent, on characters never seen. \
 `{" ".join(SETTINGS)}`, ImageNet weights: BatchNorm keeps its statistics and no surroundings \
 are swapped, so that the mathematics is one process's. The rate was lowered to 3e-5 after a trial \
-at 1e-4, where clusters of epoch 2 had moved further apart (AMI 0.81 to 0.89) and R@1 by up to 0.9 points.
+at 1e-4, where clusters of epoch 2 had moved further apart (AMI 0.81 to 0.89) and R@1 by up to 0.9 \
+points.
 
 {chr(10).join(rows)}
 
