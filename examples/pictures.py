@@ -56,7 +56,7 @@ def main() -> None:
     turn = v2.RandomAffine((20, 20), fill=220)
     siamese = SiameseTransform(
         SIZE, maps.shape[2:], crop_scale=None, geometric=turn, photometric=None, flip=False,
-        mean=(0, 0, 0), std=(1, 1, 1),
+        mean=(0, 0, 0), std=(1, 1, 1), cell_offset=model.cell_offset(SIZE),
     )  # fmt: skip
     view, transformed, points = siamese(Image.fromarray(test.images[first]))
     three = torch.stack([view, transformed, pictures[second].permute(2, 0, 1) / 255])
@@ -67,7 +67,9 @@ def main() -> None:
     right = labels[nearest] == labels[shown, None]
     for name, figure in {
         "gallery": vis.retrieval_gallery(pictures[shown], pictures[nearest], right),
-        "attention": vis.attention_overlay(pictures[shown], look(shown).attention),
+        "attention": vis.attention_overlay(
+            pictures[shown], look(shown).attention, cell_offset=model.cell_offset(SIZE)
+        ),
         "similar": vis.similar_regions(pictures[shown[0]], pictures[alike], *likeness),
         "pair": vis.cross_attention_pair(*three, *across, points),
     }.items():

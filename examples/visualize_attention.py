@@ -61,15 +61,16 @@ def main() -> None:
     in_query = cross_image_attention(first.expand_as(maps), maps)
     in_alike = cross_image_attention(maps, first.expand_as(maps))
 
+    offset = model.cell_offset(args.size)
     siamese = SiameseTransform(
         args.size, tuple(maps.shape[2:]), crop_scale=None, geometric=MOVED, photometric=None,
-        flip=False, mean=(0, 0, 0), std=(1, 1, 1), cell_offset=model.cell_offset(args.size),
+        flip=False, mean=(0, 0, 0), std=(1, 1, 1), cell_offset=offset,
     )  # fmt: skip
     view, moved, points = siamese(v2.functional.to_pil_image(seen[0]))
     both = model.forward_features(normalise(torch.stack([view, moved]))).feature_maps
     followed = cross_image_attention(both, maps[:1].expand_as(both))
     figures = {
-        "overlay": vis.attention_overlay(seen, out.attention),
+        "overlay": vis.attention_overlay(seen, out.attention, cell_offset=offset),
         "pair": vis.cross_attention_pair(view, moved, seen[alike[0]], *followed, points),
         "similar": vis.similar_regions(seen[0], [seen[i] for i in alike], in_alike, in_query),
     }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from pml_tacl._checks import check_count
+from pml_tacl._evaluating import evaluating
 from pml_tacl._watching import CRITERIA, features_of, keep, memory_of, model_of, restore
 from pml_tacl.evaluation import evaluate
 from pml_tacl.loggers import Logger
@@ -265,11 +266,9 @@ class LogPictures:
         self.logger.log_embeddings(trainer.epoch, embeddings, self.names, list(self.pictures))
 
     def _forward(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:
-        flags = [module for module in model.modules() if module.training]
         device = next(model.parameters()).device
         embeddings, maps = [], []
-        model.eval()
-        try:
+        with evaluating(model):
             for start in range(0, len(self.pictures), 64):
                 batch = self.pictures[start : start + 64]
                 images = torch.stack([self.transform(picture) for picture in batch]).to(device)
@@ -278,8 +277,5 @@ class LogPictures:
                 embeddings.append(rows.float().cpu())
                 if attention is not None:
                     maps.append(attention.float().cpu())
-        finally:
-            for module in flags:
-                module.training = True
         unit = nn.functional.normalize(torch.cat(embeddings))
         return unit, torch.cat(maps) if maps else None

@@ -171,7 +171,8 @@ class TrainingRun:
         with evaluating(model), torch.inference_mode():
             batch = torch.stack([dataset[int(row)][0] for row in shown]).to(device)
             attention = model.forward_features(batch).attention.cpu()
-        overlay = vis.attention_overlay(as_seen(shown), attention)
+        offset = model.cell_offset((batch.shape[-2], batch.shape[-1]))
+        overlay = vis.attention_overlay(as_seen(shown), attention, cell_offset=offset)
         vis.save_figure(overlay, self.folder / "attention.png")
         if size < 2:
             return

@@ -26,7 +26,7 @@ from pml_tacl.visualize import (
     training_curves,
 )
 from pml_tacl.visualize._curves import smoothed, spread_apart
-from pml_tacl.visualize._inputs import shortened, to_pictures, to_pixels, upsampled
+from pml_tacl.visualize._inputs import shortened, to_pictures, to_pixels
 
 
 def rendered(figure: Figure) -> np.ndarray:
@@ -159,9 +159,18 @@ def test_the_overlay_is_brightest_at_the_hot_cell(cell):
     assert np.ptp(pixels_of(picture, image)[5:-5, 5:-5]) == 0
 
 
-def test_upsampling_keeps_cells_where_they_are():
-    attention = np.random.default_rng(0).random((4, 5))
-    np.testing.assert_allclose(upsampled(attention, (12, 15))[1::3, 1::3], attention)
+@pytest.mark.parametrize("offset", [(0.0, 0.0), (-0.5, 0.0), (0.25, -0.5)])
+def test_the_overlay_is_where_the_cells_look(offset):
+    attention = torch.zeros(1, 4, 4)
+    attention[0, 1, 2] = 1
+    figure = attention_overlay(torch.full((1, 3, 64, 64), 0.5), attention, cell_offset=offset)
+    _, heat, overlay = figure.axes
+    image = rendered(figure)
+    shown = pixels_of(overlay, image).mean(axis=2)
+    y, x = np.argwhere(shown == shown.max()).mean(axis=0) / shown.shape
+    expected = np.array([2.5 + offset[0], 1.5 + offset[1]]) / 4
+    np.testing.assert_allclose([x, y], expected, atol=0.02)
+    assert heat.images[0].get_array().argmax() == 6  # cells themselves are where they were
 
 
 def test_maps_are_stretched_each_on_its_own_and_even_ones_stay_even():

@@ -80,12 +80,13 @@ def attention_overlays(
     with torch.inference_mode():
         out: Any = run.model.eval().forward_features(views.to(parameter.device))
     maps = normalised(out.attention.float().cpu().numpy().astype(np.float64))
+    offset = run.model.cell_offset((views.shape[-2], views.shape[-1]))
     mean, std = (
         torch.tensor(run.model.data_config[name]).view(1, 3, 1, 1) for name in ("mean", "std")
     )
     pictures = [to_pixels(view) for view in (views * std + mean).clamp(0, 1)]
     return [
-        (Image.fromarray(picture), Image.fromarray(_overlaid(picture, single)))
+        (Image.fromarray(picture), Image.fromarray(_overlaid(picture, single, offset)))
         for picture, single in zip(pictures, maps, strict=True)
     ]
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
 
-from pml_tacl.functional import sample_at_points
+from pml_tacl.functional import sample_at_points, to_picture
 from pml_tacl.visualize import _drawing as drawing
 from pml_tacl.visualize._figures import styled
 from pml_tacl.visualize._inputs import (
@@ -22,7 +22,6 @@ from pml_tacl.visualize._inputs import (
     to_numbers,
     to_pictures,
     to_pixels,
-    upsampled,
 )
 
 
@@ -32,6 +31,7 @@ def attention_overlay(
     attention: Numbers,
     titles: Sequence[str] | None = None,
     columns: int | None = None,
+    cell_offset: tuple[float, float] = (0.0, 0.0),
 ) -> Figure:
     """Picture, attention map and the map laid over the picture, for each image.
 
@@ -43,6 +43,7 @@ def attention_overlay(
         attention: (N, h, w), any finite values; upsampled bilinearly for the overlay.
         titles: N titles.
         columns: images on one line, at least 1; by default 2, or 1 for a single image.
+        cell_offset: (x, y) in cells, where they look, as of :meth:`AttentionEmbedder.cell_offset`.
 
     Returns:
         A figure with three axes for each image, in order.
@@ -77,7 +78,7 @@ def attention_overlay(
         axes = [grid.axes(row, 3 * left + offset) for offset in range(3)]
         drawing.picture(axes[0], picture)
         drawing.cells(axes[1], single, _aspect(picture))
-        drawing.picture(axes[2], _overlaid(picture, single))
+        drawing.picture(axes[2], _overlaid(picture, single, cell_offset))
         if row == 0:
             for axis, name in zip(axes, ("picture", "attention", "overlay"), strict=True):
                 grid.header(axis, name)
@@ -231,8 +232,13 @@ def similar_regions(
     return grid.figure
 
 
-def _overlaid(picture: Pixels, single: npt.NDArray[np.float64]) -> Pixels:
-    level = upsampled(single, (picture.shape[0], picture.shape[1]))[..., None]
+def _overlaid(
+    picture: Pixels,
+    single: npt.NDArray[np.float64],
+    cell_offset: tuple[float, float] = (0.0, 0.0),
+) -> Pixels:
+    size = (picture.shape[0], picture.shape[1])
+    level = to_picture(torch.from_numpy(single)[None], size, cell_offset)[0, ..., None].numpy()
     # The picture in grey, so that every colour seen is attention; it shades the colours by
     # multiplying, which keeps what is attended to legible, and shows dimly where there are none.
     grey = (picture @ np.array([0.299, 0.587, 0.114]))[..., None] / 255

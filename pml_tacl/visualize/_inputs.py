@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch.nn import functional as F
 
 Picture: TypeAlias = Image.Image | npt.NDArray[Any] | torch.Tensor
 Pictures: TypeAlias = Picture | Sequence[Picture]
@@ -119,14 +118,6 @@ def normalised(maps: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         even, 0.5, (maps - low) / np.where(even, 1.0, spread)
     )
     return stretched
-
-
-def upsampled(single: npt.NDArray[np.float64], size: tuple[int, int]) -> npt.NDArray[np.float64]:
-    """One map (h, w), bilinear at (H, W) pixels, cell centres kept (align_corners=False)."""
-    tensor = torch.from_numpy(single)[None, None]
-    large = F.interpolate(tensor, size=size, mode="bilinear", align_corners=False)
-    array: npt.NDArray[np.float64] = large[0, 0].numpy()
-    return array
 
 
 def shortened(text: str, width: int) -> str:
