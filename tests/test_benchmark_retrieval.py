@@ -575,7 +575,7 @@ def test_the_page_is_made_of_the_results_alone(results, tmp_path):
     target = tmp_path / "docs" / "results.md"
     text = page.write(results, target, target.parent / "images")
     assert target.read_text("utf-8") == text
-    assert "| glyphs, pretrained, 64 px | +20.0 |  | +10.0 |" in text
+    assert "| glyphs, pretrained, 64 px | +20.0 | +10.0 | 50 % |" in text
     assert "| 50 % |" in text
     assert "never trained, has 40 % on glyphs, 40 % on openemoji: the" in text
     assert "| **mean** | **+2.0** | **+5.0** | **+25.0** |" in text

@@ -131,6 +131,8 @@ def _asked(table: Table) -> str:
     if not lines:
         return ""
     heads = ["setting", *_OTHERS, *(f"gap to {ceiling}" for ceiling in _CEILINGS)]
+    there = [at for at in range(len(heads)) if any(line[at] for line in lines)]
+    heads, *lines = [[line[at] for at in there] for line in [heads, *lines]]
     parts = [
         "## The full method\n\nR@1 of `full` less that of each other method, in points, and how "
         "much of the way from zero-shot (or untrained) to supervised it goes.",
