@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from pml_tacl._evaluating import evaluating
 
@@ -32,8 +33,11 @@ def measure_cell_offset(
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(_IMAGES, channels, *image_size, generator=generator)
     images = noise.to(first).requires_grad_()
+    # A model that was built or loaded in inference mode has weights without gradients through.
+    named = (*trunk.named_parameters(), *trunk.named_buffers())
+    copies = {name: value.clone() for name, value in named if value.is_inference()}
     with evaluating(trunk):
-        maps = trunk(images).feature_maps
+        maps = functional_call(trunk, copies, (images,)).feature_maps
         rows, columns = maps.shape[-2:]
         cells = set()
         for inward in range(_PAIRS):

@@ -65,6 +65,11 @@ def test_of_timm_models(backbone, low, high):
     maps = model.trunk(torch.zeros(2, 3, 160, 160)).feature_maps
     model.load_state_dict(before)  # a training pass counts in BatchNorm
     assert model.grid(160) == model.grid((160, 160)) == maps.shape[-2:]
+    with torch.inference_mode():
+        model.load_state_dict(before)
+        loaded = AttentionEmbedder(backbone, 8)
+        loaded.load_state_dict(before)
+        assert loaded.cell_offset(160) == offset
     assert model.trunk.training  # as it was, statistics of BatchNorm too
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -316,10 +316,10 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
     one, losses, _ = first_epochs(exact_trainer(checkpoint_folder=tmp_path / "one", keep=9))
-    # Pseudo-labels of epoch 1 come from the same weights. Their centres may differ in rounding:
-    # a processor's kernels for the half of a batch need not sum as those for the whole do.
+    # Pseudo-labels of epoch 1 come from the same weights. Their centres have followed its steps,
+    # and a processor's kernels for the half of a batch need not sum as those for the whole do.
     assert torch.equal(first["epochs"][0][0], one[0][0])
-    torch.testing.assert_close(first["epochs"][0][1], one[0][1], rtol=1e-4, atol=1e-6)
+    assert (torch.cosine_similarity(first["epochs"][0][1], one[0][1]) > 0.9999).all()
     torch.testing.assert_close(
         torch.tensor(first["losses"][:3]), torch.tensor(losses[:3]), rtol=1e-4, atol=1e-5
     )
