@@ -14,10 +14,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 PARTS = {
-    name: next(
-        p for p in PAGES if re.search(rf"^::: pml_tacl\.{name}$", p.read_text("utf-8"), re.M)
-    )
-    for name in pml_tacl.__all__
+    found: page
+    for page in PAGES
+    for found in re.findall(r"^::: pml_tacl\.(\w+)$", page.read_text("utf-8"), re.M)
+    if found in pml_tacl.__all__
 }
 # A block that needs data or processes is marked by this comment, with the reason.
 FENCE = re.compile(
@@ -33,6 +33,11 @@ def blocks(page, language, marked=False):
         for found in FENCE.finditer(page.read_text("utf-8"))
         if found["kind"] == language and bool(found["skip"]) == marked
     ]
+
+
+@pytest.mark.parametrize("name", pml_tacl.__all__)
+def test_every_part_has_a_page(name):
+    assert name in PARTS, f"no page in docs/components/ has the line '::: pml_tacl.{name}'"
 
 
 # The pages' pictures are noise, of which clusters may well be uneven.
