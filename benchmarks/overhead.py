@@ -72,9 +72,7 @@ def measure(arguments: argparse.Namespace) -> list[str]:
 
     labels = torch.arange(batch, device=device) // PER_CLUSTER
     twice = torch.cat([labels, labels])
-    grid = ours.eval().forward_features(half[:1]).feature_maps.shape[-2:]
-    ours.train()
-    views = SiameseTransform(side, grid)
+    views = SiameseTransform(side, ours.grid(side))
     blank = PIL.Image.new("RGB", (side, side))
     points = torch.stack([views(blank)[2] for _ in range(batch)]).to(device)
     similarity, attention, miner = (

@@ -54,9 +54,10 @@ def main() -> None:
     first = int(shown[args.pair])
     second = next(int(row) for row in (labels == labels[first]).nonzero() if row != first)
     turn = v2.RandomAffine((20, 20), fill=220)
+    offset = model.cell_offset(SIZE)
     siamese = SiameseTransform(
         SIZE, maps.shape[2:], crop_scale=None, geometric=turn, photometric=None, flip=False,
-        mean=(0, 0, 0), std=(1, 1, 1), cell_offset=model.cell_offset(SIZE),
+        mean=(0, 0, 0), std=(1, 1, 1), cell_offset=offset,
     )  # fmt: skip
     view, transformed, points = siamese(Image.fromarray(test.images[first]))
     three = torch.stack([view, transformed, pictures[second].permute(2, 0, 1) / 255])
@@ -68,7 +69,7 @@ def main() -> None:
     for name, figure in {
         "gallery": vis.retrieval_gallery(pictures[shown], pictures[nearest], right),
         "attention": vis.attention_overlay(
-            pictures[shown], look(shown).attention, cell_offset=model.cell_offset(SIZE)
+            pictures[shown], look(shown).attention, cell_offset=offset
         ),
         "similar": vis.similar_regions(pictures[shown[0]], pictures[alike], *likeness),
         "pair": vis.cross_attention_pair(*three, *across, points),

@@ -98,10 +98,8 @@ def main() -> None:
     config |= {"image_size": size, "num_clusters": clusters, "loss_weights": LOSS_WEIGHTS}
     config["pictures"] = hashlib.sha256(repr(files).encode("utf-8", "replace")).hexdigest()
 
-    offset, groups = (
-        model.cell_offset(size),
-        model.parameter_groups(args.learning_rate, 10 * args.learning_rate),
-    )
+    offset = model.cell_offset(size)
+    groups = model.parameter_groups(args.learning_rate, 10 * args.learning_rate)
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-2)
     views = {name: model.data_config[name] for name in ("mean", "std")} | {"cell_offset": offset}
     losses = {

@@ -39,10 +39,8 @@ def main() -> dict[str, float]:
     model.whiten(DataLoader(train, BATCH_SIZE), progress=False)  # where the projection starts
     train.transform = None
     settings = {key: model.data_config[key] for key in ("mean", "std")}
-    with torch.inference_mode():
-        grid = model.forward_features(torch.zeros(1, 3, SIZES[0], SIZES[0])).feature_maps.shape[2:]
     two_views = pml_tacl.SiameseTransform(
-        SIZES[0], tuple(grid), crop_scale=(0.6, 1.0), flip=False, **settings,
+        SIZES[0], model.grid(SIZES[0]), crop_scale=(0.6, 1.0), flip=False, **settings,
         geometric=v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), fill=220),
         photometric=v2.Compose([v2.ColorJitter(0.5, 0.5, 0.5), v2.RandomChannelPermutation()]),
     )  # fmt: skip

@@ -42,6 +42,15 @@ def features_of(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
     return model(images), None
 
 
+def shown_and_nearest(embeddings: Tensor, count: int, neighbours: int) -> tuple[Tensor, Tensor]:
+    """Rows (Q,) taken evenly from unit embeddings (N, D), and the nearest others of each (Q, K)."""
+    rows = len(embeddings)
+    shown = torch.linspace(0, rows - 1, min(count, rows)).long()
+    similar = embeddings[shown] @ embeddings.T
+    similar[torch.arange(len(shown)), shown] = -torch.inf
+    return shown, similar.topk(min(neighbours, rows - 1), dim=1).indices
+
+
 def keep(trainer: Any, folder: Path) -> Path:
     """Write the trainer's state as the only one in a folder, and give its path."""
     if hasattr(trainer, "save_checkpoint"):

@@ -15,7 +15,15 @@ from torch.utils.data import Dataset
 
 from pml_tacl._checks import check_count
 from pml_tacl._evaluating import evaluating
-from pml_tacl._watching import CRITERIA, features_of, keep, memory_of, model_of, restore
+from pml_tacl._watching import (
+    CRITERIA,
+    features_of,
+    keep,
+    memory_of,
+    model_of,
+    restore,
+    shown_and_nearest,
+)
 from pml_tacl.evaluation import evaluate
 from pml_tacl.loggers import Logger
 
@@ -253,12 +261,9 @@ class LogPictures:
         from pml_tacl import visualize as vis
 
         embeddings, attention = self._forward(model_of(trainer))
-        shown = torch.linspace(0, len(embeddings) - 1, min(self.shown, len(embeddings))).long()
-        similar = embeddings @ embeddings.T
-        similar.fill_diagonal_(float("-inf"))
-        near = similar[shown].topk(min(self.neighbours, len(embeddings) - 1)).indices.tolist()
+        shown, near = shown_and_nearest(embeddings, self.shown, self.neighbours)
         asked = [self.pictures[row] for row in shown.tolist()]
-        found = [[self.pictures[row] for row in rows] for rows in near]
+        found = [[self.pictures[row] for row in rows] for rows in near.tolist()]
         images = {"pictures/gallery": vis.retrieval_gallery(asked, found)}
         if attention is not None:
             images["pictures/attention"] = vis.attention_overlay(asked, attention[shown])

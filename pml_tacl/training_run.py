@@ -12,8 +12,10 @@ from pml_tacl import runs
 from pml_tacl._checks import check_count
 from pml_tacl._distributed import is_first, on_first
 from pml_tacl._evaluating import evaluating
+from pml_tacl._watching import shown_and_nearest
 from pml_tacl.callbacks import chain
 from pml_tacl.models import AttentionEmbedder
+from pml_tacl.models.preprocessing import as_seen
 from pml_tacl.trainers.checkpoint import checkpoints
 
 Metrics = dict[str, float]
@@ -56,9 +58,12 @@ class TrainingRun:
     ) -> None:
         self.folder = Path(folder).resolve()
         self._flags: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
-        on_first(lambda: runs.check_run(folder, **self._flags), "opening the run")
-        saved = on_first(lambda: len(checkpoints(self.folder / "checkpoints")), "opening the run")
-        self.begun = resume and saved > 0
+
+        def look() -> bool:
+            runs.check_run(folder, **self._flags)
+            return bool(checkpoints(self.folder / "checkpoints"))
+
+        self.begun = on_first(look, "opening the run") and resume
         self.hooks: Any = None
         self._config: dict[str, Any] | None = None
 
@@ -160,28 +165,22 @@ class TrainingRun:
             return
         from pml_tacl import visualize as vis
 
-        mean, std = (torch.tensor(model.data_config[k]).view(3, 1, 1) for k in ("mean", "std"))
+        def read(rows: Tensor) -> Tensor:
+            return torch.stack([dataset[int(row)][0] for row in rows])
 
-        def as_seen(rows: Tensor) -> list[Tensor]:
-            return [(dataset[int(row)][0] * std + mean).clamp(0, 1) for row in rows]
-
-        size = len(embeddings)
-        shown = torch.linspace(0, size - 1, min(count, size)).long()
-        device = next(model.parameters()).device
+        shown, nearest = shown_and_nearest(embeddings, count, count)
+        device, views = next(model.parameters()).device, read(shown)
         with evaluating(model), torch.inference_mode():
-            batch = torch.stack([dataset[int(row)][0] for row in shown]).to(device)
-            attention = model.forward_features(batch).attention.cpu()
-        offset = model.cell_offset((batch.shape[-2], batch.shape[-1]))
-        overlay = vis.attention_overlay(as_seen(shown), attention, cell_offset=offset)
+            attention = model.forward_features(views.to(device)).attention.cpu()
+        offset = model.cell_offset((views.shape[-2], views.shape[-1]))
+        asked = as_seen(views, model.data_config)
+        overlay = vis.attention_overlay(asked, attention, cell_offset=offset)
         vis.save_figure(overlay, self.folder / "attention.png")
-        if size < 2:
+        if len(embeddings) < 2:
             return
-        similar = embeddings[shown] @ embeddings.T
-        similar[torch.arange(len(shown)), shown] = -torch.inf
-        nearest = similar.topk(min(count, size - 1), dim=1).indices
         right = None if labels is None else labels[nearest] == labels[shown, None]
-        found = [as_seen(rows) for rows in nearest]
-        gallery = vis.retrieval_gallery(as_seen(shown), found, correct=right, title=title or None)
+        found = [as_seen(read(rows), model.data_config) for rows in nearest]
+        gallery = vis.retrieval_gallery(asked, found, correct=right, title=title or None)
         vis.save_figure(gallery, self.folder / "gallery.png")
 
     def _equip(self, trainer: Any) -> None:
@@ -218,6 +217,5 @@ class TrainingRun:
 
 
 def _remember(trainer: Any) -> None:
-    history = trainer.extra.setdefault("history", {})
     for name, value in trainer.losses.items():
-        history.setdefault(name, []).append(float(value))
+        trainer.extra["history"].setdefault(name, []).append(float(value))

@@ -15,7 +15,6 @@ from retrieval_parts.tables import (
     cost_of_removal,
     gap_closed,
     read_results,
-    share_untrained,
     tables,
     trials,
 )
@@ -138,7 +137,7 @@ def _asked(table: Table) -> str:
         "much of the way from zero-shot (or untrained) to supervised it goes.",
         rows(heads, lines),
     ]
-    untrained = {s: share_untrained(methods) for s, methods in table.items()}
+    untrained = {s: gap_closed(m, "zero_shot+head", ceiling="full") for s, m in table.items()}
     shares = [f"{100 * share:.0f} % on {s.dataset}" for s, share in untrained.items() if share]
     if shares:
         parts.append(

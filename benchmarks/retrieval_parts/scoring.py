@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pml_tacl import RetrievalCalculator
+from pml_tacl._evaluating import evaluating
 from retrieval_parts.data import Pictures
 
 
@@ -17,14 +18,11 @@ def embed_pictures(
     model: nn.Module, images: Tensor, normalise: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Unit embeddings (N, D) of uint8 pictures."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     parts = []
-    for part in images.split(128):
-        pixels = normalise(part.float() / 255)
-        parts.append(model(pixels.contiguous(memory_format=torch.channels_last)))
-    for module, mode in modes.items():
-        module.training = mode
+    with evaluating(model):
+        for part in images.split(128):
+            pixels = normalise(part.float() / 255)
+            parts.append(model(pixels.contiguous(memory_format=torch.channels_last)))
     return F.normalize(torch.cat(parts).float())
 
 

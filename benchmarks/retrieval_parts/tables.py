@@ -92,14 +92,6 @@ def gap_closed(methods: dict[str, Group], method: str, ceiling: str = "supervise
     return None if high <= low else (methods[method].mean() - low) / (high - low)
 
 
-def share_untrained(methods: dict[str, Group]) -> float | None:
-    """Of the full method's gain over zero-shot, what its head has before any training."""
-    if not {"zero_shot", "zero_shot+head", "full"} <= set(methods):
-        return None
-    low, high = methods["zero_shot"].mean(), methods["full"].mean()
-    return None if high <= low else (methods["zero_shot+head"].mean() - low) / (high - low)
-
-
 def cost_of_removal(table: Table) -> dict[str, dict[Setting, float]]:
     """R@1 that the full method loses without each part, in points."""
     found: dict[str, dict[Setting, float]] = {}

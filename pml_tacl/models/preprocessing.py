@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 
@@ -69,3 +70,14 @@ def image_transform(
         v2.ToPureTensor(),
     ]
     return v2.Compose(steps)
+
+
+def as_seen(images: Tensor, config: dict[str, Any]) -> Tensor:
+    """Pictures in [0, 1] from what a model takes, both (..., C, H, W).
+
+    Args:
+        images: normalised as `image_transform` does.
+        config: see `AttentionEmbedder.data_config`.
+    """
+    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    return (images * std + mean).clamp(0, 1)

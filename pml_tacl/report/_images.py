@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
+from pml_tacl.models.preprocessing import as_seen
 from pml_tacl.report._sources import Run
 from pml_tacl.visualize._attention import _overlaid
 from pml_tacl.visualize._inputs import normalised, to_pixels
@@ -81,10 +82,7 @@ def attention_overlays(
         out: Any = run.model.eval().forward_features(views.to(parameter.device))
     maps = normalised(out.attention.float().cpu().numpy().astype(np.float64))
     offset = run.model.cell_offset((views.shape[-2], views.shape[-1]))
-    mean, std = (
-        torch.tensor(run.model.data_config[name]).view(1, 3, 1, 1) for name in ("mean", "std")
-    )
-    pictures = [to_pixels(view) for view in (views * std + mean).clamp(0, 1)]
+    pictures = [to_pixels(view) for view in as_seen(views, run.model.data_config)]
     return [
         (Image.fromarray(picture), Image.fromarray(_overlaid(picture, single, offset)))
         for picture, single in zip(pictures, maps, strict=True)

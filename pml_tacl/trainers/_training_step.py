@@ -79,14 +79,15 @@ class TrainingStep(BaseTrainer):
         embeddings = features.embeddings.to(wide_dtype(features.embeddings))
         embeddings = gather_batch(embeddings, 2)
         labels = gather_batch(labels)
-        pairs = self.maybe_mine_embeddings(embeddings, torch.cat([labels, labels]))
+        twice = torch.cat([labels, labels])
+        pairs = self.maybe_mine_embeddings(embeddings, twice)
         miner, warming_up = self.mining_funcs.get("attention_miner"), self.centroids is None
         seen = (features, curr_batch, embeddings, labels)
         step = Step(*seen, weights, pairs, miner, warming_up)
         for name, loss_func in self.loss_funcs.items():
             if self.loss_weights[name] != 0:
                 self.losses[name] = loss_of(loss_func, step)
-        self._embedded = embeddings.detach(), torch.cat([labels, labels])
+        self._embedded = embeddings.detach(), twice
 
     def backward(self) -> None:
         self.scaler.scale(self.losses["total_loss"]).backward()

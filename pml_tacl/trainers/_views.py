@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, get_worker_info
 
+from pml_tacl._evaluating import evaluating
 from pml_tacl.functional import border_similarity, commonness, sample_at_points
 from pml_tacl.transforms import SurroundingsSwap, cell_weights
 
@@ -155,12 +156,9 @@ def swap_surroundings(
     """
     ground: list[Tensor | None] = [None, None]
     if swap.mask != "centred":
-        training = {module: module.training for module in trunk.modules()}
-        trunk.eval()
         images = torch.cat([batch.views, batch.transformed])
-        maps = torch.cat([trunk(part).feature_maps for part in images.chunk(chunks)])
-        for module, mode in training.items():
-            module.training = mode
+        with evaluating(trunk):
+            maps = torch.cat([trunk(part).feature_maps for part in images.chunk(chunks)])
         for view, part in enumerate(maps.chunk(2)):
             border = swap.mask == "border"
             ground[view] = border_similarity(part) if border else commonness(part, batch.labels)
