@@ -34,6 +34,7 @@ class TrainingRun:
         folder: of the run; made by :meth:`open`.
         resume: go on with the run that the folder holds, or begin if it holds nothing.
         overwrite: replace the run that the folder holds.
+        apart_from: a folder of pictures, which a run must neither lie in nor hold.
 
     Attributes:
         folder: absolute path.
@@ -41,7 +42,8 @@ class TrainingRun:
         hooks: of :func:`pml_tacl.runs.make_hooks`, on the first process, once it is open.
 
     Raises:
-        ValueError: as of :func:`pml_tacl.runs.check_run`, before anything is touched.
+        ValueError: as of :func:`pml_tacl.runs.check_run`, or if the folders are not apart, before
+            anything is touched.
 
     Example:
         >>> import tempfile
@@ -54,9 +56,18 @@ class TrainingRun:
     """
 
     def __init__(
-        self, folder: str | Path, *, resume: bool = False, overwrite: bool = False
+        self,
+        folder: str | Path,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        apart_from: str | Path | None = None,
     ) -> None:
         self.folder = Path(folder).resolve()
+        if apart_from is not None:
+            pictures, apart = Path(apart_from).resolve(), "must lie apart: give --run"
+            if pictures.is_relative_to(self.folder) or self.folder.is_relative_to(pictures):
+                raise ValueError(f"the run, {self.folder}, and the pictures, {pictures}, {apart}")
         self._flags: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
 
         def look() -> bool:

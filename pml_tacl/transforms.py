@@ -7,7 +7,7 @@ batch (on the device).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import PIL.Image
 import torch
@@ -18,6 +18,9 @@ from torchvision.transforms.v2 import functional as tvf
 
 from pml_tacl._cell_points import CellPoints
 from pml_tacl._surroundings import SurroundingsSwap, SwapOutput, as_offset, as_pair, cell_weights
+
+if TYPE_CHECKING:
+    from pml_tacl.models import AttentionEmbedder
 
 __all__ = ["SiameseTransform", "SurroundingsSwap", "SwapOutput", "cell_weights"]
 
@@ -133,6 +136,22 @@ class SiameseTransform:
         self._off = torch.tensor(self.cell_offset) / torch.tensor([columns, rows])
         # Where the cells look, row by row, as fractions of the first view's sides.
         self._centres = torch.stack((x, y), dim=-1).view(-1, 2) + self._off
+
+    @classmethod
+    def for_model(
+        cls, model: AttentionEmbedder, size: int | Sequence[int], **kwargs: Any
+    ) -> SiameseTransform:
+        """Views as a model takes them: its mean and std, its grid, and where its cells look.
+
+        Args:
+            model: whose maps the points are meant for.
+            size: height and width of both views, in pixels; an int makes them square.
+            **kwargs: the other arguments; those that the model gives can be given too.
+        """
+        shape = as_pair("size", size)
+        own = {name: model.data_config[name] for name in ("mean", "std")}
+        own |= {"grid": model.grid(shape), "cell_offset": model.cell_offset(shape)}
+        return cls(shape, **(own | kwargs))
 
     def __call__(self, image: PIL.Image.Image | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Make the two views of a picture.

@@ -270,9 +270,8 @@ def run(tmp_path_factory):
     pictures = ImageFiles(
         folder / "pictures", transform=model.transform(image_size=32), progress=False
     )
-    files = [path.relative_to(folder / "pictures").as_posix() for path in pictures.paths]
     embeddings, _ = embed(model, pictures, progress=False)
-    PictureIndex(embeddings, files, folder / "pictures").save(folder / "run")
+    PictureIndex(embeddings, pictures.names, folder / "pictures").save(folder / "run")
     return folder
 
 

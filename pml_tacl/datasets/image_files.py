@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,17 @@ class ImageFiles(Dataset[tuple[Any, int]]):
             folders = [path.parent.relative_to(self.root).as_posix() for path in self.paths]
             names, ids = np.unique(folders, return_inverse=True)
             self.classes, self.labels = names.tolist(), ids.astype(np.int64)
+
+    @property
+    def names(self) -> list[str]:
+        """Where each picture lies below the root, with slashes on every system."""
+        return [path.relative_to(self.root).as_posix() for path in self.paths]
+
+    def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> ImageFiles:
+        """The same pictures, not searched and checked again, through another transform."""
+        other = copy(self)
+        other.transform = transform
+        return other
 
     def __len__(self) -> int:
         return len(self.paths)

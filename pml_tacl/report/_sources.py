@@ -187,10 +187,9 @@ def _labelled_files(
         return None
     pictures = ImageFiles(folder, labels="folder", transform=transform)
     embeddings, labels = _embedded(model, pictures)
-    names = [path.relative_to(pictures.root).as_posix() for path in pictures.paths]
     return PictureSet(
         "Labelled pictures",
-        names,
+        pictures.names,
         embeddings,
         lambda row: load_rgb(pictures.paths[row]),
         labels,

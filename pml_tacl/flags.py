@@ -1,0 +1,108 @@
+"""Flags of scripts that train: one name, type and help for each setting, in all of them."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+# What may be another when a run goes on: it changes nothing of what is learnt.
+_FREE = frozenset({"run", "resume", "overwrite", "strict", "workers", "checkpoint_every"})
+_WEIGHTS: dict[str, bool | str] = {"pretrained": True, "none": False}
+
+
+def training_parser(description: str, defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
+    """A parser with a flag for each of a script's settings, and --resume and --overwrite.
+
+    ``batch_size`` becomes ``--batch-size``; ``swap``, which is true or false, ``--swap`` and
+    ``--no-swap``. Settings that no flag is known for, as ``loss_weights``, are parsed arguments
+    all the same, with the script's value.
+
+    Args:
+        description: of the script; its first line is shown.
+        defaults: the script's settings: name -> value.
+
+    Returns:
+        To which arguments of the script's own can be added. What it refuses ends the script with
+        one line.
+
+    Example:
+        >>> settings = {"batch_size": 32, "swap": True, "loss_weights": {"metric_loss": 1.0}}
+        >>> parser = training_parser("Train.", settings)
+        >>> settings_of(parser.parse_args(["--batch-size", "64", "--no-swap"]))
+        {'batch_size': 64, 'swap': False, 'loss_weights': {'metric_loss': 1.0}}
+    """
+    parser = _Parser(
+        description=description.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for name, value in defaults.items():
+        if name not in _FLAGS:
+            parser.set_defaults(**{name: value})
+            continue
+        kind, text = _FLAGS[name]
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=value, help=text, **how)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    return parser
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What makes a run what it is: its config, for :meth:`pml_tacl.TrainingRun.open`.
+
+    Args:
+        arguments: parsed.
+
+    Returns:
+        All but what may be another when the run goes on (run, resume, overwrite, strict, workers,
+        checkpoint_every); paths are absolute strings.
+    """
+    return {
+        name: str(value.resolve()) if isinstance(value, Path) else value
+        for name, value in vars(arguments).items()
+        if name not in _FREE
+    }
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # As runs.one_line_errors ends a script; two dozen flags of usage would bury the line.
+        raise SystemExit(f"error: {message} (flags: --help)")
+
+
+def _at_least_one(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def _number_or_auto(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number or auto, got {text!r}")
+    return text if text == "auto" else int(text)
+
+
+def _weights(text: str) -> bool | str:
+    return _WEIGHTS.get(text, text)
+
+
+_FLAGS: dict[str, tuple[Any, str]] = {
+    "run": (Path, "folder for the results"),
+    "backbone": (str, "any timm model"),
+    "weights": (_weights, "pretrained (through timm), none, or a local file"),
+    "embedding_dim": (int, "numbers in an embedding"),
+    "image_size": (int, "pixels; the backbone's own size if not given"),
+    "freeze_batchnorm": (bool, "keep its statistics; for small batches"),
+    "num_clusters": (_number_or_auto, "a number; auto: a tenth of the pictures"),
+    "images_per_cluster": (_at_least_one, "pictures of one cluster in a batch"),
+    "batch_size": (int, "pictures of all processes, in two views each"),
+    "epochs": (_at_least_one, "passes over the pictures"),
+    "warmup_epochs": (int, "epochs before the first clustering"),
+    "learning_rate": (float, "of the backbone, at its highest"),
+    "weight_decay": (float, "of AdamW"),
+    "swap": (bool, "swap surroundings between pictures, unless they are what is shown"),
+    "seed": (int, "of everything random"),
+    "workers": (int, "processes that read pictures"),
+    "strict": (bool, "stop at broken files instead of leaving them out"),
+    "checkpoint_every": (_at_least_one, "iterations; also at each epoch's end"),
+}
