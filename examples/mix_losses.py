@@ -63,8 +63,8 @@ def main() -> dict[str, float]:
     clusters = len(train) // 10
     affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), fill=220)
     colour = v2.Compose([v2.ColorJitter(0.5, 0.5, 0.5), v2.RandomChannelPermutation()])
-    two_views = pml_tacl.SiameseTransform(
-        64, 4, geometric=affine, photometric=colour, flip=False, cell_offset=start.cell_offset(64)
+    two_views = pml_tacl.SiameseTransform.for_model(
+        start, 64, geometric=affine, photometric=colour, flip=False
     )
 
     def recall(model: nn.Module) -> float:

@@ -34,9 +34,8 @@ def main():
     colours = [v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5)], 0.9), v2.RandomChannelPermutation()]
     colours += [v2.RandomGrayscale(0.2), v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.5))], 0.3)]
     affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), shear=10, fill=220)
-    settings = {"crop_scale": (0.6, 1), "flip": False, "photometric": v2.Compose(colours)}
-    settings["cell_offset"] = model.cell_offset(64)
-    train.transform = pml_tacl.SiameseTransform(64, grid=8, geometric=affine, **settings)
+    views = {"crop_scale": (0.6, 1), "geometric": affine, "photometric": v2.Compose(colours)}
+    train.transform = pml_tacl.SiameseTransform.for_model(model, 64, flip=False, **views)
 
     similarity, clustering = MultiSimilarityLoss(), pml_tacl.ContrastiveClusteringLoss()
     attention, miner = pml_tacl.AttentionConsistencyLoss(), pml_tacl.AttentionConsistencyMiner()

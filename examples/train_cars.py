@@ -13,4 +13,4 @@ CONFIG = {**train_cub.CONFIG, "num_clusters": 98}
 
 if __name__ == "__main__":
     with runs.one_line_errors():
-        main(Cars196, CONFIG, __doc__.splitlines()[0])
+        main(Cars196, CONFIG, __doc__)

@@ -17,4 +17,4 @@ CONFIG = {
 
 if __name__ == "__main__":
     with runs.one_line_errors():
-        main(CUB, CONFIG, __doc__.splitlines()[0])
+        main(CUB, CONFIG, __doc__)

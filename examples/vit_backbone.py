@@ -38,9 +38,8 @@ def main() -> dict[str, float]:
     train.transform = views[SIZES[0]]
     model.whiten(DataLoader(train, BATCH_SIZE), progress=False)  # where the projection starts
     train.transform = None
-    settings = {key: model.data_config[key] for key in ("mean", "std")}
-    two_views = pml_tacl.SiameseTransform(
-        SIZES[0], model.grid(SIZES[0]), crop_scale=(0.6, 1.0), flip=False, **settings,
+    two_views = pml_tacl.SiameseTransform.for_model(
+        model, SIZES[0], crop_scale=(0.6, 1.0), flip=False,
         geometric=v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), fill=220),
         photometric=v2.Compose([v2.ColorJitter(0.5, 0.5, 0.5), v2.RandomChannelPermutation()]),
     )  # fmt: skip

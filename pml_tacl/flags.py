@@ -32,7 +32,7 @@ def training_parser(description: str, defaults: Mapping[str, Any]) -> argparse.A
         {'batch_size': 64, 'swap': False, 'loss_weights': {'metric_loss': 1.0}}
     """
     parser = _Parser(
-        description=description.splitlines()[0],
+        description=description.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for name, value in defaults.items():
@@ -41,7 +41,8 @@ def training_parser(description: str, defaults: Mapping[str, Any]) -> argparse.A
             continue
         kind, text = _FLAGS[name]
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        parser.add_argument(f"--{name.replace('_', '-')}", default=value, help=text, **how)
+        added = parser.add_argument(f"--{name.replace('_', '-')}", default=value, **how)
+        added.help = text  # given above, some versions of Python add a switch's default to it
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
     return parser
@@ -71,7 +72,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _at_least_one(text: str) -> int:
-    if int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return int(text)
 

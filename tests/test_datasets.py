@@ -306,6 +306,22 @@ class TestImageFiles:
         flat("RGB", RED).save(tmp_path / "x.tga")
         assert len(ImageFiles(tmp_path, progress=False)) == 9
 
+    def test_names_are_places_below_the_root(self, tree):
+        pictures = ImageFiles(tree, progress=False)
+        assert pictures.names
+        assert [pictures.root / name for name in pictures.names] == pictures.paths
+
+    def test_another_transform_reads_the_same_pictures(self, tree, monkeypatch):
+        pictures = ImageFiles(tree, labels="folder", transform=np.asarray, progress=False)
+        monkeypatch.setattr(files_module, "_decode_all", None)  # nothing is checked again
+        plain = pictures.with_transform(None)
+        assert plain.paths == pictures.paths
+        assert plain.classes == pictures.classes
+        assert plain[0][1] == pictures[0][1]
+        assert np.array_equal(np.asarray(plain[0][0]), pictures[0][0])
+        assert isinstance(pictures[0][0], np.ndarray)
+        assert not isinstance(plain[0][0], np.ndarray)
+
     def test_folder_labels(self, tree):
         flat("L", HALF).save(tree / "top.png")
         data = ImageFiles(str(tree), labels="folder", transform=np.array, progress=False)

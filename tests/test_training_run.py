@@ -184,6 +184,14 @@ def test_pictures_are_drawn_beside_their_nearest(tmp_path, monkeypatch, count, w
             picture.verify()
 
 
+@pytest.mark.parametrize("pictures", ["run", "run/in/it", "", "run/../run"])
+def test_a_run_and_its_pictures_lie_apart(tmp_path, pictures):
+    with pytest.raises(ValueError, match=r"the run, .*, and the pictures, .*, must lie apart"):
+        TrainingRun(tmp_path / "run", apart_from=tmp_path / pictures)
+    assert list(tmp_path.iterdir()) == []
+    TrainingRun(tmp_path / "run", apart_from=tmp_path / "runner")
+
+
 def test_wrong_uses_are_named(tmp_path):
     run = TrainingRun(tmp_path / "run")
     with pytest.raises(RuntimeError, match=r"must be open to be trained: call open\(config\)"):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from pml_tacl import AttentionEmbedder
 from pml_tacl._surroundings import emptied
 from pml_tacl.transforms import SiameseTransform, SurroundingsSwap, SwapOutput, cell_weights
 
@@ -454,6 +455,31 @@ def test_geometric_that_breaks_its_promise_is_named(geometric, error, message):
 def test_photometric_that_changes_the_shape_is_named():
     with pytest.raises(ValueError, match=r"photometric must keep the shape \(3, 32, 32\).*geometr"):
         SiameseTransform(32, photometric=v2.CenterCrop(20))(picture())
+
+
+@pytest.mark.parametrize("size", [64, (32, 96)])
+def test_views_for_a_model_are_those_that_fit_it(size):
+    model = AttentionEmbedder("test_resnet", 8)
+    model.data_config.update(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    shape = (size, size) if isinstance(size, int) else size
+    transform = SiameseTransform.for_model(model, size, flip=False)
+    x, y = model.cell_offset(shape)
+    assert (x, y) != (0, 0)
+    assert transform.cell_offset == pytest.approx((x, y))
+    view, other, points = transform(picture())
+    assert view.shape == other.shape == (3, *shape)
+    features = model.forward_features(view[None]).feature_maps
+    assert transform.grid == features.shape[-2:]
+    assert len(points) == features[0, 0].numel()
+    assert not transform.flip
+    assert (transform.mean, transform.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
+def test_what_is_given_goes_before_what_the_model_says():
+    model = AttentionEmbedder("test_resnet", 8)
+    given = {"grid": (3, 2), "cell_offset": (0.25, 0.5), "mean": [0, 0, 0], "std": [1, 1, 1]}
+    transform = SiameseTransform.for_model(model, 64, **given)
+    assert {name: getattr(transform, name) for name in given} == given
 
 
 def test_repr_shows_the_arguments():

@@ -1,0 +1,103 @@
+"""Flags of scripts that train: every setting has one, and every flag changes its setting."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from pml_tacl import flags, runs
+
+CONFIG = {
+    "run": "runs/it", "weights": "pretrained", "num_clusters": "auto", "epochs": 3,
+    "image_size": None, "swap": True, "strict": False, "workers": 2, "learning_rate": 1e-3,
+    "loss_weights": {"metric_loss": 1.0},
+}  # fmt: skip
+
+
+def parse(*arguments, config=CONFIG, **own):
+    parser = flags.training_parser("Train.\n\nAt length.", config)
+    for name, settings in own.items():
+        parser.add_argument(name, **settings)
+    return parser.parse_args([str(argument) for argument in arguments])
+
+
+def test_without_flags_all_is_as_the_script_says():
+    args = parse()
+    said = {**CONFIG, "run": Path("runs/it"), "weights": True, "resume": False, "overwrite": False}
+    assert vars(args) == said
+    assert args.loss_weights is CONFIG["loss_weights"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "value"),
+    [
+        ("--weights=none", "weights", False),
+        ("--weights=a/file.pth", "weights", "a/file.pth"),
+        ("--num-clusters=12", "num_clusters", 12),
+        ("--num-clusters=auto", "num_clusters", "auto"),
+        ("--epochs=1", "epochs", 1),
+        ("--image-size=64", "image_size", 64),
+        ("--no-swap", "swap", False),
+        ("--strict", "strict", True),
+        ("--learning-rate=0.5", "learning_rate", 0.5),
+        ("--run=elsewhere", "run", Path("elsewhere")),
+        ("--resume", "resume", True),
+        ("--overwrite", "overwrite", True),
+    ],
+)
+def test_a_flag_changes_its_setting_alone(flag, name, value):
+    changed = vars(parse(flag))
+    assert changed == {**vars(parse()), name: value}
+    assert type(changed[name]) is type(value)
+
+
+@pytest.mark.parametrize("name", flags._FLAGS)
+def test_each_known_setting_is_explained(name, capsys):
+    with pytest.raises(SystemExit):
+        parse("--help", config={name: True if flags._FLAGS[name][0] is bool else "1"})
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("(default: True)") + said.count("(default: 1)") == 1
+    assert f"--{name.replace('_', '-')}" in said
+    assert flags._FLAGS[name][1] in said
+    assert "Train." in said
+    assert "At length." not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs=0"], "argument --epochs: must be at least 1, got 0"),
+        (["--epochs=two"], "argument --epochs: must be at least 1, got two"),
+        (["--num-clusters=-4"], "argument --num-clusters: must be a number or auto, got '-4'"),
+        (["--learning-rate=fast"], "argument --learning-rate: invalid float value: 'fast'"),
+        (["--batch-size=3"], "unrecognized arguments: --batch-size=3"),
+        (["more"], "unrecognized arguments: more"),
+    ],
+)
+def test_what_is_refused_ends_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop, runs.one_line_errors():
+        parse(*arguments)
+    assert stop.value.code == f"error: {message} (flags: --help)"
+    assert capsys.readouterr() == ("", "")
+
+
+def test_settings_are_what_a_run_is_begun_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = {"images": {"type": Path}, "--eval-folder": {"type": Path}}
+    settings = flags.settings_of(parse("pictures", **own))
+    assert settings["images"] == str((tmp_path / "pictures").resolve())
+    assert settings["eval_folder"] is None
+    kept = {"weights", "num_clusters", "epochs", "image_size", "swap", "learning_rate"}
+    assert set(settings) == {*kept, "loss_weights", "images", "eval_folder"}
+    assert json.loads(json.dumps(settings)) == settings
+
+
+@pytest.mark.parametrize("flag", ["--workers=0", "--strict", "--resume", "--run=runs/../runs/it"])
+def test_a_run_goes_on_with_what_changes_nothing_of_it(flag):
+    assert flags.settings_of(parse(flag)) == flags.settings_of(parse())
+
+
+def test_the_parser_takes_arguments_of_the_scripts_own():
+    assert isinstance(flags.training_parser("Train.", {}), argparse.ArgumentParser)
+    assert parse("here", root={"type": Path}).root == Path("here")
