@@ -51,6 +51,11 @@ def main() -> None:
     affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), shear=10, fill=220)
     views = {"crop_scale": (0.6, 1), "geometric": affine, "photometric": v2.Compose(colours)}
     views["flip"] = False  # a mirrored letter is another
+    losses = {
+        "metric_loss": MultiSimilarityLoss(),
+        "clustering_loss": pml_tacl.ContrastiveClusteringLoss(),
+        "attention_loss": pml_tacl.AttentionConsistencyLoss(),
+    }
     calculator = pml_tacl.RetrievalCalculator(exclude=("AMI",))
 
     def measure(epoch: int) -> dict[str, float]:
@@ -59,11 +64,6 @@ def main() -> None:
         return {k.removesuffix("_level0"): v for k, v in found.items() if k != "epoch"}
 
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=1e-2)
-    losses = {
-        "metric_loss": MultiSimilarityLoss(),
-        "clustering_loss": pml_tacl.ContrastiveClusteringLoss(),
-        "attention_loss": pml_tacl.AttentionConsistencyLoss(),
-    }
     trainer = pml_tacl.UnsupervisedTrainer(
         model, optimizer, args.batch_size, losses, train,
         transform=pml_tacl.SiameseTransform.for_model(model, 64, **views),

@@ -198,7 +198,7 @@ class TestBenchmarks:
             run("broken")
 
     def test_a_wrong_root_is_found_before_anything_is_made(self, tmp_path, monkeypatch):
-        command(monkeypatch, tmp_path, "--run", tmp_path / "run")
+        command(monkeypatch, tmp_path / "no data", "--run", tmp_path / "run")
         example = script("train_cub")
         with pytest.raises(SystemExit) as stop, runs.one_line_errors():
             example.main(CUB, example.CONFIG, "")
