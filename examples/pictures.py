@@ -71,7 +71,9 @@ def main() -> None:
         "attention": vis.attention_overlay(
             pictures[shown], look(shown).attention, cell_offset=offset
         ),
-        "similar": vis.similar_regions(pictures[shown[0]], pictures[alike], *likeness),
+        "similar": vis.similar_regions(
+            pictures[shown[0]], pictures[alike], *likeness, cell_offset=offset
+        ),
         "pair": vis.cross_attention_pair(*three, *across, points),
     }.items():
         print(vis.save_figure(figure, args.out / f"{name}.png"))

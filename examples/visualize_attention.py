@@ -72,7 +72,9 @@ def main() -> None:
     figures = {
         "overlay": vis.attention_overlay(seen, out.attention, cell_offset=offset),
         "pair": vis.cross_attention_pair(view, moved, seen[alike[0]], *followed, points),
-        "similar": vis.similar_regions(seen[0], [seen[i] for i in alike], in_alike, in_query),
+        "similar": vis.similar_regions(
+            seen[0], [seen[i] for i in alike], in_alike, in_query, cell_offset=offset
+        ),
     }
     for name, figure in figures.items():
         print(vis.save_figure(figure, args.out / f"{name}.png"))

@@ -254,6 +254,7 @@ class LogPictures:
             raise ValueError(f"names must be as many as pictures, {count}, got {len(names)}")
         self.logger, self.pictures, self.transform, self.names = logger, pictures, transform, names
         self.every, self.shown, self.neighbours = every, shown, neighbours
+        self._offset: tuple[float, float] | None = None
 
     def __call__(self, trainer: Any) -> None:
         if trainer.epoch % self.every:
@@ -266,9 +267,19 @@ class LogPictures:
         found = [[self.pictures[row] for row in rows] for rows in near.tolist()]
         images = {"pictures/gallery": vis.retrieval_gallery(asked, found)}
         if attention is not None:
-            images["pictures/attention"] = vis.attention_overlay(asked, attention[shown])
+            offset = self._cell_offset(trainer.models["trunk"])
+            overlay = vis.attention_overlay(asked, attention[shown], cell_offset=offset)
+            images["pictures/attention"] = overlay
         self.logger.log_images(trainer.epoch, images)
         self.logger.log_embeddings(trainer.epoch, embeddings, self.names, list(self.pictures))
+
+    def _cell_offset(self, trunk: nn.Module) -> tuple[float, float]:
+        from pml_tacl.models.receptive_field import measure_cell_offset
+
+        if self._offset is None:  # the architecture's, so measured once
+            channels, *size = self.transform(self.pictures[0]).shape
+            self._offset = measure_cell_offset(trunk, (size[0], size[1]), channels)
+        return self._offset
 
     def _forward(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:
         device = next(model.parameters()).device

@@ -14,6 +14,7 @@ from pml_tacl import AttentionEmbedder, KMeansPseudoLabeler, SiameseTransform, U
 from pml_tacl import callbacks as cb
 from pml_tacl.evaluation import evaluate
 from pml_tacl.loggers import Logger, TensorBoardLogger, WandbLogger, as_picture
+from pml_tacl.models.receptive_field import measure_cell_offset
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -280,8 +281,16 @@ def test_wrong_arguments(monkeypatch):
         cb.LogPictures(Written(), pictures(3), None, names=["a"])
 
 
-def test_losses_and_pictures_reach_a_logger_of_ones_own():
-    logger = Written()
+def test_losses_and_pictures_reach_a_logger_of_ones_own(monkeypatch):
+    from pml_tacl import visualize
+
+    logger, offsets = Written(), []
+    overlay = visualize.attention_overlay
+    monkeypatch.setattr(
+        visualize,
+        "attention_overlay",
+        lambda *args, cell_offset: offsets.append(cell_offset) or overlay(*args),
+    )
     assert isinstance(logger, Logger)
     shown = pictures(10)
     transform = AttentionEmbedder("test_resnet", 8).transform(image_size=32)
@@ -299,6 +308,8 @@ def test_losses_and_pictures_reach_a_logger_of_ones_own():
     _, step, embeddings, names, thumbnails = written
     assert (step, names, len(thumbnails)) == (2, [str(i) for i in range(10)], 10)
     assert trainer.models["trunk"].training
+    assert offsets == [measure_cell_offset(trainer.models["trunk"], (32, 32))]
+    assert max(offsets[0]) < 0  # up and left
     model = nn.Sequential(trainer.models["trunk"], trainer.models["embedder"]).eval()
     with torch.no_grad():
         expected = model(torch.stack([transform(picture) for picture in shown]))

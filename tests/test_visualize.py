@@ -307,6 +307,20 @@ def test_similar_regions_shows_both_directions():
         similar_regions(np.zeros((8, 8, 3)), [], maps)
 
 
+@pytest.mark.parametrize("offset", [(0.0, 0.0), (-0.5, 0.25)])
+def test_similar_regions_are_where_the_cells_look(offset):
+    maps = torch.zeros(1, 4, 4)
+    maps[0, 1, 2] = 1
+    grey = np.full((64, 64, 3), 0.5)
+    figure = similar_regions(grey, [grey], maps, query_maps=maps, cell_offset=offset)
+    assert len(figure.axes) == 3
+    for axes in figure.axes[1:]:
+        shown = np.asarray(axes.images[0].get_array()).mean(axis=2)
+        y, x = np.argwhere(shown == shown.max()).mean(axis=0) / 64
+        expected = np.array([2.5 + offset[0], 1.5 + offset[1]]) / 4
+        np.testing.assert_allclose([x, y], expected, atol=0.02)
+
+
 # The gallery
 
 

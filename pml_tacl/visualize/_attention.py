@@ -181,6 +181,7 @@ def similar_regions(
     maps: Numbers,
     query_maps: Numbers | None = None,
     captions: Sequence[str] | None = None,
+    cell_offset: tuple[float, float] = (0.0, 0.0),
 ) -> Figure:
     """What makes a query and its neighbours alike: where each is found in the other.
 
@@ -191,6 +192,7 @@ def similar_regions(
             :func:`pml_tacl.functional.cross_image_attention`, laid over the neighbours.
         query_maps: (K, h', w'), A(query|neighbour), laid over the query, one line above.
         captions: K texts.
+        cell_offset: (x, y) in cells, where they look, as of :meth:`AttentionEmbedder.cell_offset`.
 
     Returns:
         A figure with the query, then (with ``query_maps``) the query seen against each
@@ -204,10 +206,10 @@ def similar_regions(
     found = to_pictures(neighbours, "neighbours")
     require_some(found, "neighbours")
     on_found = normalised(to_maps(maps, len(found), "maps"))
-    lines = [[_overlaid(p, m) for p, m in zip(found, on_found, strict=True)]]
+    lines = [[_overlaid(p, m, cell_offset) for p, m in zip(found, on_found, strict=True)]]
     if query_maps is not None:
         on_query = normalised(to_maps(query_maps, len(found), "query_maps"))
-        lines.insert(0, [_overlaid(asked, single) for single in on_query])
+        lines.insert(0, [_overlaid(asked, single, cell_offset) for single in on_query])
     if captions is not None:
         require_count(captions, len(found), "captions", "neighbours")
     grid = drawing.Grid(
