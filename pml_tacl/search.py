@@ -55,10 +55,10 @@ class PictureIndex:
             a file given twice, or an unknown kind.
 
     Example:
+        >>> import torch
         >>> index = PictureIndex(torch.eye(3), ["a.jpg", "b.jpg", "c/d.jpg"], "photos")
-        >>> similarities, rows = index.search(torch.tensor([[0.0, 2.0, 0.0]]), k=1)
-        >>> index.files[rows[0, 0]], float(similarities[0, 0])
-        ('b.jpg', 1.0)
+        >>> index.search(torch.eye(3)[[1]], k=1)  # similarities, and rows of index.files
+        (array([[1.]], dtype=float32), array([[1]]))
     """
 
     files: list[str]

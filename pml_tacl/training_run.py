@@ -52,7 +52,7 @@ class TrainingRun:
         False
         >>> run.open({"seed": 0})
         >>> sorted(path.name for path in run.folder.iterdir())
-        ['run.json']
+        ['records', 'run.json']
     """
 
     def __init__(

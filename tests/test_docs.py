@@ -1,12 +1,16 @@
 """What the documentation says is run as it stands there."""
 
 import ast
+import doctest
 import importlib
 import inspect
 import re
 from pathlib import Path
 
+import PIL.Image
 import pytest
+import torch
+from torchvision.transforms import v2
 
 import pml_tacl
 
@@ -19,6 +23,8 @@ PARTS = {
     for found in re.findall(r"^::: pml_tacl\.(\w+)$", page.read_text("utf-8"), re.M)
     if found in pml_tacl.__all__
 }
+PACKAGE = ROOT / "pml_tacl"
+SOURCES = {p.relative_to(PACKAGE).as_posix(): p.read_text("utf-8") for p in PACKAGE.rglob("*.py")}
 # A block that needs data or processes is marked by this comment, with the reason.
 FENCE = re.compile(
     r"^(?P<skip> *<!-- not run: .+ -->\n)?"
@@ -53,6 +59,16 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     if page.name == "README.md":
         assert names["loss"].isfinite()
         assert names["embeddings"].shape == (16, 64)
+
+
+@pytest.mark.parametrize("file", sorted(file for file in SOURCES if ">>>" in SOURCES[file]))
+def test_examples_of_docstrings_run(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = ".".join(["pml_tacl", *Path(file).with_suffix("").parts]).removesuffix(".__init__")
+    module = importlib.import_module(name)
+    # Its own names and these, not all that it imports: a reader of the page does not see that.
+    own = {k: v for k, v in vars(module).items() if getattr(v, "__module__", None) == name}
+    assert doctest.testmod(module, globs={**own, "torch": torch, "PIL": PIL, "v2": v2}).failed == 0
 
 
 def test_few_blocks_are_not_run_and_none_hides():

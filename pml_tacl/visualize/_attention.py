@@ -53,8 +53,10 @@ def attention_overlay(
         TypeError: something that is not a picture.
 
     Example:
-        >>> out = model.forward_features(images)
-        >>> save_figure(attention_overlay(pictures, out.attention), "attention.png")
+        >>> import torch
+        >>> figure = attention_overlay(torch.rand(2, 32, 32, 3), torch.rand(2, 4, 4))
+        >>> len(figure.axes)
+        6
     """
     pictures = to_pictures(images)
     require_some(pictures, "images")

@@ -54,7 +54,11 @@ def retrieval_gallery(
         TypeError: something that is not a picture.
 
     Example:
-        >>> retrieval_gallery([query], [found], captions=[[path.name for path in paths]])
+        >>> import torch
+        >>> queries, found = torch.rand(1, 32, 32, 3), torch.rand(1, 2, 32, 32, 3)
+        >>> figure = retrieval_gallery(queries, found, correct=[[True, False]])
+        >>> len(figure.axes)
+        3
     """
     asked = to_pictures(queries, "queries")
     require_some(asked, "queries")

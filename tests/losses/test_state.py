@@ -1,11 +1,9 @@
 """Copies, checkpoints, statistics and records of the losses and miners."""
 
 import copy
-import doctest
 import io
 import pickle
 import sqlite3
-import sys
 
 import pytest
 import torch
@@ -132,10 +130,3 @@ def test_record_keeper_logs_numbers_and_never_a_list(tmp_path):
         rows = logs.execute("SELECT margin, num_negatives FROM a_ContrastiveClusteringLoss")
         assert rows.fetchall() == [(0.3, 2), (0.3, 2)]
     assert {"c_AttentionConsistencyLoss", "d_ContrastiveClusteringMiner"} <= tables
-
-
-@pytest.mark.parametrize("make", [ContrastiveClusteringLoss, AttentionConsistencyLoss])
-def test_examples_of_the_docstrings_run(make):
-    results = doctest.testmod(sys.modules[make.__module__])
-    assert results.attempted > 0
-    assert results.failed == 0
