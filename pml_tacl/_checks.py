@@ -1,6 +1,15 @@
-"""Arguments that count, checked in one voice."""
+"""Arguments that are counts or numbers, checked in one voice."""
+
+from math import inf
+from numbers import Real
+from typing import TypeGuard
 
 import numpy as np
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is one real number: no bool, no string, no tensor."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_count(
@@ -12,3 +21,27 @@ def check_count(
         wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
         also = f" {alternative}" if alternative else ""
         raise ValueError(f"{name} must be an integer {wanted}{also}, got {value!r}")
+
+
+def check_number(
+    name: str,
+    value: object,
+    least: float,
+    most: float = inf,
+    *,
+    alternative: str = "",
+    above: bool = False,
+    finite: bool = True,
+) -> None:
+    """Raise ValueError unless `value` is a number of at least (or `above`) `least`, and not NaN."""
+    # NaN is neither above nor below anything, so it never fits.
+    fits = is_number(value) and (value > least if above else value >= least) and value <= most
+    if fits and not (finite and value == inf):
+        return
+    if most < inf:
+        wanted = f"a number in {'(' if above else '['}{least:g}, {most:g}]"
+    else:
+        where = "above" if above else "of at least"
+        wanted = f"a {'finite ' if finite else ''}number {where} {least:g}"
+    also = f" {alternative}" if alternative else ""
+    raise ValueError(f"{name} must be {wanted}{also}, got {value!r}")

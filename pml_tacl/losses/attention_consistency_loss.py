@@ -4,6 +4,7 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
+from pml_tacl._checks import check_count, check_number
 from pml_tacl._compat import (
     BaseMetricLossFunction,
     loss_dict,
@@ -11,8 +12,12 @@ from pml_tacl._compat import (
     reduce_without_noise,
     to_device,
 )
-from pml_tacl._cross_attention import check_options
 from pml_tacl.functional import attention_consistency
+
+_FIXED = {
+    "distance": "attention is compared by cosine",
+    "embedding_regularizer": "feature maps have no norm of embeddings",
+}
 
 
 class AttentionConsistencyLoss(BaseMetricLossFunction):
@@ -53,13 +58,16 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
         chunk_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        for name in ("distance", "embedding_regularizer"):
+        for name, why in _FIXED.items():
             if kwargs.get(name) is not None:
-                raise ValueError(f"{name} is not supported by AttentionConsistencyLoss")
+                got = type(kwargs[name]).__name__
+                raise ValueError(f"{name} must be left out: {why}, got {got}")
         super().__init__(**kwargs)
-        check_options(temperature, chunk_size)
-        if max_pairs < 1:
-            raise ValueError(f"max_pairs must be at least 1, got {max_pairs}")
+        if temperature is not None:
+            check_number("temperature", temperature, 0, above=True, alternative="or None")
+        check_count("max_pairs", max_pairs, 1)
+        if chunk_size is not None:
+            check_count("chunk_size", chunk_size, 1, "or None")
         self.temperature = temperature
         self.max_pairs = max_pairs
         self.chunk_size = chunk_size

@@ -5,6 +5,7 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
 from pml_tacl._centroids import Centroids, NearestCentres
+from pml_tacl._checks import check_count, check_number
 from pml_tacl._compat import BaseMetricLossFunction, as_pml_gives, loss_dict, miner_weights
 from pml_tacl.functional import contrastive_clustering
 
@@ -28,9 +29,9 @@ class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
             ``reducer``, ``embedding_regularizer``, ``collect_stats``: as of any PML loss.
 
     Raises:
-        ValueError: if ``margin`` is negative or ``num_negatives`` less than 1; in the call, if
-            labels are missing, a label has no centroid, the dimensions disagree, or ``ref_emb``
-            comes while centroids are set.
+        ValueError: if ``margin`` is negative or not finite, or ``num_negatives`` no integer of at
+            least 1; in the call, if labels are missing, a label has no centroid, the dimensions
+            disagree, or ``ref_emb`` comes while centroids are set.
 
     Example:
         >>> import torch
@@ -41,10 +42,8 @@ class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
 
     def __init__(self, margin: float = 0.2, num_negatives: int = 5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if margin < 0:
-            raise ValueError(f"margin must not be negative, got {margin}")
-        if num_negatives < 1:
-            raise ValueError(f"num_negatives must be at least 1, got {num_negatives}")
+        check_number("margin", margin, 0)
+        check_count("num_negatives", num_negatives, 1)
         self.margin = margin
         self.num_negatives = num_negatives
         self.add_to_recordable_attributes(list_of_names=["margin", "num_negatives"], is_stat=False)

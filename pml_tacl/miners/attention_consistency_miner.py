@@ -4,6 +4,7 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
+from pml_tacl._checks import check_count
 from pml_tacl._compat import BaseMiner
 from pml_tacl._precision import wide_dtype, without_autocast
 
@@ -22,14 +23,13 @@ class AttentionConsistencyMiner(BaseMiner):
             ``collect_stats``, as of any PML miner.
 
     Raises:
-        ValueError: if ``pairs_per_anchor`` is less than 1; in the call, if the feature maps are
-            not (N, C, H, W).
+        ValueError: if ``pairs_per_anchor`` is no integer of at least 1; in the call, if the feature
+            maps are not (N, C, H, W).
     """
 
     def __init__(self, pairs_per_anchor: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if pairs_per_anchor < 1:
-            raise ValueError(f"pairs_per_anchor must be at least 1, got {pairs_per_anchor}")
+        check_count("pairs_per_anchor", pairs_per_anchor, 1)
         self.pairs_per_anchor = pairs_per_anchor
         self.add_to_recordable_attributes(name="pairs_per_anchor", is_stat=False)
 

@@ -5,6 +5,7 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
 from pml_tacl._centroids import Centroids
+from pml_tacl._checks import check_count, check_number
 from pml_tacl._compat import BaseMiner
 
 
@@ -31,10 +32,8 @@ class ContrastiveClusteringMiner(Centroids, BaseMiner):
 
     def __init__(self, num_negatives: int = 5, max_ambiguity: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if num_negatives < 1:
-            raise ValueError(f"num_negatives must be at least 1, got {num_negatives}")
-        if max_ambiguity <= 0:
-            raise ValueError(f"max_ambiguity must be positive, got {max_ambiguity}")
+        check_count("num_negatives", num_negatives, 1)
+        check_number("max_ambiguity", max_ambiguity, 0, above=True, finite=False)
         if self.distance.is_inverted and not self.distance.normalize_embeddings:
             raise ValueError(
                 f"distance must normalise or be a true distance, got {self.distance}: ambiguity "

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.miners import MultiSimilarityMiner, TripletMarginMiner
+from pytorch_metric_learning.regularizers import LpRegularizer
 from torch.autograd import gradcheck
 
 from pml_tacl import AttentionConsistencyLoss, AttentionConsistencyMiner
@@ -148,13 +150,28 @@ def call(first=FIRST, second=SECOND, points=POINTS, labels=LABELS, *rest):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: AttentionConsistencyLoss(temperature=0), "temperature must be positive or None"),
-        (lambda: AttentionConsistencyLoss(max_pairs=0), "max_pairs must be at least 1, got 0"),
-        (lambda: AttentionConsistencyLoss(chunk_size=0), "chunk_size must be at least 1 or None"),
-        (lambda: AttentionConsistencyLoss(distance=1), "distance is not supported"),
         (
-            lambda: AttentionConsistencyLoss(embedding_regularizer=1),
-            "embedding_regularizer is not supported",
+            lambda: AttentionConsistencyLoss(temperature=0),
+            "temperature must be a finite number above 0 or None, got 0",
+        ),
+        (lambda: AttentionConsistencyLoss(temperature="a"), "temperature must be .* got 'a'"),
+        (
+            lambda: AttentionConsistencyLoss(max_pairs=0),
+            "max_pairs must be an integer of at least 1, got 0",
+        ),
+        (lambda: AttentionConsistencyLoss(max_pairs=None), "max_pairs must be .* got None"),
+        (
+            lambda: AttentionConsistencyLoss(chunk_size=0),
+            "chunk_size must be an integer of at least 1 or None, got 0",
+        ),
+        (lambda: AttentionConsistencyLoss(chunk_size=1.5), "chunk_size must be .* got 1.5"),
+        (
+            lambda: AttentionConsistencyLoss(distance=LpDistance()),
+            "distance must be left out: attention is compared by cosine, got LpDistance$",
+        ),
+        (
+            lambda: AttentionConsistencyLoss(embedding_regularizer=LpRegularizer()),
+            "embedding_regularizer must be left out: feature maps have no .* got LpRegularizer$",
         ),
         (call(second=SECOND[:, :2]), r"with the same N and C, got \(7, 4, 2, 3\) and \(7, 2"),
         (call(first=FIRST[0], labels=LABELS[:4]), r"must be \(N, C, H, W\)"),

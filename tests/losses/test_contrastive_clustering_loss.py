@@ -250,8 +250,19 @@ def with_centroids(centroids):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ContrastiveClusteringLoss(margin=-0.1), "margin must not be negative, got -0.1"),
-        (lambda: ContrastiveClusteringLoss(num_negatives=0), "num_negatives must be at least 1"),
+        (
+            lambda: ContrastiveClusteringLoss(margin=-0.1),
+            "margin must be a finite number of at least 0, got -0.1",
+        ),
+        (lambda: ContrastiveClusteringLoss(margin=float("nan")), "finite number .* got nan"),
+        (lambda: ContrastiveClusteringLoss(margin=float("inf")), "finite number .* got inf"),
+        (lambda: ContrastiveClusteringLoss(margin="a"), "margin must be .* got 'a'"),
+        (lambda: ContrastiveClusteringLoss(margin=True), "margin must be .* got True"),
+        (
+            lambda: ContrastiveClusteringLoss(num_negatives=0),
+            "num_negatives must be an integer of at least 1, got 0",
+        ),
+        (lambda: ContrastiveClusteringLoss(num_negatives=2.5), "num_negatives must .* got 2.5"),
         (lambda: with_centroids(torch.ones(6)), r"must be \(K, D\) with K >= 1, got \(6,\)"),
         (lambda: with_centroids(torch.ones(0, 6)), r"K >= 1, got \(0, 6\)"),
         (lambda: with_centroids(torch.eye(5, 6) - torch.eye(5, 6)[:1]), "got 1 bad rows of 5"),

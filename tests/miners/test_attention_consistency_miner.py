@@ -96,7 +96,8 @@ def test_a_nan_image_gets_no_pair():
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="pairs_per_anchor must be at least 1, got 0"):
-        AttentionConsistencyMiner(0)
+    for wrong in (0, 1.5, None):
+        with pytest.raises(ValueError, match=f"pairs_per_anchor must be an .* 1, got {wrong}"):
+            AttentionConsistencyMiner(wrong)
     with pytest.raises(ValueError, match=r"feature_maps must be \(N, C, H, W\), got \(4, 5\)"):
         AttentionConsistencyMiner()(normal(4, 5), torch.arange(4))

@@ -176,8 +176,16 @@ def test_it_keeps_no_graph():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ContrastiveClusteringMiner(0), "num_negatives must be at least 1, got 0"),
-        (lambda: ContrastiveClusteringMiner(max_ambiguity=0), "max_ambiguity must be positive"),
+        (lambda: ContrastiveClusteringMiner(0), "num_negatives must be an integer .* 1, got 0"),
+        (lambda: ContrastiveClusteringMiner(2.5), "num_negatives must be an integer .* got 2.5"),
+        (
+            lambda: ContrastiveClusteringMiner(max_ambiguity=0),
+            "max_ambiguity must be a number above 0, got 0",
+        ),
+        (
+            lambda: ContrastiveClusteringMiner(max_ambiguity=float("nan")),
+            "max_ambiguity must be a number above 0, got nan",
+        ),
         (
             lambda: ContrastiveClusteringMiner(
                 distance=DotProductSimilarity(normalize_embeddings=False)
@@ -189,6 +197,12 @@ def test_it_keeps_no_graph():
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_no_limit_of_ambiguity_leaves_no_image_out():
+    miner = ContrastiveClusteringMiner(max_ambiguity=float("inf"), collect_stats=True)
+    miner(normal(8, 4), torch.arange(8) // 2)
+    assert miner.num_ambiguous == 0
 
 
 def test_centroids_are_checked_as_in_the_loss():
