@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--classes", type=int, help="characters to search among (default: all)")
     parser.add_argument("--pair", type=int, default=5, help="which of the shown is in pair.png")
     args = parser.parse_args()
+    if not 0 <= args.pair < SHOWN:
+        raise ValueError(f"pair must be from 0 to {SHOWN - 1}, got {args.pair}")
     model = AttentionEmbedder.from_pretrained(args.run / "model")
     test = Glyphs("test", num_classes=args.classes, transform=model.transform(image_size=SIZE))
     pictures, labels = torch.from_numpy(test.images), torch.from_numpy(test.labels)

@@ -19,10 +19,10 @@ from pml_tacl.datasets import Glyphs
 from pml_tacl.evaluation import embed, make_tester
 from pml_tacl.training_run import TrainingRun
 
-CONFIG = {"run": "runs/quickstart", "seed": 0}  # flags, as most of the following: see --help
-CONFIG |= {"backbone": "resnet10t", "embedding_dim": 128}  # any timm model; this one is small
-CONFIG["timm"] = {"channels": [32, 64, 128, 256], "stem_width": 16, "output_stride": 16}
-CONFIG["feature_index"] = 2  # the stage of attention: 8 x 8 places of a 64-pixel picture
+MODEL = {"backbone": "resnet10t", "embedding_dim": 128}  # any timm model; this is a small ResNet
+MODEL |= {"channels": [32, 64, 128, 256], "stem_width": 16, "output_stride": 16}
+MODEL["feature_index"] = 2  # the stage of attention: 8 x 8 places of a 64-pixel picture
+CONFIG = {"run": "runs/quickstart", "seed": 0}  # flags, as what follows: see --help
 CONFIG |= {"num_clusters": "auto", "batch_size": 64, "images_per_cluster": 4}  # auto: a tenth
 CONFIG |= {"epochs": 6, "learning_rate": 5e-3}
 CONFIG["warmup_epochs"] = 3  # each picture by itself until features are worth clustering
@@ -39,8 +39,7 @@ def main() -> None:
     train, test = Glyphs("train"), Glyphs("test")  # other characters; train's labels stay unread
     for half in (train, test):
         half.preload()
-    stage = {"feature_index": args.feature_index, **args.timm}
-    model = pml_tacl.AttentionEmbedder(args.backbone, args.embedding_dim, **stage)
+    model = pml_tacl.AttentionEmbedder(**MODEL)
     model = model.to(device, memory_format=torch.channels_last)
     train.transform = test.transform = model.transform(image_size=64)
     if not run.begun:
@@ -80,7 +79,7 @@ def main() -> None:
     pixels = normalize(torch.from_numpy(test.images).flatten(1).float(), dim=1)
     rows = {"raw_pixels": calculator.get_accuracy(pixels, labels)}
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is the loader's
-    run.open(flags.settings_of(args))  # until here an earlier run stays as it is
+    run.open(MODEL | flags.settings_of(args))  # until here an earlier run stays as it is
     also = {"test_epochs": [args.warmup_epochs], "rows": rows}
     rows = run.train(trainer, args.epochs, measure, **also)
     run.draw(model, test, embed(model, test)[0], labels, title="characters never seen")

@@ -60,7 +60,7 @@ def main() -> None:
     if args.k < 1 or out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"k must be at least 1 and out a .png, got {args.k} and {out}")
 
-    size = runs.read_config(args.run)["image_size"]
+    config = runs.read_config(args.run)
     index = PictureIndex.load(args.run)
     index.root = args.images.absolute() if args.images else index.root
     if not index.root.is_dir():
@@ -68,7 +68,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AttentionEmbedder.from_pretrained(args.run / "model")
     model = model.to(device, memory_format=torch.channels_last)
-    transform = model.transform(image_size=tuple(size))
+    transform = model.transform(image_size=tuple(config["image_size"]))
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
     if args.update:
         update(index, model, transform)

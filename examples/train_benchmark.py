@@ -38,7 +38,9 @@ def main(benchmark, settings: dict, description: str) -> None:
     parser = flags.training_parser(description, {"run": f"runs/{name}", **COMMON, **settings})
     parser.add_argument("root", type=Path, help="folder of the data set as it was published")
     args = parser.parse_args()
-    run = TrainingRun(args.run, resume=args.resume, overwrite=args.overwrite, apart_from=args.root)
+    run = TrainingRun(
+        args.run, resume=args.resume, overwrite=args.overwrite, apart_from=[args.root]
+    )
     runs.seed_everything(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

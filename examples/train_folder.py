@@ -36,8 +36,8 @@ def main() -> None:
     parser.add_argument("--eval-folder", type=Path, help="to test on: its sub-folders are classes")
     args = parser.parse_args()
     # An earlier run stays untouched until run.open: by then the arguments are found good.
-    begin = {"resume": args.resume, "overwrite": args.overwrite, "apart_from": args.images}
-    run = TrainingRun(args.run, **begin)
+    begin = {"resume": args.resume, "overwrite": args.overwrite}
+    run = TrainingRun(args.run, apart_from=[args.images, args.eval_folder], **begin)
     runs.seed_everything(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kept = {"freeze_batchnorm": args.freeze_batchnorm}

@@ -1,6 +1,7 @@
 """Flags of scripts that train: one name, type and help for each setting, in all of them."""
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +35,7 @@ def training_parser(description: str, defaults: Mapping[str, Any]) -> argparse.A
     parser = _Parser(
         description=description.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # --ov is no word that a run should be deleted for
     )
     for name, value in defaults.items():
         if name not in _FLAGS:
@@ -49,7 +51,7 @@ def training_parser(description: str, defaults: Mapping[str, Any]) -> argparse.A
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What makes a run what it is: its config, for :meth:`pml_tacl.TrainingRun.open`.
+    """What makes a run what it is: the config of :meth:`pml_tacl.training_run.TrainingRun.open`.
 
     Args:
         arguments: parsed.
@@ -73,8 +75,24 @@ class _Parser(argparse.ArgumentParser):
 
 def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
     return int(text)
+
+
+def _not_negative(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text}")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+    if not 0 <= rate < math.inf:
+        raise argparse.ArgumentTypeError(f"must be finite and at least 0, got {text}")
+    return rate
 
 
 def _number_or_auto(text: str) -> int | str:
@@ -84,26 +102,26 @@ def _number_or_auto(text: str) -> int | str:
 
 
 def _weights(text: str) -> bool | str:
-    return _WEIGHTS.get(text, text)
+    return _WEIGHTS[text] if text in _WEIGHTS else str(Path(text).resolve())
 
 
 _FLAGS: dict[str, tuple[Any, str]] = {
     "run": (Path, "folder for the results"),
     "backbone": (str, "any timm model"),
     "weights": (_weights, "pretrained (through timm), none, or a local file"),
-    "embedding_dim": (int, "numbers in an embedding"),
-    "image_size": (int, "pixels; the backbone's own size if not given"),
+    "embedding_dim": (_at_least_one, "numbers in an embedding"),
+    "image_size": (_at_least_one, "pixels of a side; None is the backbone's own"),
     "freeze_batchnorm": (bool, "keep its statistics; for small batches"),
     "num_clusters": (_number_or_auto, "a number; auto: a tenth of the pictures"),
     "images_per_cluster": (_at_least_one, "pictures of one cluster in a batch"),
-    "batch_size": (int, "pictures of all processes, in two views each"),
+    "batch_size": (_at_least_one, "pictures (of all processes), in two views each"),
     "epochs": (_at_least_one, "passes over the pictures"),
-    "warmup_epochs": (int, "epochs before the first clustering"),
-    "learning_rate": (float, "of the backbone, at its highest"),
-    "weight_decay": (float, "of AdamW"),
+    "warmup_epochs": (_not_negative, "epochs before the first clustering"),
+    "learning_rate": (_rate, "of the backbone, at its highest"),
+    "weight_decay": (_rate, "of AdamW"),
     "swap": (bool, "swap surroundings between pictures, unless they are what is shown"),
-    "seed": (int, "of everything random"),
-    "workers": (int, "processes that read pictures"),
+    "seed": (_not_negative, "of everything random"),
+    "workers": (_not_negative, "processes that read pictures"),
     "strict": (bool, "stop at broken files instead of leaving them out"),
     "checkpoint_every": (_at_least_one, "iterations; also at each epoch's end"),
 }

@@ -92,8 +92,8 @@ def check_run(
         raise ValueError(f"run folder {folder} holds files that are no run: give another folder")
     if there and not (resume or overwrite):
         raise ValueError(
-            f"run folder {folder} holds another run: give --resume to go on with it, --overwrite "
-            "to replace it, or another folder"
+            f"run folder {folder} holds another run: give --resume (resume=True) to go on with it, "
+            "--overwrite (overwrite=True) to replace it, or another folder"
         )
     if there and resume and config is not None:
         asked = json.loads(json.dumps(dict(config)))
@@ -102,7 +102,7 @@ def check_run(
         if changed:
             raise ValueError(
                 f"run folder {folder} was begun with other settings ({', '.join(changed)}): "
-                "resume with the same, or give --overwrite"
+                "resume with the same, or give --overwrite (overwrite=True)"
             )
 
 
@@ -113,8 +113,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         ValueError: if the folder holds no run.
     """
     try:
-        config: dict[str, Any] = json.loads((Path(folder) / _MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = dict(json.loads((Path(folder) / _MARK).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{folder} is no run's folder: it holds no readable {_MARK}") from error
     return config
 

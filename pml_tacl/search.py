@@ -248,7 +248,7 @@ class PictureIndex:
         if not index.ntotal == len(files) == len(stamps):
             raise ValueError(
                 f"{folder} holds {index.ntotal} embeddings in {_INDEX} and {len(files)} pictures "
-                f"in {_FILES}: they are of two runs, train again with --overwrite"
+                f"in {_FILES}: they are of two runs, train and index again"
             )
         loaded = cls.__new__(cls)
         loaded._set(index, files, root, kind)

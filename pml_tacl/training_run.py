@@ -1,6 +1,6 @@
 """A whole training as scripts want it: a folder, records, tests before and after, and pictures."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class TrainingRun:
         folder: of the run; made by :meth:`open`.
         resume: go on with the run that the folder holds, or begin if it holds nothing.
         overwrite: replace the run that the folder holds.
-        apart_from: a folder of pictures, which a run must neither lie in nor hold.
+        apart_from: folders of pictures, which a run must neither lie in nor hold; None is none.
 
     Attributes:
         folder: absolute path.
@@ -61,13 +61,15 @@ class TrainingRun:
         *,
         resume: bool = False,
         overwrite: bool = False,
-        apart_from: str | Path | None = None,
+        apart_from: Iterable[str | Path | None] = (),
     ) -> None:
         self.folder = Path(folder).resolve()
-        if apart_from is not None:
-            pictures, apart = Path(apart_from).resolve(), "must lie apart: give --run"
+        for pictures in (Path(path).resolve() for path in apart_from if path is not None):
             if pictures.is_relative_to(self.folder) or self.folder.is_relative_to(pictures):
-                raise ValueError(f"the run, {self.folder}, and the pictures, {pictures}, {apart}")
+                raise ValueError(
+                    f"the run, {self.folder}, and the pictures, {pictures}, must lie apart: give "
+                    "another folder (--run)"
+                )
         self._flags: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
 
         def look() -> bool:

@@ -280,23 +280,28 @@ def test_resuming_an_ended_run_changes_nothing(few, unbroken):
         (["{few}", "--num-clusters=25"], "num_clusters=25 is more than the 24 pictures"),
         (["{few}", "--num-clusters=3"], "3 clusters are fewer than the 4 that a batch of 16"),
         (["{few}", "--batch-size=28"], "batch_size must be from 1 to the number of pictures, 24"),
-        (["{few}", "--batch-size=0"], "batch_size must be from 1"),
+        (["{few}", "--batch-size=0"], "--batch-size: must be a whole number of at least 1, got 0"),
         (["{few}", "--batch-size=6"], "images_per_cluster must divide batch_size=6"),
         (["{few}", "--backbone=resnet5O"], "backbone='resnet5O' is no timm model: did you mean"),
         (["{few}", "--weights=pretrained"], "(in the examples: --weights FILE, or --weights none)"),
         (["{few}", "--weights={empty}/none.pth"], "pretrained='{empty}/none.pth': no such file"),
-        (["{few}", "--epochs=0"], "argument --epochs: must be at least 1, got 0"),
+        (["{few}", "--epochs=0"], "--epochs: must be a whole number of at least 1, got 0"),
         (["{few}", "--num-clusters=few"], "--num-clusters: must be a number or auto, got 'few'"),
-        (["{few}", "--images-per-cluster=0"], "--images-per-cluster: must be at least 1, got 0"),
+        (["{few}", "--images-per-cluster=0"], "--images-per-cluster: must be a whole number"),
         (["{few}", "--epoch-count=3"], "unrecognized arguments: --epoch-count=3"),
-        (["{few}", "--image-size=-3"], "image_size must be pixels"),
-        (["{few}", "--learning-rate=nan"], "lr must be at least 0, got nan"),
+        (["{few}", "--image-size=0"], "--image-size: must be a whole number of at least 1, got 0"),
+        (
+            ["{few}", "--learning-rate=inf"],
+            "--learning-rate: must be finite and at least 0, got inf",
+        ),
         (["{few}", "--eval-folder={empty}"], "no picture in '{empty}' or below it"),
         (["{pictures}", "--strict"], "3 broken files, and strict=True: "),
         (["{pictures}/broken"], "no readable picture in '{pictures}/broken': "),
         (["{few}", "--resume"], "resume and overwrite exclude each other"),
-        (["{run}"], "must lie apart: give --run"),
-        (["{run}/.."], "must lie apart: give --run"),
+        (["{run}"], "must lie apart: give another folder (--run)"),
+        (["{run}/.."], "must lie apart: give another folder (--run)"),
+        (["{few}", "--eval-folder={run}"], "must lie apart: give another folder (--run)"),
+        (["{few}", "--eval-folder={run}/model"], "must lie apart: give another folder (--run)"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_harms_nothing(
@@ -340,7 +345,7 @@ def test_nan_pictures_of_a_users_data_set_end_in_one_line(few, workers):
 def test_a_run_is_not_mixed_with_another(few, unbroken, pictures):
     run = ["--run", unbroken.run]
     found = failure("train_folder", few, *run, *unbroken.settings)
-    assert "holds another run: give --resume to go on with it, --overwrite to replace it" in found
+    assert "holds another run: give --resume (resume=True) to go on with it" in found
     found = failure("train_folder", few, *run, *unbroken.settings, "--resume", "--epochs=4")
     assert "begun with other settings (epochs): resume with the same" in found
     found = failure("train_folder", pictures, *run, *unbroken.settings, "--resume")

@@ -33,7 +33,7 @@ def test_without_flags_all_is_as_the_script_says():
     ("flag", "name", "value"),
     [
         ("--weights=none", "weights", False),
-        ("--weights=a/file.pth", "weights", "a/file.pth"),
+        ("--weights=/a/../file.pth", "weights", str(Path("/file.pth"))),
         ("--num-clusters=12", "num_clusters", 12),
         ("--num-clusters=auto", "num_clusters", "auto"),
         ("--epochs=1", "epochs", 1),
@@ -67,10 +67,25 @@ def test_each_known_setting_is_explained(name, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--epochs=0"], "argument --epochs: must be at least 1, got 0"),
-        (["--epochs=two"], "argument --epochs: must be at least 1, got two"),
+        (["--epochs=0"], "argument --epochs: must be a whole number of at least 1, got 0"),
+        (["--epochs=two"], "argument --epochs: must be a whole number of at least 1, got two"),
+        (
+            ["--image-size=-3"],
+            "argument --image-size: must be a whole number of at least 1, got -3",
+        ),
+        (["--workers=-1"], "argument --workers: must be a whole number of at least 0, got -1"),
+        (
+            ["--learning-rate=nan"],
+            "argument --learning-rate: must be finite and at least 0, got nan",
+        ),
+        (
+            ["--learning-rate=inf"],
+            "argument --learning-rate: must be finite and at least 0, got inf",
+        ),
+        (["--learning-rate=-1"], "argument --learning-rate: must be finite and at least 0, got -1"),
         (["--num-clusters=-4"], "argument --num-clusters: must be a number or auto, got '-4'"),
-        (["--learning-rate=fast"], "argument --learning-rate: invalid float value: 'fast'"),
+        (["--learning-rate=fast"], "argument --learning-rate: must be a number, got 'fast'"),
+        (["--over"], "unrecognized arguments: --over"),
         (["--batch-size=3"], "unrecognized arguments: --batch-size=3"),
         (["more"], "unrecognized arguments: more"),
     ],

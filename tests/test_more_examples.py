@@ -81,9 +81,10 @@ class TestPlainLoop:
         assert small.main() == with_labels
 
     def test_its_settings_are_those_of_the_quickstart(self):
-        plain, config = script("plain_loop"), script("quickstart").CONFIG
-        backbone = {**config["timm"], "feature_index": config["feature_index"]}
-        assert backbone == plain.BACKBONE
+        plain, quickstart = script("plain_loop"), script("quickstart")
+        network = {"backbone": "resnet10t", "embedding_dim": 128, **plain.BACKBONE}
+        assert network == quickstart.MODEL
+        config = quickstart.CONFIG
         names = ("epochs", "warmup_epochs", "batch_size", "images_per_cluster", "learning_rate")
         constants = (plain.EPOCHS, plain.WARMUP_EPOCHS, plain.BATCH_SIZE, plain.PER_CLUSTER)
         assert (*constants, plain.LEARNING_RATE) == tuple(config[name] for name in names)

@@ -17,8 +17,9 @@ def quickstart(monkeypatch):
     spec = importlib.util.spec_from_file_location("quickstart", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    timm = {"channels": [8, 8, 16, 16], "stem_width": 8, "output_stride": 16}
-    small = {"timm": timm, "num_clusters": 20, "epochs": 2, "warmup_epochs": 1, "batch_size": 32}
+    thin = {"channels": [8, 8, 16, 16], "stem_width": 8}
+    monkeypatch.setattr(module, "MODEL", {**module.MODEL, **thin})
+    small = {"num_clusters": 20, "epochs": 2, "warmup_epochs": 1, "batch_size": 32}
     monkeypatch.setattr(module, "CONFIG", {**module.CONFIG, **small})
     original = module.Glyphs
     monkeypatch.setattr(module, "Glyphs", lambda split: original(split, num_classes=12))
@@ -76,3 +77,48 @@ def test_training_labels_are_never_read(quickstart, monkeypatch, tmp_path):
         for name in ("with", "without")
     )
     assert first == second
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_that_was_stopped_goes_on_and_no_flag_harms_it(
+    quickstart, monkeypatch, tmp_path, capsys
+):
+    """Stopped, resumed, then asked for with bad flags: in the end all as if never stopped."""
+    step = quickstart.pml_tacl.UnsupervisedTrainer.forward_and_backward
+
+    def stopped(trainer):
+        if trainer.epoch == 2:
+            raise KeyboardInterrupt
+        step(trainer)
+
+    run(quickstart, monkeypatch, "--run", tmp_path / "whole", "--amp=bfloat16")
+    command = ["--run", tmp_path / "run", "--amp=bfloat16"]
+    with monkeypatch.context() as patch:
+        trainer = quickstart.pml_tacl.UnsupervisedTrainer
+        patch.setattr(trainer, "forward_and_backward", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(quickstart, monkeypatch, *command)
+    run(quickstart, monkeypatch, *command, "--resume")
+    ended, whole = contents(tmp_path / "run"), contents(tmp_path / "whole")
+    same = {path for path in whole if path.suffix not in (".pt", ".db")}
+    assert {path for path in ended if path.suffix not in (".pt", ".db")} == same
+    assert [path for path in sorted(same) if ended[path] != whole[path]] == []
+    for flag, message in (
+        ("--batch-size=99999", "batch_size must be from 1"),
+        ("--num-clusters=4", "4 clusters are fewer than the 8"),
+        ("--learning-rate=inf", "must be finite"),
+        ("--backbone=vit_tiny", "unrecognized arguments"),
+        ("--images-per-cluster=3", "images_per_cluster must divide batch_size"),
+        ("--resume", "resume and overwrite exclude each other"),
+    ):
+        with pytest.raises((ValueError, SystemExit), match=message):
+            run(quickstart, monkeypatch, *command, "--overwrite", flag)
+    assert contents(tmp_path / "run") == ended
+    capsys.readouterr()
+    run(quickstart, monkeypatch, *command, "--overwrite", "--epochs=1")
+    assert "after" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["config"]["epochs"] == 1

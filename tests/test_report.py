@@ -246,6 +246,13 @@ def test_an_unreadable_checkpoint_is_passed_over(few_glyphs, tmp_path):
     assert (folder / "checkpoints" / "epoch_0002.pt").exists()
 
 
+def test_a_run_of_a_benchmark_is_no_report(few_glyphs, tmp_path):
+    folder = write_quickstart(tmp_path / "cub")
+    runs.write_json(folder / "run.json", {"root": "data/cub", "image_size": 224})
+    with pytest.raises(ValueError, match="is a training on data/cub, which no report is made of"):
+        read_run(folder)
+
+
 def test_what_is_missing_is_said(run, tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match=r"it holds no readable run\.json"):
         write_report(tmp_path)
@@ -254,7 +261,7 @@ def test_what_is_missing_is_said(run, tmp_path, capsys, monkeypatch):
         write_report(tmp_path)
     with pytest.raises(ValueError, match="queries must be an integer of at least 1, got 0"):
         write_report(run, queries=0)
-    with pytest.raises(FileNotFoundError, match="give --images FOLDER"):
+    with pytest.raises(FileNotFoundError, match="give images="):
         write_report(run, images=tmp_path / "none")
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"^error: .*metrics\.json"):

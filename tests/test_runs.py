@@ -31,6 +31,13 @@ def test_another_run_is_refused_and_left_whole(tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("content", ["[1, 2]", "3", "null", "{"])
+def test_a_config_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"is no run's folder: it holds no readable run\.json"):
+        runs.open_run(tmp_path, {"epochs": 3}, resume=True)
+
+
 def test_resuming_keeps_and_overwriting_replaces(tmp_path):
     folder = runs.open_run(tmp_path / "run", {"epochs": 3})
     (folder / "checkpoints").mkdir()

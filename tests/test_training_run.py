@@ -187,9 +187,9 @@ def test_pictures_are_drawn_beside_their_nearest(tmp_path, monkeypatch, count, w
 @pytest.mark.parametrize("pictures", ["run", "run/in/it", "", "run/../run"])
 def test_a_run_and_its_pictures_lie_apart(tmp_path, pictures):
     with pytest.raises(ValueError, match=r"the run, .*, and the pictures, .*, must lie apart"):
-        TrainingRun(tmp_path / "run", apart_from=tmp_path / pictures)
+        TrainingRun(tmp_path / "run", apart_from=[tmp_path / "a", None, tmp_path / pictures])
     assert list(tmp_path.iterdir()) == []
-    TrainingRun(tmp_path / "run", apart_from=tmp_path / "runner")
+    TrainingRun(tmp_path / "run", apart_from=[tmp_path / "runner", None])
 
 
 def test_wrong_uses_are_named(tmp_path):

@@ -101,6 +101,11 @@ def read_run(
         raise ValueError(
             f"{folder} holds no readable metrics.json: give a training that has ended"
         ) from error
+    if "images" not in config and "root" in config:
+        raise ValueError(
+            f"{folder} is a training on {config['root']}, which no report is made of: give a run "
+            "of quickstart.py or train_folder.py"
+        )
     model = AttentionEmbedder.from_pretrained(folder / "model")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     size = tuple(config.get("image_size", (GLYPH_SIDE, GLYPH_SIDE)))
@@ -160,7 +165,7 @@ def _indexed(folder: Path, images: str | Path | None, by_folder: bool) -> Pictur
     index = PictureIndex.load(folder)
     index.root = Path(images).absolute() if images else index.root
     if not index.root.is_dir():
-        raise FileNotFoundError(f"the pictures are not in {index.root}: give --images FOLDER")
+        raise FileNotFoundError(f"no pictures in {index.root}: give images= (--images FOLDER)")
     labels, classes = None, []
     if by_folder:
         places = [file.rpartition("/")[0] or "." for file in index.files]
