@@ -1,10 +1,14 @@
 """What the documentation says is run as it stands there."""
 
+import argparse
 import ast
 import doctest
+import functools
 import importlib
 import inspect
 import re
+import runpy
+import shlex
 from pathlib import Path
 
 import PIL.Image
@@ -17,6 +21,7 @@ import pml_tacl
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+BESIDE = [ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md"]  # read on GitHub alone
 PARTS = {
     found: page
     for page in PAGES
@@ -80,19 +85,61 @@ def test_few_blocks_are_not_run_and_none_hides():
     assert kinds <= {"python", "bash", "text", "math", "yaml", ""}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
+@pytest.mark.parametrize("page", [*PAGES, *BESIDE], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_to_files_are_good(page):
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text("utf-8")):
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_scripts_that_a_page_runs_are_there(page):
-    lines = "\n".join(blocks(page, "bash"))
-    scripts = re.findall(r"(?:python|--nproc-per-node \S+)(?: --)? (\S+\.py)", lines)
-    assert all((ROOT / script).is_file() for script in scripts), scripts
-    if page.name == "README.md":
-        assert scripts
+def commands():
+    """Each line that runs a script of ours, in a page's blocks and text and atop the scripts."""
+    texts = {page: page.read_text("utf-8") for page in (*PAGES, *BESIDE)}
+    for script in (*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")):
+        texts[script] = ast.get_docstring(ast.parse(script.read_text("utf-8"))) or ""
+    line = r"\b(?:python|torchrun) (?:[^\n`]* )?((?:examples|benchmarks)/\w+\.py\b[^\n`|&;>]*)"
+    return [
+        pytest.param(shlex.split(found, comments=True), id=f"{path.relative_to(ROOT)}: {found}")
+        for path, text in sorted(texts.items())
+        for found in re.findall(line, text.replace("\\\n", " "))
+    ]
+
+
+def parses(script):
+    """Whether it reads arguments, itself or by a script beside it."""
+    code = script.read_text("utf-8")
+    beside = (path for path in script.parent.glob("*.py") if f"\nfrom {path.stem} import" in code)
+    return "parse_args()" in code or any(map(parses, beside))
+
+
+class Parsed(BaseException):
+    """Ends a script once its arguments are found good."""
+
+
+@pytest.mark.parametrize("words", commands())
+def test_commands_that_are_shown_are_understood(words, monkeypatch):
+    script = ROOT / words[0]
+    if not parses(script):  # it would run
+        assert not words[1:]
+        return
+    parser = argparse.ArgumentParser
+    parse = parser.parse_args
+
+    def parse_and_end(self):
+        parse(self)
+        raise Parsed
+
+    monkeypatch.setattr(parser, "parse_args", parse_and_end)
+    in_full = functools.partialmethod(parser.__init__, allow_abbrev=False)
+    monkeypatch.setattr(parser, "__init__", in_full)
+    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.syspath_prepend(script.parent)
+    with pytest.raises(Parsed):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def test_commands_are_found_where_they_stand():
+    shown = {case.id.partition(":")[0] for case in commands()}
+    assert {"README.md", "CONTRIBUTING.md", "docs/many-processes.md"} <= shown
 
 
 def test_every_page_is_in_the_navigation():
