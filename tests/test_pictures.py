@@ -22,6 +22,13 @@ def script():
     return module
 
 
+@pytest.mark.parametrize("pair", [-1, 8])
+def test_a_pair_that_is_not_shown_is_named(script, monkeypatch, tmp_path, pair):
+    monkeypatch.setattr(sys, "argv", ["pictures.py", str(tmp_path), f"--pair={pair}"])
+    with pytest.raises(ValueError, match=f"pair must be from 0 to 7, got {pair}"):
+        script.main()
+
+
 def test_four_pictures_the_same_each_time(script, monkeypatch, tmp_path, capsys):
     torch.manual_seed(0)
     model = AttentionEmbedder("resnet10t", 16, channels=[8, 8, 16, 16], stem_width=8)
