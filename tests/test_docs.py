@@ -239,6 +239,29 @@ def test_the_port_to_pml_3_names_every_file_and_what_it_imports():
     assert not covered(rest) & {file for file in SOURCES if importing[file]}
 
 
+def uses(file):
+    """Modules of the package that a file imports, and what those of them that are private do."""
+    for name in set(re.findall(r"(?:from|import) pml_tacl[. ](?:import )?(\w+)", SOURCES[file])):
+        yield name
+        if name.startswith("_"):
+            yield from uses(f"{name}.py")
+
+
+def test_the_map_of_the_code_shows_every_module_and_only_true_arrows(monkeypatch):
+    modules = {file.partition("/")[0] for file in SOURCES}
+    page = (ROOT / "docs" / "project" / "code_map.md").read_text("utf-8")
+    for module in modules:
+        assert f"`{module}`" in page or f"`{module}/`" in page or f"/{module}`" in page, module
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    drawn = importlib.import_module("figure_parts.diagrams")
+    shown = {name for box in drawn.MODULES for name in box.split(", ")}
+    assert shown == {"_compat"} | {m.removesuffix(".py") for m in modules if m[0] != "_"}
+    for used, user, *_ in drawn.USES:
+        files = [f for f in SOURCES if re.split(r"[/.]", f)[0] in user.split(", ")]
+        there = {name for file in files for name in uses(file)}
+        assert there & set(used.split(", ")), f"{user} does not use {used}"
+
+
 def messages():
     """Every string of the package, with an ellipsis for what is filled in."""
     for path in (ROOT / "pml_tacl").rglob("*.py"):

@@ -62,34 +62,56 @@ def unsupervised_trainer() -> Figure:
     return figure
 
 
+# Modules of the package: left edge, height, and colour (red knows no PML). A test compares with
+# the package that all are there, and that whatever an arrow points to uses where it begins.
+MODULES = {
+    "visualize": (0, 7.4, RED), "functional": (2.7, 7.4, RED), "transforms": (5.4, 7.4, RED),
+    "clustering": (8.1, 7.4, RED), "models": (10.8, 7.4, RED),
+    "_compat": (0, 5.8, BLUE), "losses, miners": (2.7, 5.8, BLUE),
+    "evaluation": (8.1, 5.8, BLUE), "datasets": (10.8, 5.8, BLUE),
+    "callbacks, loggers": (0, 4.2, GREEN), "trainers": (2.7, 4.2, GREEN),
+    "processes": (5.4, 4.2, GREEN),
+    "runs": (0, 2.6, GREEN), "training_run, flags": (2.7, 2.6, GREEN),
+    "report": (8.1, 2.6, GREEN), "search, queries": (10.8, 2.6, RED),
+}  # fmt: skip
+USES = (
+    ("functional", "visualize", (2.7, 7.4), (2.2, 7.4)),
+    ("functional", "transforms", (4.9, 7.4), (5.4, 7.4)),
+    ("functional", "models", (3.8, 7.8), (11.9, 7.8), "bar,fraction=-0.05"),
+    ("functional", "losses, miners", (3.8, 6.9), (3.8, 6.3)),
+    ("_compat", "losses, miners", (2.2, 5.8), (2.7, 5.8)),
+    ("losses, miners", "trainers", (3.8, 5.3), (3.8, 4.7)),
+    ("transforms", "trainers", (5.9, 6.9), (4.8, 4.7)),
+    ("clustering", "trainers", (8.3, 6.9), (5, 4.5)),
+    ("evaluation", "processes", (8.4, 5.3), (7.3, 4.7)),
+    ("evaluation", "report", (9.2, 5.3), (9.2, 3.1)),
+    ("processes", "trainers", (5.4, 4.2), (4.9, 4.2)),
+    ("visualize", "callbacks, loggers", (0, 7.4), (0, 4.2), "bar,fraction=0.12"),
+    ("trainers", "callbacks, loggers", (2.7, 4.2), (2.2, 4.2)),
+    ("callbacks, loggers", "training_run, flags", (1.9, 3.7), (2.9, 3.1)),
+    ("trainers", "training_run, flags", (3.8, 3.7), (3.8, 3.1)),
+    ("trainers", "report", (4.6, 3.7), (8.1, 2.8)),
+    ("runs", "training_run, flags", (2.2, 2.6), (2.7, 2.6)),
+    ("datasets", "search, queries", (11.9, 5.3), (11.9, 3.1)),
+    ("search, queries", "report", (10.8, 2.6), (10.3, 2.6)),
+)
+
+
 def code_map() -> Figure:
-    figure = Figure((8.4, 4.6), layout="constrained")
+    figure = Figure((8.4, 5.0), layout="constrained")
     axes = figure.subplots()
     bare(axes)
-    rows = (
-        (4.2, RED, "knows no PML", [("visualize", 0), ("functional", 2.7), ("models", 5.4),
-                                    ("clustering", 8.1), ("transforms", 10.8)]),
-        (2.6, BLUE, "PML's kinds", [("_compat", 0), ("losses, miners", 2.7), ("evaluation", 5.4),
-                                    ("datasets", 10.8)]),
-        (1.0, GREEN, "the whole", [("trainers", 5.4), ("examples/", 8.1), ("runs, search", 10.8)]),
-    )  # fmt: skip
-    for y, colour, name, parts in rows:
-        axes.text(-0.3, y, name, ha="right", va="center", color=colour)
-        for text, x in parts:
-            box(axes, x, y, text, colour)
-    for start, end in (
-        ((2.7, 4.2), (2.2, 4.2)),
-        ((4.9, 4.2), (5.4, 4.2)),
-        ((3.8, 3.7), (3.8, 3.1)),
-        ((2.2, 2.6), (2.7, 2.6)),
-        ((4.3, 2.1), (5.6, 1.5)),
-        ((6.5, 2.1), (6.5, 1.5)),
-        ((8.9, 3.7), (7.2, 1.5)),
-        ((11.2, 3.7), (7.6, 1.4)),
-        ((7.6, 1), (8.1, 1)),
-        ((11.2, 2.1), (10, 1.5)),
-        ((10.8, 1), (10.3, 1)),
-    ):
-        arrow(axes, start, end, GREY)
-    axes.set(xlim=(-2.3, 13.2), ylim=(0.3, 4.9))
+    rows = ((7.4, RED, "knows no PML"), (5.8, BLUE, "PML's kinds"), (4.2, GREEN, "a training"),
+            (2.6, GREEN, "a run"))  # fmt: skip
+    for y, colour, name in rows:
+        axes.text(-0.9, y, name, ha="right", va="center", color=colour)
+    for text, (x, y, colour) in MODULES.items():
+        box(axes, x, y, text, colour)
+    box(axes, 0, 1, "examples/", INK, 13)
+    for _, _, start, end, *style in USES:
+        arrow(axes, start, end, GREY, connectionstyle=(*style, "arc3")[0])
+    for x in (3.8, 9.2, 11.9):
+        arrow(axes, (x, 2.1), (x, 1.5), GREY)
+    arrow(axes, (13, 7.4), (13, 1), GREY, connectionstyle="bar,fraction=-0.06")
+    axes.set(xlim=(-3.3, 13.7), ylim=(0.4, 8.4))
     return figure
