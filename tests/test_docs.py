@@ -199,6 +199,20 @@ def test_names_that_the_reference_shows_are_there():
                 assert hasattr(importlib.import_module(module), attribute), name
 
 
+def test_every_public_name_has_a_reference():
+    shown = {n for p in PAGES for n in re.findall(r"^::: (\S+)$", p.read_text("utf-8"), re.M)}
+    steps = {"pml_tacl.report.read_run", "pml_tacl.report.report_html"}  # of write_report
+    modules = {re.split(r"[/.]", file)[0] for file in SOURCES if not file.startswith("_")}
+    for module in sorted(modules):
+        of = f"pml_tacl.{module}"
+        home = importlib.import_module(of)
+        for name in getattr(home, "__all__", vars(home)):
+            thing = getattr(home, name)
+            own = hasattr(home, "__all__") or getattr(thing, "__module__", None) == of
+            if own and name[0] != "_" and (inspect.isclass(thing) or inspect.isfunction(thing)):
+                assert {of, f"{of}.{name}", f"pml_tacl.{name}"} & (shown | steps), f"{of}.{name}"
+
+
 def test_every_drawing_is_made_by_the_script_and_shown():
     script = (ROOT / "docs" / "figures.py").read_text("utf-8")
     made = set(re.findall(r"^    (\w+),$", script.partition("\nDRAWINGS = (")[2], re.M))
