@@ -7,6 +7,7 @@ there is something to stop.
 """
 
 import argparse
+import datetime
 import statistics
 import sys
 from pathlib import Path
@@ -105,11 +106,12 @@ def page(results: dict[int, list[tuple[int, float, float, float]]], classes: int
     lines = [
         "# Do the criteria of early stopping follow the labels?",
         "",
-        f"Written by `benchmarks/early_stopping.py`: {cpu_model()}; {versions}.",
+        f"Written by `benchmarks/early_stopping.py` on {datetime.date.today()}: {cpu_model()}; "
+        f"{versions}.",
         "",
         f"Glyphs ({half}), the quickstart's network and losses at a constant rate of {RATE}, "
-        f"{CONFIG['warmup_epochs']} epochs of warm-up. R@1 is on characters never seen in training; training and both criteria read "
-        "no label.",
+        f"{CONFIG['warmup_epochs']} epochs of warm-up. R@1 is on characters never seen in "
+        "training; training and both criteria read no label.",
     ]
     for seed, rows in results.items():
         lines += ["", f"## Seed {seed}", "", "| epoch | R@1, % | stability | separation |"]

@@ -30,6 +30,11 @@ from pml_tacl.search import PictureIndex
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = Path(__file__).parents[1] / "examples" / "report.py"
+_spec = importlib.util.spec_from_file_location(
+    "report_picture", SCRIPT.parents[1] / "docs" / "report_picture.py"
+)
+drawing = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(drawing)
 HOSTILE = [
     "a<//script><script>window.pwned=1<//script>.png".replace("//", "/"),
     'b/"><img src=x onerror=window.pwned=1>.png',
@@ -435,39 +440,14 @@ def browser(tmp_path_factory):
     if missing:
         say = pytest.fail if os.environ.get("PML_TACL_BROWSER") == "required" else pytest.skip
         say(f"needs {', '.join(missing)}: apt-get install chromium chromium-driver, and pip's test")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs["chromium"]
-    for argument in (
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        "--disable-dev-shm-usage", "--window-size=1200,900",
-        f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
-    ):  # fmt: skip
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(service=Service(programs["chromedriver"]), options=options)
-    driver.set_page_load_timeout(120)
-    driver.set_script_timeout(60)
+    driver = drawing.open_browser(tmp_path_factory.mktemp("browser"))
     yield driver
     driver.quit()
 
 
-def opened(driver, path):
-    """Opens a page; gives the seconds until its map was drawn, by the browser's own clock."""
-    driver.get(path.as_uri())
-    return 1e-3 * driver.execute_async_script(
-        "const done = arguments[0];"
-        "const look = () => { const [mark] = performance.getEntriesByName('report-ready');"
-        "  mark ? done(mark.startTime) : setTimeout(look, 20); }; look();"
-    )
-
-
 @pytest.fixture
 def tab(browser, run, html):
-    opened(browser, run / "report.html")
+    drawing.open_page(browser, run / "report.html")
     return browser
 
 
@@ -514,7 +494,7 @@ def choose(driver, value):
 
 def test_the_page_opens_quickly_quietly_and_without_a_network(browser, run, html):
     browser.get_log("browser"), browser.get_log("performance")
-    seconds = min(opened(browser, run / "report.html") for _ in range(3))
+    seconds = min(drawing.open_page(browser, run / "report.html") for _ in range(3))
     assert seconds < 10  # 2 are the aim, for a quiet machine; see docs/report.md
     assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
     asked = [json.loads(line["message"])["message"] for line in browser.get_log("performance")]
@@ -608,3 +588,16 @@ def test_light_and_dark_and_a_phone(tab):
         assert run_script(tab, "[document.documentElement.scrollWidth, innerWidth]") == [360, 360]
     finally:
         tab.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_picture_of_the_page_is_its_top_and_its_map(browser, run, tmp_path, monkeypatch):
+    out = tmp_path / "report.png"
+    monkeypatch.setattr(sys, "argv", ["report_picture.py", str(run), "--out", str(out)])
+    drawing.main()
+    with Image.open(out) as picture:
+        grey = np.asarray(picture.convert("L"), dtype=float)
+    assert grey.shape == (617, 1700)
+    light, dark = np.split(grey, 2, axis=1)
+    assert np.median(light) > 200
+    assert np.median(dark) < 60
+    assert (dark > 100).mean() > 0.02  # pictures on the map
