@@ -72,7 +72,8 @@ def ablation_bars(table: Table) -> Figure | None:
             color=colours[number % len(colours)],
         )
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(removal)), [f"without {part}" for part in removal])
+    axes.set_xticks(range(len(removal)), list(removal))
+    axes.set_xlabel("part that is left out")
     axes.set_ylabel("R@1 lost, points")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
