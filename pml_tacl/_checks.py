@@ -2,7 +2,7 @@
 
 from math import inf
 from numbers import Real
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -10,6 +10,14 @@ import numpy as np
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is one real number: no bool, no string, no tensor."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def as_numbers(values: Any) -> list[float]:
+    """The values of a sequence, array or tensor as floats; none of them if any is no number."""
+    try:
+        return [float(value) for value in values]
+    except (TypeError, ValueError):
+        return []
 
 
 def check_count(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from pml_tacl._checks import as_numbers, check_number
 from pml_tacl._figure_ground import figure_scores
 from pml_tacl.functional import to_picture
 
@@ -27,8 +28,9 @@ def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
 
 def as_offset(cell_offset: Sequence[float]) -> tuple[float, float]:
     """(x, y) in cells as floats; ValueError unless both lie within a cell or two."""
-    if len(cell_offset) == 2 and all(abs(value) <= 2 for value in cell_offset):
-        return float(cell_offset[0]), float(cell_offset[1])
+    pair = as_numbers(cell_offset)
+    if len(pair) == 2 and all(abs(value) <= 2 for value in pair):
+        return pair[0], pair[1]
     raise ValueError(f"cell_offset must be (x, y) in cells, each in [-2, 2], got {cell_offset!r}")
 
 
@@ -89,13 +91,11 @@ class SurroundingsSwap(nn.Module):
         empty: bool = True,
     ) -> None:
         super().__init__()
-        if not 0 <= probability <= 1:
-            raise ValueError(f"probability must be in [0, 1], got {probability!r}")
+        check_number("probability", probability, 0, most=1)
         if mask not in ("border", "distinctive", "centred"):
             raise ValueError(f"mask must be 'border', 'distinctive' or 'centred', got {mask!r}")
         for name, value in (("sharpness", sharpness), ("sigma", sigma)):
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
+            check_number(name, value, 0, above=True)
         self.probability = probability
         self.mask = mask
         self.sharpness = sharpness

@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from pml_tacl._cell_points import CellPoints
+from pml_tacl._checks import as_numbers, is_number
 from pml_tacl._surroundings import SurroundingsSwap, SwapOutput, as_offset, as_pair, cell_weights
 
 if TYPE_CHECKING:
@@ -101,6 +102,11 @@ class SiameseTransform:
     ) -> None:
         self.size = as_pair("size", size)
         self.grid = as_pair("grid", grid)
+        if photometric == "default" and min(self.size) < 2:
+            raise ValueError(
+                f"size must be at least 2 pixels where photometric blurs, got {size!r}: give more "
+                "pixels, or photometric=None"
+            )
         if crop_scale is not None:
             _check_range("crop_scale", crop_scale, 1.0)
         _check_range("crop_ratio", crop_ratio, float("inf"))
@@ -109,10 +115,8 @@ class SiameseTransform:
                 value is None or callable(value) or (name, value) == ("photometric", "default")
             ):
                 raise TypeError(f"{name} must be a transform (a callable) or None, got {value!r}")
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(
-                f"mean and std must have 3 values each, std above 0, got {mean!r} and {std!r}"
-            )
+        self.mean = _as_channels("mean", mean, "3 finite numbers")
+        self.std = _as_channels("std", std, "3 finite numbers above 0", above=0)
         if interpolation not in ("nearest", "bilinear", "bicubic"):
             raise ValueError(
                 f"interpolation must be 'nearest', 'bilinear' or 'bicubic', got {interpolation!r}"
@@ -122,8 +126,6 @@ class SiameseTransform:
         self.geometric = geometric
         self.photometric = _default_photometric() if photometric == "default" else photometric
         self.flip = flip
-        self.mean = [float(v) for v in mean]
-        self.std = [float(v) for v in std]
         self.interpolation = v2.InterpolationMode(interpolation)
         rows, columns = self.grid
         y, x = torch.meshgrid(
@@ -147,8 +149,17 @@ class SiameseTransform:
             model: whose maps the points are meant for.
             size: height and width of both views, in pixels; an int makes them square.
             **kwargs: the other arguments; those that the model gives can be given too.
+
+        Raises:
+            ValueError: for an argument out of its range, or a model that takes no pictures of 3
+                channels or of that size.
         """
         shape = as_pair("size", size)
+        channels = model.data_config["input_size"][0]
+        if channels != 3:
+            raise ValueError(
+                f"views have 3 channels and the model takes {channels}: build it with in_chans=3"
+            )
         own = {name: model.data_config[name] for name in ("mean", "std")}
         own |= {"grid": model.grid(shape), "cell_offset": model.cell_offset(shape)}
         return cls(shape, **(own | kwargs))
@@ -245,12 +256,21 @@ class SiameseTransform:
 
 
 def _check_range(name: str, value: Sequence[float], limit: float) -> None:
-    fits = isinstance(value, Sequence) and len(value) == 2 and 0 < value[0] <= value[1] <= limit
-    if not fits:
+    fits = isinstance(value, Sequence) and len(value) == 2 and all(map(is_number, value))
+    if not fits or not 0 < value[0] <= value[1] <= limit:
         upper = f" <= {limit:g}" if limit < float("inf") else ""
         raise ValueError(
             f"{name} must be (least, greatest) with 0 < least <= greatest{upper}, got {value!r}"
         )
+
+
+def _as_channels(
+    name: str, values: Sequence[float], wanted: str, above: float = float("-inf")
+) -> list[float]:
+    numbers = as_numbers(values)
+    if len(numbers) != 3 or not all(above < number < float("inf") for number in numbers):
+        raise ValueError(f"{name} must be {wanted}, one for each channel, got {values!r}")
+    return numbers
 
 
 def _to_tensor(image: PIL.Image.Image | Tensor) -> Tensor:

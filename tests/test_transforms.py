@@ -406,8 +406,14 @@ def test_workers_draw_differently_and_reproducibly():
         ({"geometric": "flip"}, TypeError, "geometric must be a transform .* got 'flip'"),
         ({"geometric": "default"}, TypeError, "geometric must be a transform"),
         ({"photometric": 3}, TypeError, "photometric must be a transform .* got 3"),
-        ({"mean": (0.5,)}, ValueError, "mean and std must have 3 values"),
-        ({"std": (1, 1, 0)}, ValueError, "std above 0"),
+        ({"crop_scale": ("a", "b")}, ValueError, r"crop_scale must be .* got \('a', 'b'\)"),
+        ({"mean": (0.5,)}, ValueError, r"mean must be 3 finite numbers, one .* got \(0.5,\)"),
+        ({"mean": 0.5}, ValueError, "mean must be 3 finite numbers, .* got 0.5"),
+        ({"mean": (0, 0, float("nan"))}, ValueError, "mean must be 3 finite numbers, .* nan"),
+        ({"std": (1, 1, 0)}, ValueError, r"std must be 3 finite numbers above 0, .* \(1, 1, 0\)"),
+        ({"std": "abc"}, ValueError, "std must be 3 finite numbers above 0, .* got 'abc'"),
+        ({"cell_offset": 0.5}, ValueError, r"cell_offset must be \(x, y\) .* got 0.5"),
+        ({"size": (1, 8)}, ValueError, r"size must be at least 2 pixels where .* got \(1, 8\): "),
         ({"interpolation": "lanczos"}, ValueError, "interpolation must be .* got 'lanczos'"),
     ],
 )
@@ -473,6 +479,32 @@ def test_views_for_a_model_are_those_that_fit_it(size):
     assert len(points) == features[0, 0].numel()
     assert not transform.flip
     assert (transform.mean, transform.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
+def test_the_smallest_views_there_are():
+    torch.manual_seed(0)
+    blurring, plain = SiameseTransform(2, 1), SiameseTransform(1, 1, photometric=None)
+    for _ in range(20):  # which blurs now and then
+        assert blurring(picture())[0].shape == (3, 2, 2)
+    assert plain(picture())[0].shape == (3, 1, 1)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_channels_and_offsets_may_be_arrays(kind):
+    given = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    found = SiameseTransform(
+        32, 4, cell_offset=kind([0.5, 0.25]), **{name: kind(v) for name, v in given.items()}
+    )
+    assert found.cell_offset == (0.5, 0.25)
+    assert found.mean == pytest.approx(given["mean"])
+    assert found.std == pytest.approx(given["std"])
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_model_of_other_channels_is_told_apart_from_the_views(channels):
+    model = AttentionEmbedder("test_resnet", 8, in_chans=channels)
+    with pytest.raises(ValueError, match=f"views have 3 channels and the model takes {channels}: "):
+        SiameseTransform.for_model(model, 64)
 
 
 def test_what_is_given_goes_before_what_the_model_says():
@@ -709,11 +741,13 @@ def test_cuda_agrees_with_cpu_and_never_waits(mask, dtype):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"probability": 1.2}, r"probability must be in \[0, 1\], got 1.2"),
+        ({"probability": 1.2}, r"probability must be a number in \[0, 1\], got 1.2"),
         ({"probability": float("nan")}, "probability must be"),
+        ({"probability": "x"}, r"probability must be a number in \[0, 1\], got 'x'"),
         ({"mask": "central"}, "mask must be 'border', 'distinctive' or 'centred', got 'central'"),
-        ({"sharpness": 0}, "sharpness must be above 0 and finite, got 0"),
-        ({"sigma": float("inf")}, "sigma must be above 0 and finite, got inf"),
+        ({"sharpness": 0}, "sharpness must be a finite number above 0, got 0"),
+        ({"sigma": float("inf")}, "sigma must be a finite number above 0, got inf"),
+        ({"cell_offset": None}, r"cell_offset must be \(x, y\) in cells, .* got None"),
     ],
 )
 def test_wrong_swap_arguments_are_named(kwargs, message):
