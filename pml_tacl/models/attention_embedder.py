@@ -6,16 +6,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import torch
 from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from pml_tacl._evaluating import evaluating
+from pml_tacl._checks import check_number
 from pml_tacl.models.attention_pooling import Embedder, EmbedderOutput, chosen_pooling
-from pml_tacl.models.preprocessing import image_transform
-from pml_tacl.models.receptive_field import measure_cell_offset
+from pml_tacl.models.preprocessing import image_transform, size_in_pixels
+from pml_tacl.models.receptive_field import measure_cell_offset, measure_grid
 from pml_tacl.models.self_attention import self_attention_map
 from pml_tacl.models.trunk import Trunk
 from pml_tacl.models.weights import Pretrained, flat_tensors
@@ -133,11 +132,11 @@ class AttentionEmbedder(nn.Module):
 
         Args:
             image_size: side or (height, width) in pixels; None takes the data config's.
+
+        Raises:
+            ValueError: for no size in pixels, one too small, or one that the backbone refuses.
         """
-        probe = next(self.parameters()).new_zeros(1, *self._input_size(image_size))
-        with evaluating(self), torch.inference_mode():
-            height, width = self.trunk(probe).feature_maps.shape[-2:]
-        return height, width
+        return measure_grid(*self._of_images(image_size))
 
     def cell_offset(self, image_size: int | tuple[int, int] | None = None) -> tuple[float, float]:
         """How far from the middle of its cell a feature looks, as (x, y) in cells.
@@ -148,14 +147,16 @@ class AttentionEmbedder(nn.Module):
 
         Args:
             image_size: side or (height, width) in pixels; None takes the data config's.
-        """
-        channels, *size = self._input_size(image_size)
-        return measure_cell_offset(self.trunk, (size[0], size[1]), channels)
 
-    def _input_size(self, image_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
-        channels, height, width = self.data_config["input_size"]
-        size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        return channels, *(size or (height, width))
+        Raises:
+            ValueError: for a size that :meth:`grid` refuses.
+        """
+        return measure_cell_offset(*self._of_images(image_size))
+
+    def _of_images(self, image_size: Any) -> tuple[Trunk, tuple[int, int], int, int]:
+        config = self.data_config
+        size, channels = size_in_pixels(config, image_size), config["input_size"][0]
+        return self.trunk, size, channels, self.embedder.least_cells
 
     def whiten(
         self,
@@ -217,11 +218,10 @@ class AttentionEmbedder(nn.Module):
         names = [name for name, _ in self.trunk.named_parameters(prefix="trunk")]
         if layer_decay is None:
             return dict.fromkeys(names, ("trunk", lr))
-        if not 0 < layer_decay <= 1:
-            raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay!r}")
+        check_number("layer_decay", layer_decay, 0, most=1, above=True)
         model = self.trunk.model
         if not hasattr(model, "group_matcher"):
-            raise ValueError(f"layer_decay: {type(model).__name__} has no group_matcher of timm's")
+            raise ValueError(f"layer_decay must be None: {type(model).__name__} knows no layers")
         matcher = cast(Any, model).group_matcher(coarse=False)
         layers = group_parameters(model, matcher, reverse=True)
         last = max(layers.values(), default=0)

@@ -113,6 +113,8 @@ class Embedder(nn.Module):
         self.map_channels = map_channels
         self.pooling = pooling
         self.covariance = Covariance(map_channels) if pooling == "covariance" else None
+        # A single place has no covariance: every image would get the same embedding.
+        self.least_cells = 1 if self.covariance is None else 2
         if self.covariance is not None:
             num_features, norm = self.covariance.num_features, None
         self.embedding_dim = embedding_dim or num_features

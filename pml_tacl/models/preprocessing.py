@@ -22,6 +22,19 @@ class _PilMode(v2.Transform):  # type: ignore[misc]
         return image
 
 
+def size_in_pixels(config: dict[str, Any], image_size: Any = None) -> tuple[int, int]:
+    """(height, width) of a side or a pair in pixels, or of the config for None.
+
+    Raises:
+        ValueError: if `image_size` is no side and no pair of at least 1 pixel.
+    """
+    size = config["input_size"][1:] if image_size is None else image_size
+    pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"image_size must be pixels or (height, width), got {image_size!r}")
+    return pair
+
+
 def image_transform(
     config: dict[str, Any], training: bool = False, image_size: int | Sequence[int] | None = None
 ) -> v2.Transform:
@@ -35,11 +48,8 @@ def image_transform(
     Raises:
         ValueError: if `image_size` is no side and no pair.
     """
-    channels, *size = config["input_size"]
-    if image_size is not None:
-        size = list(image_size) if isinstance(image_size, tuple | list) else [image_size] * 2
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(f"image_size must be pixels or (height, width), got {image_size!r}")
+    channels = config["input_size"][0]
+    size = list(size_in_pixels(config, image_size))
     interpolation = (
         InterpolationMode(config["interpolation"])
         if config["interpolation"] in ("nearest", "bilinear", "bicubic")

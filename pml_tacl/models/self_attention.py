@@ -5,6 +5,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pml_tacl._checks import check_count
+
+_ELSE = "give another block, or see the attention that forward_features returns"
+
 
 @torch.no_grad()
 def self_attention_map(model: nn.Module, images: Tensor, block: int = -1) -> Tensor:
@@ -27,14 +31,17 @@ def self_attention_map(model: nn.Module, images: Tensor, block: int = -1) -> Ten
     """
     blocks = getattr(model, "blocks", None)
     if not hasattr(model, "forward_intermediates") or not isinstance(blocks, nn.Module):
-        raise ValueError(f"{type(model).__name__} is no ViT: it has no blocks with self-attention")
+        raise ValueError(
+            f"model must be a timm ViT, with blocks of self-attention, got {type(model).__name__}: "
+            "see the attention that forward_features returns"
+        )
     layers = list(blocks.children())
-    if not -len(layers) <= block < len(layers):
-        raise ValueError(f"block={block} must be in {-len(layers)}..{len(layers) - 1}")
+    check_count("block", block, -len(layers), most=len(layers) - 1)
+    named = f"block={block} of {type(model).__name__}"
     attention = getattr(layers[block], "attn", None)
     dropout = getattr(attention, "attn_drop", None)
     if not isinstance(dropout, nn.Module):
-        raise ValueError(f"block {block} of {type(model).__name__} has no self-attention weights")
+        raise ValueError(f"{named} keeps no weights of self-attention: {_ELSE}")
     seen: list[Tensor] = []
     fused = getattr(attention, "fused_attn", False)
     # The dropout is the one module that the weights pass through.
@@ -50,7 +57,7 @@ def self_attention_map(model: nn.Module, images: Tensor, block: int = -1) -> Ten
     height, width = maps.shape[-2:]
     places = height * width
     if not seen or seen[0].ndim != 4 or seen[0].shape[-1] < places:
-        raise ValueError(f"block {block} of {type(model).__name__} attends not over its places")
+        raise ValueError(f"{named} attends not over its places: {_ELSE}")
     weights = seen[0].float()
     rows = weights[:, :, 0] if getattr(model, "cls_token", None) is not None else weights.mean(2)
     onto_places = rows.mean(1)[:, -places:]

@@ -159,7 +159,10 @@ class Trunk(nn.Module):
             ValueError: if the backbone has no gradient checkpointing.
         """
         if not hasattr(self.model, "set_grad_checkpointing"):
-            raise ValueError(f"{type(self.model).__name__} has no gradient checkpointing")
+            raise ValueError(
+                f"backbone {type(self.model).__name__} has no gradient checkpointing: take a timm "
+                "model, or do without"
+            )
         cast(Any, self.model).set_grad_checkpointing(enable)
 
     def _wrong_size(self, images: Tensor) -> bool:
@@ -181,7 +184,10 @@ class Trunk(nn.Module):
                 )
         index = -1 if self.feature_index is None else self.feature_index
         if not -len(stages) <= index < len(stages):
-            raise ValueError(f"feature_index={index}: the backbone returns {len(stages)} map(s)")
+            raise ValueError(
+                f"feature_index={index} must be in {-len(stages)}..{len(stages) - 1}: the backbone "
+                f"returns {len(stages)} map(s)"
+            )
         return TrunkOutput(stages[index if self.stop_at_maps else -1], stages[index])
 
     def _as_maps(self, final: Any, last: Tensor) -> Tensor:

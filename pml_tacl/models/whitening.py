@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pml_tacl._checks import check_count
+from pml_tacl._checks import check_count, check_number
 from pml_tacl._evaluating import evaluating
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ def whiten(
         progress: show a bar.
 
     Raises:
-        ValueError: without a projection or images, or for an argument out of its range.
+        ValueError: without a projection or images, for images that look all the same, or for an
+            argument out of its range.
     """
     check_count("max_images", max_images, least=2)
-    if not 0 < shrinkage < float("inf"):
-        raise ValueError(f"shrinkage must be above 0 and finite, got {shrinkage!r}")
+    check_number("shrinkage", shrinkage, 0, above=True)
     projection = model.embedder.projection
     if not isinstance(projection, nn.Linear):
         raise ValueError("embedding_dim is None: there is no projection to whiten with")
@@ -101,4 +101,9 @@ def _moments(
     covariance = outer / count - mean[:, None] * mean
     if not torch.isfinite(covariance).all():
         raise ValueError("features are NaN or infinite: check the images and the weights")
+    if not covariance.any():
+        raise ValueError(
+            f"batches hold {images_seen} images whose features are all the same: give other "
+            "images, or larger ones"
+        )
     return mean, covariance

@@ -120,7 +120,7 @@ class TestModules:
             model(images())[:, 0].sum().backward()
             gradients.append(model.trunk.model.patch_embed.proj.weight.grad.clone())
         torch.testing.assert_close(*gradients)
-        with pytest.raises(ValueError, match="Conv2d has no gradient checkpointing"):
+        with pytest.raises(ValueError, match="backbone Conv2d has no gradient checkpointing: take"):
             AttentionEmbedder(nn.Conv2d(3, 4, 3), 8).set_grad_checkpointing()
 
 
@@ -212,11 +212,12 @@ class TestParameterGroups:
         torch.optim.AdamW(groups)
 
     def test_errors(self, model):
-        with pytest.raises(ValueError, match=r"layer_decay must be in \(0, 1\], got 1.5"):
-            model.parameter_groups(0.1, layer_decay=1.5)
+        for wrong in (1.5, 0, "a"):
+            with pytest.raises(ValueError, match=rf"layer_decay .* in \(0, 1\], got {wrong!r}"):
+                model.parameter_groups(0.1, layer_decay=wrong)
         with pytest.raises(ValueError, match="head_lr must be at least 0, got -1"):
             model.parameter_groups(0.1, head_lr=-1)
-        with pytest.raises(ValueError, match="Conv2d has no group_matcher"):
+        with pytest.raises(ValueError, match="layer_decay must be None: Conv2d knows no layers"):
             AttentionEmbedder(nn.Conv2d(3, 4, 3), 8).parameter_groups(0.1, layer_decay=0.5)
 
 
@@ -264,10 +265,18 @@ class TestTransform:
         transform = pickle.loads(pickle.dumps(model.transform(training=True)))
         assert isinstance(transform, v2.Transform)
 
-    @pytest.mark.parametrize("size", [0, (3, 4, 5), "32", 2.5])
-    def test_wrong_size(self, model, size):
+    @pytest.mark.parametrize("size", [0, (0, 32), -1, (3, 4, 5), "32", 2.5])
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda model, size: model.transform(image_size=size),
+            lambda model, size: model.grid(size),
+            lambda model, size: model.cell_offset(size),
+        ],
+    )
+    def test_wrong_size(self, model, call, size):
         with pytest.raises(ValueError, match="image_size must be pixels or"):
-            model.transform(image_size=size)
+            call(model, size)
 
 
 class TestSaving:

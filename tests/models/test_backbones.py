@@ -298,7 +298,7 @@ def test_own_module_with_stages():
     model = AttentionEmbedder(Plain(stages=True), 8, feature_index=0, pooling="average")
     assert check_output(model, images((32, 32))).feature_maps.shape == (2, 6, 16, 16)
     assert model.trunk.num_features == 10
-    with pytest.raises(ValueError, match=r"feature_index=2: the backbone returns 2 map\(s\)"):
+    with pytest.raises(ValueError, match=r"feature_index=2 must be in -2\.\.1: .* 2 map"):
         AttentionEmbedder(Plain(stages=True), 8, feature_index=2)
 
 

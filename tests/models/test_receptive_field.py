@@ -1,5 +1,7 @@
 """Where cells look is measured right, and the views' points and masks follow it."""
 
+from functools import partial
+
 import PIL.Image
 import pytest
 import torch
@@ -73,6 +75,41 @@ def test_of_timm_models(backbone, low, high):
     assert model.trunk.training  # as it was, statistics of BatchNorm too
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, (16, 9)])
+def test_sizes_of_one_cell_have_no_covariance(size):
+    model = AttentionEmbedder("test_resnet", 8)  # of stride 16
+    for call in (model.grid, model.cell_offset, partial(SiameseTransform.for_model, model)):
+        with pytest.raises(ValueError, match=r"^image_size=\(.* of 1 x 1 cells, .* least 2: "):
+            call(size)
+    assert model.grid((16, 17)) == (1, 2)
+    averaging = AttentionEmbedder("test_resnet", 8, pooling="average")  # for which one is enough
+    views = SiameseTransform.for_model(averaging, size, photometric=None)  # no blur of one pixel
+    assert averaging.grid(size) == views.grid == (1, 1)
+
+
+def test_sizes_that_the_backbone_cannot_take():
+    model = AttentionEmbedder("test_convnext", 8)
+    for call in (model.grid, model.cell_offset, partial(SiameseTransform.for_model, model)):
+        with pytest.raises(ValueError, match=r"^image_size=\(3, 3\) is too .*: give") as stop:
+            call(3)
+        assert "\n" not in str(stop.value)
+    with pytest.raises(ValueError, match=r"takes no images of \(40, 40\) px"):
+        AttentionEmbedder("test_vit", 8, dynamic_img_size=True).grid(40)
+
+
+def test_what_is_wrong_at_the_backbones_own_size_keeps_its_words(monkeypatch):
+    model = AttentionEmbedder("test_resnet", 8)
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(model.trunk, "forward", broken)
+    for error, size in ((RuntimeError("no kernel"), 160), (torch.OutOfMemoryError("full"), 64)):
+        for call in (model.grid, model.cell_offset):
+            with pytest.raises(type(error), match=str(error)):
+                call(size)
 
 
 @pytest.mark.parametrize("seed", range(6))

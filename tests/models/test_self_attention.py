@@ -56,7 +56,16 @@ def test_fused_attention_is_restored():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"block=6 must be in -6\.\.5"):
-        build().self_attention(images(), block=6)
-    with pytest.raises(ValueError, match="ResNet is no ViT"):
+    for block in (6, 1.5):
+        with pytest.raises(ValueError, match=f"block must be .* from -6 to 5, got {block}"):
+            build().self_attention(images(), block=block)
+    with pytest.raises(ValueError, match=r"model must be a timm ViT, .* got ResNet: see the atten"):
         AttentionEmbedder("test_resnet", 8).self_attention(images())
+    model = build()
+    model.trunk.model.blocks[2].attn.attn_drop = None
+    with pytest.raises(ValueError, match=r"block=2 of VisionTransformer keeps no weights .*: give"):
+        model.self_attention(images(), block=2)
+    model.trunk.model.blocks[3].attn.attn_drop = torch.nn.Identity()  # of whatever goes through
+    model.trunk.model.blocks[3].attn.forward = lambda x, *_, **__: x
+    with pytest.raises(ValueError, match=r"block=3 of VisionTransformer attends not over .*: give"):
+        model.self_attention(images(), block=3)

@@ -181,7 +181,8 @@ class TestErrors:
         before = copy.deepcopy(model.state_dict())
         for kwargs, message in [
             ({"max_images": 1}, "max_images must be .*2.* got 1"),
-            ({"shrinkage": 0}, "shrinkage must be above 0 and finite, got 0"),
+            ({"shrinkage": 0}, "shrinkage must be a finite number above 0, got 0"),
+            ({"shrinkage": "a"}, "shrinkage must be a finite number above 0, got 'a'"),
         ]:
             with pytest.raises(ValueError, match=message):
                 model.whiten([images()], **kwargs)
@@ -191,6 +192,8 @@ class TestErrors:
             model.whiten([])
         with pytest.raises(ValueError, match="features are NaN or infinite"):
             model.whiten([images() * torch.nan])
+        with pytest.raises(ValueError, match="batches hold 24 images whose features are all the s"):
+            model.whiten([images()[:, :, :8, :8]])  # of one cell, which has no covariance
         torch.testing.assert_close(
             model.state_dict()["embedder.projection.weight"], before["embedder.projection.weight"]
         )
