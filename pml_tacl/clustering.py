@@ -197,14 +197,11 @@ class KMeansPseudoLabeler:
         return _summarise(labels, rows, self.min_cluster_size)
 
     def _number_for(self, count: int) -> int:
-        auto = self.num_clusters == "auto"
-        wanted = max(2, min(count // 10, 10_000)) if auto else int(self.num_clusters)
+        wanted = number_of_clusters(self, count)
         if wanted > count:
             raise ValueError(
                 f"num_clusters={wanted} is more than the {count} embeddings: lower it or add images"
             )
-        if auto and self.max_points is not None:
-            wanted = min(wanted, self.max_points)
         return wanted
 
     def _start(
@@ -243,6 +240,14 @@ class KMeansPseudoLabeler:
         )
         kmeans.train(points, init_centroids=start)
         return np.asarray(kmeans.centroids, dtype=np.float32)
+
+
+def number_of_clusters(labeler: KMeansPseudoLabeler, count: int) -> int:
+    """How many clusters k-means asks of so many rows: "auto" is a tenth, from 2 to 10 000."""
+    if labeler.num_clusters != "auto":
+        return int(labeler.num_clusters)
+    wanted = max(2, min(count // 10, 10_000))
+    return wanted if labeler.max_points is None else min(wanted, labeler.max_points)
 
 
 def _check_use(members: IntArray) -> None:

@@ -1,11 +1,13 @@
 """What a trainer refuses before anything is computed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
-from pml_tacl._checks import check_count
+from pml_tacl._checks import check_count, check_number, is_number
+from pml_tacl.clustering import KMeansPseudoLabeler, number_of_clusters
 
 _MINERS = {"tuple_miner", "attention_miner"}
 
@@ -28,7 +30,8 @@ def check_arguments(
     labeler: Any,
     miners: Iterable[str],
     weights: Iterable[str],
-    losses: Iterable[str],
+    losses: Any,
+    functions: Mapping[str, Any],
     processes: int = 1,
 ) -> None:
     """Raise ValueError for an argument of :class:`UnsupervisedTrainer` that does not fit.
@@ -38,14 +41,17 @@ def check_arguments(
         batch_size: as of the trainer, and so on.
         miners: names of mining_funcs.
         weights: names of loss_weights.
-        losses: names of loss_funcs.
+        losses: loss_funcs, of which the names are looked at.
+        functions: further ones that must be callable, by name.
         processes: that train together.
     """
-    if not 1 <= batch_size <= count:
+    check_count("batch_size", batch_size, 1)
+    if batch_size > count:
         raise ValueError(
             f"batch_size must be from 1 to the number of pictures, {count}, got {batch_size}"
         )
-    if images_per_cluster < 1 or batch_size % images_per_cluster:
+    check_count("images_per_cluster", images_per_cluster, 1)
+    if batch_size % images_per_cluster:
         raise ValueError(
             f"images_per_cluster must divide batch_size={batch_size}, got {images_per_cluster}"
         )
@@ -54,47 +60,53 @@ def check_arguments(
             f"batch_size={batch_size} is of all {processes} processes, and each takes whole "
             f"clusters: give a multiple of {processes * images_per_cluster}, or fewer processes"
         )
-    if recluster_every < 1 or warmup_epochs < 0:
-        raise ValueError(
-            "recluster_every must be at least 1 and warmup_epochs at least 0, got "
-            f"{recluster_every} and {warmup_epochs}"
-        )
-    if recluster_when_moved is not None and not 0 <= recluster_when_moved <= 2:
-        raise ValueError(
-            f"recluster_when_moved must be in [0, 2] or None, got {recluster_when_moved}"
-        )
-    if not 0 <= centroid_momentum <= 1:
-        raise ValueError(f"centroid_momentum must be in [0, 1], got {centroid_momentum}")
-    if not 1 <= accumulation_steps <= batch_size // processes:
+    check_count("recluster_every", recluster_every, 1)
+    check_count("warmup_epochs", warmup_epochs, 0)
+    if recluster_when_moved is not None:
+        check_number("recluster_when_moved", recluster_when_moved, 0, 2, alternative="or None")
+    check_number("centroid_momentum", centroid_momentum, 0, 1)
+    check_count("accumulation_steps", accumulation_steps, 1)
+    if accumulation_steps > batch_size // processes:
         of = f" / {processes} processes" if processes > 1 else ""
         raise ValueError(
             f"accumulation_steps must be from 1 to batch_size={batch_size}{of}, "
             f"got {accumulation_steps}"
         )
-    if ema_decay is not None and not 0 < ema_decay < 1:
-        raise ValueError(f"ema_decay must be above 0 and below 1, or None, got {ema_decay}")
+    if ema_decay is not None and not (is_number(ema_decay) and 0 < ema_decay < 1):
+        raise ValueError(f"ema_decay must be above 0 and below 1, or None, got {ema_decay!r}")
     check_count("max_unreadable", max_unreadable, 0)
     check_count("keep", keep, 1)
     if checkpoint_every is not None:
         check_count("checkpoint_every", checkpoint_every, 1, "or None")
     if amp_dtype not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"amp_dtype must be torch.bfloat16, float16 or None, got {amp_dtype}")
+    for name, function in {"labeler": labeler, **functions}.items():
+        if not callable(function):
+            raise ValueError(f"{name} must be a function or an object to call, got {function!r}")
+    names = list(losses.keys()) if hasattr(losses, "keys") else []
+    if not names:
+        got = losses if hasattr(losses, "keys") else type(losses).__name__
+        raise ValueError(
+            f'loss_funcs must be a dict of at least one loss, as {{"metric_loss": loss}}, got {got}'
+        )
     if unknown := set(miners) - _MINERS:
         raise ValueError(
             f"mining_funcs must be named tuple_miner or attention_miner, got {sorted(unknown)}"
         )
-    if unknown := set(weights) - set(losses):
+    if unknown := set(weights) - set(names):
         raise ValueError(
-            f"loss_weights must be named as loss_funcs, {sorted(losses)}, got {sorted(unknown)}"
+            f"loss_weights must be named as loss_funcs, {sorted(names)}, got {sorted(unknown)}"
         )
     clusters = getattr(labeler, "num_clusters", None)
-    if isinstance(clusters, int):  # else only a clustering tells
+    if isinstance(labeler, KMeansPseudoLabeler):
+        clusters = number_of_clusters(labeler, count)
+    if isinstance(clusters, int | np.integer):  # else only a clustering tells
         if clusters > count:
             raise ValueError(
                 f"num_clusters={clusters} is more than the {count} pictures: lower it or add "
                 "pictures"
             )
-        check_clusters(clusters, batch_size, images_per_cluster)
+        check_clusters(int(clusters), batch_size, images_per_cluster)
 
 
 def check_clusters(clusters: int, batch_size: int, images_per_cluster: int) -> None:

@@ -154,6 +154,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             miners=mining_funcs,
             weights=weights,
             losses=loss_funcs,
+            functions={"transform": transform, "eval_transform": eval_transform},
             processes=world_size(),
         )
         self.transform, self.eval_transform, self.labeler = transform, eval_transform, labeler

@@ -1,6 +1,7 @@
 import copy
 import logging
 
+import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning import losses, miners, samplers
@@ -384,26 +385,65 @@ def test_the_clustering_is_logged(caplog):
     ("kwargs", "message"),
     [
         ({"batch_size": 25}, "batch_size must be from 1 to the number of pictures, 24, got 25"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"batch_size": 4.0}, "batch_size must be an integer of at least 1, got 4.0"),
         ({"images_per_cluster": 3}, "images_per_cluster must divide batch_size=8, got 3"),
-        ({"recluster_every": 0}, "recluster_every must be at least 1"),
+        ({"images_per_cluster": 0}, "images_per_cluster must be an integer of at least 1, got 0"),
+        ({"images_per_cluster": 2.0}, "images_per_cluster must be an integer .* got 2.0"),
+        ({"recluster_every": 0}, "^recluster_every must be an integer of at least 1, got 0$"),
+        ({"warmup_epochs": -1}, "^warmup_epochs must be an integer of at least 0, got -1$"),
         ({"amp_dtype": torch.float64}, "amp_dtype must be"),
-        ({"recluster_when_moved": 3.0}, r"recluster_when_moved must be in \[0, 2\] or None, got 3"),
-        ({"accumulation_steps": 0}, "accumulation_steps must be from 1 to batch_size=8, got 0"),
+        (
+            {"recluster_when_moved": 3.0},
+            r"recluster_when_moved must be a number in \[0, 2\] or None, got 3",
+        ),
+        ({"recluster_when_moved": "a"}, "recluster_when_moved must be a number .* got 'a'"),
+        ({"accumulation_steps": 0}, "accumulation_steps must be an integer of at least 1, got 0"),
+        ({"accumulation_steps": 2.5}, "accumulation_steps must be an integer .* got 2.5"),
         ({"accumulation_steps": 9}, "accumulation_steps must be from 1 to batch_size=8, got 9"),
-        ({"centroid_momentum": 1.5}, r"centroid_momentum must be in \[0, 1\], got 1.5"),
+        ({"centroid_momentum": 1.5}, r"centroid_momentum must be a number in \[0, 1\], got 1.5"),
         ({"ema_decay": 1.0}, "ema_decay must be above 0 and below 1, or None, got 1"),
+        ({"ema_decay": "a"}, "ema_decay must be above 0 and below 1, or None, got 'a'"),
         ({"max_unreadable": -1}, "max_unreadable must be an integer of at least 0, got -1"),
         ({"checkpoint_every": 0}, "checkpoint_every must be an integer of at least 1 or None"),
         ({"keep": 0}, "keep must be an integer of at least 1, got 0"),
         ({"mining_funcs": {"tuple_miners": None}}, "mining_funcs must be named"),
+        ({"loss_funcs": {}}, r"loss_funcs must be a dict of at least one loss, .* got \{\}"),
+        ({"loss_funcs": losses.NTXentLoss()}, "loss_funcs must be a dict .* got NTXentLoss$"),
         ({"loss_weights": {"metric": 1.0}}, "loss_weights must be named as loss_funcs"),
+        ({"labeler": None}, "labeler must be a function or an object to call, got None"),
+        ({"eval_transform": None}, "eval_transform must be a function .* got None"),
         ({"labeler": KMeansPseudoLabeler(25)}, "num_clusters=25 is more than the 24 pictures"),
         ({"labeler": KMeansPseudoLabeler(3)}, "3 clusters are fewer than the 4 that a batch of 8"),
+        (
+            {"labeler": KMeansPseudoLabeler(np.int64(3))},
+            "3 clusters are fewer than the 4 that a ba",
+        ),
+        ({"labeler": KMeansPseudoLabeler("auto")}, "2 clusters are fewer than the 4 that a batch"),
+        (
+            {"labeler": KMeansPseudoLabeler("auto", max_points=3), "dataset": Pictures(200)},
+            "3 clusters are fewer than the 4 that a batch",
+        ),
+        (
+            {
+                "labeler": KMeansPseudoLabeler("auto"),
+                "dataset": Pictures(1),
+                "batch_size": 1,
+                "images_per_cluster": 1,
+            },
+            "num_clusters=2 is more than the 1 pictures",
+        ),
     ],
 )
 def test_arguments_are_checked_before_anything_is_computed(kwargs, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(**kwargs)
+
+
+def test_auto_clusters_that_are_as_many_as_a_batch_needs_are_let_through():
+    trainer = make_trainer(dataset=Pictures(40), labeler=KMeansPseudoLabeler("auto"))
+    trainer.relabel()
+    assert len(trainer.centroids) == 4
 
 
 def test_a_trunk_without_feature_maps_is_told_about_attention():
