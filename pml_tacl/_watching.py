@@ -89,7 +89,10 @@ def restore(trainer: Any, folder: str | Path) -> int:
         return int(trainer.epoch)
     there = checkpoints(folder)
     if not there:
-        raise FileNotFoundError(f"{folder} holds no state of a trainer")
+        raise FileNotFoundError(
+            f"folder={str(folder)!r} holds no state of a trainer: give 'best' or 'last' in the "
+            "folder that Evaluate kept them in"
+        )
     state = torch.load(there[-1], map_location="cpu", weights_only=True)
     for part in _PARTS:
         mine = getattr(trainer, part) or {}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pml_tacl._checks import check_count
+from pml_tacl._checks import check_count, check_number
 from pml_tacl._evaluating import evaluating
 from pml_tacl._watching import (
     CRITERIA,
@@ -116,7 +116,8 @@ class Evaluate:
             )
             self.history[trainer.epoch] = found
             if self.metric not in found:
-                raise ValueError(f"metric={self.metric!r} is not among {', '.join(found)}")
+                known = ", ".join(found)
+                raise ValueError(f"metric must be one of {known}, got {self.metric!r}")
             if self.logger is not None:
                 values = {f"validation/{name}": value for name, value in found.items()}
                 self.logger.log_scalars(trainer.epoch, values)
@@ -169,13 +170,12 @@ class EarlyStopping:
         start: int = 1,
         logger: Logger | None = None,
     ) -> None:
-        if isinstance(criterion, str) and criterion not in CRITERIA:
+        if not callable(criterion) and criterion not in tuple(CRITERIA):
             named = ", ".join(CRITERIA)
             raise ValueError(f"criterion must be one of {named} or a function, got {criterion!r}")
         check_count("patience", patience, 1)
         check_count("start", start, 1)
-        if not min_delta >= 0:
-            raise ValueError(f"min_delta must be at least 0, got {min_delta!r}")
+        check_number("min_delta", min_delta, 0)
         self.criterion, self.patience, self.min_delta = criterion, patience, float(min_delta)
         self.start, self.logger = start, logger
         self.history: dict[int, float] = {}

@@ -82,7 +82,10 @@ class Benchmark(BaseDataset):  # type: ignore[misc]
     ) -> None:
         """Keep the images and number their classes among those of ``every_id`` (or of ``ids``)."""
         if not len(ids):
-            raise ValueError(f"root={str(self.root)!r} lists no image of split {self.split!r}")
+            raise ValueError(
+                f"root={str(self.root)!r} lists no image of split={self.split!r}: give another "
+                f"split, or get {self._NAME} again from {self.DOWNLOAD_URL}"
+            )
         self.paths = paths
         self._require(str(Path(paths[0]).relative_to(self.root)))
         self.class_ids = np.unique(ids if every_id is None else every_id)
