@@ -197,7 +197,7 @@ class KMeansPseudoLabeler:
         return _summarise(labels, rows, self.min_cluster_size)
 
     def _number_for(self, count: int) -> int:
-        wanted = number_of_clusters(self, count)
+        wanted = _number_of_clusters(self, count)
         if wanted > count:
             raise ValueError(
                 f"num_clusters={wanted} is more than the {count} embeddings: lower it or add images"
@@ -242,7 +242,7 @@ class KMeansPseudoLabeler:
         return np.asarray(kmeans.centroids, dtype=np.float32)
 
 
-def number_of_clusters(labeler: KMeansPseudoLabeler, count: int) -> int:
+def _number_of_clusters(labeler: KMeansPseudoLabeler, count: int) -> int:
     """How many clusters k-means asks of so many rows: "auto" is a tenth, from 2 to 10 000."""
     if labeler.num_clusters != "auto":
         return int(labeler.num_clusters)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from pml_tacl._checks import check_count, check_number, is_number
-from pml_tacl.clustering import KMeansPseudoLabeler, number_of_clusters
+from pml_tacl.clustering import KMeansPseudoLabeler, _number_of_clusters
 
 _MINERS = {"tuple_miner", "attention_miner"}
 
@@ -99,7 +99,7 @@ def check_arguments(
         )
     clusters = getattr(labeler, "num_clusters", None)
     if isinstance(labeler, KMeansPseudoLabeler):
-        clusters = number_of_clusters(labeler, count)
+        clusters = _number_of_clusters(labeler, count)
     if isinstance(clusters, int | np.integer):  # else only a clustering tells
         if clusters > count:
             raise ValueError(
