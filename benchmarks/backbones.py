@@ -54,9 +54,10 @@ def own_module() -> nn.Module:
     return nn.Sequential(*list(torchvision.models.resnet18().children())[:-2])
 
 
-def row(family: str, backbone: str | nn.Module, kwargs: dict[str, Any]) -> str:
+def given(backbone: str | nn.Module, pooling: str, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The stage of attention, shapes of its maps and of what is pooled, millions of parameters."""
     with torch.device("meta"):
-        model = AttentionEmbedder(backbone, DIMENSIONS, **kwargs).eval()
+        model = AttentionEmbedder(backbone, DIMENSIONS, pooling=pooling, **kwargs).eval()
         output = model.trunk(torch.empty(1, 3, SIDE, SIDE))
     # Autocast, which the pooling switches off for itself, knows no meta device.
     embedder = model.embedder.to_empty(device="cpu")
@@ -64,14 +65,20 @@ def row(family: str, backbone: str | nn.Module, kwargs: dict[str, Any]) -> str:
         nn.init.ones_(parameter)
     out = embedder.forward_features(type(output)(*(torch.ones(x.shape) for x in output)))
     assert out.attention.shape == (1, *out.feature_maps.shape[2:])
+    assert out.embeddings.shape == (1, DIMENSIONS)
+    millions = sum(parameter.numel() for parameter in model.trunk.parameters()) / 1e6
+    return model.trunk.feature_index, out.feature_maps.shape, output.features.shape, millions
+
+
+def row(family: str, backbone: str | nn.Module, kwargs: dict[str, Any]) -> str:
+    index, maps, _, trunk = given(backbone, "covariance", kwargs)
+    *_, last, whole = given(backbone, "average", kwargs)
     name = f"`{backbone}`" if isinstance(backbone, str) else "torchvision's `resnet18`, as a module"
     name += "".join(f", `{key}={value}`" for key, value in kwargs.items())
-    maps, last = out.feature_maps.shape, output.features.shape
-    index = "" if model.trunk.feature_index is None else model.trunk.feature_index
-    millions = sum(parameter.numel() for parameter in model.trunk.parameters()) / 1e6
+    index = "" if index is None else index
     return (
-        f"| {family} | {name} | {index} | {maps[2]} x {maps[3]} | {maps[1]} "
-        f"| {last[2]} x {last[3]} | {last[1]} | {tuple(out.embeddings.shape)} | {millions:.1f} M |"
+        f"| {family} | {name} | {index} | {maps[2]} x {maps[3]} | {maps[1]} | {trunk:.1f} M "
+        f"| {last[2]} x {last[3]} | {last[1]} | {whole:.1f} M |"
     )
 
 
@@ -86,12 +93,13 @@ def report(rows: list[str]) -> str:
         "",
         f"`AttentionEmbedder(name, {DIMENSIONS})` for one picture of {SIDE} x {SIDE} pixels. "
         "`feature_index` is the one taken by default: the last stage of stride 16 or finer, for a "
-        "plain ViT its last block. Its maps carry attention, the last stage's are pooled by it; "
-        "where both are the same, they are one tensor. Prefix tokens (class, registers) are no "
-        "places and are left out. Parameters are the trunk's, without its classifier.",
+        "plain ViT its last block. Its maps carry attention, and by default are pooled by it: the "
+        'trunk ends there. With `pooling="average"` the last stage\'s are pooled; where both are '
+        "the same, they are one tensor. Prefix tokens (class, registers) are no places and are "
+        "left out. Parameters are the trunk's, without its classifier.",
         "",
-        "| family | model | feature_index | grid of the maps | channels | pooled grid | "
-        "channels | embeddings | parameters |",
+        "| family | model | feature_index | grid of the maps | channels | parameters | "
+        "average: pooled grid | channels | parameters |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *rows,
         "",
