@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from _common import cpu_model
 
-from pml_tacl import __version__
+from pml_tacl import AttentionEmbedder, __version__
 from scaling_parts.config import BACKBONE, ITERATIONS, PER_CENTROID, PLANS, SIDE, D
 from scaling_parts.fits import Gpus, fitted, memory, simulate
 from scaling_parts.terms import TERMS
@@ -25,6 +25,13 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.{int(seconds < 10 * size)}f} {name}"
     return f"{seconds * 1e3:.0f} ms" if seconds >= 1e-3 else "under 1 ms"
+
+
+def weights() -> int:
+    """Bytes of the network's."""
+    with torch.device("meta"):
+        model = AttentionEmbedder(BACKBONE, D)
+    return sum(4 * parameter.numel() for parameter in model.parameters())
 
 
 def amount(size: float) -> str:
@@ -139,7 +146,7 @@ To decode {gpus.count * gpus.train:g} pictures/s takes \
 {takeovers(drawn, parts)}
 
 Exchanges of processes: a step sums the gradients, twice the size of the weights a process \
-(`{BACKBONE}`: 2 x 0.1 GB), and gathers the embeddings of a batch (kilobytes); an embedding pass \
+(`{BACKBONE}`: 2 x {amount(weights())}), and gathers the embeddings of a batch (kilobytes); an embedding pass \
 sends {4 * D} bytes a picture to the first process, which broadcasts 8 bytes a picture and \
 {4 * D} a cluster. A network was not measured here.
 """
