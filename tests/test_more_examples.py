@@ -272,7 +272,7 @@ class TestSemiSupervised:
 
 class TestVit:
     def test_maps_at_both_sizes(self, tmp_path, capsys):
-        small = {"CLASSES": 6, "EPOCHS": 1, "WORKERS": 0, "OUT": tmp_path}
+        small = {"CLASSES": 6, "BATCH_SIZE": 16, "EPOCHS": 1, "WORKERS": 0, "OUT": tmp_path}
         found = script("vit_backbone", **small).main()
         assert list(found) == ["before", "after, 64 pixels", "after, 96 pixels"]
         assert all(0 < value <= 1 for value in found.values())

@@ -147,8 +147,8 @@ To decode {gpus.count * gpus.train:g} pictures/s takes \
 
 Exchanges of processes: a step sums the gradients, twice the size of the weights a process \
 (`{BACKBONE}`: 2 x {amount(weights())}), and gathers the embeddings of a batch (kilobytes); an \
-embedding pass sends {4 * D} bytes a picture to the first process, which broadcasts 8 bytes a picture and \
-{4 * D} a cluster. A network was not measured here.
+embedding pass sends {4 * D} bytes a picture to the first process, which broadcasts 8 bytes a \
+picture and {4 * D} a cluster. A network was not measured here.
 """
 
 
