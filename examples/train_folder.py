@@ -50,7 +50,7 @@ def main() -> None:
     labelled = args.eval_folder and on_first(
         lambda: ImageFiles(args.eval_folder, labels="folder", transform=plain), "reading the test"
     )
-    auto = max(2, len(pictures) // 10, args.batch_size // args.images_per_cluster)
+    auto = max(2, min(len(pictures) // 10, 10_000), args.batch_size // args.images_per_cluster)
     clusters = auto if args.num_clusters == "auto" else args.num_clusters
     views = pml_tacl.SiameseTransform.for_model(model, size)
     groups = model.parameter_groups(args.learning_rate, head_lr=10 * args.learning_rate)
