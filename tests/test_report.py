@@ -479,9 +479,15 @@ def hover(driver, x, y):
     from selenium.webdriver.common.action_chains import ActionChains
 
     canvas = driver.find_element("id", "map-canvas")
-    run_script(driver, "document.getElementById('map-box').scrollIntoView({block: 'center'})")
+    # At once: the page scrolls smoothly, and a slow machine would point where the map is not yet.
+    run_script(
+        driver,
+        "document.getElementById('map-box').scrollIntoView({block: 'center', behavior: 'instant'})",
+    )
+    painted(driver)
     chain = ActionChains(driver, duration=0)
     chain.move_to_element_with_offset(canvas, round(x), round(y)).perform()
+    painted(driver)
 
 
 def choose(driver, value):
