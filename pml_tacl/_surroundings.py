@@ -37,7 +37,7 @@ def as_offset(cell_offset: Sequence[float]) -> tuple[float, float]:
 class SwapOutput(NamedTuple):
     """What `SurroundingsSwap` returns.
 
-    Args:
+    Attributes:
         images: (N, C, H, W), the batch with surroundings swapped, dtype as given.
         masks: (N, H, W) in [0, 1], float32: how much of each pixel is the image's own; 1
             everywhere in an image that was not swapped.

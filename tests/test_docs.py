@@ -150,7 +150,13 @@ def test_every_page_is_in_the_navigation():
 
 def test_ci_runs_the_tests_the_linters_and_the_documentation():
     check = (ROOT / ".ci" / "check").read_text()
-    for command in ("python -m pytest", "ruff check", "ruff format --check", "mypy", "--strict"):
+    for command in (
+        "python -m pytest",
+        "ruff check",
+        "ruff format --check",
+        "mypy",
+        "mkdocs build --strict",
+    ):
         assert check.count(command) == 1, command
 
 
