@@ -61,8 +61,7 @@ def main() -> None:
         "attention_loss": pml_tacl.AttentionConsistencyLoss(),
     }
     trainer = pml_tacl.UnsupervisedTrainer(
-        model, optimizer, args.batch_size, losses, pictures,
-        transform=views, eval_transform=plain,
+        model, optimizer, args.batch_size, losses, pictures, transform=views, eval_transform=plain,
         labeler=pml_tacl.KMeansPseudoLabeler(clusters, seed=args.seed),
         mining_funcs={"attention_miner": pml_tacl.AttentionConsistencyMiner()},
         images_per_cluster=args.images_per_cluster, warmup_epochs=args.warmup_epochs,
@@ -82,12 +81,13 @@ def main() -> None:
         return evaluate_together(model, labelled, num_workers=args.workers) if labelled else {}
 
     config = {**flags.settings_of(args), "image_size": size, "num_clusters": clusters}
-    config["pictures"] = hashlib.sha256(repr(pictures.names).encode("utf-8", "replace")).hexdigest()
+    names = pictures.names
+    config["pictures"] = hashlib.sha256(repr(names).encode("utf-8", "replace")).hexdigest()
     run.open(config)
     rows = run.train(trainer, args.epochs, measure)
     found = embed_together(model, seen, num_workers=args.workers)
     if is_first():
-        PictureIndex(found[0], pictures.names, pictures.root).save(run.folder)
+        PictureIndex(found[0], names, pictures.root).save(run.folder)
         run.draw(model, seen, found[0])
         if labelled:
             print(f"\n{runs.metrics_table(rows)}\n\nper cent, on {args.eval_folder}")

@@ -17,6 +17,7 @@ from pml_tacl import AttentionEmbedder, SiameseTransform, runs
 from pml_tacl import visualize as vis
 from pml_tacl.datasets import Glyphs, load_rgb
 from pml_tacl.functional import cross_image_attention
+from pml_tacl.models.preprocessing import as_seen
 
 GLYPHS = {"split": "test", "num_classes": 3, "images_per_class": 3}
 MOVED = v2.RandomAffine((20, 20), (0.1, 0.1), fill=128)
@@ -50,11 +51,10 @@ def main() -> None:
     pictures = [load_rgb(path) for path in args.pictures] or [image for image, _ in glyphs]
     normalise = v2.Normalize(model.data_config["mean"], model.data_config["std"])
     transform = model.transform(image_size=args.size)
-    out = model.forward_features(torch.stack([transform(picture) for picture in pictures]))
+    views = torch.stack([transform(picture) for picture in pictures])
+    out = model.forward_features(views)
 
-    # As the model sees them: cropped and scaled, but in their own colours.
-    mean, std = (torch.tensor(model.data_config[k]).view(3, 1, 1) for k in ("mean", "std"))
-    seen = [(transform(picture) * std + mean).clamp(0, 1) for picture in pictures]
+    seen = as_seen(views, model.data_config)  # cropped and scaled, but in their own colours
     order = (out.embeddings @ out.embeddings[0]).argsort(descending=True)
     alike = order[order != 0][:5]
     first, maps = out.feature_maps[:1], out.feature_maps[alike]
@@ -73,7 +73,7 @@ def main() -> None:
         "overlay": vis.attention_overlay(seen, out.attention, cell_offset=offset),
         "pair": vis.cross_attention_pair(view, moved, seen[alike[0]], *followed, points),
         "similar": vis.similar_regions(
-            seen[0], [seen[i] for i in alike], in_alike, in_query, cell_offset=offset
+            seen[0], seen[alike], in_alike, in_query, cell_offset=offset
         ),
     }
     for name, figure in figures.items():

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,16 +73,14 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(f"error: {message} (flags: --help)")
 
 
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
-    return int(text)
+def _at_least(least: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            wanted = f"must be a whole number of at least {least}"
+            raise argparse.ArgumentTypeError(f"{wanted}, got {text}")
+        return int(text)
 
-
-def _not_negative(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text}")
-    return int(text)
+    return count
 
 
 def _rate(text: str) -> float:
@@ -109,19 +107,19 @@ _FLAGS: dict[str, tuple[Any, str]] = {
     "run": (Path, "folder for the results"),
     "backbone": (str, "any timm model"),
     "weights": (_weights, "pretrained (through timm), none, or a local file"),
-    "embedding_dim": (_at_least_one, "numbers in an embedding"),
-    "image_size": (_at_least_one, "pixels of a side; None is the backbone's own"),
+    "embedding_dim": (_at_least(1), "numbers in an embedding"),
+    "image_size": (_at_least(1), "pixels of a side; None is the backbone's own"),
     "freeze_batchnorm": (bool, "keep its statistics; for small batches"),
     "num_clusters": (_number_or_auto, "a number; auto: a tenth of the pictures"),
-    "images_per_cluster": (_at_least_one, "pictures of one cluster in a batch"),
-    "batch_size": (_at_least_one, "pictures (of all processes), in two views each"),
-    "epochs": (_at_least_one, "passes over the pictures"),
-    "warmup_epochs": (_not_negative, "epochs before the first clustering"),
+    "images_per_cluster": (_at_least(1), "pictures of one cluster in a batch"),
+    "batch_size": (_at_least(1), "pictures (of all processes), in two views each"),
+    "epochs": (_at_least(1), "passes over the pictures"),
+    "warmup_epochs": (_at_least(0), "epochs before the first clustering"),
     "learning_rate": (_rate, "of the backbone, at its highest"),
     "weight_decay": (_rate, "of AdamW"),
     "swap": (bool, "swap surroundings between pictures, unless they are what is shown"),
-    "seed": (_not_negative, "of everything random"),
-    "workers": (_not_negative, "processes that read pictures"),
+    "seed": (_at_least(0), "of everything random"),
+    "workers": (_at_least(0), "processes that read pictures"),
     "strict": (bool, "stop at broken files instead of leaving them out"),
-    "checkpoint_every": (_at_least_one, "iterations; also at each epoch's end"),
+    "checkpoint_every": (_at_least(1), "iterations; also at each epoch's end"),
 }
