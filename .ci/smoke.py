@@ -45,7 +45,7 @@ trainer = pml_tacl.UnsupervisedTrainer(
         "tuple_miner": pml_tacl.ContrastiveClusteringMiner(),
         "attention_miner": pml_tacl.AttentionConsistencyMiner(),
     },
-    swap=pml_tacl.SurroundingsSwap(),
+    swap=pml_tacl.BackgroundSwap(),
     progress=False,
 )
 trainer.train(num_epochs=2)

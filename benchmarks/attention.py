@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from pml_tacl import AttentionEmbedder, __version__, runs
+from pml_tacl import AttentionEmbedder, __version__
+from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import Glyphs
 from pml_tacl.functional import to_picture
 

@@ -25,9 +25,9 @@ from pml_tacl import (
     KMeansPseudoLabeler,
     SiameseTransform,
     UnsupervisedTrainer,
-    runs,
 )
 from pml_tacl.callbacks import EarlyStopping, Evaluate, chain
+from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import Glyphs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -25,8 +25,8 @@ from _common import cpu_model, publish
 from safetensors.torch import save_file
 
 from pml_tacl import __version__
-from pml_tacl._agreement import adjusted_mutual_information
 from pml_tacl.datasets import Glyphs
+from pml_tacl.evaluation.mutual_information import adjusted_mutual_information
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ["--backbone=tf_efficientnet_lite0", "--freeze-batchnorm", "--image-size=64"]
@@ -150,7 +150,7 @@ first, which clusters. Labels and centroids are broadcast, and compared by their
 - BatchNorm: synchronised on GPUs. On a CPU torch has no such layer: a batch's statistics are \
 those of a process's share, and running statistics become their mean before each embedding pass, \
 evaluation and checkpoint.
-- `SurroundingsSwap` swaps among the pictures of a process, and random miners draw in each: these \
+- `BackgroundSwap` swaps among the pictures of a process, and random miners draw in each: these \
 differ from one process, by chance and not by kind.
 - The first process alone calls the hooks, evaluates, prints, and writes records and checkpoints. \
 A checkpoint resumes with any number of processes that divides the batch; with the same number it \

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from statistics import mean
 
-from pml_tacl import runs
+from pml_tacl.cli import run_folder as runs
 
 ROOT = Path(__file__).parent.parent
 

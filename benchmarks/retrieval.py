@@ -21,7 +21,7 @@ from retrieval_parts.data import DEFAULT_CACHE, SPLITS
 from retrieval_parts.page import write
 from retrieval_parts.running import run
 
-from pml_tacl import runs
+from pml_tacl.cli import run_folder as runs
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -31,11 +31,11 @@ from torchvision.transforms import v2
 
 from pml_tacl import (
     AttentionConsistencyMiner,
+    BackgroundSwap,
     ContrastiveClusteringMiner,
     KMeansPseudoLabeler,
     RetrievalCalculator,
     SiameseTransform,
-    SurroundingsSwap,
 )
 from pml_tacl.functional import contrastive_clustering
 
@@ -205,11 +205,11 @@ def siamese_transform() -> Figure:
     return figure
 
 
-def surroundings_swap() -> Figure:
+def background_swap() -> Figure:
     figure = Figure((8.4, 2.9), layout="constrained")
     shown = torch.from_numpy(pictures(2, seed=4)[[0, 2]]).permute(0, 3, 1, 2).float() / 255
     tinted = shown * torch.tensor([[0.75, 0.9, 1], [1, 0.85, 0.7]]).view(2, 3, 1, 1)
-    swapped, masks, _ = SurroundingsSwap(1.0, "centred")(
+    swapped, masks, _ = BackgroundSwap(1.0, "centred")(
         tinted, generator=torch.Generator().manual_seed(0)
     )
     panels = [(tinted[0], "$x$"), (tinted[1], "$x_{other}$"), (masks[0], "mask $m$"),
@@ -257,7 +257,7 @@ DRAWINGS = (
     attention_embedder,
     kmeans_pseudo_labeler,
     siamese_transform,
-    surroundings_swap,
+    background_swap,
     unsupervised_trainer,
     retrieval_calculator,
     code_map,

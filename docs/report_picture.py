@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from pml_tacl import runs
+from pml_tacl.cli import run_folder as runs
 from pml_tacl.report import write_report
 
 WINDOW, HALF = (1134, 823), (850, 617)  # of the browser and of each half, in pixels

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from pml_tacl import AttentionEmbedder, SiameseTransform, runs
+from pml_tacl import AttentionEmbedder, SiameseTransform
 from pml_tacl import visualize as vis
+from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import Glyphs
 from pml_tacl.evaluation import embed
 from pml_tacl.functional import cross_image_attention

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, RandomSampler, StackDataset
 from torchvision.transforms import v2
 
 import pml_tacl
-from pml_tacl import runs
+from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import Glyphs
 from pml_tacl.evaluation import embed, evaluate
 

@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import pml_tacl
-from pml_tacl import flags, runs
+from pml_tacl.cli import flags
+from pml_tacl.cli import run_folder as runs
+from pml_tacl.cli.training_run import TrainingRun
 from pml_tacl.datasets import Glyphs
 from pml_tacl.evaluation import embed, make_tester
-from pml_tacl.training_run import TrainingRun
 
 MODEL = {"backbone": "resnet10t", "embedding_dim": 128}  # any timm model; this is a small ResNet
 MODEL |= {"channels": [32, 64, 128, 256], "stem_width": 16, "output_stride": 16}

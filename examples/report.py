@@ -10,7 +10,7 @@ embeddings to zoom into.
 import argparse
 from pathlib import Path
 
-from pml_tacl import runs
+from pml_tacl.cli import run_folder as runs
 from pml_tacl.report import write_report
 
 

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from pml_tacl import AttentionEmbedder, runs
+from pml_tacl import AttentionEmbedder
 from pml_tacl import visualize as vis
+from pml_tacl.cli import run_folder as runs
+from pml_tacl.cli.queries import PictureList, query_paths
 from pml_tacl.datasets.image_files import load_rgb
 from pml_tacl.evaluation import embed
-from pml_tacl.queries import PictureList, query_paths
 from pml_tacl.search import PictureIndex
 
 SHOWN = 20  # queries in the gallery

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import pml_tacl
-from pml_tacl import runs
+from pml_tacl.cli import run_folder as runs
 from pml_tacl.clustering import PseudoLabels, pseudo_labels_from
 from pml_tacl.datasets import Glyphs
 from pml_tacl.evaluation import evaluate

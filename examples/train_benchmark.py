@@ -10,9 +10,10 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch.utils.data import DataLoader
 
 import pml_tacl
-from pml_tacl import flags, runs
+from pml_tacl.cli import flags
+from pml_tacl.cli import run_folder as runs
+from pml_tacl.cli.training_run import TrainingRun
 from pml_tacl.evaluation import evaluate
-from pml_tacl.training_run import TrainingRun
 
 # As usual in the field: 512 dimensions, crops of 224 from 256 pixels, ImageNet's first weights of
 # ResNet-50; batch, rate, decay and schedule as in the code of Kim et al. 2022 (STML).
@@ -77,7 +78,7 @@ def main(benchmark, settings: dict, description: str) -> None:
         labeler=pml_tacl.KMeansPseudoLabeler(args.num_clusters, seed=args.seed),
         mining_funcs={"attention_miner": pml_tacl.AttentionConsistencyMiner()},
         images_per_cluster=args.images_per_cluster,
-        swap=pml_tacl.SurroundingsSwap(cell_offset=views.cell_offset),
+        swap=pml_tacl.BackgroundSwap(cell_offset=views.cell_offset),
         loss_weights=args.loss_weights,
         amp_dtype=torch.bfloat16 if device.type == "cuda" else None,
         lr_schedulers={"trunk_scheduler_by_epoch": cosine}, dataloader_num_workers=args.workers,

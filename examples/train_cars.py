@@ -6,7 +6,7 @@ python examples/train_cars.py data/cars
 import train_cub
 from train_benchmark import main
 
-from pml_tacl import runs
+from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import Cars196
 
 CONFIG = {**train_cub.CONFIG, "num_clusters": 98}

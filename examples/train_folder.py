@@ -16,11 +16,18 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
 import pml_tacl
-from pml_tacl import flags, runs
+from pml_tacl.cli import flags
+from pml_tacl.cli import run_folder as runs
+from pml_tacl.cli.training_run import TrainingRun
 from pml_tacl.datasets import ImageFiles
-from pml_tacl.processes import embed_together, evaluate_together, is_first, on_first, session
+from pml_tacl.distributed.inference import (
+    embed_together,
+    evaluate_together,
+    is_first,
+    on_first,
+    session,
+)
 from pml_tacl.search import PictureIndex
-from pml_tacl.training_run import TrainingRun
 
 CONFIG = {"run": "runs/folder", "seed": 0, "workers": 2, "strict": False}  # flags: see --help
 CONFIG |= {"backbone": "resnet50", "weights": "pretrained", "embedding_dim": 512}
@@ -65,7 +72,7 @@ def main() -> None:
         labeler=pml_tacl.KMeansPseudoLabeler(clusters, seed=args.seed),
         mining_funcs={"attention_miner": pml_tacl.AttentionConsistencyMiner()},
         images_per_cluster=args.images_per_cluster, warmup_epochs=args.warmup_epochs,
-        swap=pml_tacl.SurroundingsSwap(cell_offset=views.cell_offset) if args.swap else None,
+        swap=pml_tacl.BackgroundSwap(cell_offset=views.cell_offset) if args.swap else None,
         loss_weights=args.loss_weights, checkpoint_every=args.checkpoint_every,
         dataloader_num_workers=args.workers,
     )  # fmt: skip

@@ -5,7 +5,7 @@ python examples/train_sop.py data/sop
 
 from train_benchmark import main
 
-from pml_tacl import runs
+from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import StanfordOnlineProducts
 
 CONFIG = {

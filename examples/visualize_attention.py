@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torchvision.transforms import v2
 
-from pml_tacl import AttentionEmbedder, SiameseTransform, runs
+from pml_tacl import AttentionEmbedder, SiameseTransform
 from pml_tacl import visualize as vis
+from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import Glyphs, load_rgb
 from pml_tacl.functional import cross_image_attention
 from pml_tacl.models.preprocessing import as_seen

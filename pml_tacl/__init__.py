@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pml_tacl.miners import AttentionConsistencyMiner, ContrastiveClusteringMiner
     from pml_tacl.models import AttentionEmbedder
     from pml_tacl.trainers import UnsupervisedTrainer
-    from pml_tacl.transforms import SiameseTransform, SurroundingsSwap
+    from pml_tacl.transforms import BackgroundSwap, SiameseTransform
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,7 @@ _HOME_OF = {
     "KMeansPseudoLabeler": "clustering",
     "RetrievalCalculator": "evaluation",
     "SiameseTransform": "transforms",
-    "SurroundingsSwap": "transforms",
+    "BackgroundSwap": "transforms",
     "UnsupervisedTrainer": "trainers",
 }
 
@@ -32,12 +32,12 @@ __all__ = [
     "AttentionConsistencyLoss",
     "AttentionConsistencyMiner",
     "AttentionEmbedder",
+    "BackgroundSwap",
     "ContrastiveClusteringLoss",
     "ContrastiveClusteringMiner",
     "KMeansPseudoLabeler",
     "RetrievalCalculator",
     "SiameseTransform",
-    "SurroundingsSwap",
     "UnsupervisedTrainer",
 ]
 

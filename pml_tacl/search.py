@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, TypeVar
 import faiss
 import numpy as np
 
-from pml_tacl._checks import check_count
-from pml_tacl._files import written_whole
-from pml_tacl._rows import Embeddings, FloatArray, IntArray, UnitRows
+from pml_tacl.clustering.unit_embeddings import Embeddings, FloatArray, IntArray, UnitRows
 from pml_tacl.datasets.image_files import ImageFiles
+from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.files import written_whole
 
 # Up to here a look at every picture takes hundredths of a second: a graph would win nothing.
 FLAT_UP_TO = 50_000

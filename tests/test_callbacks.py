@@ -12,8 +12,8 @@ from torch import nn
 
 from pml_tacl import AttentionEmbedder, KMeansPseudoLabeler, SiameseTransform, UnsupervisedTrainer
 from pml_tacl import callbacks as cb
+from pml_tacl.callbacks.loggers import Logger, TensorBoardLogger, WandbLogger, as_picture
 from pml_tacl.evaluation import evaluate
-from pml_tacl.loggers import Logger, TensorBoardLogger, WandbLogger, as_picture
 from pml_tacl.models.receptive_field import measure_cell_offset
 
 pytestmark = [

@@ -228,60 +228,6 @@ def test_every_drawing_is_made_by_the_script_and_shown():
     assert all(f"images/parts/{name}.png" in shown for name in made)
 
 
-def covered(cell):
-    """Files of the package that a cell or paragraph names, by themselves or by their folder."""
-    names = re.findall(r"`([\w/]+(?:\.py|/))`", cell)
-    assert all((PACKAGE / name).exists() for name in names), names
-    return {file for file in SOURCES if file.startswith(tuple(names))}
-
-
-def imports_of_pml(code):
-    """Names that a file takes from PML and from record-keeper."""
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pytorch_metric"):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.Import):
-            names = (alias.name for alias in node.names)
-            yield from (n for n in names if n.startswith(("pytorch_metric", "record_keeper")))
-
-
-def test_the_port_to_pml_3_names_every_file_and_what_it_imports():
-    page = (ROOT / "docs" / "pml3.md").read_text("utf-8")
-    sections = dict(part.split("\n", 1) for part in page.split("\n## ")[1:])
-    rows = [line.split(" | ") for line in sections["What imports PML"].splitlines()]
-    importing = {file: set(imports_of_pml(code)) for file, code in SOURCES.items()}
-    for file in sorted(file for file in SOURCES if importing[file]):
-        (row,) = (row for row in rows if f"`{file}`" in row[0])
-        assert importing[file] <= set(re.findall(r"`(\w+)`", row[1])), file
-    rest = sections["What follows from these"]
-    rest = "".join(line.split(" | ")[0] for line in rest.splitlines()) + sections["Nothing to do"]
-    assert covered(rest) >= {file for file in SOURCES if not importing[file]}
-    assert not covered(rest) & {file for file in SOURCES if importing[file]}
-
-
-def uses(file):
-    """Modules of the package that a file imports, and what those of them that are private do."""
-    for name in set(re.findall(r"(?:from|import) pml_tacl[. ](?:import )?(\w+)", SOURCES[file])):
-        yield name
-        if name.startswith("_"):
-            yield from uses(f"{name}.py")
-
-
-def test_the_map_of_the_code_shows_every_module_and_only_true_arrows(monkeypatch):
-    modules = {file.partition("/")[0] for file in SOURCES}
-    page = (ROOT / "docs" / "project" / "code_map.md").read_text("utf-8")
-    for module in modules:
-        assert f"`{module}`" in page or f"`{module}/`" in page or f"/{module}`" in page, module
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    drawn = importlib.import_module("figure_parts.diagrams")
-    shown = {name for box in drawn.MODULES for name in box.split(", ")}
-    assert shown == {"_compat"} | {m.removesuffix(".py") for m in modules if m[0] != "_"}
-    for used, user, *_ in drawn.USES:
-        files = [f for f in SOURCES if re.split(r"[/.]", f)[0] in user.split(", ")]
-        there = {name for file in files for name in uses(file)}
-        assert there & set(used.split(", ")), f"{user} does not use {used}"
-
-
 def messages():
     """Every string of the package, with an ellipsis for what is filled in."""
     for path in (ROOT / "pml_tacl").rglob("*.py"):

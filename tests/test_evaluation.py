@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from pml_tacl import _retrieval
-from pml_tacl._agreement import adjusted_mutual_information
 from pml_tacl.evaluation import RetrievalCalculator, embed, evaluate, make_tester
+from pml_tacl.evaluation.mutual_information import adjusted_mutual_information
 
 CPU = torch.device("cpu")
 # The long run: PML_TACL_EXAMPLES=2000 pytest tests/test_evaluation.py

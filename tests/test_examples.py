@@ -13,13 +13,8 @@ import torch
 from PIL import Image
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 
-from pml_tacl import (
-    AttentionEmbedder,
-    KMeansPseudoLabeler,
-    SiameseTransform,
-    UnsupervisedTrainer,
-    runs,
-)
+from pml_tacl import AttentionEmbedder, KMeansPseudoLabeler, SiameseTransform, UnsupervisedTrainer
+from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import embed
 from pml_tacl.search import PictureIndex

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pml_tacl import flags, runs
+from pml_tacl.cli import flags
+from pml_tacl.cli import run_folder as runs
 
 CONFIG = {
     "run": "runs/it", "weights": "pretrained", "num_clusters": "auto", "epochs": 3,

@@ -11,7 +11,8 @@ import timm
 import torch
 from PIL import Image
 
-from pml_tacl import AttentionEmbedder, UnsupervisedTrainer, runs
+from pml_tacl import AttentionEmbedder, UnsupervisedTrainer
+from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import CUB, Cars196, Glyphs, InShop, StanfordOnlineProducts
 from pml_tacl.evaluation import embed
 from tests.layouts import make_cars, make_cub, make_inshop, make_sop

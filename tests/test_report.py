@@ -18,7 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pml_tacl import AttentionEmbedder, runs
+from pml_tacl import AttentionEmbedder
+from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import Glyphs
 from pml_tacl.report import _charts as charts
 from pml_tacl.report import _choices as choices

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from pml_tacl import runs
-from pml_tacl._files import written_whole
+from pml_tacl.cli import run_folder as runs
+from pml_tacl.utils.files import written_whole
 
 
 def contents(folder):

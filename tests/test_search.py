@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pml_tacl import AttentionEmbedder, runs
+from pml_tacl import AttentionEmbedder
+from pml_tacl.cli import run_folder as runs
+from pml_tacl.cli.queries import PictureList, query_paths
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.datasets.image_files import load_rgb
 from pml_tacl.evaluation import embed
-from pml_tacl.queries import PictureList, query_paths
 from pml_tacl.search import PictureIndex
 
 SEARCH = Path(__file__).parents[1] / "examples" / "search.py"

@@ -15,9 +15,9 @@ from pml_tacl import (
     ContrastiveClusteringMiner,
     KMeansPseudoLabeler,
     RetrievalCalculator,
-    runs,
 )
 from pml_tacl.callbacks import Evaluate, chain
+from pml_tacl.cli import run_folder as runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES, EACH = 4, 10

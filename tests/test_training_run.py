@@ -8,8 +8,8 @@ from PIL import Image
 from torch import nn
 
 from pml_tacl import AttentionEmbedder
-from pml_tacl.runs import seed_everything
-from pml_tacl.training_run import TrainingRun
+from pml_tacl.cli.run_folder import seed_everything
+from pml_tacl.cli.training_run import TrainingRun
 from tests.trainers.small import Pictures, make_model, make_trainer
 
 pytestmark = [

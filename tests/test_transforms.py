@@ -15,8 +15,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from pml_tacl import AttentionEmbedder
-from pml_tacl._surroundings import emptied
-from pml_tacl.transforms import SiameseTransform, SurroundingsSwap, SwapOutput, cell_weights
+from pml_tacl.transforms import BackgroundSwap, SiameseTransform, SwapOutput, cell_weights
+from pml_tacl.transforms.background_swap import emptied
 
 HEIGHT, WIDTH, SIZE = 150, 200, 128
 BILINEAR = v2.InterpolationMode.BILINEAR
@@ -559,7 +559,7 @@ def slow_mask(commonness, sharpness, height, width):
 @pytest.mark.parametrize("sharpness", [1.0, 4.0])
 def test_mask_from_maps_is_the_formula(mask, sharpness):
     images, commonness = batch(), torch.rand(6, 3, 4) * 0.2 + 0.5
-    output = SurroundingsSwap(1.0, mask, sharpness=sharpness, empty=False)(images, commonness)
+    output = BackgroundSwap(1.0, mask, sharpness=sharpness, empty=False)(images, commonness)
     for mask, b in zip(output.masks, commonness, strict=True):
         torch.testing.assert_close(mask, slow_mask(b, sharpness, 12, 10))
     assert -1 not in partners(images, output)
@@ -568,7 +568,7 @@ def test_mask_from_maps_is_the_formula(mask, sharpness):
 def test_common_places_are_swapped_and_distinctive_ones_kept():
     commonness = torch.zeros(4, 4, 4)
     commonness[:, :2] = 1.0
-    output = SurroundingsSwap(1.0, sharpness=20.0)(batch(4, 8, 8), commonness)
+    output = BackgroundSwap(1.0, sharpness=20.0)(batch(4, 8, 8), commonness)
     assert output.masks[:, 0].max() < 1e-6
     assert output.masks[:, -1].min() > 1 - 1e-6
     torch.testing.assert_close(output.images[:, :, -1], batch(4, 8, 8)[:, :, -1])
@@ -576,7 +576,7 @@ def test_common_places_are_swapped_and_distinctive_ones_kept():
 
 @pytest.mark.parametrize("sigma", [0.1, 0.4])
 def test_centred_mask_is_a_gaussian_of_the_sides(sigma):
-    output = SurroundingsSwap(1.0, "centred", sigma=sigma)(batch(2, 9, 15))
+    output = BackgroundSwap(1.0, "centred", sigma=sigma)(batch(2, 9, 15))
     for y in range(9):
         for x in range(15):
             v, u = (y + 0.5) / 9 - 0.5, (x + 0.5) / 15 - 0.5
@@ -594,7 +594,7 @@ def test_centred_mask_is_a_gaussian_of_the_sides(sigma):
 def test_every_swapped_image_gets_anothers_surroundings(count, probability, seed):
     images = batch(count, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    swap = SurroundingsSwap(probability, "centred", empty=False)
+    swap = BackgroundSwap(probability, "centred", empty=False)
     output = swap(images, generator=generator)
     taken = partners(images, output)
     for i in range(count):
@@ -612,7 +612,7 @@ def test_every_swapped_image_gets_anothers_surroundings(count, probability, seed
 
 def test_every_other_image_is_as_likely_a_partner():
     images, generator = batch(4, 2, 2), torch.Generator().manual_seed(0)
-    swap = SurroundingsSwap(1.0, "centred", empty=False)
+    swap = BackgroundSwap(1.0, "centred", empty=False)
     counts = torch.zeros(4, 4)
     for _ in range(600):
         for i, j in enumerate(partners(images, swap(images, generator=generator))):
@@ -624,7 +624,7 @@ def test_every_other_image_is_as_likely_a_partner():
 
 
 def test_share_of_swapped_images_is_the_probability():
-    output = SurroundingsSwap(0.7, "centred")(
+    output = BackgroundSwap(0.7, "centred")(
         torch.zeros(4000, 1, 1, 1), generator=torch.Generator().manual_seed(0)
     )
     assert output.swapped.float().mean().item() == pytest.approx(0.7, abs=0.03)
@@ -633,7 +633,7 @@ def test_share_of_swapped_images_is_the_probability():
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_images_are_returned_as_they_are(count):
     images = batch(count)
-    for swap in (SurroundingsSwap(1.0), SurroundingsSwap(1.0, "centred")):
+    for swap in (BackgroundSwap(1.0), BackgroundSwap(1.0, "centred")):
         output = swap(images, torch.rand(count, 3, 3))
         assert torch.equal(output.images, images)
         assert output.masks.shape == (count, 12, 10)
@@ -643,7 +643,7 @@ def test_too_few_images_are_returned_as_they_are(count):
 
 @pytest.mark.parametrize("commonness", [torch.full((3, 4, 4), 0.3), torch.rand(3, 1, 1)])
 def test_constant_commonness_gives_half_masks_and_no_nan(commonness):
-    output = SurroundingsSwap(1.0)(batch(3), commonness)
+    output = BackgroundSwap(1.0)(batch(3), commonness)
     assert (output.masks == 0.5).all()
     assert output.images.isfinite().all()
 
@@ -653,7 +653,7 @@ def test_constant_commonness_gives_half_masks_and_no_nan(commonness):
 def test_other_dtypes_are_kept(dtype, mask):
     images, commonness = batch().to(dtype), torch.rand(6, 3, 4)
     results = [
-        SurroundingsSwap(0.7, mask)(x, commonness, torch.Generator().manual_seed(0))
+        BackgroundSwap(0.7, mask)(x, commonness, torch.Generator().manual_seed(0))
         for x in (images, images.float())
     ]
     assert results[0].images.dtype == dtype
@@ -671,7 +671,7 @@ def test_channels_last_and_slices_give_the_same():
     wide[..., ::2] = images
 
     def swap(x):
-        return SurroundingsSwap(0.7)(x, commonness, torch.Generator().manual_seed(0)).images
+        return BackgroundSwap(0.7)(x, commonness, torch.Generator().manual_seed(0)).images
 
     last = swap(images.to(memory_format=torch.channels_last))
     assert last.is_contiguous(memory_format=torch.channels_last)
@@ -682,7 +682,7 @@ def test_channels_last_and_slices_give_the_same():
 def test_an_infinite_image_does_not_spoil_the_unswapped():
     images = batch(8)
     images[0] = torch.inf
-    output = SurroundingsSwap(0.5, "centred")(images, generator=torch.Generator().manual_seed(0))
+    output = BackgroundSwap(0.5, "centred")(images, generator=torch.Generator().manual_seed(0))
     kept = ~output.swapped
     assert kept[1:].any()
     assert torch.equal(output.images[kept], images[kept])
@@ -690,7 +690,7 @@ def test_an_infinite_image_does_not_spoil_the_unswapped():
 
 def test_swap_is_reproducible_and_leaves_its_input_alone():
     images = batch()
-    before, swap = images.clone(), pickle.loads(pickle.dumps(SurroundingsSwap(0.7, "centred")))
+    before, swap = images.clone(), pickle.loads(pickle.dumps(BackgroundSwap(0.7, "centred")))
     first, again, other = (
         swap(images, generator=torch.Generator().manual_seed(s)) for s in [0, 0, 1]
     )
@@ -705,13 +705,13 @@ def test_swap_is_reproducible_and_leaves_its_input_alone():
 
 def test_mask_carries_no_gradient_to_the_commonness():
     commonness = torch.rand(6, 3, 4, requires_grad=True)
-    assert not SurroundingsSwap(1.0)(batch(), commonness).images.requires_grad
+    assert not BackgroundSwap(1.0)(batch(), commonness).images.requires_grad
 
 
 @pytest.mark.parametrize("mask", ["border", "distinctive", "centred"])
 def test_swap_never_reads_a_value_back(mask):
     images = torch.empty(6, 3, 12, 10, device="meta")  # holds no values: reading one raises
-    output = SurroundingsSwap(0.7, mask)(images, torch.empty(6, 3, 4, device="meta"))
+    output = BackgroundSwap(0.7, mask)(images, torch.empty(6, 3, 4, device="meta"))
     assert output.images.shape == images.shape
     assert output.images.device.type == output.swapped.device.type == "meta"
     assert cell_weights(output.masks, 3).shape == (6, 9)
@@ -722,12 +722,12 @@ def test_swap_never_reads_a_value_back(mask):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_cuda_agrees_with_cpu_and_never_waits(mask, dtype):
     images, commonness = batch(16), torch.rand(16, 3, 4)
-    expected = SurroundingsSwap(0.7, mask)(images, commonness, torch.Generator().manual_seed(0))
+    expected = BackgroundSwap(0.7, mask)(images, commonness, torch.Generator().manual_seed(0))
     arguments = images.to("cuda", dtype), commonness.cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = SurroundingsSwap(0.7, mask)(*arguments, torch.Generator().manual_seed(0))
-        SurroundingsSwap(0.7, mask)(*arguments)
+        found = BackgroundSwap(0.7, mask)(*arguments, torch.Generator().manual_seed(0))
+        BackgroundSwap(0.7, mask)(*arguments)
         weights = cell_weights(found.masks, 3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -752,7 +752,7 @@ def test_cuda_agrees_with_cpu_and_never_waits(mask, dtype):
 )
 def test_wrong_swap_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        SurroundingsSwap(**kwargs)
+        BackgroundSwap(**kwargs)
 
 
 @pytest.mark.parametrize(
@@ -768,7 +768,7 @@ def test_wrong_swap_arguments_are_named(kwargs, message):
 )
 def test_wrong_batches_are_named(images, commonness, error, message):
     with pytest.raises(error, match=message):
-        SurroundingsSwap()(images, commonness)
+        BackgroundSwap()(images, commonness)
 
 
 def slow_emptied(image, keep):
@@ -816,7 +816,7 @@ def test_a_swapped_image_shows_only_its_own_object():
         background[i, y : y + 2, x : x + 2] = 0
     shown = []
     for empty in (False, True):
-        swap = SurroundingsSwap(1.0, sharpness=8.0, empty=empty)
+        swap = BackgroundSwap(1.0, sharpness=8.0, empty=empty)
         found = swap(images, background, torch.Generator().manual_seed(0)).images
         shown.append((found[:, 0] > 4).float().sum((1, 2)))
     assert (shown[0] > 110).all()  # two objects of 64 pixels, with their rims
@@ -824,7 +824,7 @@ def test_a_swapped_image_shows_only_its_own_object():
 
 
 def test_swap_shows_its_arguments():
-    assert "probability=0.7, mask='centred'" in repr(SurroundingsSwap(mask="centred"))
+    assert "probability=0.7, mask='centred'" in repr(BackgroundSwap(mask="centred"))
 
 
 @settings(max_examples=30, deadline=None)

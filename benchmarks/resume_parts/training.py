@@ -17,8 +17,8 @@ from pml_tacl import (
     RetrievalCalculator,
     SiameseTransform,
     UnsupervisedTrainer,
-    runs,
 )
+from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import Glyphs
 from pml_tacl.evaluation import make_tester
 from pml_tacl.trainers import checkpoint

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pml_tacl import SurroundingsSwap
+from pml_tacl import BackgroundSwap
 from pml_tacl.functional import sample_at_points
 from pml_tacl.transforms import cell_weights
 from retrieval_parts.state import Training
@@ -35,7 +35,7 @@ def draw(run: Training) -> Batch:
     views = run.views(run.pictures.images[rows], run.generator, maps)
     weights = None
     if config.swap > 0:
-        swap = SurroundingsSwap(
+        swap = BackgroundSwap(
             config.swap,
             "centred" if config.mask == "centred" else "border",  # any other comes as a map too
             sharpness=config.sharpness,

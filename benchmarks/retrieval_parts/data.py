@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pml_tacl._files import written_whole
 from pml_tacl.datasets import Glyphs
+from pml_tacl.utils.files import written_whole
 from retrieval_parts import emoji, photos
 from retrieval_parts.backgrounds import background
 

@@ -72,6 +72,6 @@ def picture_masks(
     references: int,
     seed: int,
 ) -> Tensor:
-    """(N, h, w) background-ness of every picture, as `SurroundingsSwap` takes it."""
+    """(N, h, w) background-ness of every picture, as `BackgroundSwap` takes it."""
     maps = feature_maps(model, images, normalise, index, scale)
     return MASKS[kind](maps, labels, references, seed)

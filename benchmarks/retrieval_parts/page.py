@@ -41,7 +41,7 @@ everywhere on the picture.
 ImageNet weights and frozen BatchNorm. `ms` is k-means and PML's MultiSimilarityLoss, the \
 baseline. `+head` is `AttentionEmbedder`'s: attention that leaves out what looks like the \
 picture's own border, covariance pooling at stride 16 (8 on 64 pixels) and a whitening of it to \
-start from; without it embeddings are the mean of the last stage. `+swap` is `SurroundingsSwap`, \
+start from; without it embeddings are the mean of the last stage. `+swap` is `BackgroundSwap`, \
 with the mask of the same attention by the network as it starts. `full` is \
 `ms+ccl+tac+head+swap`; `ntxent` is PML's SelfSupervisedLoss on the two views; \
 `stml` is our implementation of Kim et al., CVPR 2022, from its formulas. The paper that this \

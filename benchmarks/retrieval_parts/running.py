@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pml_tacl import runs
+from pml_tacl.cli import run_folder as runs
 from retrieval_parts import data
 from retrieval_parts.config import Config
 from retrieval_parts.scoring import forget_peak, measure, peak_bytes

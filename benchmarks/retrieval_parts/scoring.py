@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pml_tacl import RetrievalCalculator
-from pml_tacl._evaluating import evaluating
+from pml_tacl.utils.modes import evaluating
 from retrieval_parts.data import Pictures
 
 

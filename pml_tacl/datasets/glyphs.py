@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw, features
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from pml_tacl._checks import check_count
-from pml_tacl._files import written_whole
 from pml_tacl.datasets.characters import characters, ink, split_characters
+from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.files import written_whole
 
 # Raised when a change of the drawing code changes pixels: caches on disk are keyed by it.
 _RENDERING = 1

@@ -4,15 +4,15 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
-from pml_tacl._checks import check_count, check_number
-from pml_tacl._compat import (
+from pml_tacl.functional import attention_consistency
+from pml_tacl.utils.checks import check_count, check_number
+from pml_tacl.utils.pml_compat import (
     BaseMetricLossFunction,
     loss_dict,
     positive_pairs,
     reduce_without_noise,
     to_device,
 )
-from pml_tacl.functional import attention_consistency
 
 _FIXED = {
     "distance": "attention is compared by cosine",

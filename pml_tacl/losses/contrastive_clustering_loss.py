@@ -4,10 +4,10 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
-from pml_tacl._centroids import Centroids, NearestCentres
-from pml_tacl._checks import check_count, check_number
-from pml_tacl._compat import BaseMetricLossFunction, as_pml_gives, loss_dict, miner_weights
+from pml_tacl.clustering.centroids import Centroids, NearestCentres
 from pml_tacl.functional import contrastive_clustering
+from pml_tacl.utils.checks import check_count, check_number
+from pml_tacl.utils.pml_compat import BaseMetricLossFunction, as_pml_gives, loss_dict, miner_weights
 
 
 class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):

@@ -4,9 +4,9 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
-from pml_tacl._checks import check_count
-from pml_tacl._compat import BaseMiner
-from pml_tacl._precision import wide_dtype, without_autocast
+from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.pml_compat import BaseMiner
+from pml_tacl.utils.precision import wide_dtype, without_autocast
 
 
 class AttentionConsistencyMiner(BaseMiner):

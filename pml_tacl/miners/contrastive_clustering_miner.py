@@ -4,9 +4,9 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
-from pml_tacl._centroids import Centroids
-from pml_tacl._checks import check_count, check_number
-from pml_tacl._compat import BaseMiner
+from pml_tacl.clustering.centroids import Centroids
+from pml_tacl.utils.checks import check_count, check_number
+from pml_tacl.utils.pml_compat import BaseMiner
 
 
 class ContrastiveClusteringMiner(Centroids, BaseMiner):

@@ -11,7 +11,6 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from pml_tacl._checks import check_number
 from pml_tacl.models.attention_pooling import Embedder, EmbedderOutput, chosen_pooling
 from pml_tacl.models.preprocessing import image_transform, size_in_pixels
 from pml_tacl.models.receptive_field import measure_cell_offset, measure_grid
@@ -19,6 +18,7 @@ from pml_tacl.models.self_attention import self_attention_map
 from pml_tacl.models.trunk import Trunk
 from pml_tacl.models.weights import Pretrained, flat_tensors
 from pml_tacl.models.whitening import whiten
+from pml_tacl.utils.checks import check_number
 
 _FORMAT_VERSION = 1
 _Self = TypeVar("_Self", bound="AttentionEmbedder")
@@ -142,7 +142,7 @@ class AttentionEmbedder(nn.Module):
         """How far from the middle of its cell a feature looks, as (x, y) in cells.
 
         Half a cell up and left for most convolutional networks, nothing for ViTs. Give it to
-        `SiameseTransform`, `SurroundingsSwap` and `functional.to_picture`, for which places
+        `SiameseTransform`, `BackgroundSwap` and `functional.to_picture`, for which places
         matter. Takes a pass and a few gradients, on noise: call it once.
 
         Args:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pml_tacl._figure_ground import figure_scores
 from pml_tacl.functional import border_similarity, commonness
+from pml_tacl.functional.background import figure_scores
 from pml_tacl.models.covariance import Covariance
 from pml_tacl.models.trunk import TrunkOutput
 

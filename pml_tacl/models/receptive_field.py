@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from pml_tacl._evaluating import evaluating
+from pml_tacl.utils.modes import evaluating
 
 _IMAGES, _PAIRS, _DIRECTIONS = 4, 2, 2
 

@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pml_tacl._checks import check_count
+from pml_tacl.utils.checks import check_count
 
 _ELSE = "give another block, or see the attention that forward_features returns"
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pml_tacl._evaluating import evaluating
 from pml_tacl.models.weights import Pretrained, create_timm_model, model_data_config
+from pml_tacl.utils.modes import evaluating
 
 _USEFUL_STRIDE = 16  # at 32 an image of 224 px has 7 x 7 places: too coarse to point at things
 _SIZES = {"in_chans", "img_size"}

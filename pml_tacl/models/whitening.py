@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pml_tacl._checks import check_count, check_number
-from pml_tacl._evaluating import evaluating
+from pml_tacl.utils.checks import check_count, check_number
+from pml_tacl.utils.modes import evaluating
 
 if TYPE_CHECKING:
     from pml_tacl.models.attention_embedder import AttentionEmbedder

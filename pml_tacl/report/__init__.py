@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from pml_tacl._checks import check_count
-from pml_tacl._files import written_whole
 from pml_tacl.report import _images as images
 from pml_tacl.report import _page as page
 from pml_tacl.report._choices import (
@@ -22,6 +20,8 @@ from pml_tacl.report._choices import (
     sample_of,
 )
 from pml_tacl.report._sources import PictureSet, Run, read_run
+from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.files import written_whole
 
 __all__ = ["read_run", "report_html", "write_report"]
 

@@ -6,7 +6,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from pml_tacl._rows import FloatArray, IntArray
+from pml_tacl.clustering.unit_embeddings import FloatArray, IntArray
 from pml_tacl.report._sources import PictureSet
 
 NEIGHBOURS = 8

@@ -7,11 +7,11 @@ from typing import Any
 
 from PIL import Image
 
+from pml_tacl.cli.run_folder import columns_of
 from pml_tacl.report import _charts as charts
 from pml_tacl.report import _images as images
 from pml_tacl.report._choices import Cluster, Query
 from pml_tacl.report._sources import PictureSet, Run
-from pml_tacl.runs import columns_of
 
 _SHOWN_IN_CLUSTER = 12
 _ROW_NAMES = {"raw_pixels": "raw pixels", "before": "before training", "after": "after training"}

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from pml_tacl import runs
-from pml_tacl._rows import FloatArray, IntArray, UnitRows
+from pml_tacl.cli import run_folder as runs
 from pml_tacl.clustering import KMeansPseudoLabeler
+from pml_tacl.clustering.unit_embeddings import FloatArray, IntArray, UnitRows
 from pml_tacl.datasets import Glyphs, ImageFiles
 from pml_tacl.datasets.image_files import load_rgb
 from pml_tacl.evaluation import embed

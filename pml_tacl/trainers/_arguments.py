@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pml_tacl._checks import check_count, check_number, is_number
-from pml_tacl.clustering import KMeansPseudoLabeler, _number_of_clusters
+from pml_tacl.clustering.kmeans import KMeansPseudoLabeler, _number_of_clusters
+from pml_tacl.utils.checks import check_count, check_number, is_number
 
 _MINERS = {"tuple_miner", "attention_miner"}
 

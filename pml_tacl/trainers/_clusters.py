@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from pml_tacl._distributed import check_same, is_first, on_first
-from pml_tacl._exchange import from_first
-from pml_tacl.processes import embed_together
-from pml_tacl.trainers._together import equalise
+from pml_tacl.distributed.collectives import from_first
+from pml_tacl.distributed.inference import embed_together
+from pml_tacl.distributed.session import check_same, is_first, on_first
+from pml_tacl.distributed.training import equalise
 from pml_tacl.trainers._views import OneView, describe
 
 _LOGGER = logging.getLogger(__name__)

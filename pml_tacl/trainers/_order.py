@@ -8,8 +8,8 @@ from pytorch_metric_learning.samplers import MPerClassSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 
-from pml_tacl._interrupts import ShieldedLoader
 from pml_tacl.trainers._views import TwoViews
+from pml_tacl.utils.signals import ShieldedLoader
 
 
 def draw_order(

@@ -7,9 +7,8 @@ from typing import Any
 from pytorch_metric_learning.trainers import BaseTrainer
 from torch import Tensor
 
-from pml_tacl._distributed import highest, on_first
-from pml_tacl._interrupts import Interrupted, Signals
-from pml_tacl.trainers._together import equalise, restore_random, states_of_others
+from pml_tacl.distributed.session import highest, on_first
+from pml_tacl.distributed.training import equalise, restore_random, states_of_others
 from pml_tacl.trainers.checkpoint import (
     load_checkpoint,
     open_folder,
@@ -17,6 +16,7 @@ from pml_tacl.trainers.checkpoint import (
     save_checkpoint,
     trainer_state,
 )
+from pml_tacl.utils.signals import Interrupted, Signals
 
 
 class Resumable(BaseTrainer):

@@ -6,8 +6,8 @@ import torch
 from pytorch_metric_learning.losses import SelfSupervisedLoss
 from torch import Tensor, nn
 
-from pml_tacl._centroids import Centroids
-from pml_tacl._exchange import mean_loss
+from pml_tacl.clustering.centroids import Centroids
+from pml_tacl.distributed.collectives import mean_loss
 from pml_tacl.losses import AttentionConsistencyLoss
 from pml_tacl.trainers._forward import Features
 from pml_tacl.trainers._views import Batch

@@ -7,13 +7,13 @@ from pytorch_metric_learning.trainers import BaseTrainer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pml_tacl._centroids import Centroids
-from pml_tacl._exchange import gather_batch
-from pml_tacl._precision import wide_dtype
+from pml_tacl.clustering.centroids import Centroids
+from pml_tacl.distributed.collectives import gather_batch
+from pml_tacl.distributed.training import begin_together, sum_gradients
 from pml_tacl.trainers._forward import forward_in_chunks, forward_of
 from pml_tacl.trainers._steps import Step, loss_of
-from pml_tacl.trainers._together import begin_together, sum_gradients
-from pml_tacl.trainers._views import Batch, swap_surroundings
+from pml_tacl.trainers._views import Batch, swap_background
+from pml_tacl.utils.precision import wide_dtype
 
 _LOOK_EVERY = 10  # iterations: reading a loss makes the CPU wait for a GPU
 
@@ -64,7 +64,7 @@ class TrainingStep(BaseTrainer):
         weights = None
         if self.swap is not None:
             grid = self.transform.grid  # type: ignore[attr-defined]
-            views, transformed, weights = swap_surroundings(
+            views, transformed, weights = swap_background(
                 self.swap, self.models["trunk"], curr_batch, grid, self.accumulation_steps
             )
         images = torch.cat([views, transformed])

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, get_worker_info
 
-from pml_tacl._evaluating import evaluating
 from pml_tacl.functional import border_similarity, commonness, sample_at_points
-from pml_tacl.transforms import SurroundingsSwap, cell_weights
+from pml_tacl.transforms import BackgroundSwap, cell_weights
+from pml_tacl.utils.modes import evaluating
 
 _TRIES = 5  # pictures in a row that cannot be read: it is the storage then, not a picture
 
@@ -139,8 +139,8 @@ def _finite(image: Tensor, index: int) -> Tensor:
 
 
 @torch.no_grad()
-def swap_surroundings(
-    swap: SurroundingsSwap,
+def swap_background(
+    swap: BackgroundSwap,
     trunk: nn.Module,
     batch: Batch,
     grid: tuple[int, int],

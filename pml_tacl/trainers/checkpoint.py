@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from pml_tacl._distributed import is_first
-from pml_tacl._files import written_whole
-from pml_tacl.runs import versions
+from pml_tacl.cli.run_folder import versions
+from pml_tacl.distributed.session import is_first
 from pml_tacl.trainers._records import records_state, restore_records
+from pml_tacl.utils.files import written_whole
 
 _LOGGER = logging.getLogger(__name__)
 _FORMAT = 2

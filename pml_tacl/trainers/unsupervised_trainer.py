@@ -9,19 +9,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from pml_tacl._distributed import is_first, world_size
-from pml_tacl._interrupts import Signals
 from pml_tacl.clustering import PseudoLabeler
+from pml_tacl.distributed.session import is_first, world_size
+from pml_tacl.distributed.training import draw_together, end_of_epoch, share_of
 from pml_tacl.trainers._arguments import check_arguments, check_clusters
 from pml_tacl.trainers._clusters import clustering_is_due, relabel
 from pml_tacl.trainers._order import make_loader
 from pml_tacl.trainers._resumable import Resumable
-from pml_tacl.trainers._together import draw_together, end_of_epoch, share_of
 from pml_tacl.trainers._training_step import TrainingStep
 from pml_tacl.trainers._unreadable import Unreadable
 from pml_tacl.trainers._views import Batch, TwoViews
 from pml_tacl.trainers._workers import lost_workers_named
-from pml_tacl.transforms import SurroundingsSwap
+from pml_tacl.transforms import BackgroundSwap
+from pml_tacl.utils.signals import Signals
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
     there. Each epoch that is due begins with an embedding pass over the whole data set; its
     clusters are the pseudo-labels of the epoch, and a new sampler and loader draw by them.
     Both views of a picture share its pseudo-label. During ``warmup_epochs`` every picture is a
-    cluster of its own. In many processes (:mod:`pml_tacl.processes`) all train as one, and the
-    first calls the hooks. After Li et al. 2020; definition ours.
+    cluster of its own. In many processes (:mod:`pml_tacl.distributed.inference`) all train as one,
+    and the first calls the hooks. After Li et al. 2020; definition ours.
 
     Args:
         models: an :class:`AttentionEmbedder`, or {"trunk": ..., "embedder": ...}.
@@ -61,7 +61,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         centroid_momentum: in [0, 1], of centres that follow the batches of a training
             (``ContrastiveClusteringLoss.move_centroids``); at 1 they stay where clustering left
             them.
-        swap: a :class:`SurroundingsSwap` of both views, or None.
+        swap: a :class:`BackgroundSwap` of both views, or None.
         amp_dtype: of autocast, torch.bfloat16 or torch.float16 (scales the loss); None for none.
         accumulation_steps: chunks that a batch goes through the model in, to save memory. The
             losses see the whole batch, so the step is that of one chunk, but for BatchNorm.
@@ -113,7 +113,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         recluster_when_moved: float | None = None,
         warmup_epochs: int = 0,
         centroid_momentum: float = 0.0,
-        swap: SurroundingsSwap | None = None,
+        swap: BackgroundSwap | None = None,
         amp_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
         ema_decay: float | None = None,

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
-from pml_tacl._files import written_whole
+from pml_tacl.utils.files import written_whole
 from pml_tacl.visualize._inputs import shortened
 
 _FONT = "DejaVu Sans"  # comes with matplotlib

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pml_tacl import AttentionEmbedder, SiameseTransform, SurroundingsSwap
+from pml_tacl import AttentionEmbedder, BackgroundSwap, SiameseTransform
 from pml_tacl.functional import sample_at_points, to_picture
 from pml_tacl.models.receptive_field import measure_cell_offset
 from pml_tacl.models.trunk import TrunkOutput
@@ -178,7 +178,7 @@ def test_the_swap_keeps_what_cells_look_at():
     common = torch.zeros(2, 8, 8)
     common[:, 3, 3] = -1.0
     images = torch.rand(2, 3, 64, 64)
-    masks = SurroundingsSwap(1.0, cell_offset=(-0.5, -0.5))(images, common).masks
+    masks = BackgroundSwap(1.0, cell_offset=(-0.5, -0.5))(images, common).masks
     rows = masks[0].sum(1)
     weight = (rows - rows.min()) / (rows - rows.min()).sum()
     # The cell's middle is at 28 pixels, it looks at 24.
@@ -190,4 +190,4 @@ def test_wrong_offsets(wrong):
     with pytest.raises(ValueError, match="cell_offset must be"):
         SiameseTransform(64, 4, cell_offset=wrong)
     with pytest.raises(ValueError, match="cell_offset must be"):
-        SurroundingsSwap(cell_offset=wrong)
+        BackgroundSwap(cell_offset=wrong)

@@ -2,7 +2,7 @@ import signal
 
 import pytest
 
-from pml_tacl.runs import seed_everything
+from pml_tacl.cli.run_folder import seed_everything
 
 
 @pytest.fixture(autouse=True)

@@ -20,13 +20,13 @@ from pytorch_metric_learning import losses
 from sklearn.cluster import HDBSCAN
 
 from pml_tacl import KMeansPseudoLabeler
-from pml_tacl._interrupts import Interrupted, ShieldedLoader, Signals
+from pml_tacl.cli.run_folder import one_line_errors, seed_everything
 from pml_tacl.clustering import pseudo_labels_from
 from pml_tacl.datasets import ImageFiles
-from pml_tacl.runs import one_line_errors, seed_everything
 from pml_tacl.trainers._views import OneView, TwoViews
 from pml_tacl.trainers._workers import lost_workers_named
 from pml_tacl.trainers.checkpoint import checkpoints
+from pml_tacl.utils.signals import Interrupted, ShieldedLoader, Signals
 from tests.trainers.small import COUNT, Pictures, make_trainer, same, state_of
 
 ROOT = Path(__file__).parents[2]
@@ -443,7 +443,7 @@ def test_ignored_signals_stay_ignored():
 SCRIPT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests ignored it
-from pml_tacl.runs import one_line_errors
+from pml_tacl.cli.run_folder import one_line_errors
 from tests.trainers.small import Pictures, make_trainer
 
 folder, place = sys.argv[1:]
@@ -474,7 +474,7 @@ class SlowPictures(Pictures):
 
 ORPHAN = """
 import os, signal, time
-from pml_tacl._interrupts import obey_parent_alone
+from pml_tacl.utils.signals import obey_parent_alone
 
 training = os.getpid()
 if os.fork() == 0:

@@ -11,13 +11,13 @@ from pml_tacl import (
     AttentionConsistencyLoss,
     AttentionConsistencyMiner,
     AttentionEmbedder,
+    BackgroundSwap,
     ContrastiveClusteringLoss,
     KMeansPseudoLabeler,
-    SurroundingsSwap,
 )
+from pml_tacl.cli.run_folder import seed_everything
 from pml_tacl.clustering import PseudoLabels
 from pml_tacl.evaluation import embed
-from pml_tacl.runs import seed_everything
 from pml_tacl.trainers._forward import Features, forward_in_chunks
 from tests.trainers.small import COUNT, SIZE, Pictures, make_model, make_trainer, state_of
 
@@ -65,7 +65,7 @@ def gradients_of_a_step(steps, clustered, **kwargs):
             "tuple_miner": miners.MultiSimilarityMiner(),
             "attention_miner": AttentionConsistencyMiner(),
         },
-        swap=SurroundingsSwap(0.7, "distinctive"),
+        swap=BackgroundSwap(0.7, "distinctive"),
         warmup_epochs=0 if clustered else 1,
         iterations_per_epoch=1,
         **kwargs,

@@ -10,8 +10,8 @@ from pytorch_metric_learning.trainers import BaseTrainer
 from pytorch_metric_learning.utils.inference import InferenceModel
 
 from pml_tacl import RetrievalCalculator
+from pml_tacl.cli.run_folder import make_hooks
 from pml_tacl.evaluation import make_tester
-from pml_tacl.runs import make_hooks
 from tests.trainers.small import COUNT, SIZE, Pictures, make_model, make_trainer, same, state_of
 
 

@@ -19,7 +19,16 @@ from pytorch_metric_learning.miners import MultiSimilarityMiner
 from torch import distributed, multiprocessing, nn
 
 from pml_tacl import AttentionConsistencyMiner, ContrastiveClusteringLoss
-from pml_tacl._distributed import (
+from pml_tacl.distributed.collectives import (
+    equalise_buffers,
+    from_first,
+    gather_batch,
+    gather_rows,
+    shard,
+    total,
+)
+from pml_tacl.distributed.inference import evaluate_together
+from pml_tacl.distributed.session import (
     ProcessLost,
     barrier,
     check_same,
@@ -31,18 +40,9 @@ from pml_tacl._distributed import (
     session,
     world_size,
 )
-from pml_tacl._exchange import (
-    equalise_buffers,
-    from_first,
-    gather_batch,
-    gather_rows,
-    shard,
-    total,
-)
+from pml_tacl.distributed.training import begin_together
 from pml_tacl.evaluation import evaluate
-from pml_tacl.processes import evaluate_together
 from pml_tacl.search import PictureIndex
-from pml_tacl.trainers._together import begin_together
 from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
 
 from .small import Pictures, make_model, make_trainer
@@ -210,7 +210,7 @@ def test_one_process_exchanges_nothing():
 @pytest.mark.parametrize(("count", "batch_size"), [*COUNTS, (0, 4)])
 @pytest.mark.parametrize("world", [1, 2, 5])
 def test_shards_hold_each_row_once_in_batches_of_one_process(monkeypatch, world, count, batch_size):
-    monkeypatch.setattr("pml_tacl._exchange.world_size", lambda: world)
+    monkeypatch.setattr("pml_tacl.distributed.collectives.world_size", lambda: world)
     whole = list(torch.arange(count).split(batch_size)) if count else []
     for number in range(world):
         own = shard(count, batch_size, number)
@@ -358,8 +358,8 @@ def test_two_processes_learn_what_one_learns(tmp_path):
 TRAINING = """
 import sys, warnings
 warnings.simplefilter("ignore")  # so small a network makes uneven clusters
-from pml_tacl import runs
-from pml_tacl.processes import is_first, session
+from pml_tacl.cli import run_folder as runs
+from pml_tacl.distributed.inference import is_first, session
 from tests.trainers.small import make_trainer
 with session(), runs.one_line_errors():
     begun = "--resume" in sys.argv
@@ -451,8 +451,8 @@ def test_signals_save_once_and_a_killed_process_ends_the_others(store, processes
 def test_waiting_for_the_first_process_ends_when_it_is_killed(store, processes, tmp_path):
     code = """
 import time
-from pml_tacl import runs
-from pml_tacl._distributed import highest, on_first, rank, session
+from pml_tacl.cli import run_folder as runs
+from pml_tacl.distributed.session import highest, on_first, rank, session
 with session(), runs.one_line_errors():
     highest(0)
     print("met", flush=True)
@@ -518,7 +518,7 @@ def test_a_session_meets_the_others_with_its_timeout(monkeypatch):
 
 
 def test_batchnorm_is_synchronised_on_gpus_with_its_activation_and_weights(monkeypatch):
-    monkeypatch.setattr("pml_tacl.trainers._together.world_size", lambda: 2)
+    monkeypatch.setattr("pml_tacl.distributed.training.world_size", lambda: 2)
     model = make_model(backbone="test_efficientnet")  # BatchNorm and activation in one layer
     model.eval()
     images = torch.randn(2, 3, 32, 32)
@@ -541,7 +541,7 @@ def test_batchnorm_is_synchronised_on_gpus_with_its_activation_and_weights(monke
 
 
 def test_errors_of_other_kinds_keep_their_words():
-    from pml_tacl._distributed import naming
+    from pml_tacl.distributed.session import naming
 
     with pytest.raises(RuntimeError, match="shapes differ"), naming("adding"):
         raise RuntimeError("shapes differ")

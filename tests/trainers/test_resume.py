@@ -14,7 +14,7 @@ import torch
 from pytorch_metric_learning import losses
 
 from pml_tacl import SiameseTransform
-from pml_tacl.runs import make_hooks, seed_everything
+from pml_tacl.cli.run_folder import make_hooks, seed_everything
 from pml_tacl.trainers import checkpoint
 from pml_tacl.trainers._order import draw_order, make_loader
 from pml_tacl.trainers._views import TwoViews, drawing_from

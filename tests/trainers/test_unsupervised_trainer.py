@@ -10,15 +10,15 @@ from pytorch_metric_learning.losses import SelfSupervisedLoss
 from pml_tacl import (
     AttentionConsistencyLoss,
     AttentionConsistencyMiner,
+    BackgroundSwap,
     ContrastiveClusteringLoss,
     ContrastiveClusteringMiner,
     KMeansPseudoLabeler,
-    SurroundingsSwap,
     functional,
 )
+from pml_tacl.cli.run_folder import seed_everything
 from pml_tacl.clustering import PseudoLabels, pseudo_labels_from
-from pml_tacl.runs import seed_everything
-from pml_tacl.trainers._views import Batch, swap_surroundings
+from pml_tacl.trainers._views import Batch, swap_background
 from pml_tacl.trainers.checkpoint import checkpoints
 
 from .small import BATCH, COUNT, SIZE, Pictures, make_model, make_trainer, same, state_of
@@ -158,7 +158,7 @@ def test_swapped_surroundings_weigh_cells_by_what_both_views_kept(mask):
     points = torch.rand(6, 4, 2) * 2 - 1
     batch = Batch(views, transformed, points, torch.tensor([0, 0, 1, 1, 2, 2]))
     statistics = copy.deepcopy(trunk.state_dict())
-    first, second, weights = swap_surroundings(SurroundingsSwap(1.0, mask), trunk, batch, (2, 2))
+    first, second, weights = swap_background(BackgroundSwap(1.0, mask), trunk, batch, (2, 2))
     assert first.shape == second.shape == views.shape
     assert not torch.equal(first, views)
     assert weights.shape == (6, 4)
@@ -166,7 +166,7 @@ def test_swapped_surroundings_weigh_cells_by_what_both_views_kept(mask):
     # Looking for the common must leave no trace in the running statistics.
     assert all(torch.equal(statistics[k], v) for k, v in trunk.state_dict().items())
     assert all(module.training for module in trunk.modules())
-    untouched = swap_surroundings(SurroundingsSwap(0.0, mask), trunk, batch, (2, 2))
+    untouched = swap_background(BackgroundSwap(0.0, mask), trunk, batch, (2, 2))
     assert torch.equal(untouched[0], views)
     torch.testing.assert_close(untouched[2], torch.ones(6, 4))
 
@@ -180,7 +180,7 @@ def test_swap_reaches_the_attention_loss(monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr("pml_tacl.losses.attention_consistency_loss.attention_consistency", spy)
-    make_trainer(swap=SurroundingsSwap(1.0, "centred")).train(num_epochs=1)
+    make_trainer(swap=BackgroundSwap(1.0, "centred")).train(num_epochs=1)
     assert seen
     assert all(w.shape == (BATCH, 4) and w.max() < 1 for w in seen)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from pml_tacl._distributed import device, in_use, is_first, naming, patient, rank, world_size
+from pml_tacl.distributed.session import device, in_use, is_first, naming, patient, rank, world_size
 
 _BUCKET = 1 << 23  # numbers that travel at once, 32 MiB of float32
 

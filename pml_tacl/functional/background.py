@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from pml_tacl._precision import wide_dtype, without_autocast
+from pml_tacl.utils.precision import wide_dtype, without_autocast
 
 
 @torch.no_grad()

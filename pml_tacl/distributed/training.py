@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from pml_tacl._distributed import (
+from pml_tacl.distributed.collectives import equal_to_first, equalise_buffers, from_first, total
+from pml_tacl.distributed.session import (
     check_same,
     is_first,
     naming,
@@ -16,7 +17,6 @@ from pml_tacl._distributed import (
     rank,
     world_size,
 )
-from pml_tacl._exchange import equal_to_first, equalise_buffers, from_first, total
 from pml_tacl.trainers._order import draw_order
 from pml_tacl.trainers.checkpoint import random_state, set_random_state
 

@@ -13,21 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pml_tacl._checks import check_count, check_number
-from pml_tacl._evaluating import evaluating
-from pml_tacl._watching import (
+from pml_tacl.callbacks.loggers import Logger
+from pml_tacl.callbacks.trainer_access import (
     CRITERIA,
     features_of,
     keep,
     memory_of,
     model_of,
-    restore,
     shown_and_nearest,
 )
 from pml_tacl.evaluation import evaluate
-from pml_tacl.loggers import Logger
-
-__all__ = ["EarlyStopping", "Evaluate", "LogLosses", "LogPictures", "chain", "restore"]
+from pml_tacl.utils.checks import check_count, check_number
+from pml_tacl.utils.modes import evaluating
 
 Hook = Callable[[Any], bool | None]
 Criterion = Callable[[Any], float | None]

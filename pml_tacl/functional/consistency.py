@@ -8,20 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pml_tacl._cross_attention import check_options, cross_attention, soft_maximum, unit_rows
-from pml_tacl._figure_ground import border_similarity, covariance_pooling
-from pml_tacl._precision import wide_dtype, without_autocast
-
-__all__ = [
-    "attention_consistency",
-    "border_similarity",
-    "commonness",
-    "contrastive_clustering",
-    "covariance_pooling",
-    "cross_image_attention",
-    "sample_at_points",
-    "to_picture",
-]
+from pml_tacl.functional.attention import check_options, cross_attention, soft_maximum, unit_rows
+from pml_tacl.utils.precision import wide_dtype, without_autocast
 
 
 def cross_image_attention(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pml_tacl._precision import wide_dtype, without_autocast
+from pml_tacl.utils.precision import wide_dtype, without_autocast
 
 
 def cross_attention(

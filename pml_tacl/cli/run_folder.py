@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pml_tacl._files import written_whole
-from pml_tacl._interrupts import Interrupted
+from pml_tacl.utils.files import written_whole
+from pml_tacl.utils.signals import Interrupted
 
 _PACKAGES = (
     "pml_tacl",

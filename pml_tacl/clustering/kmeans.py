@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pml_tacl._checks import check_count
-from pml_tacl._rows import Embeddings, FloatArray, IntArray, UnitRows
+from pml_tacl.clustering.unit_embeddings import Embeddings, FloatArray, IntArray, UnitRows
+from pml_tacl.utils.checks import check_count
 
 # Mean cosine distance to the common direction below which rows differ by rounding alone.
 COLLAPSED = 1e-6

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from pml_tacl._calculator import RetrievalCalculator
-from pml_tacl._checks import check_count
-from pml_tacl._evaluating import evaluating
-from pml_tacl._interrupts import ShieldedLoader
-
-__all__ = ["RetrievalCalculator", "embed", "evaluate", "make_tester"]
+from pml_tacl.evaluation.calculator import RetrievalCalculator
+from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.modes import evaluating
+from pml_tacl.utils.signals import ShieldedLoader
 
 
 def embed(

@@ -10,9 +10,9 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import FaissKMeans
 from torch import Tensor
 
-from pml_tacl._agreement import adjusted_mutual_information
-from pml_tacl._checks import check_count
-from pml_tacl._retrieval import (
+from pml_tacl.clustering.unit_embeddings import Embeddings
+from pml_tacl.evaluation.mutual_information import adjusted_mutual_information
+from pml_tacl.evaluation.ranking import (
     check_fit,
     check_included,
     faiss_search,
@@ -21,7 +21,7 @@ from pml_tacl._retrieval import (
     torch_search,
     whole_labels,
 )
-from pml_tacl._rows import Embeddings
+from pml_tacl.utils.checks import check_count
 
 RANKING_METRICS = (
     "precision_at_1",

@@ -51,7 +51,7 @@ def training_parser(description: str, defaults: Mapping[str, Any]) -> argparse.A
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What makes a run what it is: the config of :meth:`pml_tacl.training_run.TrainingRun.open`.
+    """Return what makes a run what it is: the config that `TrainingRun.open` takes.
 
     Args:
         arguments: parsed.

@@ -8,7 +8,7 @@ from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, Do
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pml_tacl._precision import wide_dtype, without_autocast
+from pml_tacl.utils.precision import wide_dtype, without_autocast
 
 
 class NearestCentres(NamedTuple):

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pml_tacl import runs
-from pml_tacl._checks import check_count
-from pml_tacl._distributed import is_first, on_first
-from pml_tacl._evaluating import evaluating
-from pml_tacl._watching import shown_and_nearest
 from pml_tacl.callbacks import chain
+from pml_tacl.callbacks.trainer_access import shown_and_nearest
+from pml_tacl.cli import run_folder as runs
+from pml_tacl.distributed.session import is_first, on_first
 from pml_tacl.models import AttentionEmbedder
 from pml_tacl.models.preprocessing import as_seen
 from pml_tacl.trainers.checkpoint import checkpoints
+from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.modes import evaluating
 
 Metrics = dict[str, float]
 Rows = dict[str, Mapping[str, float]]
@@ -28,7 +28,8 @@ class TrainingRun:
     It ends with ``metrics.json``, ``model/`` (of an :class:`AttentionEmbedder`, with averaged
     weights if there are some), ``records/`` of record-keeper, ``checkpoints/``, ``curves.png``,
     and ``recall.png`` if recall was measured. Under torchrun, within
-    :func:`pml_tacl.processes.session`, every process calls all of it and the first writes.
+    :func:`pml_tacl.distributed.inference.session`, every process calls all of it and the first
+    writes.
 
     Args:
         folder: of the run; made by :meth:`open`.
@@ -39,11 +40,11 @@ class TrainingRun:
     Attributes:
         folder: absolute path.
         begun: whether there is a checkpoint to go on from, so that a start need not be made.
-        hooks: of :func:`pml_tacl.runs.make_hooks`, on the first process, once it is open.
+        hooks: of :func:`pml_tacl.cli.run_folder.make_hooks`, on the first process, once it is open.
 
     Raises:
-        ValueError: as of :func:`pml_tacl.runs.check_run`, or if the folders are not apart, before
-            anything is touched.
+        ValueError: as of :func:`pml_tacl.cli.run_folder.check_run`, or if the folders are not
+            apart, before anything is touched.
 
     Example:
         >>> import tempfile
@@ -81,7 +82,7 @@ class TrainingRun:
         self._config: dict[str, Any] | None = None
 
     def open(self, config: Mapping[str, Any]) -> None:
-        """Make or open the folder, as :func:`pml_tacl.runs.open_run`, when nothing can be wrong.
+        """Make or open the folder, once all arguments are validated; see `open_run`.
 
         Args:
             config: what the run was asked to do, kept in ``run.json`` and ``metrics.json``.

@@ -1,6 +1,6 @@
 """Training in several processes, for scripts that torchrun starts; without it, nothing changes.
 
-from pml_tacl.processes import is_first, on_first, session
+from pml_tacl.distributed.inference import is_first, on_first, session
 
 if __name__ == "__main__":
     with session():
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from pml_tacl._distributed import (
+from pml_tacl.distributed.collectives import gather_rows, shard
+from pml_tacl.distributed.session import (
     ProcessLost,
     barrier,
     is_first,
@@ -23,7 +24,6 @@ from pml_tacl._distributed import (
     session,
     world_size,
 )
-from pml_tacl._exchange import gather_rows, shard
 from pml_tacl.evaluation import embed, evaluate
 
 __all__ = [

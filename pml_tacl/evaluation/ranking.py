@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pml_tacl._rows import Embeddings
+from pml_tacl.clustering.unit_embeddings import Embeddings
 
 # Entries of the largest array held at once, in search results and in the distances of torch.
 RESULT_ENTRIES = 2**22

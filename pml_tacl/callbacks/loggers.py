@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pml_tacl._checks import check_count
+from pml_tacl.utils.checks import check_count
 
 Pixels = Any  # a matplotlib figure, a PIL image, or an array or tensor that visualize takes
 Thumbnails = Sequence[Image.Image] | None

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from pml_tacl._checks import as_numbers, check_number
-from pml_tacl._figure_ground import figure_scores
 from pml_tacl.functional import to_picture
+from pml_tacl.functional.background import figure_scores
+from pml_tacl.utils.checks import as_numbers, check_number
 
 
 def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -35,7 +35,7 @@ def as_offset(cell_offset: Sequence[float]) -> tuple[float, float]:
 
 
 class SwapOutput(NamedTuple):
-    """What `SurroundingsSwap` returns.
+    """What `BackgroundSwap` returns.
 
     Attributes:
         images: (N, C, H, W), the batch with surroundings swapped, dtype as given.
@@ -49,7 +49,7 @@ class SwapOutput(NamedTuple):
     swapped: Tensor
 
 
-class SurroundingsSwap(nn.Module):
+class BackgroundSwap(nn.Module):
     """Keep what is distinctive in each image and put it on another image's surroundings.
 
     After Li et al. 2020 (attention to what is discriminative between classes and consistent
@@ -75,7 +75,7 @@ class SurroundingsSwap(nn.Module):
         ValueError: for an argument out of its range.
 
     Example:
-        >>> swap = SurroundingsSwap(probability=0.7, mask="centred")
+        >>> swap = BackgroundSwap(probability=0.7, mask="centred")
         >>> images, masks, swapped = swap(torch.randn(8, 3, 64, 64))
         >>> weights = cell_weights(masks, grid=4)  # (8, 16)
     """
@@ -209,7 +209,7 @@ def cell_weights(masks: Tensor, grid: int | Sequence[int]) -> Tensor:
     """How much of each grid cell was kept: the weights of an attention loss.
 
     Args:
-        masks: (N, H, W) in [0, 1], of `SurroundingsSwap`.
+        masks: (N, H, W) in [0, 1], of `BackgroundSwap`.
         grid: cells, (rows, columns) or an int for both, as of `SiameseTransform`.
 
     Returns:

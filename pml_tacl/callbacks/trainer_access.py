@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pml_tacl._agreement import adjusted_mutual_information
-from pml_tacl._files import written_whole
 from pml_tacl.clustering import pseudo_labels_from
+from pml_tacl.evaluation.mutual_information import adjusted_mutual_information
 from pml_tacl.trainers.checkpoint import checkpoints
+from pml_tacl.utils.files import written_whole
 
 _PARTS = ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs")
 _CHUNK = 4096

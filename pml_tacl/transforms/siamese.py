@@ -1,6 +1,6 @@
 """Pictures to training views: two views with tracked points, and swapped surroundings.
 
-`SiameseTransform` works on one picture (in a data set, on the CPU), `SurroundingsSwap` on a whole
+`SiameseTransform` works on one picture (in a data set, on the CPU), `BackgroundSwap` on a whole
 batch (on the device).
 """
 
@@ -16,14 +16,15 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from pml_tacl._cell_points import CellPoints
-from pml_tacl._checks import as_numbers, is_number
-from pml_tacl._surroundings import SurroundingsSwap, SwapOutput, as_offset, as_pair, cell_weights
+from pml_tacl.transforms.background_swap import (
+    as_offset,
+    as_pair,
+)
+from pml_tacl.transforms.keypoints import CellPoints
+from pml_tacl.utils.checks import as_numbers, is_number
 
 if TYPE_CHECKING:
     from pml_tacl.models import AttentionEmbedder
-
-__all__ = ["SiameseTransform", "SurroundingsSwap", "SwapOutput", "cell_weights"]
 
 # Where points without a place in the second view go: far outside [-1, 1], yet finite.
 _NOWHERE = 1e4

@@ -1,0 +1,23 @@
+"""Hooks for trainers, and where they log to."""
+
+from pml_tacl.callbacks.hooks import (
+    EarlyStopping,
+    Evaluate,
+    LogLosses,
+    LogPictures,
+    chain,
+)
+from pml_tacl.callbacks.loggers import Logger, TensorBoardLogger, WandbLogger
+from pml_tacl.callbacks.trainer_access import restore
+
+__all__ = [
+    "EarlyStopping",
+    "Evaluate",
+    "LogLosses",
+    "LogPictures",
+    "Logger",
+    "TensorBoardLogger",
+    "WandbLogger",
+    "chain",
+    "restore",
+]
