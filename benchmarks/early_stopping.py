@@ -44,7 +44,7 @@ def trained(seed: int, epochs: int, classes: int | None) -> list[tuple[int, floa
     train, test = (Glyphs(split, num_classes=classes) for split in ("train", "test"))
     model = AttentionEmbedder(**MODEL)
     train.transform = test.transform = model.transform(image_size=64)
-    model.whiten(DataLoader(train, 128), progress=False)
+    model.fit_projection(DataLoader(train, 128), progress=False)
     train.transform = None
     measure = Evaluate(test, metrics=["recall_at_1"])
     never = 10**6

@@ -53,7 +53,7 @@ def measure(arguments: argparse.Namespace) -> list[str]:
     batch, side = arguments.batch, arguments.side
     images = torch.randn(2 * batch, 3, side, side).to(**placed)
     bare = timm.create_model(arguments.backbone, num_classes=0).to(**placed).train()
-    ours = AttentionEmbedder(arguments.backbone, 512).to(**placed).train()
+    ours = AttentionEmbedder(arguments.backbone, embedding_dim=512).to(**placed).train()
 
     def turns(base: Callable[[], object], with_us: Callable[[], object], title: str) -> str:
         contenders = {"base": base, "ours": with_us}

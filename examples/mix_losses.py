@@ -58,7 +58,9 @@ def main() -> dict[str, float]:
     start = pml_tacl.AttentionEmbedder("resnet10t", DIM, **BACKBONE)
     train, test = Glyphs("train", num_classes=CLASSES), Glyphs("test", num_classes=CLASSES)
     train.transform = test.transform = start.transform(image_size=64)
-    start.whiten(DataLoader(train, BATCH_SIZE), progress=False)  # where the projection starts
+    start.fit_projection(
+        DataLoader(train, BATCH_SIZE), progress=False
+    )  # where the projection starts
     train.transform = None
     clusters = len(train) // 10
     affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), fill=220)

@@ -25,12 +25,12 @@ CLASSES = None  # characters of each half; None for all 280
 def main():
     runs.seed_everything(SEED)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = pml_tacl.AttentionEmbedder("resnet10t", 128, **BACKBONE)
+    model = pml_tacl.AttentionEmbedder("resnet10t", embedding_dim=128, **BACKBONE)
     model = model.to(device, memory_format=torch.channels_last)
     train, seen, test = (Glyphs(half, num_classes=CLASSES) for half in ("train", "train", "test"))
     seen.transform = test.transform = model.transform(image_size=64)
     train.preload()
-    model.whiten(DataLoader(seen, BATCH_SIZE))  # where the projection starts
+    model.fit_projection(DataLoader(seen, BATCH_SIZE))  # where the projection starts
     colours = [v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5)], 0.9), v2.RandomChannelPermutation()]
     colours += [v2.RandomGrayscale(0.2), v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.5))], 0.3)]
     affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), shear=10, fill=220)

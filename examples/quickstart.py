@@ -44,7 +44,7 @@ def main() -> None:
     model = model.to(device, memory_format=torch.channels_last)
     train.transform = test.transform = model.transform(image_size=64)
     if not run.begun:
-        model.whiten(DataLoader(train, 128))  # where the projection starts
+        model.fit_projection(DataLoader(train, 128))  # where the projection starts
     train.transform = None
     colours = [v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5)], 0.9), v2.RandomChannelPermutation()]
     colours += [v2.RandomGrayscale(0.2), v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.5))], 0.3)]

@@ -61,11 +61,13 @@ class KnownAndSure(KnownLabels):
 
 def main() -> dict[str, float]:
     runs.seed_everything(0)
-    start = pml_tacl.AttentionEmbedder("resnet10t", 64, **BACKBONE)
+    start = pml_tacl.AttentionEmbedder("resnet10t", embedding_dim=64, **BACKBONE)
     plain, halves = start.transform(image_size=64), ("train", "train", "test")
     train, seen, test = (Glyphs(half, num_classes=CLASSES) for half in halves)
     seen.transform = test.transform = plain
-    start.whiten(DataLoader(seen, BATCH_SIZE), progress=False)  # where the projection starts
+    start.fit_projection(
+        DataLoader(seen, BATCH_SIZE), progress=False
+    )  # where the projection starts
     affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), fill=220)
     colour = v2.Compose([v2.ColorJitter(0.5, 0.5, 0.5), v2.RandomChannelPermutation()])
     two_views = pml_tacl.SiameseTransform(64, 4, geometric=affine, photometric=colour, flip=False)

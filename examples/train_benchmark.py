@@ -48,13 +48,15 @@ def main(benchmark, settings: dict, description: str) -> None:
     train = benchmark(args.root, "train")
     weights = False if run.begun else args.weights
     kept = {"freeze_batchnorm": args.freeze_batchnorm}
-    model = pml_tacl.AttentionEmbedder(args.backbone, args.embedding_dim, weights, **kept)
+    model = pml_tacl.AttentionEmbedder(
+        args.backbone, embedding_dim=args.embedding_dim, pretrained=weights, **kept
+    )
     model = model.to(device, memory_format=torch.channels_last)
     plain = model.transform(image_size=args.image_size)
     query, *gallery = (benchmark(args.root, part, plain) for part in args.test_splits)
     if not run.begun:  # where the projection starts
         seen = benchmark(args.root, "train", plain)
-        model.whiten(DataLoader(seen, 64, shuffle=True, num_workers=args.workers))
+        model.fit_projection(DataLoader(seen, 64, shuffle=True, num_workers=args.workers))
 
     def measure(epoch: int) -> dict[str, float]:
         searched = gallery[0] if gallery else None

@@ -49,7 +49,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kept = {"freeze_batchnorm": args.freeze_batchnorm}
     model = pml_tacl.AttentionEmbedder(
-        args.backbone, args.embedding_dim, False if run.begun else args.weights, **kept
+        args.backbone, embedding_dim=args.embedding_dim, False if run.begun else args.weights, **kept
     ).to(device, memory_format=torch.channels_last)
     size = (args.image_size,) * 2 if args.image_size else model.data_config["input_size"][1:]
     plain = model.transform(image_size=size)
@@ -82,7 +82,7 @@ def main() -> None:
     seen = pictures.with_transform(plain)
     if not run.begun:  # where the projection starts
         shuffled = DataLoader(seen, 64, shuffle=True, num_workers=args.workers)
-        model.whiten(shuffled, progress=is_first())
+        model.fit_projection(shuffled, progress=is_first())
 
     def measure(epoch: int) -> dict[str, float]:
         return evaluate_together(model, labelled, num_workers=args.workers) if labelled else {}

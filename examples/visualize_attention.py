@@ -45,7 +45,9 @@ def main() -> None:
     if args.backbone:
         weights = False if args.weights == "none" else args.weights or True
         # Without a projection nothing is untrained: features are averaged.
-        model = AttentionEmbedder(args.backbone, None, weights, attention="none").eval()
+        model = AttentionEmbedder(
+            args.backbone, embedding_dim=None, pretrained=weights, attention="none"
+        ).eval()
     else:
         model = AttentionEmbedder.from_pretrained(args.model)
     glyphs = Glyphs(**GLYPHS)

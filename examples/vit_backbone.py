@@ -32,11 +32,13 @@ OUT = Path("runs/vit")
 
 def main() -> dict[str, float]:
     runs.seed_everything(0)
-    model = pml_tacl.AttentionEmbedder(BACKBONE, 64, dynamic_img_size=True, **TIMM)
+    model = pml_tacl.AttentionEmbedder(BACKBONE, embedding_dim=64, dynamic_img_size=True, **TIMM)
     train, test = Glyphs("train", num_classes=CLASSES), Glyphs("test", num_classes=CLASSES)
     views = {size: model.transform(image_size=size) for size in SIZES}
     train.transform = views[SIZES[0]]
-    model.whiten(DataLoader(train, BATCH_SIZE), progress=False)  # where the projection starts
+    model.fit_projection(
+        DataLoader(train, BATCH_SIZE), progress=False
+    )  # where the projection starts
     train.transform = None
     two_views = pml_tacl.SiameseTransform.for_model(
         model, SIZES[0], crop_scale=(0.6, 1.0), flip=False,

@@ -281,13 +281,17 @@ def test_folded_batchnorm_is_the_frozen_one(monkeypatch):
     from pml_tacl import AttentionEmbedder
 
     torch.manual_seed(0)
-    usual = AttentionEmbedder(model.LITE0, None, attention="none", freeze_batchnorm=True).train()
+    usual = AttentionEmbedder(
+        model.LITE0, embedding_dim=None, attention="none", freeze_batchnorm=True
+    ).train()
     for module in usual.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3)
             module.running_var.uniform_(0.5, 2)
             module.bias.data.normal_(0, 0.3)
-    folded = AttentionEmbedder(model.LITE0, None, attention="none", freeze_batchnorm=True)
+    folded = AttentionEmbedder(
+        model.LITE0, embedding_dim=None, attention="none", freeze_batchnorm=True
+    )
     folded.load_state_dict(usual.state_dict())
     model.fold_batchnorm(folded.trunk.model)
     folded.train()

@@ -35,7 +35,7 @@ def pictures(count=32):
 
 def ours(hook, count=32, labeler=None, **kwargs):
     torch.manual_seed(0)
-    model = AttentionEmbedder("test_resnet", 8)
+    model = AttentionEmbedder("test_resnet", embedding_dim=8)
     return UnsupervisedTrainer(
         model,
         torch.optim.SGD(model.parameters(), 0.05),
@@ -295,7 +295,7 @@ def test_losses_and_pictures_reach_a_logger_of_ones_own(monkeypatch):
     )
     assert isinstance(logger, Logger)
     shown = pictures(10)
-    transform = AttentionEmbedder("test_resnet", 8).transform(image_size=32)
+    transform = AttentionEmbedder("test_resnet", embedding_dim=8).transform(image_size=32)
     draw = cb.LogPictures(logger, shown, transform, every=2, shown=3, neighbours=20)
     trainer = ours(draw, end_of_iteration_hook=cb.LogLosses(logger, every=3))
     trainer.train(num_epochs=2)

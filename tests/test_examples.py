@@ -317,7 +317,7 @@ def test_bad_input_ends_in_one_line_and_harms_nothing(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nan_pictures_of_a_users_data_set_end_in_one_line(few, workers):
-    model = AttentionEmbedder("test_resnet", 8)
+    model = AttentionEmbedder("test_resnet", embedding_dim=8)
     trainer = UnsupervisedTrainer(
         model,
         torch.optim.SGD(model.parameters(), 0.1),

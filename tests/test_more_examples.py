@@ -289,7 +289,7 @@ class TestVisualizeAttention:
 
     def test_glyphs_with_the_model_of_a_run(self, tmp_path, monkeypatch, capsys):
         torch.manual_seed(0)
-        model = AttentionEmbedder("resnet10t", 16, **NETWORK).eval()
+        model = AttentionEmbedder("resnet10t", embedding_dim=16, **NETWORK).eval()
         model.save_pretrained(tmp_path / "model")
         command(monkeypatch, "--model", tmp_path / "model", "--out", tmp_path / "out")
         script("visualize_attention").main()

@@ -63,7 +63,7 @@ def write_run(folder, *, count=60, labelled=True):
             shutil.copy(path, folder / "test" / f"class {number % 5}" / f"{number}.png")
     torch.manual_seed(0)
     run = folder / "run <&> {{BODY}}"
-    AttentionEmbedder("test_resnet", 16).save_pretrained(run / "model")
+    AttentionEmbedder("test_resnet", embedding_dim=16).save_pretrained(run / "model")
     config = {"images": str(pictures), "image_size": [32, 32], "epochs": 2, "backbone": "x<y",
               "eval_folder": str(folder / "test") if labelled else None,
               "loss_weights": {"metric_loss": 1.0}}  # fmt: skip
@@ -216,7 +216,7 @@ def few_glyphs(monkeypatch):
 
 def write_quickstart(folder):
     torch.manual_seed(0)
-    AttentionEmbedder("test_resnet", 16).save_pretrained(folder / "model")
+    AttentionEmbedder("test_resnet", embedding_dim=16).save_pretrained(folder / "model")
     runs.write_json(folder / "run.json", {"epochs": 3, "seed": 0, "timm": {"stem_width": 8}})
     rows = {name: {"recall_at_1": 0.5} for name in ("raw_pixels", "before", "after")}
     runs.write_json(folder / "metrics.json", {**rows, "config": {}, "versions": {}})

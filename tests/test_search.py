@@ -265,7 +265,7 @@ def run(tmp_path_factory):
     for number in range(6):
         draw(folder / "pictures" / "ab"[number % 2] / f"{number}.png", number)
     torch.manual_seed(0)
-    model = AttentionEmbedder("test_resnet", 8).eval()
+    model = AttentionEmbedder("test_resnet", embedding_dim=8).eval()
     model.save_pretrained(folder / "run" / "model")
     runs.write_json(folder / "run" / "run.json", {"image_size": [32, 32]})
     pictures = ImageFiles(

@@ -38,7 +38,7 @@ class Stock:
     def __init__(self, folder, epochs=None):
         runs.seed_everything(0)  # PML's sampler draws from NumPy
         # Ours. Pictures of one colour have no covariance.
-        self.model = AttentionEmbedder("test_resnet", 16, pooling="average")
+        self.model = AttentionEmbedder("test_resnet", embedding_dim=16, pooling="average")
         self.loss = ContrastiveClusteringLoss(margin=1.0)  # ours
         parts = {"trunk": self.model.trunk, "embedder": self.model.embedder}
         optimizers = {
@@ -128,7 +128,7 @@ def test_centres_set_by_the_user_are_saved_and_loaded_by_pmls_hooks(tmp_path):
 
 
 def test_the_model_serves_pmls_inference_model():
-    model, data = AttentionEmbedder("test_resnet", 16), coloured(0)
+    model, data = AttentionEmbedder("test_resnet", embedding_dim=16), coloured(0)
     inference = InferenceModel(model)
     inference.train_knn(data, batch_size=16)
     distances, rows = inference.get_nearest_neighbors(data.tensors[0][:5], k=3)

@@ -465,7 +465,7 @@ def test_photometric_that_changes_the_shape_is_named():
 
 @pytest.mark.parametrize("size", [64, (32, 96)])
 def test_views_for_a_model_are_those_that_fit_it(size):
-    model = AttentionEmbedder("test_resnet", 8)
+    model = AttentionEmbedder("test_resnet", embedding_dim=8)
     model.data_config.update(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     shape = (size, size) if isinstance(size, int) else size
     transform = SiameseTransform.for_model(model, size, flip=False)
@@ -502,13 +502,13 @@ def test_channels_and_offsets_may_be_arrays(kind):
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_a_model_of_other_channels_is_told_apart_from_the_views(channels):
-    model = AttentionEmbedder("test_resnet", 8, in_chans=channels)
+    model = AttentionEmbedder("test_resnet", embedding_dim=8, in_chans=channels)
     with pytest.raises(ValueError, match=f"views have 3 channels and the model takes {channels}: "):
         SiameseTransform.for_model(model, 64)
 
 
 def test_what_is_given_goes_before_what_the_model_says():
-    model = AttentionEmbedder("test_resnet", 8)
+    model = AttentionEmbedder("test_resnet", embedding_dim=8)
     given = {"grid": (3, 2), "cell_offset": (0.25, 0.5), "mean": [0, 0, 0], "std": [1, 1, 1]}
     transform = SiameseTransform.for_model(model, 64, **given)
     assert {name: getattr(transform, name) for name in given} == given

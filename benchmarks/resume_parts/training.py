@@ -68,7 +68,7 @@ def train(
     runs.open_run(folder, {"epochs": EPOCHS}, resume=folder.exists())
     runs.seed_everything(0)
     train_half, test_half = halves
-    model = AttentionEmbedder("test_resnet", 16)
+    model = AttentionEmbedder("test_resnet", embedding_dim=16)
     test_half.transform = model.transform(image_size=SIZE)
     hooks = runs.make_hooks(folder / "records", log_freq=2)
     tester = make_tester(

@@ -60,7 +60,7 @@ def start(config: Config, pictures: Pictures, cache: Path = DEFAULT_CACHE) -> Tr
     norm = (tuple(data["mean"]), tuple(data["std"]))
     views = BatchViews(RECIPES[config.views], grid, *norm, offset)
     if config.pooling == "covariance" and config.whiten:
-        model.whiten(
+        model.fit_projection(
             [views.normalise(part.float() / 255) for part in pictures.images.split(128)],
             progress=False,
         )

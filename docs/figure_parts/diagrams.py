@@ -11,7 +11,7 @@ def attention_embedder() -> Figure:
     figure = Figure((8.4, 2.7), layout="constrained")
     axes = figure.subplots()
     bare(axes)
-    model = AttentionEmbedder("resnet18", 128)
+    model = AttentionEmbedder("resnet18", embedding_dim=128)
     out = model.forward_features(torch.zeros(1, 3, 224, 224))
     grid = "x".join(map(str, out.feature_maps.shape[1:]))
     box(axes, 0, 1.5, "images\n3x224x224", GREY)

@@ -1,7 +1,15 @@
-"""Models: a backbone with attention pooling."""
+"""Models: a backbone, its embedding, and the projection that searches."""
 
 from pml_tacl.models.attention_embedder import AttentionEmbedder
 from pml_tacl.models.attention_pooling import Embedder, EmbedderOutput
+from pml_tacl.models.projection import Projection
 from pml_tacl.models.trunk import Trunk, TrunkOutput
 
-__all__ = ["AttentionEmbedder", "Embedder", "EmbedderOutput", "Trunk", "TrunkOutput"]
+__all__ = [
+    "AttentionEmbedder",
+    "Embedder",
+    "EmbedderOutput",
+    "Projection",
+    "Trunk",
+    "TrunkOutput",
+]

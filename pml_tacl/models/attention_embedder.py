@@ -1,4 +1,4 @@
-"""`AttentionEmbedder`: a backbone, attention pooling and a projection to unit embeddings."""
+"""`AttentionEmbedder`: a backbone, its embedding, and the projection that searches."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -11,21 +11,26 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from pml_tacl.models.attention_pooling import Embedder, EmbedderOutput, chosen_pooling
+from pml_tacl.models.attention_pooling import Embedder, EmbedderOutput
 from pml_tacl.models.preprocessing import image_transform, size_in_pixels
+from pml_tacl.models.projection import Projection, fit_projection, whiten_linear
 from pml_tacl.models.receptive_field import measure_cell_offset, measure_grid
 from pml_tacl.models.self_attention import self_attention_map
 from pml_tacl.models.trunk import Trunk
 from pml_tacl.models.weights import Pretrained, flat_tensors
-from pml_tacl.models.whitening import whiten
 from pml_tacl.utils.checks import check_number
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _Self = TypeVar("_Self", bound="AttentionEmbedder")
 
 
 class AttentionEmbedder(nn.Module):
-    """Images to unit embeddings, with the attention map that they were pooled by.
+    """Images to unit embeddings, with feature maps and an attention map.
+
+    Two stages. The backbone is *trained*: its embedding is the backbone's own pooled feature, so
+    that before any training it retrieves as `timm.create_model(backbone, num_classes=0)` does.
+    The projection is *fitted*: :meth:`fit_projection` computes it from images without labels,
+    before the first search and again after training.
 
     `model.trunk` and `model.embedder` are the two modules that trainers and testers of
     pytorch-metric-learning ask for: `embedder(trunk(x))` equals `model(x)`.
@@ -33,17 +38,18 @@ class AttentionEmbedder(nn.Module):
     Args:
         backbone: a timm model name; a timm module (its head is removed in place); or any module
             that maps (N, C, H, W) images to (N, C, H, W) maps or to a list of them, finest first.
-        embedding_dim: D of the embeddings; None leaves the projection out.
         pretrained: False; True, through timm, which downloads; or the path of a local
             `.safetensors`, `.pth` or `.bin` state dict, with or without classifier.
+        embedding_dim: the most dimensions of the embeddings that the projection gives; None leaves
+            the projection out.
         feature_index: the stage (CNN) or block (ViT) whose maps carry attention, negative from the
             end. None: the last one with stride 16 or finer.
-        attention: `"border"` (what does not look like the image's own border; with covariance),
-            `"pool"` (learned, starts uniform; with the average), `"distinctive"`, `"none"`, or a
-            module from `TrunkOutput` to (N, H, W) logits; see `Embedder`.
-        pooling: `"covariance"` of the maps that carry attention, at which the backbone then ends;
-            or `"average"` of the last stage, the default without projection. `whiten` gives
-            either a good start.
+        attention: `"border"` (what looks like the image's own border counts less, the default),
+            `"relative_border"`, `"pool"`, `"distinctive"`, `"none"`, or a module from
+            `TrunkOutput` to (N, H, W) logits; see `Embedder`.
+        pooling: `"backbone"`, timm's own. For networks from scratch: `"covariance"` of the maps
+            that carry attention, at which the backbone then ends, or `"average"` of the last
+            stage; both with a projection that is trained.
         freeze_batchnorm: BatchNorm of the trunk keeps its statistics and weights in training.
         **timm_kwargs: passed to `timm.create_model`, such as `in_chans` or `drop_path_rate`.
             With a module, `in_chans` and `img_size` say what it takes where that is not plain.
@@ -56,29 +62,37 @@ class AttentionEmbedder(nn.Module):
         >>> model = AttentionEmbedder("resnet18", embedding_dim=128)
         >>> out = model.forward_features(torch.randn(2, 3, 224, 224))
         >>> out.embeddings.shape, out.feature_maps.shape, out.attention.shape
-        (torch.Size([2, 128]), torch.Size([2, 256, 14, 14]), torch.Size([2, 14, 14]))
+        (torch.Size([2, 512]), torch.Size([2, 256, 14, 14]), torch.Size([2, 14, 14]))
+        >>> model.fit_projection([torch.randn(32, 3, 224, 224)], progress=False)
+        >>> model(torch.randn(2, 3, 224, 224)).shape
+        torch.Size([2, 128])
     """
 
     def __init__(
         self,
         backbone: str | nn.Module,
-        embedding_dim: int | None = 512,
         pretrained: Pretrained = False,
         *,
+        embedding_dim: int | None = 512,
         feature_index: int | None = None,
         attention: str | nn.Module | None = None,
-        pooling: str | None = None,
+        pooling: str = "backbone",
         freeze_batchnorm: bool = False,
         **timm_kwargs: Any,
     ) -> None:
         super().__init__()
-        pooling = chosen_pooling(pooling, embedding_dim)
+        if isinstance(pretrained, int) and not isinstance(pretrained, bool):
+            raise TypeError(
+                f"pretrained must be True, False or a path, got {pretrained!r}: give the dimensions "
+                f"as embedding_dim={pretrained}"
+            )
         self.trunk = Trunk(
             backbone,
             pretrained,
             feature_index=feature_index,
             freeze_batchnorm=freeze_batchnorm,
             stop_at_maps=pooling == "covariance",
+            own_pooling=pooling == "backbone",
             **timm_kwargs,
         )
         norm, self.trunk.head_norm = self.trunk.head_norm, None
@@ -95,7 +109,10 @@ class AttentionEmbedder(nn.Module):
         }
 
     def forward(self, images: Tensor) -> Tensor:
-        """Unit embeddings (N, D) of images (N, C, H, W)."""
+        """Return unit embeddings (N, D) of images (N, C, H, W).
+
+        D is the backbone's number of features until the projection is fitted.
+        """
         embeddings: Tensor = self.embedder(self.trunk(images))
         return embeddings
 
@@ -158,29 +175,40 @@ class AttentionEmbedder(nn.Module):
         size, channels = size_in_pixels(config, image_size), config["input_size"][0]
         return self.trunk, size, channels, self.embedder.least_cells
 
-    def whiten(
+    def fit_projection(
         self,
-        batches: Iterable[Tensor | Sequence[Tensor]],
+        batches: Iterable[Tensor | Sequence[Any]],
         max_images: int = 10_000,
-        shrinkage: float = 0.1,
         progress: bool = True,
     ) -> None:
-        """Starts the projection as a whitening of what is pooled, so that rare detail counts.
+        """Fit the projection to images, without labels, in evaluation mode.
 
-        Needs no label. Call it once, before training; two passes over the images, in evaluation
-        mode. See :func:`pml_tacl.models.whitening.whiten` for what it computes.
+        Afterwards the embeddings have at most `embedding_dim` dimensions: half for the whole
+        image, half for its parts, each whitened; see :class:`pml_tacl.models.Projection`. Call it
+        before the first search and again after training. With `pooling="covariance"` or
+        `"average"` it sets the start of the projection, which training then changes: call it once,
+        before training.
 
         Args:
             batches: images (N, C, H, W) as the model takes them, or sequences that start with
-                them; read twice, so a list or a DataLoader, no generator.
-            max_images: how many are used, the first ones: shuffle folders that are in an order.
-            shrinkage: added to each variance, as a fraction of the mean one; above 0.
+                them, such as a DataLoader. Read once, or twice for the other poolings.
+            max_images: the number of images that are used, the first ones: shuffle folders that
+                are in an order.
             progress: show a bar.
 
         Raises:
-            ValueError: without a projection or images, or for an argument out of its range.
+            ValueError: without a projection, for fewer than 2 images, or for images that all look
+                the same.
         """
-        whiten(self, batches, max_images, shrinkage, progress)
+        if isinstance(self.embedder.projection, nn.Linear):
+            whiten_linear(self, batches, max_images, progress=progress)
+        else:
+            fit_projection(self, batches, max_images, progress)
+
+    def reset_projection(self) -> None:
+        """Go back to the backbone's own embedding, which is the one that is trained."""
+        if isinstance(self.embedder.projection, Projection):
+            self.embedder.projection.reset()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades compute for memory, where timm has it; raises ValueError where not."""
@@ -274,8 +302,9 @@ class AttentionEmbedder(nn.Module):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"folder={str(folder)!r} holds no {name}: no saved model")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config.setdefault("pooling", "average")  # all that versions before 0.2 had
         version = config.pop("format_version", None)
+        if version == 1 and config["attention"] == "border":
+            config["attention"] = "relative_border"
         if not isinstance(version, int) or version > _FORMAT_VERSION:
             raise ValueError(
                 f"folder={str(folder)!r} has format version {version!r}, this pml_tacl reads up to "

@@ -10,10 +10,14 @@ from torch.nn import functional as F
 from pml_tacl.functional import border_similarity, commonness
 from pml_tacl.functional.background import figure_scores
 from pml_tacl.models.covariance import Covariance
+from pml_tacl.models.projection import Projection
 from pml_tacl.models.trunk import TrunkOutput
+from pml_tacl.utils.precision import at_least_float32
 
 _DISTINCTIVE_TEMPERATURE = 0.1
-_BORDER_SHARPNESS = 4.0
+_RELATIVE_SHARPNESS = 4.0
+_BORDER_SHARPNESS = 6.0  # chosen on validation, see docs/results.md
+_ATTENTIONS = ("border", "relative_border", "pool", "distinctive", "none")
 
 
 class EmbedderOutput(NamedTuple):
@@ -28,15 +32,6 @@ class EmbedderOutput(NamedTuple):
     embeddings: Tensor
     feature_maps: Tensor
     attention: Tensor
-
-
-def chosen_pooling(pooling: str | None, embedding_dim: int | None) -> str:
-    """The pooling that None stands for, or the one asked for; ValueError if there is no such."""
-    if pooling is None:
-        return "average" if embedding_dim is None else "covariance"
-    if pooling not in ("average", "covariance"):
-        raise ValueError(f"pooling must be 'average' or 'covariance', got {pooling!r}")
-    return pooling
 
 
 class PoolAttention(nn.Module):
@@ -62,34 +57,56 @@ class PoolAttention(nn.Module):
 
 
 class BorderAttention(nn.Module):
-    """Attention logits `log sigmoid(4 z)`: what does not look like the image's own border.
+    """Attention logits `-6 B`, with B the `border_similarity` of each cell.
 
-    z is the negated `border_similarity`, standardised within each image. Nothing is learned.
+    What looks like the image's own border counts less. B keeps its absolute scale: where border
+    and middle look alike, the weights are nearly uniform. Nothing is learned.
+    """
+
+    def forward(self, trunk_output: TrunkOutput) -> Tensor:
+        return -_BORDER_SHARPNESS * border_similarity(trunk_output.feature_maps)
+
+
+class RelativeBorderAttention(nn.Module):
+    """Attention logits `log sigmoid(4 z)`: every image is cut into foreground and background.
+
+    z is the negated `border_similarity`, standardised within each image. For images that all show
+    something on a background, as drawings do; it also cuts photographs that have no background.
     """
 
     def forward(self, trunk_output: TrunkOutput) -> Tensor:
         scores = figure_scores(border_similarity(trunk_output.feature_maps))
-        return F.logsigmoid(_BORDER_SHARPNESS * scores)
+        return F.logsigmoid(_RELATIVE_SHARPNESS * scores)
 
 
 class Embedder(nn.Module):
-    """Attention pooling, linear projection and L2 normalisation.
+    """Pooling, projection and L2 normalisation.
+
+    With `pooling="backbone"` the embedding is the backbone's own pooled feature, which is what a
+    training learns; the projection is fitted afterwards (see :class:`Projection`) and then takes
+    part in every pass. With the other poolings the projection is a linear layer that is trained.
 
     Args:
-        num_features: channels C of the last stage, which average pooling takes.
+        num_features: F of the pooled features, or channels C of the last stage for `"average"`.
         map_channels: channels C' of the maps that carry attention.
-        embedding_dim: D of the embeddings; None leaves the projection out, and D is the number of
-            pooled features.
-        attention: `"border"`: places that do not look like the image's own border, nothing
-            learned, see :func:`pml_tacl.functional.border_similarity`; `"pool"`: learned, starts
-            uniform; `"none"`: uniform; None: `"border"` for covariance, `"pool"` for the average;
-            `"distinctive"`: softmax(-B / 0.1), with B the commonness of each place among reference
-            images (after Li et al. 2020; definition ours), see `set_attention_references`; or a
-            module that maps a `TrunkOutput` to (N, H', W') logits on the grid of its feature maps.
+        embedding_dim: the most dimensions D of the projected embeddings; None leaves the
+            projection out.
+        attention: weights of the cells. `"border"`: cells that look like the image's own border
+            count less, on an absolute scale, see :class:`BorderAttention`; `"relative_border"`:
+            the same, standardised within each image; `"pool"`: learned, starts uniform; `"none"`:
+            uniform; `"distinctive"`: softmax(-B / 0.1), with B the commonness of each cell among
+            reference images (after Li et al. 2020; definition ours), see
+            `set_attention_references`; or a module that maps a `TrunkOutput` to (N, H', W') logits
+            on the grid of its feature maps. None: `"border"` for the backbone's pooling,
+            `"relative_border"` for the covariance, `"pool"` for the average.
         norm: applied to average-pooled features (N, C), such as `Trunk.head_norm`.
-        pooling: `"covariance"`: of the maps that carry attention, see :class:`Covariance`;
-            `"average"`: the mean of the last stage. Both weighted by attention. None: the
-            average where there is no projection, else the covariance.
+        pooling: `"backbone"`: `TrunkOutput.pooled`; `"covariance"`: of the maps that carry
+            attention, see :class:`Covariance`; `"average"`: the mean of the last stage. The last
+            two are weighted by attention.
+
+    Attributes:
+        embedding_dim: D of the embeddings that :meth:`forward` gives once the projection is
+            fitted or trained.
 
     Raises:
         ValueError: for another `attention` or `pooling`, or a dimension below 1.
@@ -102,14 +119,18 @@ class Embedder(nn.Module):
         embedding_dim: int | None = 512,
         attention: str | nn.Module | None = None,
         norm: nn.Module | None = None,
-        pooling: str | None = None,
+        pooling: str = "backbone",
     ) -> None:
         super().__init__()
+        if pooling not in ("backbone", "average", "covariance"):
+            raise ValueError(
+                f"pooling must be 'backbone', 'average' or 'covariance', got {pooling!r}"
+            )
         if embedding_dim is not None and (not isinstance(embedding_dim, int) or embedding_dim < 1):
             raise ValueError(f"embedding_dim must be None or at least 1, got {embedding_dim!r}")
-        pooling = chosen_pooling(pooling, embedding_dim)
         if attention is None:
-            attention = "border" if pooling == "covariance" else "pool"
+            defaults = {"backbone": "border", "covariance": "relative_border", "average": "pool"}
+            attention = defaults[pooling]
         self.map_channels = map_channels
         self.pooling = pooling
         self.covariance = Covariance(map_channels) if pooling == "covariance" else None
@@ -117,42 +138,68 @@ class Embedder(nn.Module):
         self.least_cells = 1 if self.covariance is None else 2
         if self.covariance is not None:
             num_features, norm = self.covariance.num_features, None
-        self.embedding_dim = embedding_dim or num_features
         self.attention: nn.Module | None = None
         if isinstance(attention, nn.Module):
             self.attention = attention
             self.attention_name = "module"
-        elif attention in ("border", "pool", "distinctive", "none"):
+        elif attention in _ATTENTIONS:
             if attention == "border":
                 self.attention = BorderAttention()
+            elif attention == "relative_border":
+                self.attention = RelativeBorderAttention()
             elif attention == "pool":
+                if pooling == "backbone":
+                    raise ValueError(
+                        "attention='pool' is learned, and the backbone's own pooling does not use "
+                        "it: give pooling='average' or 'covariance', or another attention"
+                    )
                 self.attention = PoolAttention(map_channels)
             self.attention_name = attention
         else:
-            raise ValueError(
-                "attention must be 'border', 'pool', 'distinctive', 'none' or a module, "
-                f"got {attention!r}"
-            )
+            names = ", ".join(map(repr, _ATTENTIONS))
+            raise ValueError(f"attention must be {names} or a module, got {attention!r}")
         self.norm = nn.Identity() if norm is None else norm
-        self.projection = nn.Linear(num_features, embedding_dim) if embedding_dim else nn.Identity()
+        self.projection: nn.Module = nn.Identity()
+        if embedding_dim is None:
+            self.embedding_dim = num_features
+        elif pooling == "backbone":
+            self.projection = Projection(num_features, map_channels, embedding_dim)
+            self.embedding_dim = self.projection.embedding_dim
+        else:
+            self.projection = nn.Linear(num_features, embedding_dim)
+            self.embedding_dim = embedding_dim
         # No buffer: its size changes with each new bank, which load_state_dict would refuse.
         self.references = torch.empty(0)
 
     def forward(self, trunk_output: TrunkOutput) -> Tensor:
-        """Unit embeddings (N, D) of a trunk's output."""
+        """Return unit embeddings (N, D) of a trunk's output."""
+        if self.pooling == "backbone" and not self.is_fitted:
+            return F.normalize(at_least_float32(self._own(trunk_output)), dim=1)
         embeddings: Tensor = self.forward_features(trunk_output).embeddings
         return embeddings
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether a fitted projection takes part in the embeddings."""
+        return isinstance(self.projection, Projection) and self.projection.fitted
 
     def forward_features(self, trunk_output: TrunkOutput) -> EmbedderOutput:
         """Embeddings with the maps and the attention that they come from."""
         pooled, attention = self.pool(trunk_output)
-        embeddings = F.normalize(at_least_float32(self.projection(pooled)), dim=1)
+        if isinstance(self.projection, Projection):
+            if self.projection.fitted:
+                pooled = self.projection(pooled, trunk_output.feature_maps, attention)
+        else:
+            pooled = self.projection(pooled)
+        embeddings = F.normalize(at_least_float32(pooled), dim=1)
         return EmbedderOutput(embeddings, trunk_output.feature_maps, attention)
 
     def pool(self, trunk_output: TrunkOutput) -> tuple[Tensor, Tensor]:
         """What is projected, (N, F), and the attention (N, H', W') that it is weighted by."""
-        features, maps = trunk_output
+        features, maps = trunk_output.features, trunk_output.feature_maps
         attention = self._attention(trunk_output)
+        if self.pooling == "backbone":
+            return self._own(trunk_output), attention
         dtype = next((parameter.dtype for parameter in self.parameters()), None)
         if self.covariance is not None:
             pooled = self.covariance(maps, attention)
@@ -162,6 +209,11 @@ class Embedder(nn.Module):
             pooled = torch.einsum("nchw,nhw->nc", at_least_float32(features), weights)
         pooled = self.norm(pooled.to(dtype or pooled.dtype))
         return pooled, attention
+
+    def _own(self, trunk_output: TrunkOutput) -> Tensor:
+        if trunk_output.pooled is not None:
+            return trunk_output.pooled
+        return at_least_float32(trunk_output.features).mean((2, 3))
 
     def set_attention_references(self, feature_maps: Tensor | None) -> None:
         """Sets the bank of images against which `attention="distinctive"` looks for the common.
@@ -219,11 +271,6 @@ class Embedder(nn.Module):
                 (n, height, width), 1 / (height * width)
             )
         return at_least_float32(logits).flatten(1).softmax(dim=1).view(n, height, width)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision as float32, anything wider as it is."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def resample_attention(attention: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:

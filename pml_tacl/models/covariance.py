@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from pml_tacl.functional import covariance_pooling
 
-_CHANNELS = 64
+CHANNELS = 64
 
 
 class Covariance(nn.Module):
@@ -25,7 +25,7 @@ class Covariance(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        reduced = min(channels, _CHANNELS)
+        reduced = min(channels, CHANNELS)
         self.num_features = reduced * (reduced + 1) // 2
         self.reduce = nn.Conv2d(channels, reduced, 1, bias=False)
         nn.init.orthogonal_(self.reduce.weight)
@@ -37,6 +37,10 @@ class Covariance(nn.Module):
     @torch.no_grad()
     def fit(self, second_moments: Tensor) -> None:
         """Takes the principal directions of (C, C) second moments of centred features."""
-        directions = torch.linalg.eigh(second_moments.double()).eigenvectors
-        rows = directions[:, -self.reduce.out_channels :].T
+        rows = principal_directions(second_moments, self.reduce.out_channels)
         self.reduce.weight.copy_(rows[:, :, None, None])
+
+
+def principal_directions(second_moments: Tensor, count: int) -> Tensor:
+    """Return the `count` main directions (count, C) of (C, C) second moments, the largest last."""
+    return torch.linalg.eigh(second_moments.double()).eigenvectors[:, -count:].T

@@ -20,12 +20,15 @@ class TrunkOutput(NamedTuple):
     """What `Trunk` hands to `Embedder`.
 
     Attributes:
-        features: (N, C, H, W) maps of the last stage, the ones that are pooled.
+        features: (N, C, H, W) maps of the last stage.
         feature_maps: (N, C', H', W') maps of the stage at `feature_index`, which carry attention.
+        pooled: (N, F), the backbone's own embedding, as `timm.create_model(name, num_classes=0)`
+            returns it; None where the trunk was built without it.
     """
 
     features: Tensor
     feature_maps: Tensor
+    pooled: Tensor | None = None
 
 
 class Trunk(nn.Module):
@@ -48,6 +51,9 @@ class Trunk(nn.Module):
             also in training mode.
         stop_at_maps: end at the maps that carry attention, which are then the features too; what
             comes after them is removed from a timm model.
+        own_pooling: also give `pooled`, by timm's own pooling (average, class token, attention
+            pool) and the norms that belong to it. For a module that is not of timm: the mean of
+            its last maps.
         **timm_kwargs: passed to `timm.create_model`: `in_chans`, `img_size`, `dynamic_img_size`,
             `output_stride`, `drop_path_rate` and so on. With a module only `in_chans` and
             `img_size`: they say what it takes, where that can not be read off it.
@@ -66,6 +72,7 @@ class Trunk(nn.Module):
         feature_index: int | None = None,
         freeze_batchnorm: bool = False,
         stop_at_maps: bool = False,
+        own_pooling: bool = False,
         **timm_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -90,13 +97,19 @@ class Trunk(nn.Module):
         # The blocks of isotropic models give raw residual streams, which need the last norm.
         self._isotropic = len(set(reductions)) == 1
         self.feature_index = _resolve_index(feature_index, reductions)
-        _normalise_before_pooling(self.model)
+        self.own_pooling = own_pooling
+        if own_pooling:
+            if self.is_timm and not isinstance(backbone, str):
+                cast(Any, self.model).reset_classifier(0)
+        else:
+            _normalise_before_pooling(self.model)
         stages = {self.feature_index or 0, *([] if stop_at_maps else [len(reductions) - 1])}
         self._indices = sorted(stages) if self.is_timm else []
         output, unused = self._probe()
-        self.num_features = output.features.shape[1]
+        pooled = output.features if output.pooled is None else output.pooled
+        self.num_features = pooled.shape[1]
         self.map_channels = output.feature_maps.shape[1]
-        self.head_norm = _head_norm(self.model, self.num_features)
+        self.head_norm = None if own_pooling else _head_norm(self.model, self.num_features)
         if self.is_timm:
             _remove_unused(self.model, unused)
         if freeze_batchnorm:
@@ -140,10 +153,17 @@ class Trunk(nn.Module):
         if self.stop_at_maps:
             return TrunkOutput(found[0], found[0])
         final, maps = found
+        pooled = cast(Any, self.model).forward_head(final) if self.own_pooling else None
         features = self._as_maps(final, maps[-1])
+        if self.own_pooling and self._isotropic:
+            # These models normalise after pooling; their cells need it to be compared.
+            norm = _norm_after_pooling(self.model)
+            if norm is not None:
+                maps = [norm(m.movedim(1, -1)).movedim(-1, 1) for m in maps]
+                features = norm(features.movedim(1, -1)).movedim(-1, 1)
         if self._isotropic and len(self._indices) == 1:
-            return TrunkOutput(features, features)
-        return TrunkOutput(features, maps[0])
+            return TrunkOutput(features, features, pooled)
+        return TrunkOutput(features, maps[0], pooled)
 
     def train(self, mode: bool = True) -> "Trunk":
         """As in PyTorch, but BatchNorm stays in evaluation mode under `freeze_batchnorm`."""
@@ -188,7 +208,8 @@ class Trunk(nn.Module):
                 f"feature_index={index} must be in {-len(stages)}..{len(stages) - 1}: the backbone "
                 f"returns {len(stages)} map(s)"
             )
-        return TrunkOutput(stages[index if self.stop_at_maps else -1], stages[index])
+        last = stages[index if self.stop_at_maps else -1]
+        return TrunkOutput(last, stages[index], last.mean((2, 3)) if self.own_pooling else None)
 
     def _as_maps(self, final: Any, last: Tensor) -> Tensor:
         """timm's final features, which are (N, C, H, W), (N, H, W, C) or (N, L, C), as maps."""
@@ -220,7 +241,8 @@ class Trunk(nn.Module):
             try:
                 with torch.enable_grad():
                     output = functional_call(self, state, (images.to("meta"),))
-                    total = output.features.sum() + output.feature_maps.sum()
+                    pooled = output.features if output.pooled is None else output.pooled
+                    total = pooled.sum() + output.feature_maps.sum()
                     gradients = torch.autograd.grad(
                         total, list(weights.values()), allow_unused=True
                     )
@@ -253,11 +275,19 @@ def _resolve_index(feature_index: int | None, reductions: list[int]) -> int | No
     return feature_index % count
 
 
-def _normalise_before_pooling(model: nn.Module) -> None:
-    """Average-pooled ViTs normalise after pooling; their places need it to be compared."""
+def _norm_after_pooling(model: nn.Module) -> nn.LayerNorm | None:
+    """Return the norm that average-pooled ViTs apply after pooling instead of before it."""
     norm, after = getattr(model, "norm", None), getattr(model, "fc_norm", None)
     if isinstance(norm, nn.Identity) and isinstance(after, nn.LayerNorm):
-        model.norm, model.fc_norm = after, norm
+        return after
+    return None
+
+
+def _normalise_before_pooling(model: nn.Module) -> None:
+    """Normalise before pooling instead of after it, so that cells can be compared."""
+    after = _norm_after_pooling(model)
+    if after is not None:
+        model.norm, model.fc_norm = after, model.norm
 
 
 def _head_norm(model: nn.Module, num_features: int) -> nn.LayerNorm | None:

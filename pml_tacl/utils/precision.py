@@ -11,6 +11,11 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return half precision as float32, and anything wider as it is."""
+    return x.to(wide_dtype(x))
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Switch autocast off; nothing on a device that has none."""
     # torch 2.11 can not trace the question; devices without autocast are not compiled for.

@@ -23,7 +23,7 @@ def images(n=2, size=64, channels=3, seed=1):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return AttentionEmbedder("test_resnet", 16)
+    return AttentionEmbedder("test_resnet", embedding_dim=16)
 
 
 class Brightness(nn.Module):
@@ -111,7 +111,7 @@ class TestModules:
 
     def test_gradient_checkpointing(self):
         torch.manual_seed(0)
-        model = AttentionEmbedder("test_vit", 8, img_size=64)
+        model = AttentionEmbedder("test_vit", embedding_dim=8, img_size=64)
         gradients = []
         for enable in (False, True):
             model.set_grad_checkpointing(enable)
@@ -121,7 +121,7 @@ class TestModules:
             gradients.append(model.trunk.model.patch_embed.proj.weight.grad.clone())
         torch.testing.assert_close(*gradients)
         with pytest.raises(ValueError, match="backbone Conv2d has no gradient checkpointing: take"):
-            AttentionEmbedder(nn.Conv2d(3, 4, 3), 8).set_grad_checkpointing()
+            AttentionEmbedder(nn.Conv2d(3, 4, 3), embedding_dim=8).set_grad_checkpointing()
 
 
 class TestPrecision:
@@ -129,7 +129,7 @@ class TestPrecision:
     @pytest.mark.parametrize("pooling", ["average", "covariance"])
     def test_autocast(self, pooling, dtype):
         torch.manual_seed(0)
-        model = AttentionEmbedder("test_resnet", 16, pooling=pooling).eval()
+        model = AttentionEmbedder("test_resnet", embedding_dim=16, pooling=pooling).eval()
         if pooling == "average":
             model.embedder.attention.score.weight.data.normal_(generator=torch.manual_seed(0))
         with torch.no_grad(), torch.autocast("cpu", dtype):
@@ -143,7 +143,9 @@ class TestPrecision:
     @pytest.mark.parametrize("attention", ["border", "pool", "none", "distinctive", Brightness()])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
     def test_other_types(self, attention, dtype):
-        model = AttentionEmbedder("test_resnet", 16, attention=attention).eval().to(dtype)
+        model = (
+            AttentionEmbedder("test_resnet", embedding_dim=16, attention=attention).eval().to(dtype)
+        )
         out = model.forward_features(images().to(dtype))
         expected = torch.float64 if dtype == torch.float64 else torch.float32
         assert out.embeddings.dtype == out.attention.dtype == expected
@@ -154,7 +156,7 @@ class TestPrecision:
             def forward(self, trunk_output):
                 return super().forward(trunk_output.feature_maps)[:, 0]
 
-        model = AttentionEmbedder("test_resnet", 16, attention=Scored(192, 1, 1))
+        model = AttentionEmbedder("test_resnet", embedding_dim=16, attention=Scored(192, 1, 1))
         with torch.autocast("cpu", torch.bfloat16):
             model(images())[:, 0].sum().backward()
         assert model.embedder.attention.weight.grad.abs().sum() > 0
@@ -162,7 +164,7 @@ class TestPrecision:
 
 class TestBatchNorm:
     def test_frozen(self):
-        model = AttentionEmbedder("test_resnet", 8, freeze_batchnorm=True)
+        model = AttentionEmbedder("test_resnet", embedding_dim=8, freeze_batchnorm=True)
         before = copy.deepcopy(model.trunk.state_dict())
         optimizer = torch.optim.SGD(model.parameter_groups(0.5))
         model.train()
@@ -199,7 +201,7 @@ class TestParameterGroups:
 
     @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
     def test_layer_decay(self, name):
-        model = AttentionEmbedder(name, 8)
+        model = AttentionEmbedder(name, embedding_dim=8)
         groups = model.parameter_groups(1.0, head_lr=2.0, layer_decay=0.5)
         given = [id(p) for group in groups for p in group["params"]]
         assert sorted(given) == sorted(id(p) for p in model.parameters() if p.requires_grad)
@@ -218,13 +220,15 @@ class TestParameterGroups:
         with pytest.raises(ValueError, match="head_lr must be at least 0, got -1"):
             model.parameter_groups(0.1, head_lr=-1)
         with pytest.raises(ValueError, match="layer_decay must be None: Conv2d knows no layers"):
-            AttentionEmbedder(nn.Conv2d(3, 4, 3), 8).parameter_groups(0.1, layer_decay=0.5)
+            AttentionEmbedder(nn.Conv2d(3, 4, 3), embedding_dim=8).parameter_groups(
+                0.1, layer_decay=0.5
+            )
 
 
 class TestTransform:
     def test_matches_timms_own(self):
         """Against timm's transform, which resizes with PIL as ours does."""
-        model = AttentionEmbedder("test_vit", 8)
+        model = AttentionEmbedder("test_vit", embedding_dim=8)
         rng = np.random.default_rng(0)
         picture = Image.fromarray(rng.integers(0, 256, (201, 300, 3), dtype=np.uint8))
         theirs = timm.data.create_transform(
@@ -241,7 +245,7 @@ class TestTransform:
 
     @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
     def test_channels(self, channels, mode):
-        model = AttentionEmbedder("test_resnet", 8, in_chans=channels)
+        model = AttentionEmbedder("test_resnet", embedding_dim=8, in_chans=channels)
         assert model.transform(image_size=(24, 40))(Image.new(mode, (70, 80))).shape == (
             channels,
             24,
@@ -257,7 +261,7 @@ class TestTransform:
         assert not torch.equal(first, second)
 
     def test_img_size_is_known(self):
-        model = AttentionEmbedder("test_vit", 8, img_size=(64, 32))
+        model = AttentionEmbedder("test_vit", embedding_dim=8, img_size=(64, 32))
         assert model.data_config["input_size"] == (3, 64, 32)
         assert model(model.transform()(Image.new("RGB", (99, 99)))[None]).shape == (1, 8)
 
@@ -284,7 +288,11 @@ class TestSaving:
     @pytest.mark.parametrize("embedding_dim", [8, None])
     def test_round_trip(self, tmp_path, attention, embedding_dim):
         model = AttentionEmbedder(
-            "test_convnext", embedding_dim, attention=attention, feature_index=1, drop_path_rate=0.1
+            "test_convnext",
+            embedding_dim=embedding_dim,
+            attention=attention,
+            feature_index=1,
+            drop_path_rate=0.1,
         ).eval()
         if attention == "distinctive":
             model.embedder.set_attention_references(model.trunk(images(3, seed=5)).feature_maps)
@@ -304,7 +312,7 @@ class TestSaving:
         def backbone():
             return nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6))
 
-        model = AttentionEmbedder(backbone(), 8, attention=Brightness()).eval()
+        model = AttentionEmbedder(backbone(), embedding_dim=8, attention=Brightness()).eval()
         model.save_pretrained(tmp_path)
         again = AttentionEmbedder.from_pretrained(
             tmp_path, backbone=backbone(), attention=Brightness()
@@ -334,7 +342,7 @@ class TestSaving:
             AttentionEmbedder.from_pretrained(tmp_path)
 
     def test_arguments_that_are_no_json(self, tmp_path):
-        model = AttentionEmbedder("test_vit", 8, norm_layer=nn.LayerNorm)
+        model = AttentionEmbedder("test_vit", embedding_dim=8, norm_layer=nn.LayerNorm)
         with pytest.raises(ValueError, match="can not be saved as json"):
             model.save_pretrained(tmp_path / "run")
         assert not (tmp_path / "run").exists()
@@ -342,7 +350,9 @@ class TestSaving:
     def test_never_loads_the_pretrained_weights_again(self, tmp_path):
         source = timm.create_model("test_resnet")
         torch.save(source.state_dict(), tmp_path / "w.pth")
-        AttentionEmbedder("test_resnet", 8, tmp_path / "w.pth").save_pretrained(tmp_path / "run")
+        AttentionEmbedder(
+            "test_resnet", embedding_dim=8, pretrained=tmp_path / "w.pth"
+        ).save_pretrained(tmp_path / "run")
         (tmp_path / "w.pth").unlink()
         AttentionEmbedder.from_pretrained(tmp_path / "run")
 
@@ -354,7 +364,7 @@ class TestErrors:
         ):
             AttentionEmbedder(3)
         with pytest.raises(ValueError, match="embedding_dim must be None or at least 1, got 0"):
-            AttentionEmbedder("test_resnet", 0)
+            AttentionEmbedder("test_resnet", embedding_dim=0)
         with pytest.raises(ValueError, match=r"attention must be .*, got 'self'"):
             AttentionEmbedder("test_resnet", attention="self")
         with pytest.raises(ValueError, match="drop_rate needs a timm model name"):

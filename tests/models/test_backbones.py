@@ -68,7 +68,12 @@ FAMILIES = {
 def build(family, embedding_dim=8, **overrides):
     name, kwargs, size, odd, grid = FAMILIES[family]
     torch.manual_seed(0)
-    return AttentionEmbedder(name, embedding_dim, **{**kwargs, **overrides}), size, odd, grid
+    return (
+        AttentionEmbedder(name, embedding_dim=embedding_dim, **{**kwargs, **overrides}),
+        size,
+        odd,
+        grid,
+    )
 
 
 def images(size, channels=3, n=2):
@@ -132,7 +137,7 @@ def test_starts_as_timms_own_embedding(family):
     module = timm.create_model(name, num_classes=0, **kwargs)
     module.load_state_dict(timms.state_dict())
     hint = {"img_size": 64} if family in ("coatnet", "hiera") else {}
-    model = AttentionEmbedder(module, None, **hint).eval()
+    model = AttentionEmbedder(module, embedding_dim=None, **hint).eval()
     with torch.no_grad():
         expected = F.normalize(timms(images(size)))
         torch.testing.assert_close(model(images(size)), expected, rtol=1e-4, atol=1e-5)
@@ -194,7 +199,9 @@ def test_the_layout_is_seen_where_a_model_says_it_wrongly():
 
 
 def test_intermediate_blocks_of_a_vit_are_normalised():
-    model = AttentionEmbedder("test_vit", 8, feature_index=2, img_size=64, pooling="average").eval()
+    model = AttentionEmbedder(
+        "test_vit", embedding_dim=8, feature_index=2, img_size=64, pooling="average"
+    ).eval()
     with torch.no_grad():
         out = model.trunk(images((64, 64)))
         maps = model.trunk.model.forward_intermediates(
@@ -217,7 +224,7 @@ def test_feature_index_picks_the_stage():
 @pytest.mark.parametrize("name", ["test_vit2", "beitv2_base_patch16_224"])
 def test_places_of_average_pooled_vits_are_normalised(name):
     kwargs = {"depth": 2, "embed_dim": 32, "num_heads": 2} if "beit" in name else {}
-    trunk = AttentionEmbedder(name, 8, img_size=32, **kwargs).eval().trunk
+    trunk = AttentionEmbedder(name, embedding_dim=8, img_size=32, **kwargs).eval().trunk
     maps = trunk(images((32, 32))).feature_maps
     torch.testing.assert_close(maps.std(1, correction=0), torch.ones(2, 2, 2), rtol=1e-2, atol=1e-2)
 
@@ -240,7 +247,9 @@ def test_families_with_ways_of_their_own(name):
 @pytest.mark.parametrize("name", ["gemma4_vit_167m", "gemma4_vit_167m_enc"])
 def test_a_model_that_reads_its_grid_off_its_data(name):
     """It can not be probed without data; final features are places without prefix tokens."""
-    model = AttentionEmbedder(name, 8, img_size=96, depth=2, embed_dim=32, num_heads=2)
+    model = AttentionEmbedder(
+        name, embedding_dim=8, img_size=96, depth=2, embed_dim=32, num_heads=2
+    )
     for size, grid in (((96, 96), (6, 6)), ((48, 144), (3, 9))):
         out = check_output(model, images(size))
         assert out.feature_maps.shape == (2, 32, *grid)
@@ -286,7 +295,7 @@ class Plain(nn.Module):
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_own_module(channels):
-    model = AttentionEmbedder(Plain(channels), 8)
+    model = AttentionEmbedder(Plain(channels), embedding_dim=8)
     out = check_output(model, images((33, 21), channels))
     assert out.feature_maps.shape == (2, 10, 9, 6)
     assert model.data_config["input_size"] == (channels, 224, 224)
@@ -295,11 +304,13 @@ def test_own_module(channels):
 
 
 def test_own_module_with_stages():
-    model = AttentionEmbedder(Plain(stages=True), 8, feature_index=0, pooling="average")
+    model = AttentionEmbedder(
+        Plain(stages=True), embedding_dim=8, feature_index=0, pooling="average"
+    )
     assert check_output(model, images((32, 32))).feature_maps.shape == (2, 6, 16, 16)
     assert model.trunk.num_features == 10
     with pytest.raises(ValueError, match=r"feature_index=2 must be in -2\.\.1: .* 2 map"):
-        AttentionEmbedder(Plain(stages=True), 8, feature_index=2)
+        AttentionEmbedder(Plain(stages=True), embedding_dim=8, feature_index=2)
 
 
 @pytest.mark.parametrize("family", ["resnet", "efficientnet", "convnext", "swin"])
@@ -322,7 +333,7 @@ def test_own_module_is_left_as_it_was():
     module = Plain().eval()
     before = {k: v.clone() for k, v in module.state_dict().items()}
     module.first.train()
-    model = AttentionEmbedder(module, 8)
+    model = AttentionEmbedder(module, embedding_dim=8)
     assert model.trunk.model is module
     assert module.first.training
     assert not module.second.training
@@ -335,7 +346,7 @@ def test_own_module_that_the_probe_without_data_can_not_run():
         def forward(self, x):
             return super().forward(torch.from_numpy(x.detach().numpy()))
 
-    assert AttentionEmbedder(ByNumpy(), 8).trunk.num_features == 10
+    assert AttentionEmbedder(ByNumpy(), embedding_dim=8).trunk.num_features == 10
 
 
 @pytest.mark.parametrize("result", [torch.zeros(1, 5), "maps"])
@@ -345,18 +356,18 @@ def test_own_module_with_other_output(result):
             return result
 
     with pytest.raises(ValueError, match=r"must return \(N, C, H, W\) maps or a list"):
-        AttentionEmbedder(Wrong(), 8)
+        AttentionEmbedder(Wrong(), embedding_dim=8)
 
 
 def test_timm_module_and_features_only_net():
     module = timm.create_model("test_resnet", num_classes=7, in_chans=1)
-    model = AttentionEmbedder(module, 8)
+    model = AttentionEmbedder(module, embedding_dim=8)
     assert check_output(model, images((64, 64), 1)).feature_maps.shape[2:] == (4, 4)
     model(images((64, 64), 1)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     net = timm.create_model("test_resnet", features_only=True, out_indices=(2, 4))
     assert check_output(
-        AttentionEmbedder(net, 8, feature_index=0), images((64, 64))
+        AttentionEmbedder(net, embedding_dim=8, feature_index=0), images((64, 64))
     ).attention.shape == (
         2,
         8,
@@ -366,7 +377,7 @@ def test_timm_module_and_features_only_net():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_model_built_without_gradients_ends_at_its_maps_too(mode):
-    expected = AttentionEmbedder("test_resnet", 16).state_dict()
+    expected = AttentionEmbedder("test_resnet", embedding_dim=16).state_dict()
     with mode():
-        found = AttentionEmbedder("test_resnet", 16).state_dict()
+        found = AttentionEmbedder("test_resnet", embedding_dim=16).state_dict()
     assert list(found) == list(expected)

@@ -40,7 +40,7 @@ def images(n):
 
 def build(name, **kwargs):
     torch.manual_seed(0)
-    model = AttentionEmbedder(name, 8, **MODELS[name], **kwargs).eval()
+    model = AttentionEmbedder(name, embedding_dim=8, **MODELS[name], **kwargs).eval()
     if hasattr(model.embedder.attention, "score"):  # at the start it is the same everywhere
         nn.init.normal_(model.embedder.attention.score.weight)
     return model

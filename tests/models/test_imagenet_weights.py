@@ -49,7 +49,7 @@ def pictures():
 def test_pictures_are_classified_right(tmp_path, state, pictures, suffix):
     path = tmp_path / f"weights.{suffix}"
     save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
-    model = AttentionEmbedder(NAME, 8, pretrained=path, pooling="average").eval()
+    model = AttentionEmbedder(NAME, embedding_dim=8, pretrained=path, pooling="average").eval()
     classifier = torch.nn.Linear(model.trunk.num_features, 1000)
     classifier.load_state_dict({key: state[f"classifier.{key}"] for key in ("weight", "bias")})
     transform = model.transform()

@@ -59,7 +59,7 @@ def test_patches_look_straight_on():
 )
 def test_of_timm_models(backbone, low, high):
     torch.manual_seed(0)
-    model = AttentionEmbedder(backbone, 8).train()
+    model = AttentionEmbedder(backbone, embedding_dim=8).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     offset = model.cell_offset(160)
     assert all(low < value < high for value in offset)
@@ -69,7 +69,7 @@ def test_of_timm_models(backbone, low, high):
     assert model.grid(160) == model.grid((160, 160)) == maps.shape[-2:]
     with torch.inference_mode():
         model.load_state_dict(before)
-        loaded = AttentionEmbedder(backbone, 8)
+        loaded = AttentionEmbedder(backbone, embedding_dim=8)
         loaded.load_state_dict(before)
         assert loaded.cell_offset(160) == offset
     assert model.trunk.training  # as it was, statistics of BatchNorm too
@@ -79,28 +79,30 @@ def test_of_timm_models(backbone, low, high):
 
 @pytest.mark.parametrize("size", [1, 7, 16, (16, 9)])
 def test_sizes_of_one_cell_have_no_covariance(size):
-    model = AttentionEmbedder("test_resnet", 8)  # of stride 16
+    model = AttentionEmbedder("test_resnet", embedding_dim=8)  # of stride 16
     for call in (model.grid, model.cell_offset, partial(SiameseTransform.for_model, model)):
         with pytest.raises(ValueError, match=r"^image_size=\(.* of 1 x 1 cells, .* least 2: "):
             call(size)
     assert model.grid((16, 17)) == (1, 2)
-    averaging = AttentionEmbedder("test_resnet", 8, pooling="average")  # for which one is enough
+    averaging = AttentionEmbedder(
+        "test_resnet", embedding_dim=8, pooling="average"
+    )  # for which one is enough
     views = SiameseTransform.for_model(averaging, size, photometric=None)  # no blur of one pixel
     assert averaging.grid(size) == views.grid == (1, 1)
 
 
 def test_sizes_that_the_backbone_cannot_take():
-    model = AttentionEmbedder("test_convnext", 8)
+    model = AttentionEmbedder("test_convnext", embedding_dim=8)
     for call in (model.grid, model.cell_offset, partial(SiameseTransform.for_model, model)):
         with pytest.raises(ValueError, match=r"^image_size=\(3, 3\) is too .*: give") as stop:
             call(3)
         assert "\n" not in str(stop.value)
     with pytest.raises(ValueError, match=r"takes no images of \(40, 40\) px"):
-        AttentionEmbedder("test_vit", 8, dynamic_img_size=True).grid(40)
+        AttentionEmbedder("test_vit", embedding_dim=8, dynamic_img_size=True).grid(40)
 
 
 def test_what_is_wrong_at_the_backbones_own_size_keeps_its_words(monkeypatch):
-    model = AttentionEmbedder("test_resnet", 8)
+    model = AttentionEmbedder("test_resnet", embedding_dim=8)
 
     def broken(*_):
         raise error

@@ -11,7 +11,7 @@ def images(n=2):
 
 def build(name="test_vit", **kwargs):
     torch.manual_seed(0)
-    return AttentionEmbedder(name, 8, img_size=64, **kwargs).eval()
+    return AttentionEmbedder(name, embedding_dim=8, img_size=64, **kwargs).eval()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_errors():
         with pytest.raises(ValueError, match=f"block must be .* from -6 to 5, got {block}"):
             build().self_attention(images(), block=block)
     with pytest.raises(ValueError, match=r"model must be a timm ViT, .* got ResNet: see the atten"):
-        AttentionEmbedder("test_resnet", 8).self_attention(images())
+        AttentionEmbedder("test_resnet", embedding_dim=8).self_attention(images())
     model = build()
     model.trunk.model.blocks[2].attn.attn_drop = None
     with pytest.raises(ValueError, match=r"block=2 of VisionTransformer keeps no weights .*: give"):

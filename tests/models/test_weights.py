@@ -78,7 +78,7 @@ def test_missing_trunk_weights_are_named(tmp_path, source):
     with pytest.raises(
         ValueError, match=r"does not fit 'test_resnet'.*layer2\.0\.conv2\.weight"
     ) as info:
-        AttentionEmbedder("test_resnet", 8, tmp_path / "w.pth")
+        AttentionEmbedder("test_resnet", embedding_dim=8, pretrained=tmp_path / "w.pth")
     assert "\n" not in str(info.value)
 
 
@@ -117,7 +117,7 @@ def test_offline(monkeypatch, error):
 
     monkeypatch.setattr("timm.create_model", create_model)
     with pytest.raises(OSError, match=r"no weights for 'test_resnet'.*pretrained='weights") as info:
-        AttentionEmbedder("test_resnet", 8, pretrained=True)
+        AttentionEmbedder("test_resnet", embedding_dim=8, pretrained=True)
     assert "\n" not in str(info.value)
 
 

@@ -21,7 +21,9 @@ def images(n=24, seed=0):
 
 def build(embedding_dim=16, pooling="covariance", **kwargs):
     torch.manual_seed(0)
-    return AttentionEmbedder("test_resnet", embedding_dim, pooling=pooling, **kwargs).eval()
+    return AttentionEmbedder(
+        "test_resnet", embedding_dim=embedding_dim, pooling=pooling, **kwargs
+    ).eval()
 
 
 def pooled(model, x):
@@ -71,7 +73,7 @@ def test_fit_takes_the_principal_directions():
 class TestWhiten:
     def test_projections_are_centred_uncorrelated_and_nearly_alike_in_variance(self, pooling):
         model, x = build(6, pooling), images()
-        model.whiten([x], shrinkage=1e-6)
+        model.fit_projection([x], shrinkage=1e-6)
         with torch.no_grad():
             features = pooled(model, x)
             found = features @ model.embedder.projection.weight.double().T
@@ -85,7 +87,7 @@ class TestWhiten:
 
     def test_shrinkage_from_the_formula(self, pooling):
         model, x = build(6, pooling), images()
-        model.whiten([x], shrinkage=0.3)
+        model.fit_projection([x], shrinkage=0.3)
         features = pooled(model, x)
         centred = features - features.mean(0)
         moments = centred.T @ centred / len(x)
@@ -100,9 +102,9 @@ class TestWhiten:
     def test_batches_do_not_matter_but_for_the_images_in_them(self, pooling):
         whole, parts, first = build(6, pooling), build(6, pooling), build(6, pooling)
         x = images()
-        whole.whiten([x[:20]])
-        parts.whiten([(part, "label") for part in x[:20].split(7)])
-        first.whiten(x.split(7), max_images=20)
+        whole.fit_projection([x[:20]])
+        parts.fit_projection([(part, "label") for part in x[:20].split(7)])
+        first.fit_projection(x.split(7), max_images=20)
         for other in (parts, first):
             torch.testing.assert_close(
                 other.embedder.projection.weight.abs(),
@@ -114,7 +116,7 @@ class TestWhiten:
     def test_more_dimensions_than_directions(self, pooling):
         features = build(None, pooling).embedder.embedding_dim
         model = build(features + 5, pooling)
-        model.whiten([images()])
+        model.fit_projection([images()])
         assert (model.embedder.projection.weight[-5:] == 0).all()
         assert (model.embedder.projection.bias[-5:] == 0).all()
         embeddings = model(images(4))
@@ -124,7 +126,7 @@ class TestWhiten:
         model = build(6, pooling).train()
         model.embedder.eval()
         before = {name: buffer.clone() for name, buffer in model.trunk.named_buffers()}
-        model.whiten([images()])
+        model.fit_projection([images()])
         assert model.trunk.training
         assert not model.embedder.training
         for name, buffer in model.trunk.named_buffers():
@@ -134,7 +136,7 @@ class TestWhiten:
 
     def test_saved_and_loaded(self, pooling, tmp_path):
         model = build(6, pooling)
-        model.whiten([images()])
+        model.fit_projection([images()])
         model.save_pretrained(tmp_path)
         loaded = AttentionEmbedder.from_pretrained(tmp_path)
         torch.testing.assert_close(loaded(images(3)), model(images(3)), rtol=0, atol=0)
@@ -155,7 +157,7 @@ def test_rare_detail_counts_after_whitening():
             return float((kinds[similar.argmax(1)] == kinds).float().mean())
 
         before = right()
-        model.whiten([x], shrinkage=1e-4)
+        model.fit_projection([x], shrinkage=1e-4)
         assert right() > max(0.9, before)
 
 
@@ -185,31 +187,31 @@ class TestErrors:
             ({"shrinkage": "a"}, "shrinkage must be a finite number above 0, got 'a'"),
         ]:
             with pytest.raises(ValueError, match=message):
-                model.whiten([images()], **kwargs)
+                model.fit_projection([images()], **kwargs)
         with pytest.raises(ValueError, match="batches hold 1 images"):
-            model.whiten([images(1)])
+            model.fit_projection([images(1)])
         with pytest.raises(ValueError, match="batches hold 0 images"):
-            model.whiten([])
+            model.fit_projection([])
         with pytest.raises(ValueError, match="features are NaN or infinite"):
-            model.whiten([images() * torch.nan])
+            model.fit_projection([images() * torch.nan])
         with pytest.raises(ValueError, match="batches hold 24 images whose features are all the s"):
-            model.whiten([images()[:, :, :8, :8]])  # of one cell, which has no covariance
+            model.fit_projection([images()[:, :, :8, :8]])  # of one cell, which has no covariance
         torch.testing.assert_close(
             model.state_dict()["embedder.projection.weight"], before["embedder.projection.weight"]
         )
         with pytest.raises(ValueError, match="embedding_dim is None: there is no projection"):
-            build(None, "average").whiten([images()])
+            build(None, "average").fit_projection([images()])
 
     def test_images_are_left_alone(self):
         model, x = build(6), images()
         kept = x.clone()
-        model.whiten([x])
+        model.fit_projection([x])
         assert torch.equal(x, kept)
 
 
 def test_the_projection_learns_on():
     model = build(6).train()
-    model.whiten([images()])
+    model.fit_projection([images()])
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     before = model.embedder.projection.weight.clone()
     model(images(4))[:, 0].sum().backward()

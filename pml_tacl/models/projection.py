@@ -1,0 +1,328 @@
+"""The projection that searches: fitted to images without labels, never trained."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from pml_tacl.functional import covariance_pooling
+from pml_tacl.models.covariance import CHANNELS, principal_directions
+from pml_tacl.utils.checks import check_count, check_number
+from pml_tacl.utils.modes import evaluating
+from pml_tacl.utils.precision import at_least_float32, without_autocast
+
+if TYPE_CHECKING:
+    from pml_tacl.models.attention_embedder import AttentionEmbedder
+
+# Chosen on validation, see docs/results.md.
+_WHOLE_SHRINKAGE, _PARTS_SHRINKAGE = 0.5, 0.1
+_IMAGES_FOR_DIRECTIONS = 256
+
+
+class Projection(nn.Module):
+    """Whole image beside parts: two whitened descriptions of an image, concatenated.
+
+    *Whole* is the backbone's own pooled feature. *Parts* is the covariance of the feature maps
+    under the attention weights, so that it says which details occur together. Each is centred,
+    projected on its principal directions, scaled to nearly equal variance and to unit length.
+    Nothing here has a gradient-trained weight: :meth:`AttentionEmbedder.fit_projection` computes
+    all of it from images. Before that, `fitted` is False and the embedder leaves it out.
+
+    After Jégou and Chum 2012 (PCA whitening) and Lin et al. 2015 (bilinear CNN); the combination
+    is ours. The whole gets half of the dimensions, each whitened alone: whitening both together
+    retrieves worse.
+
+    Args:
+        num_features: F of the pooled features.
+        map_channels: C of the feature maps.
+        embedding_dim: D, the most dimensions of the result; at least 1.
+
+    Attributes:
+        embedding_dim: dimensions of the result, D or fewer where there are not as many features.
+    """
+
+    directions: Tensor
+    whole_mean: Tensor
+    whole_basis: Tensor
+    parts_mean: Tensor
+    parts_basis: Tensor
+
+    def __init__(self, num_features: int, map_channels: int, embedding_dim: int) -> None:
+        super().__init__()
+        reduced = min(map_channels, CHANNELS)
+        num_parts = reduced * (reduced + 1) // 2
+        whole = min(num_features, -(-embedding_dim // 2))
+        parts = min(num_parts, embedding_dim - whole)
+        whole = min(num_features, embedding_dim - parts)
+        self.embedding_dim = whole + parts
+        self.fitted = False
+        self.register_buffer("directions", torch.zeros(reduced, map_channels))
+        self.register_buffer("whole_mean", torch.zeros(num_features))
+        self.register_buffer("whole_basis", torch.zeros(num_features, whole))
+        self.register_buffer("parts_mean", torch.zeros(num_parts))
+        self.register_buffer("parts_basis", torch.zeros(num_parts, parts))
+
+    def forward(self, pooled: Tensor, feature_maps: Tensor, weights: Tensor) -> Tensor:
+        """Project; the result (N, D) is in fp32 and has unit length.
+
+        Args:
+            pooled: (N, F), the backbone's own embedding.
+            feature_maps: (N, C, H, W).
+            weights: (N, H, W), non-negative.
+        """
+        with without_autocast(pooled.device):
+            whole = at_least_float32(pooled)
+            parts = self.parts(feature_maps, weights).to(whole.dtype)
+            whole = (whole - self.whole_mean.to(whole)) @ self.whole_basis.to(whole)
+            parts = (parts - self.parts_mean.to(parts)) @ self.parts_basis.to(parts)
+            both = torch.cat([F.normalize(whole, dim=1), F.normalize(parts, dim=1)], dim=1)
+            return F.normalize(both, dim=1)
+
+    def parts(self, feature_maps: Tensor, weights: Tensor) -> Tensor:
+        """Return the covariance (N, P) of the maps' principal channels, of unit length."""
+        with without_autocast(feature_maps.device):
+            maps = at_least_float32(feature_maps)
+            reduced = torch.einsum("nchw,kc->nkhw", maps, self.directions.to(maps))
+            return F.normalize(covariance_pooling(reduced, weights), dim=1)
+
+    def reset(self) -> None:
+        """Go back to not fitted."""
+        self.fitted = False
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.fitted)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.fitted = bool(state)
+
+    def extra_repr(self) -> str:
+        """Return the arguments, for print()."""
+        return f"embedding_dim={self.embedding_dim}, fitted={self.fitted}"
+
+
+Batches = Iterable[Tensor | Sequence[Any]]
+
+
+@torch.no_grad()
+def fit_projection(
+    model: "AttentionEmbedder", batches: Batches, max_images: int = 10_000, progress: bool = True
+) -> None:
+    """Fit the :class:`Projection` of a model to images, in one pass and without labels.
+
+    The principal directions of the maps come from the first 256 images. Moments are summed in
+    float64. Where images are fewer than dimensions, the missing directions are a fixed random
+    basis of the remaining space: principal directions of a few images alone would describe
+    those images and no other.
+
+    Args:
+        model: with `pooling="backbone"`; its projection is overwritten.
+        batches: images (N, C, H, W) as the model takes them, or sequences that start with them.
+        max_images: the number of images that are used, the first ones; at least 2.
+        progress: show a bar.
+
+    Raises:
+        ValueError: for fewer than 2 images, NaN features, or images that all look the same.
+    """
+    check_count("max_images", max_images, least=2)
+    projection = model.embedder.projection
+    if not isinstance(projection, Projection):
+        raise ValueError("embedding_dim is None: there is no projection to fit")
+    device = projection.whole_mean.device
+    waiting: list[tuple[Tensor, Tensor, Tensor]] | None = []
+    whole, parts = _Moments(), _Moments()
+
+    def take(pooled: Tensor, maps: Tensor, weights: Tensor) -> None:
+        whole.add(pooled)
+        parts.add(projection.parts(maps, weights))
+
+    def take_those_waiting() -> None:
+        nonlocal waiting
+        assert waiting is not None
+        cells = _Moments()
+        for _, maps, _ in waiting:
+            cells.add(maps.movedim(1, -1).flatten(0, 2))
+        if waiting:
+            covariance = cells.covariance("batches")[1]
+            projection.directions.copy_(principal_directions(covariance, CHANNELS))
+        for held in waiting:
+            take(*held)
+        waiting = None
+
+    with evaluating(model):
+        for images in _first(batches, max_images, progress):
+            output = model.trunk(images.to(device))
+            features = model.embedder.pool(output)
+            held = (features[0], output.feature_maps, features[1])
+            if waiting is None:
+                take(*held)
+                continue
+            waiting.append(held)
+            if sum(len(pooled) for pooled, *_ in waiting) >= _IMAGES_FOR_DIRECTIONS:
+                take_those_waiting()
+        if waiting is not None:
+            take_those_waiting()
+    if whole.count < 2:
+        raise ValueError(f"batches hold {whole.count} images: the projection needs at least 2")
+    fitted = False
+    for moments, shrinkage, mean, basis in (
+        (whole, _WHOLE_SHRINKAGE, projection.whole_mean, projection.whole_basis),
+        (parts, _PARTS_SHRINKAGE, projection.parts_mean, projection.parts_basis),
+    ):
+        centre, covariance = moments.covariance("batches")
+        # The same image again and again differs by rounding alone.
+        varies = float(covariance.trace()) > 1e-10 * float(centre.square().sum())
+        fitted = fitted or varies
+        mean.copy_(centre)
+        basis.zero_()
+        if varies:
+            basis.copy_(whitening_basis(covariance, basis.shape[1], shrinkage, moments.count))
+    if not fitted:
+        projection.reset()
+        raise ValueError(f"batches hold {whole.count} images that all look the same")
+    projection.fitted = True
+
+
+def whitening_basis(covariance: Tensor, dimensions: int, shrinkage: float, count: int) -> Tensor:
+    """Return a basis (F, dimensions) on which features have nearly equal variance.
+
+    The columns are `v / sqrt(l + shrinkage * mean(l))` for eigenvalues l and eigenvectors v, the
+    largest first. Of `count` images at most `count - 1` directions are known. If that is less
+    than asked for, half of the dimensions (or all that are known) are principal directions; the
+    others are a fixed random orthonormal basis of the remaining space, scaled so that lengths are
+    kept on average.
+
+    Args:
+        covariance: (F, F), symmetric, float64.
+        dimensions: at most F.
+        shrinkage: added to each variance, as a fraction of the mean one; above 0.
+        count: the number of samples that the covariance was computed from.
+    """
+    total = len(covariance)
+    mean = covariance.trace() / total
+    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = values.clamp_min(0).flip(0), vectors.flip(1)
+    known = min(dimensions, total, count - 1)
+    if known < min(dimensions, total):
+        known = min(known, -(-dimensions // 2))
+    basis = vectors[:, :known] * (values[:known] + shrinkage * mean).rsqrt()
+    missing = dimensions - known
+    if missing > 0:
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(total, missing, generator=generator, dtype=basis.dtype)
+        rest = noise.to(basis.device)
+        for _ in range(2):  # once leaves rounding
+            rest = rest - vectors[:, :known] @ (vectors[:, :known].T @ rest)
+        rest = torch.linalg.qr(rest).Q * ((total - known) / missing) ** 0.5
+        variance = values[known:].mean()
+        basis = torch.cat([basis, rest * (variance + shrinkage * mean).rsqrt()], dim=1)
+    return basis
+
+
+@torch.no_grad()
+def whiten_linear(
+    model: "AttentionEmbedder",
+    batches: Batches,
+    max_images: int = 10_000,
+    shrinkage: float = 0.1,
+    progress: bool = True,
+) -> None:
+    """Start the trained projection of `pooling="covariance"` or `"average"` as a whitening.
+
+    With l and V the eigenvalues and eigenvectors of the covariance of the pooled features, the
+    rows become `v / sqrt(l + shrinkage * mean(l))` for the largest l, and the bias takes their
+    mean off. The reducing convolution of covariance pooling is set to the principal directions of
+    the maps before, in a pass of its own. Where D is more than there are directions, the last
+    rows are zero.
+
+    Args:
+        model: its projection is overwritten.
+        batches: images (N, C, H, W) as the model takes them, or sequences that start with them;
+            read twice, so a list or a DataLoader, not a generator.
+        max_images: the number of images that are used, the first ones.
+        shrinkage: above 0.
+        progress: show a bar.
+
+    Raises:
+        ValueError: without a projection or images, for images that look all the same, or for an
+            argument out of its range.
+    """
+    check_count("max_images", max_images, least=2)
+    check_number("shrinkage", shrinkage, 0, above=True)
+    projection = model.embedder.projection
+    if not isinstance(projection, nn.Linear):
+        raise ValueError("embedding_dim is None: there is no projection to fit")
+    device = projection.weight.device
+
+    def moments(features: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        found, images_seen = _Moments(), 0
+        for images in _first(batches, max_images, progress):
+            found.add(features(images.to(device)))
+            images_seen += len(images)
+        if images_seen < 2:
+            raise ValueError(f"batches hold {images_seen} images: the projection needs at least 2")
+        mean, covariance = found.covariance("batches")
+        if not covariance.any():
+            raise ValueError(f"batches hold {images_seen} images that all look the same")
+        return mean, covariance
+
+    with evaluating(model):
+        if model.embedder.covariance is not None:
+            maps = moments(lambda x: model.trunk(x).feature_maps.movedim(1, -1).flatten(0, 2))
+            model.embedder.covariance.fit(maps[1])
+        mean, covariance = moments(lambda x: model.embedder.pool(model.trunk(x))[0])
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.clamp_min(0).flip(0)[: projection.out_features]
+    floor = shrinkage * covariance.trace() / len(covariance)
+    gains = (values + floor).clamp_min(1e-24).rsqrt()
+    # Of about unit length before it is normalised, so that the learning rate means the same.
+    gains = gains / (values * gains.square()).sum().clamp_min(1e-24).sqrt()
+    rows = vectors.flip(1).T[: projection.out_features] * gains[:, None]
+    projection.weight.zero_()
+    projection.weight[: len(rows)] = rows.to(projection.weight)
+    if projection.bias is not None:
+        projection.bias.zero_()
+        projection.bias[: len(rows)] = -(rows @ mean).to(projection.bias)
+
+
+class _Moments:
+    """Mean and covariance of vectors that come in batches, summed in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sum = self.outer = torch.zeros((), dtype=torch.float64)
+
+    def add(self, features: Tensor) -> None:
+        """Add (n, F)."""
+        wide = features.double()
+        self.sum = self.sum.to(wide) + wide.sum(0)
+        self.outer = self.outer.to(wide) + wide.T @ wide
+        self.count += len(wide)
+
+    def covariance(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the mean (F,) and the covariance (F, F)."""
+        mean = self.sum / self.count
+        covariance = self.outer / self.count - mean[:, None] * mean
+        if not torch.isfinite(covariance).all():
+            raise ValueError(
+                f"{name} give features that are NaN or infinite: check the images and the weights"
+            )
+        return mean, covariance
+
+
+def _first(batches: Batches, max_images: int, progress: bool) -> Iterable[Tensor]:
+    """Yield images (n, C, H, W) until there are `max_images`."""
+    seen = 0
+    with tqdm(desc="fitting the projection", unit="img", disable=not progress) as bar:
+        for batch in batches:
+            images: Tensor = batch if isinstance(batch, Tensor) else batch[0]
+            images = images[: max_images - seen]
+            seen += len(images)
+            bar.update(len(images))
+            yield images
+            if seen >= max_images:
+                return
