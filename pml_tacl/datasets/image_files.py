@@ -20,61 +20,17 @@ from tqdm import tqdm
 from pml_tacl.utils.images import to_rgb
 
 # Pillow knows these by name only, or starts another program to draw them.
-_NOT_DECODED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))
+_NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 # Their first bytes are too few or too common to tell them from files that are no images.
-_KNOWN_BY_ENDING = frozenset(
-    [
-        "CUR",
-        "DCX",
-        "DIB",
-        "FLI",
-        "FTEX",
-        "GBR",
-        "ICO",
-        "IM",
-        "IMT",
-        "IPTC",
-        "MCIDAS",
-        "MSP",
-        "PCD",
-        "PCX",
-        "PIXAR",
-        "SGI",
-        "SPIDER",
-        "SUN",
-        "TGA",
-        "XBM",
-        "XPM",
-        "XVTHUMB",
-    ]
-)
+_KNOWN_BY_ENDING = (
+    "CUR", "DCX", "DIB", "FLI", "FTEX", "GBR", "ICO", "IM", "IMT", "IPTC", "MCIDAS", "MSP", "PCD",
+    "PCX", "PIXAR", "SGI", "SPIDER", "SUN", "TGA", "XBM", "XPM", "XVTHUMB",
+)  # fmt: skip
 # Images that Pillow does not open without a plugin, or of which it opens a small preview.
-_OTHER_IMAGES = frozenset(
-    [
-        ".3fr",
-        ".arw",
-        ".avif",
-        ".cr2",
-        ".cr3",
-        ".crw",
-        ".dng",
-        ".erf",
-        ".heic",
-        ".heif",
-        ".hif",
-        ".jxl",
-        ".kdc",
-        ".nef",
-        ".nrw",
-        ".orf",
-        ".pef",
-        ".raf",
-        ".rw2",
-        ".srw",
-        ".svg",
-        ".svgz",
-    ]
-)
+_OTHER_IMAGES = (
+    ".3fr", ".arw", ".avif", ".cr2", ".cr3", ".crw", ".dng", ".erf", ".heic", ".heif", ".hif",
+    ".jxl", ".kdc", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw", ".svg", ".svgz",
+)  # fmt: skip
 _SHOWN = 10
 _LABELS = ("none", "folder")
 _logger = logging.getLogger(__name__)

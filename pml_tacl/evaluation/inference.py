@@ -196,13 +196,12 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
         raise TypeError("dataset must give (image, label) pairs: wrap it to do so")
     images, labels = batch
     for name, part, most in (("images", images, 9), ("labels", labels, 2)):
-        if not isinstance(part, Tensor) or not 1 <= part.ndim <= most or len(part) != len(images):
-            found = (
-                f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-            )
+        known = isinstance(part, Tensor)
+        if not known or not 1 <= part.ndim <= most or len(part) != len(images):
+            found = f"shape {tuple(part.shape)}" if known else type(part).__name__
             raise TypeError(
-                f"dataset must give (image, label) pairs, an image a tensor and a label an integer "
-                f"or a tensor (L,) of them; a batch of {name} came as {found}"
+                "dataset must give (image, label) pairs, an image a tensor and a label an integer "
+                f"or a tensor (L,) of them: a batch of {name} came as {found}"
             )
     return images, labels
 

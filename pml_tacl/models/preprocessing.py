@@ -46,22 +46,25 @@ class _Shortened(v2.Transform):  # type: ignore[misc]
 
 
 def _with_channels(image: Any, channels: int) -> Any:
-    there: Any = type(image).__name__
+    """An image that has the channels already; no RGB could be made of it."""
     if isinstance(image, Image.Image):
-        image = upright(image)
-        there = len(image.getbands())
+        found = f"a PIL image of mode {image.mode}"
+        if len(image.getbands()) == channels:
+            return upright(image)
     elif isinstance(image, Tensor):
-        scaled = image.dtype == torch.uint8 or (
-            image.is_floating_point() and 0 <= float(image.min()) <= float(image.max()) <= 1
-        )
-        there = (image.shape[-3] if image.ndim > 2 else 1) if scaled else image.dtype
-    if there != channels:
-        raise ValueError(
-            f"the model takes {channels} channels and the image has {there}: build the model with "
-            f"in_chans=3, or give images of {channels} channels: PIL images, or tensors "
-            f"({channels}, H, W) of uint8 or of floats in [0, 1]"
-        )
-    return image
+        found = f"a {image.dtype} tensor {tuple(image.shape)}"
+        fits = image.ndim > 2 and image.shape[-3] == channels and image.numel() > 0
+        if fits and image.is_floating_point():
+            low, high = float(image.min()), float(image.max())
+            found, fits = f"{found} from {low:.3g} to {high:.3g}", 0 <= low <= high <= 1
+        if fits and (image.dtype == torch.uint8 or image.is_floating_point()):
+            return image
+    else:
+        found = f"a {type(image).__name__}"
+    raise ValueError(
+        f"image must be a PIL image of the model's {channels} channels, or a tensor ({channels}, "
+        f"H, W) of uint8 or of floats in [0, 1], got {found}: for RGB build it with in_chans=3"
+    )
 
 
 def size_in_pixels(config: dict[str, Any], image_size: Any = None) -> tuple[int, int]:

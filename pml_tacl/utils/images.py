@@ -77,7 +77,7 @@ def upright(image: Image.Image) -> Image.Image:
 def _from_pil(image: Image.Image, name: str) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"{name} must hold pixels, got an image of {image.size} pixels")
-    image.load()
+    _load(image)
     white = _white_of_file(image)  # turned upright, an image no longer knows its file
     image = upright(image)
     if not image.mode.startswith(("I", "F")):
@@ -87,6 +87,20 @@ def _from_pil(image: Image.Image, name: str) -> Image.Image:
     if isinstance(key := image.info.get("transparency"), int):
         grey[values == key] = 255
     return Image.fromarray(grey).convert("RGB")
+
+
+def _load(image: Image.Image) -> None:
+    # Pillow maps the file of an uncompressed TIFF into memory with height and width confused, if
+    # its orientation swaps them; it reads the file instead where it knows no name.
+    if image.format != "TIFF":
+        image.load()
+        return
+    opened: Any = image
+    name, opened.filename = opened.filename, ""
+    try:
+        image.load()
+    finally:
+        opened.filename = name
 
 
 def _opaque(image: Image.Image) -> Image.Image:
@@ -102,15 +116,12 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 def _from_array(image: npt.NDArray[Any] | Tensor, name: str) -> Image.Image:
     array = _as_array(image)
-    shape = array.shape
-    if array.ndim == 2:
-        array = array[..., None]
     channels_last = array.ndim == 3 and array.shape[2] in _CHANNELS
     channels_first = array.ndim == 3 and array.shape[0] in _CHANNELS
-    if 0 in shape or not (channels_last or channels_first):
+    if 0 in array.shape or not (array.ndim == 2 or channels_last or channels_first):
         raise ValueError(
             f"{name} must hold images of shape (H, W, C) or (C, H, W) with 1, 3 or 4 channels, "
-            f"got {tuple(shape)}: give images of a batch one by one"
+            f"got {array.shape}: give images of a batch one by one"
         )
     if channels_first and (not channels_last or isinstance(image, Tensor)):
         array = np.moveaxis(array, 0, 2)
@@ -132,7 +143,7 @@ def _from_array(image: npt.NDArray[Any] | Tensor, name: str) -> Image.Image:
     elif array.dtype != np.uint8:
         array = _eight_bits(array, name, None)
     array = np.ascontiguousarray(array)
-    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
 
 
 def _as_array(image: npt.NDArray[Any] | Tensor) -> npt.NDArray[Any]:
