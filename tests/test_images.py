@@ -44,6 +44,16 @@ def of_file(image, path, **options):
     return np.asarray(load_rgb(path))
 
 
+def write_tiff(path, data, bits, photometric=1):
+    """16 grey pixels in a row."""
+    tags = [(256, 4, 16), (257, 4, 1), (258, 3, bits), (259, 3, 1), (262, 3, photometric),
+            (273, 4, 8), (277, 3, 1), (278, 4, 1), (279, 4, len(data))]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    start = struct.pack("<2sHI", b"II", 42, 8 + len(data))
+    path.write_bytes(start + data + struct.pack("<H", len(tags)) + entries + b"\0" * 4)
+    return path
+
+
 WIDE = [  # what is white for a ramp of numbers up to a top
     ("uint16", 65535, 65535), ("uint16", 4095, 4095), ("uint16", 1023, 1023), ("uint16", 255, 255),
     ("uint16", 20000, 65535), ("uint16", 3, 3), ("int32", 65535, 65535), ("int32", 1000, 1023),
@@ -114,18 +124,19 @@ class TestWideNumbers:
     def test_bits_per_sample_of_the_file_decide(self, tmp_path, top):
         values = np.linspace(0, top, 16).astype(int)
         packed = b"".join(struct.pack(">I", a << 12 | b)[1:] for a, b in values.reshape(-1, 2))
-        tags = [(256, 4, 16), (257, 4, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8),
-                (277, 3, 1), (278, 4, 1), (279, 4, len(packed))]  # fmt: skip
-        entries = b"".join(
-            struct.pack("<HHI", tag, kind, 1) + struct.pack("<I", value)
-            for tag, kind, value in tags
-        )
-        start = struct.pack("<2sHI", b"II", 42, 8 + len(packed))
-        path = tmp_path / "x.tif"
-        path.write_bytes(start + packed + struct.pack("<H", len(tags)) + entries + b"\0" * 4)
+        path = write_tiff(tmp_path / "x.tif", packed, 12)
         assert np.asarray(load_rgb(path))[0, :, 0].tolist() == (values >> 4).tolist()
         with Image.open(path) as image:
             assert grey(image)[0].tolist() == (values >> 4).tolist()
+
+    @pytest.mark.parametrize("bits", [8, 16])
+    def test_a_file_whose_zero_is_white(self, tmp_path, bits):
+        values = np.linspace(0, 2**bits - 1, 16).astype(f"<u{bits // 8}")
+        path = write_tiff(tmp_path / "x.tif", values.tobytes(), bits, photometric=0)
+        expected = np.arange(255, -1, -17)
+        assert np.asarray(load_rgb(path))[0, :, 0].tolist() == expected.tolist()
+        with Image.open(path) as image:
+            assert grey(image)[0].tolist() == expected.tolist()
 
     def test_a_transparent_grey_of_16_bits_is_white(self, tmp_path):
         image = Image.fromarray((RAMP * 65535).astype(np.uint16))

@@ -17,7 +17,7 @@ _CHANNELS = (1, 3, 4)
 _ROUNDING = 1e-3  # an interpolated image may leave [0, 1] by this much
 # What white may be in an image of wide numbers: 1, 2, 4, 8, 10, 12, 14 or 16 bits.
 _WHITES = (1, 3, 15, 255, 1023, 4095, 16383, 65535)
-_ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # tags of EXIF and TIFF
+_ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
 _SCALED = ("JPEG2000", "PPM")  # Pillow brings their samples to 16 bits
 
 
@@ -78,12 +78,16 @@ def _from_pil(image: Image.Image, name: str) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"{name} must hold pixels, got an image of {image.size} pixels")
     _load(image)
-    white = _white_of_file(image)  # turned upright, an image no longer knows its file
+    # Turned upright, an image no longer knows its file.
+    white = _white_of_file(image)
+    negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # only 8 bits Pillow inverts
     image = upright(image)
     if not image.mode.startswith(("I", "F")):
         return _opaque(image)
     values = np.asarray(image.convert("I") if image.mode.startswith("I;") else image)
     grey = _eight_bits(values, name, white)
+    if negative:
+        grey = 255 - grey
     if isinstance(key := image.info.get("transparency"), int):
         grey[values == key] = 255
     return Image.fromarray(grey).convert("RGB")
