@@ -52,7 +52,7 @@ def to_rgb(image: AnyImage, name: str = "image") -> Image.Image:
         OSError: if a PIL image's file cannot be decoded.
 
     Example:
-        >>> to_rgb(np.array([[0, 2048, 4095]], np.uint16)).getpixel((1, 0))
+        >>> to_rgb(torch.tensor([[0, 2048, 4095]])).getpixel((1, 0))  # 12 bits
         (128, 128, 128)
     """
     if isinstance(image, Image.Image):
