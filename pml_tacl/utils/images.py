@@ -34,6 +34,7 @@ def to_rgb(image: AnyImage, name: str = "image") -> Image.Image:
       below the values, a thousandth of them (at least one of 64) left out. 8-bit values that were
       widened (times 256 or 257) are white at 65535. Values below 0 or above 65535 are stretched
       from the least to the largest, the same thousandth left out at either end.
+      Colour files of 16 bits are an exception: Pillow opens them as 8 bits, the high bytes.
 
     Args:
         image: a PIL image of any mode and size; or an array or tensor (H, W), (H, W, C) or
