@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 import pml_tacl
 from pml_tacl.cli import flags
 from pml_tacl.cli import run_folder as runs
+from pml_tacl.cli.eval_folder import images_to_test_on
 from pml_tacl.cli.training_run import TrainingRun
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.distributed.inference import (
@@ -55,7 +56,7 @@ def main() -> None:
     plain = model.transform(image_size=size)
     pictures = on_first(lambda: ImageFiles(args.images, strict=args.strict), "reading the pictures")
     labelled = args.eval_folder and on_first(
-        lambda: ImageFiles(args.eval_folder, labels="folder", transform=plain), "reading the test"
+        lambda: images_to_test_on(args.eval_folder, pictures, plain), "reading the test"
     )
     auto = max(2, min(len(pictures) // 10, 10_000), args.batch_size // args.images_per_cluster)
     clusters = auto if args.num_clusters == "auto" else args.num_clusters

@@ -1,6 +1,7 @@
 """Glyphs, ImageFiles and the ready-made forms of PML's benchmark data sets."""
 
 import logging
+import os
 import pickle
 import shutil
 import struct
@@ -300,11 +301,57 @@ class TestImageFiles:
         image, label = data[2]
         assert (image.mode, image.size, image.getpixel((0, 0)), label) == ("RGB", (12, 8), RED, -1)
 
-    def test_every_extension_is_found(self, tmp_path):
-        for name in ("jpg", "JPEG", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm"):
-            flat("RGB", RED).save(tmp_path / f"x.{name}")
-        flat("RGB", RED).save(tmp_path / "x.tga")
-        assert len(ImageFiles(tmp_path, progress=False)) == 9
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [
+            *((f"x.{ending}", None) for ending in ("jpg", "JPEG", "png", "webp", "bmp", "gif")),
+            *((f"x.{ending}", None) for ending in ("tif", "TIFF", "ppm", "tga", "jp2", "jpe")),
+            *((f"x.{ending}", None) for ending in ("mpo", "qoi", "pcx", "ico", "dds", "pgm")),
+            ("x.jfif", "JPEG"), ("x.jpg_large", "JPEG"), ("x", "PNG"), ("x.apng", "PNG"),
+            ("x.bak", "TIFF"), ("x.txt", "WEBP"), ("x.pdf", "GIF"), ("x.jpg", "PNG"),
+        ],
+    )  # fmt: skip
+    def test_whatever_pillow_opens_is_read(self, tmp_path, name, kind):
+        Image.new("RGB", (16, 16), RED).save(tmp_path / name, format=kind)
+        images = ImageFiles(tmp_path, progress=False)
+        assert images.names == [name]
+        assert (images.broken, images.skipped) == ([], [])
+        assert np.abs(pixels(images[0][0]) - RED).max() <= 9
+        assert ImageFiles(tmp_path, check=False).paths == images.paths
+
+    def test_what_is_not_read_is_counted_and_named_once(self, tmp_path, caplog):
+        flat("RGB", RED).save(tmp_path / "x.png")
+        (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 64)
+        flat("RGB", RED).save(tmp_path / "camera.NEF", format="TIFF")  # its preview
+        for name in ("Thumbs.db", "notes.txt", "clip.mp4", "page.eps", "none"):
+            (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+        (tmp_path / "empty").touch()
+        images = ImageFiles(tmp_path, progress=False)
+        assert images.names == ["x.png"]
+        assert images.broken == [
+            (tmp_path / "camera.NEF", ".nef files are not read: convert it to .png or .jpg"),
+            (tmp_path / "phone.HEIC", ".heic files are not read: convert it to .png or .jpg"),
+        ]
+        assert [path.name for path in images.skipped] == [
+            "Thumbs.db", "clip.mp4", "empty", "none", "notes.txt", "page.eps"
+        ]  # fmt: skip
+        left_out, skipped = (record.getMessage() for record in caplog.records)
+        assert left_out.startswith("left out 2 of 3 files: ")
+        assert skipped.startswith("skipped 6 files that are no images: ")
+        assert all(str(path) in skipped for path in images.skipped)
+
+    def test_no_other_program_is_started_for_a_file(self, tmp_path):
+        (tmp_path / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+        with pytest.raises(OSError, match=r"x\.jpg: not a picture of a known format"):
+            load_rgb(tmp_path / "x.jpg")
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes that have names")
+    def test_a_pipe_does_not_hang(self, tmp_path):
+        flat("RGB", RED).save(tmp_path / "x.png")
+        for name in ("pipe", "pipe.jpg"):
+            os.mkfifo(tmp_path / name)
+        (tmp_path / "link.jpg").symlink_to(tmp_path / "pipe")
+        assert ImageFiles(tmp_path, progress=False).names == ["x.png"]
 
     def test_names_are_places_below_the_root(self, tree):
         pictures = ImageFiles(tree, progress=False)
@@ -323,13 +370,37 @@ class TestImageFiles:
         assert not isinstance(plain[0][0], np.ndarray)
 
     def test_folder_labels(self, tree):
-        flat("L", HALF).save(tree / "top.png")
+        (tree / "b/other/deeper").mkdir(parents=True)
+        flat("L", HALF).save(tree / "b/other/deeper/3.png")
+        flat("L", HALF).save(tree / "b/0.png")
         data = ImageFiles(str(tree), labels="folder", transform=np.array, progress=False)
-        assert data.classes == [".", "a", "b/deep"]
+        assert data.classes == ["a", "b"]
         assert data.labels.dtype == np.int64
-        assert data.labels.tolist() == [1, 2, 2, 0]
+        assert data.names == [
+            "a/z.webp", "b/0.png", "b/deep/10.jpeg", "b/deep/2.PNG", "b/other/deeper/3.png"
+        ]  # fmt: skip
+        assert data.labels.tolist() == [0, 1, 1, 1, 1]
         assert data[1][0].shape == (8, 12, 3)
-        assert data[1][1] == 2
+        assert data[1][1] == 1
+
+    def test_an_image_beside_the_classes_is_named(self, tree, caplog):
+        flat("L", HALF).save(tree / "top.png")
+        data = ImageFiles(tree, labels="folder", progress=False)
+        assert (data.classes, len(data)) == (["a", "b"], 3)
+        assert data.broken == [(tree / "top.png", "in no folder, so of no class")]
+        assert "left out 1 of 4 files" in caplog.text
+        assert len(ImageFiles(tree, progress=False)) == 4  # without classes it is one of them
+        with pytest.raises(ValueError, match="labels='folder' needs a folder for each class in"):
+            ImageFiles(tree / "b/deep", labels="folder", progress=False)
+
+    def test_a_linked_class_keeps_its_images(self, tree):
+        (tree / "alias").symlink_to(tree / "b")
+        (tree / "a/more").symlink_to(tree / "b/deep")
+        (tree / "b/up").symlink_to(tree)
+        data = ImageFiles(tree, labels="folder", progress=False)
+        assert data.classes == ["a", "alias", "b"]
+        assert np.bincount(data.labels).tolist() == [3, 2, 2]
+        assert len(ImageFiles(tree, progress=False)) == 3  # without classes, each folder once
 
     def test_links_are_followed_without_going_round(self, tree, tmp_path_factory):
         elsewhere = tmp_path_factory.mktemp("elsewhere")
@@ -342,21 +413,21 @@ class TestImageFiles:
         assert data.broken == [(tree / "gone.jpg", "No such file or directory")]
 
     def test_broken_files_are_named_once_and_left_out(self, tree, caplog, capfd):
-        (tree / "empty.jpg").touch()
-        (tree / "text.jpg").write_text("I am a text file")
+        (tree / "b/empty.jpg").touch()
+        (tree / "b/text.jpg").write_text("I am a text file")
         noise().save(tree / "b/cut.jpg")
         truncate(tree / "b/cut.jpg")
         with caplog.at_level(logging.WARNING):
             data = ImageFiles(tree, labels="folder")
         assert "checking pictures" in capfd.readouterr().err
         assert len(data) == 3
-        assert data.classes == ["a", "b/deep"]
+        assert data.classes == ["a", "b"]
         reasons = {path.name: reason for path, reason in data.broken}
         assert reasons["empty.jpg"] == "empty file"
         assert reasons["text.jpg"] == "not a picture of a known format"
         assert "truncated" in reasons["cut.jpg"]
-        (record,) = caplog.records
-        message = record.getMessage()
+        message, skipped = (record.getMessage() for record in caplog.records)
+        assert skipped == f"skipped 1 files that are no images: {tree / 'a/notes.txt'}"
         assert message.startswith("left out 3 of 6 files: ")
         assert "\n" not in message
         assert all(str(path) in message for path, _ in data.broken)
@@ -501,7 +572,7 @@ class TestLoadRgb:
         [
             (np.array([[-1.5, 0.5, 0.0, 2.5]], np.float32), [0, 128, 96, 255]),
             (np.array([[0, 500_000, 1_000_000, 0]], np.int32), [0, 128, 255, 0]),
-            (np.array([[3.0, 3.0, 3.0, 3.0]], np.float32), [0, 0, 0, 0]),
+            (np.array([[-3.0, -3.0, -3.0, -3.0]], np.float32), [0, 0, 0, 0]),
         ],
     )
     def test_wide_values_are_stretched(self, tmp_path, values, expected):
@@ -514,7 +585,7 @@ class TestLoadRgb:
         Image.fromarray(np.array([[1.0, bad, 2.0]], np.float32)).save(tmp_path / "bad.tif")
         found = ImageFiles(tmp_path, progress=False)
         assert [path.name for path in found.paths] == ["sound.png"]
-        assert found.broken == [(tmp_path / "bad.tif", "1 of 3 pixels are NaN or infinite")]
+        assert found.broken == [(tmp_path / "bad.tif", "image is NaN or infinite in 1 of 3 pixels")]
 
     @pytest.mark.parametrize("orientation", range(1, 9))
     def test_exif_orientation_is_honoured(self, tmp_path, orientation):

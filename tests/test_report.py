@@ -196,7 +196,7 @@ def test_a_page_without_labels_and_with_a_picture_gone(tmp_path):
 
 def test_clusters_are_judged_by_folders_if_asked(run):
     training = read_run(run, folders_are_classes=True).training
-    assert training.classes == ["a</script><script>window.pwned=1<", "b", "c", "d"]
+    assert training.classes == ["a<", "b", "c", "d"]  # the first folder of each path
     assert [training.classes[label] for label in training.labels[:3]] == [
         training.classes[0], "b", "b",
     ]  # fmt: skip

@@ -131,7 +131,7 @@ def test_a_large_photograph_is_made_small_and_the_callers_stays():
         (np.full((4, 4, 3), 2.0), ValueError, "from 2 to 2.*undo the normalisation"),
         (np.full((4, 4, 3), -0.5), ValueError, "from -0.5 to -0.5"),
         (np.full((4, 4, 3), np.nan), ValueError, "nan"),
-        (np.zeros((4, 4, 3), dtype=np.int64), TypeError, "int64"),
+        (np.zeros((4, 4, 3), dtype=np.complex64), TypeError, "complex64"),
         (np.zeros((5, 6, 7)), ValueError, r"\(5, 6, 7\)"),
         (np.zeros((0, 4, 3)), ValueError, r"\(0, 4, 3\)"),
         (["a.png"], TypeError, "str"),

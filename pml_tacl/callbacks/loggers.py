@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.images import to_rgb
 
 Pixels = Any  # a matplotlib figure, a PIL image, or an array or tensor that visualize takes
 Thumbnails = Sequence[Image.Image] | None
@@ -154,17 +155,14 @@ def as_picture(image: Pixels) -> Image.Image:
     """A figure, a PIL image, an array or a tensor as an RGB picture.
 
     Raises:
-        TypeError, ValueError: for what is none of them, as of :mod:`pml_tacl.visualize`.
+        TypeError, ValueError: for what is none of them, as of
+            :func:`pml_tacl.utils.images.to_rgb`.
     """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
     if hasattr(image, "savefig"):
         content = io.BytesIO()
         image.savefig(content, format="png")
-        return Image.open(content).convert("RGB")
-    from pml_tacl.visualize._inputs import to_pixels
-
-    return Image.fromarray(to_pixels(image))
+        image = Image.open(content)
+    return to_rgb(image)
 
 
 def check_embeddings(embeddings: Tensor, names: Sequence[str], thumbnails: Thumbnails) -> None:

@@ -1,55 +1,74 @@
-"""A folder tree of pictures, read without trusting any of them."""
+"""A folder tree of images, read without trusting any of them."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+from pml_tacl.utils.images import to_rgb
+
+# Pillow knows these by name only, or starts another program to draw them.
+_NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+# Their first bytes are too few or too common to tell them from files that are no images.
+_KNOWN_BY_ENDING = (
+    "CUR", "DCX", "DIB", "FLI", "FTEX", "GBR", "ICO", "IM", "IMT", "IPTC", "MCIDAS", "MSP", "PCD",
+    "PCX", "PIXAR", "SGI", "SPIDER", "SUN", "TGA", "XBM", "XPM", "XVTHUMB",
+)  # fmt: skip
+# Images that Pillow does not open without a plugin, or of which it opens a small preview.
+_OTHER_IMAGES = (
+    ".3fr", ".arw", ".avif", ".cr2", ".cr3", ".crw", ".dng", ".erf", ".heic", ".heif", ".hif",
+    ".jxl", ".kdc", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw", ".svg", ".svgz",
+)  # fmt: skip
 _SHOWN = 10
 _LABELS = ("none", "folder")
 _logger = logging.getLogger(__name__)
 
 
 class ImageFiles(Dataset[tuple[Any, int]]):
-    """All pictures of a folder tree in sorted order, as RGB images with labels or without.
+    """All images of a folder tree in sorted order, as RGB images with labels or without.
 
-    Files that cannot be decoded are found once, at the start, named in one warning of the logger
-    ``pml_tacl.datasets.image_files`` and left out. Hidden files and folders (a leading dot) are
-    skipped; links to folders are followed, and each folder is read once. See :func:`load_rgb`
-    for what happens to the modes.
+    Whatever Pillow can open is read: files with an ending that Pillow knows, in any case, and files
+    with another ending or none that begin as an image does. Files that cannot be decoded are found
+    once, at the start, named in one warning of the logger ``pml_tacl.datasets.image_files`` and
+    left out; so are images of kinds that Pillow does not open, such as .heic and cameras' raw
+    files. A second warning counts and names the files that are no images. Hidden files and folders
+    (a leading dot) are skipped; links to folders are followed, and each folder is read once. See
+    :func:`load_rgb` for what happens to the modes.
 
     Args:
-        root: Folder to search, with all its subfolders, for files ending in .jpg, .jpeg, .png,
-            .webp, .bmp, .gif, .tif, .tiff or .ppm in any case.
+        root: Folder to search, with all its subfolders.
         transform: Applied to the PIL RGB image.
-        labels: ``"none"``: every label is -1. ``"folder"``: pictures in the same folder are one
-            class, named by the folder's path below ``root`` (``"."`` for ``root`` itself).
+        labels: ``"none"``: every label is -1. ``"folder"``: each folder in ``root`` is a class, and
+            all images below it belong to it. An image in ``root`` itself has no class: it is left
+            out and named as broken files are. A folder to which several classes link belongs to
+            each of them.
         strict: Raise on broken files instead of leaving them out.
         check: Decode every file now. Without, a broken file shows when it is read.
         progress: Show a progress bar while checking.
 
     Attributes:
-        paths: The pictures, sorted.
-        labels: Zero-based class of each picture, or -1, int64 (N,).
+        paths: The images, sorted.
+        labels: Zero-based class of each image, or -1, int64 (N,).
         classes: Names of the classes, sorted; empty with ``labels="none"``.
-        broken: What was left out, as (path, reason in one line).
+        broken: Images that were left out, as (path, reason in one line).
+        skipped: Files that are no images.
 
     Raises:
-        ValueError: If ``root`` is no folder or holds no readable picture, if a file is broken
-            and ``strict`` is set, or if an argument is wrong.
+        ValueError: If ``root`` is no folder or holds no readable image, if a file is broken
+            and ``strict`` is set, if ``labels="folder"`` and all images lie in ``root`` itself,
+            or if an argument is wrong.
 
     Example:
         >>> pictures = ImageFiles("photos", labels="folder")  # doctest: +SKIP
@@ -74,10 +93,15 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         if not self.root.is_dir():
             raise ValueError(f"root must be a folder of pictures; {str(root)!r} is none")
 
-        self.paths, self.broken = _find_pictures(self.root)
+        self.paths, self.broken, self.skipped = _find_images(self.root, labels == "folder")
         if not self.paths and not self.broken:
-            kinds = " ".join(EXTENSIONS)
-            raise ValueError(f"no picture in {str(root)!r} or below it (looked for {kinds})")
+            others = f" ({len(self.skipped)} files are no images)" if self.skipped else ""
+            raise ValueError(f"no picture in {str(root)!r} or below it{others}")
+        if not self.paths and all(reason == _NO_CLASS for _, reason in self.broken):
+            raise ValueError(
+                f"labels='folder' needs a folder for each class in {str(root)!r}, and its "
+                f"{len(self.broken)} images lie in no folder: sort them into folders"
+            )
         if check:
             reasons = _decode_all(self.paths, progress)
             self.broken += [(p, r) for p, r in zip(self.paths, reasons, strict=True) if r]
@@ -87,7 +111,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         self.classes: list[str] = []
         self.labels: npt.NDArray[np.int64] = np.full(len(self.paths), -1, np.int64)
         if labels == "folder":
-            folders = [path.parent.relative_to(self.root).as_posix() for path in self.paths]
+            folders = [path.relative_to(self.root).parts[0] for path in self.paths]
             names, ids = np.unique(folders, return_inverse=True)
             self.classes, self.labels = names.tolist(), ids.astype(np.int64)
 
@@ -110,9 +134,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         return (image if self.transform is None else self.transform(image)), int(self.labels[index])
 
     def _report(self, strict: bool) -> None:
-        named = "; ".join(f"{path} ({reason})" for path, reason in self.broken[:_SHOWN])
-        if len(self.broken) > _SHOWN:
-            named += f"; and {len(self.broken) - _SHOWN} more"
+        named = _named([f"{path} ({reason})" for path, reason in self.broken])
         if not self.paths:
             raise ValueError(f"no readable picture in {str(self.root)!r}: {named}")
         if self.broken and strict:
@@ -120,19 +142,28 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         if self.broken:
             total = len(self.broken) + len(self.paths)
             _logger.warning("left out %d of %d files: %s", len(self.broken), total, named)
+        if self.skipped:
+            named = _named(list(map(str, self.skipped)))
+            _logger.warning("skipped %d files that are no images: %s", len(self.skipped), named)
+
+
+def _named(things: list[str]) -> str:
+    more = [f"and {len(things) - _SHOWN} more"] if len(things) > _SHOWN else []
+    return "; ".join(things[:_SHOWN] + more)
 
 
 def load_rgb(path: str | Path) -> Image.Image:
-    """Reads a picture upright, as RGB, its first frame if there are more.
+    """Read an image upright, as RGB, its first frame if there are more.
 
-    The EXIF orientation is applied. What is transparent becomes white. 16-bit grey keeps its high
-    byte; greys of more bits and floats are stretched from their least to their largest value.
+    Any other way into the package gives the same pixels, see :func:`pml_tacl.utils.images.to_rgb`:
+    the EXIF orientation is applied, what is transparent becomes white, and greys of more than 8
+    bits are brought to 8 by a white point on which no single pixel decides.
 
     Args:
         path: The file.
 
     Returns:
-        The decoded picture, mode RGB.
+        The decoded image, mode RGB.
 
     Raises:
         OSError: If the file cannot be read or decoded, or has NaN or infinite pixels; the message
@@ -141,9 +172,9 @@ def load_rgb(path: str | Path) -> Image.Image:
     try:
         if os.path.getsize(path) == 0:
             raise OSError("empty file")
-        with Image.open(path) as image:
-            image.load()
-            return _to_rgb(_upright(image))
+        with Image.open(path, formats=_formats()) as image:
+            rgb = to_rgb(image)
+            return rgb.copy() if rgb is image else rgb
     # Pillow's decoders raise nearly anything on damaged bytes (SyntaxError, struct.error, ...).
     except Exception as error:
         raise OSError(f"cannot read {path}: {_reason(error)}") from error
@@ -156,62 +187,92 @@ def _reason(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    # Damaged EXIF data is no reason to lose a picture whose pixels are whole.
-    with suppress(Exception):
-        return ImageOps.exif_transpose(image)
-    return image.copy()
+_NO_CLASS = "in no folder, so of no class"
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_to_eight_bits(np.asarray(image))).convert("RGB")
-    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+def _formats() -> tuple[str, ...]:
+    """What Pillow decodes itself, in its order; plugins that a user has registered included."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _NOT_DECODED)
 
 
-def _to_eight_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    whole = np.issubdtype(values.dtype, np.integer)
-    if whole and values.min() >= 0 and values.max() < 2**16:
-        high_byte: npt.NDArray[np.uint8] = (values >> 8).astype(np.uint8)
-        return high_byte
-    wide = values.astype(np.float64)
-    # Zeros in their place would train on a picture that nobody took.
-    if bad := int((~np.isfinite(wide)).sum()):
-        raise OSError(f"{bad} of {wide.size} pixels are NaN or infinite")
-    low, high = wide.min(), wide.max()
-    stretched: npt.NDArray[np.uint8] = np.rint(
-        (wide - low) * (255 / max(high - low, 1e-12))
-    ).astype(np.uint8)
-    return stretched
+def _endings() -> frozenset[str]:
+    known = frozenset(_formats())
+    registered = Image.registered_extensions().items()
+    return frozenset(ending for ending, name in registered if name in known)
 
 
-def _find_pictures(root: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
+def _find_images(
+    root: Path, by_class: bool
+) -> tuple[list[Path], list[tuple[Path, str]], list[Path]]:
+    """Images, those that cannot be read with the reason, and files that are none; each sorted."""
     found: list[Path] = []
-    closed: list[tuple[Path, str]] = []
-    seen: set[str] = set()
+    broken: list[tuple[Path, str]] = []
+    skipped: list[Path] = []
+    endings = _endings()
 
     def remember(error: OSError) -> None:
-        closed.append((Path(error.filename), error.strerror or "cannot be listed"))
+        broken.append((Path(error.filename), error.strerror or "cannot be listed"))
 
-    for folder, subfolders, files in os.walk(root, onerror=remember, followlinks=True):
+    def sort(paths: Iterable[Path]) -> list[Path]:
+        images = []
+        for path in paths:
+            reason = _what_is_it(path, endings)
+            if reason is None:
+                skipped.append(path)
+            elif reason:
+                broken.append((path, reason))
+            else:
+                images.append(path)
+        return images
+
+    if not by_class:
+        found = sort(_files_below(root, set(), remember))
+    else:
+        entries = os.walk(root, onerror=remember, followlinks=True)
+        _, folders, files = next(entries, ("", [], []))
+        broken += [(path, _NO_CLASS) for path in sort(_shown(root, files))]
+        for folder in _shown(root, folders):
+            found += sort(_files_below(folder, {os.path.realpath(root)}, remember))
+    return sorted(found), sorted(broken), sorted(skipped)
+
+
+def _files_below(top: Path, seen: set[str], onerror: Callable[[OSError], None]) -> Iterator[Path]:
+    for folder, subfolders, files in os.walk(top, onerror=onerror, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link back up the tree
             subfolders.clear()
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in files:
-            path = Path(folder, name)
-            wanted = path.suffix.lower() in EXTENSIONS and not name.startswith(".")
-            if wanted and (path.is_file() or path.is_symlink()):
-                found.append(path)
-    return sorted(found), closed
+        yield from _shown(Path(folder), files)
+
+
+def _shown(folder: Path, names: list[str]) -> list[Path]:
+    return [folder / name for name in names if not name.startswith(".")]
+
+
+def _what_is_it(path: Path, endings: frozenset[str]) -> str | None:
+    """Return "" for an image to read, a reason for one that is not, and None for no image."""
+    ending = path.suffix.lower()
+    if ending in endings:
+        return "" if path.is_file() or path.is_symlink() else None
+    if ending in _OTHER_IMAGES:
+        return f"{ending} files are not read: convert it to .png or .jpg"
+    if not path.is_file():
+        return None
+    formats = [name for name in _formats() if name not in _KNOWN_BY_ENDING]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again when it is read
+            Image.open(path, formats=formats).close()
+    except UnidentifiedImageError:
+        return None
+    except OSError as error:
+        return _reason(error)
+    except Exception:  # it begins as an image does, and reading it will say what is wrong
+        return ""
+    return ""
 
 
 def _decode_all(paths: list[Path], progress: bool) -> list[str]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from pml_tacl.evaluation.calculator import RetrievalCalculator
@@ -32,7 +32,8 @@ def embed(
 
     Args:
         model: any module, images (N, C, H, W) -> embeddings (N, D).
-        dataset: items (image, label), image a tensor.
+        dataset: items (image, label), image a tensor; it has a length. One that is iterated
+            over must give as many items as it says, and is read in this process.
         batch_size: images at once.
         num_workers: processes that load images.
         device: where to run; the model is moved there. None is where the model is.
@@ -43,12 +44,19 @@ def embed(
         labels of several levels; both on CPU.
 
     Raises:
-        ValueError: for an empty data set or a model that does not give (N, D).
-        TypeError: for items that are not (image, label) pairs.
+        ValueError: for an empty data set, one that gives more or fewer items than its length,
+            an iterable one with ``num_workers``, or a model that does not give (N, D).
+        TypeError: for a data set without a length, or items that are not (image, label) pairs of
+            a tensor and integers.
     """
     check_count("batch_size", batch_size, 1)
     check_count("num_workers", num_workers, 0)
-    count = len(dataset)  # type: ignore[arg-type]
+    count = _length(dataset)
+    if num_workers and isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"num_workers must be 0 for an iterable data set, got {num_workers}: each worker would "
+            "give all items, or they would come in another order"
+        )
     if not count:
         raise ValueError("dataset is empty: there is nothing to embed")
     where = _device_of(model) if device is None else torch.device(device)
@@ -61,9 +69,11 @@ def embed(
         tqdm(total=count, desc="embedding", unit="img", disable=not progress, leave=False) as bar,
     ):
         for batch in loader:
-            if not isinstance(batch, list | tuple) or len(batch) != 2:
-                raise TypeError("dataset must give (image, label) pairs: wrap it to do so")
-            images, batch_labels = batch
+            images, batch_labels = _pair(batch)
+            if done + len(images) > count:
+                raise ValueError(
+                    f"dataset gives more than the {count} items of its length: mend its __len__"
+                )
             with torch.inference_mode():
                 rows = model(images.to(where, non_blocking=True))
             if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != len(images):
@@ -78,6 +88,10 @@ def embed(
             labels.append(torch.as_tensor(batch_labels).long())
             done += len(rows)
             bar.update(len(rows))
+    if done < count:
+        raise ValueError(
+            f"dataset gives {done} items and its length is {count}: mend its __len__ or its items"
+        )
     return embeddings, torch.cat(labels)
 
 
@@ -165,6 +179,31 @@ def evaluate(
     if reference is None:
         return calculator.get_accuracy(query, query_labels)
     return calculator.get_accuracy(query, query_labels, *labelled("reference", reference))
+
+
+def _length(dataset: Dataset[Any]) -> int:
+    try:
+        return len(dataset)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"dataset must have a length, and {type(dataset).__name__} has none: give it a __len__"
+        ) from None
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """Images and labels of one batch; of views or other things, rows would be made up."""
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        raise TypeError("dataset must give (image, label) pairs: wrap it to do so")
+    images, labels = batch
+    for name, part, most in (("images", images, 9), ("labels", labels, 2)):
+        known = isinstance(part, Tensor)
+        if not known or not 1 <= part.ndim <= most or len(part) != len(images):
+            found = f"shape {tuple(part.shape)}" if known else type(part).__name__
+            raise TypeError(
+                "dataset must give (image, label) pairs, an image a tensor and a label an integer "
+                f"or a tensor (L,) of them: a batch of {name} came as {found}"
+            )
+    return images, labels
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -140,7 +140,13 @@ class AttentionEmbedder(nn.Module):
             image_size: side or (height, width) in pixels; None takes the data config's.
 
         Returns:
-            A torchvision v2 transform from PIL images or uint8 tensors to normalised float32.
+            A torchvision v2 transform from one image to normalised float32 (C, H, W) on the CPU.
+            The image is a PIL image of any mode, or an array or tensor (H, W), (H, W, C) or
+            (C, H, W) of uint8, wider integers, or floats in [0, 1]; see
+            :func:`pml_tacl.utils.images.to_rgb`, which also turns it upright and makes white of
+            what is transparent. A model of 1 channel gets its grey. A model of C other than 1
+            and 3 takes PIL images of C channels and tensors (C, H, W) of uint8 or floats in
+            [0, 1].
         """
         return image_transform(self.data_config, training, image_size)
 

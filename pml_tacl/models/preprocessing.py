@@ -1,4 +1,4 @@
-"""From pictures to what a model takes, as timm's data config says."""
+"""From images to what a model takes, as timm's data config says."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,19 +7,64 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as tvf
+
+from pml_tacl.utils.images import to_rgb, upright
+
+_LONGEST = 10  # times the shorter side; a central crop sees no more of the longer one
 
 
-class _PilMode(v2.Transform):  # type: ignore[misc]
-    """PIL images to the mode with the model's channels; anything else as it is."""
+class _AsTaken(v2.Transform):  # type: ignore[misc]
+    """One image to the channels that a model takes: RGB, grey, or those that it has."""
 
-    def __init__(self, mode: str) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.mode = mode
+        self.channels = channels
 
     def forward(self, image: Any) -> Any:
-        if isinstance(image, Image.Image) and image.mode != self.mode:
-            return image.convert(self.mode)
-        return image
+        if self.channels in (1, 3):
+            rgb = to_rgb(image)
+            return rgb if self.channels == 3 else rgb.convert("L")
+        return _with_channels(image, self.channels)
+
+
+class _Shortened(v2.Transform):  # type: ignore[misc]
+    """The middle of an image that is far longer than wide; others as they are.
+
+    Without it a strip of 1 x 30000 pixels would be resized to gigabytes, and then cropped.
+    """
+
+    def forward(self, image: Any) -> Any:
+        sides = tvf.get_size(image)
+        most = _LONGEST * min(sides)
+        # As odd or even as it was: the middle stays where it is.
+        kept = [side if side <= most else most + (side - most) % 2 for side in sides]
+        if kept == sides:
+            return image
+        offsets = [(side - keep) // 2 for side, keep in zip(sides, kept, strict=True)]
+        return tvf.crop(image, *offsets, *kept)
+
+
+def _with_channels(image: Any, channels: int) -> Any:
+    """An image that has the channels already; no RGB could be made of it."""
+    if isinstance(image, Image.Image):
+        found = f"a PIL image of mode {image.mode}"
+        if len(image.getbands()) == channels:
+            return upright(image)
+    elif isinstance(image, Tensor):
+        found = f"a {image.dtype} tensor {tuple(image.shape)}"
+        fits = image.ndim > 2 and image.shape[-3] == channels and image.numel() > 0
+        if fits and image.is_floating_point():
+            low, high = float(image.min()), float(image.max())
+            found, fits = f"{found} from {low:.3g} to {high:.3g}", 0 <= low <= high <= 1
+        if fits and (image.dtype == torch.uint8 or image.is_floating_point()):
+            return image
+    else:
+        found = f"a {type(image).__name__}"
+    raise ValueError(
+        f"image must be a PIL image of the model's {channels} channels, or a tensor ({channels}, "
+        f"H, W) of uint8 or of floats in [0, 1], got {found}: for RGB build it with in_chans=3"
+    )
 
 
 def size_in_pixels(config: dict[str, Any], image_size: Any = None) -> tuple[int, int]:
@@ -38,7 +83,10 @@ def size_in_pixels(config: dict[str, Any], image_size: Any = None) -> tuple[int,
 def image_transform(
     config: dict[str, Any], training: bool = False, image_size: int | Sequence[int] | None = None
 ) -> v2.Transform:
-    """A torchvision v2 transform from timm's data config.
+    """Build a torchvision v2 transform from timm's data config.
+
+    For 1 or 3 channels it takes whatever :func:`pml_tacl.utils.images.to_rgb` does, one image at a
+    time.
 
     Args:
         config: see `AttentionEmbedder.data_config`.
@@ -48,16 +96,13 @@ def image_transform(
     Raises:
         ValueError: if `image_size` is no side and no pair.
     """
-    channels = config["input_size"][0]
     size = list(size_in_pixels(config, image_size))
     interpolation = (
         InterpolationMode(config["interpolation"])
         if config["interpolation"] in ("nearest", "bilinear", "bicubic")
         else InterpolationMode.BICUBIC
     )
-    steps: list[v2.Transform] = []
-    if channels in (1, 3):
-        steps.append(_PilMode("L" if channels == 1 else "RGB"))
+    steps: list[v2.Transform] = [_AsTaken(config["input_size"][0])]
     if training:
         steps += [
             v2.RandomResizedCrop(size, interpolation=interpolation, antialias=True),
@@ -70,6 +115,7 @@ def image_transform(
         # A square keeps the picture's proportions; torchvision takes one side as the shorter one.
         target = larger[:1] if size[0] == size[1] else larger
         steps += [
+            _Shortened(),
             v2.Resize(target, interpolation=interpolation, antialias=True),
             v2.CenterCrop(size),
         ]

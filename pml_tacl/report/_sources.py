@@ -168,7 +168,7 @@ def _indexed(folder: Path, images: str | Path | None, by_folder: bool) -> Pictur
         raise FileNotFoundError(f"no pictures in {index.root}: give images= (--images FOLDER)")
     labels, classes = None, []
     if by_folder:
-        places = [file.rpartition("/")[0] or "." for file in index.files]
+        places = [file.partition("/")[0] if "/" in file else "." for file in index.files]
         classes = sorted(set(places))
         at = {name: row for row, name in enumerate(classes)}
         labels = np.array([at[place] for place in places], dtype=np.int64)

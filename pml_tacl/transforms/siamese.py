@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import PIL.Image
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
@@ -22,6 +21,7 @@ from pml_tacl.transforms.background_swap import (
 )
 from pml_tacl.transforms.keypoints import CellPoints
 from pml_tacl.utils.checks import as_numbers, is_number
+from pml_tacl.utils.images import AnyImage, to_rgb
 
 if TYPE_CHECKING:
     from pml_tacl.models import AttentionEmbedder
@@ -165,11 +165,13 @@ class SiameseTransform:
         own |= {"grid": model.grid(shape), "cell_offset": model.cell_offset(shape)}
         return cls(shape, **(own | kwargs))
 
-    def __call__(self, image: PIL.Image.Image | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Make the two views of a picture.
+    def __call__(self, image: AnyImage) -> tuple[Tensor, Tensor, Tensor]:
+        """Make the two views of an image.
 
         Args:
-            image: a PIL image (anything but RGB is converted), or a uint8 tensor (3, H, W).
+            image: a PIL image of any mode, or an array or tensor (H, W), (H, W, C) or (C, H, W) of
+                uint8, wider integers, or floats in [0, 1]: what
+                :func:`pml_tacl.utils.images.to_rgb` takes, and as it converts it.
 
         Returns:
             view (3, S, S) and transformed view (3, S, S), float32, normalised; points
@@ -178,10 +180,10 @@ class SiameseTransform:
             align_corners=False. Points outside that range are not visible.
 
         Raises:
-            TypeError: if image is neither, or not uint8.
-            ValueError: if a tensor is not (3, H, W), or a transform changes what it must not.
+            TypeError: if image is none of these.
+            ValueError: as of `to_rgb`, or if a transform changes what it must not.
         """
-        source = _to_tensor(image)
+        source = tvf.pil_to_tensor(to_rgb(image))
         view, (top, left, height, width) = self._crop(source)
         other, (other_top, other_left, other_height, other_width) = self._crop(source)
         # From fractions of the first view to fractions of the second, through the picture.
@@ -272,18 +274,6 @@ def _as_channels(
     if len(numbers) != 3 or not all(above < number < float("inf") for number in numbers):
         raise ValueError(f"{name} must be {wanted}, one for each channel, got {values!r}")
     return numbers
-
-
-def _to_tensor(image: PIL.Image.Image | Tensor) -> Tensor:
-    if isinstance(image, PIL.Image.Image):
-        pixels: Tensor = tvf.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
-        return pixels
-    if not isinstance(image, Tensor) or image.dtype != torch.uint8:
-        found = f"a {image.dtype} tensor" if isinstance(image, Tensor) else type(image).__name__
-        raise TypeError(f"image must be a PIL image or a uint8 tensor (3, H, W), got {found}")
-    if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
-        raise ValueError(f"image must have the shape (3, H, W), got {tuple(image.shape)}")
-    return image.as_subclass(torch.Tensor)
 
 
 def _centred_box(height: int, width: int, size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -8,11 +8,11 @@ import torch
 from matplotlib.figure import Figure
 
 from pml_tacl.functional import sample_at_points, to_picture
+from pml_tacl.utils.images import AnyImage
 from pml_tacl.visualize import _drawing as drawing
 from pml_tacl.visualize._figures import styled
 from pml_tacl.visualize._inputs import (
     Numbers,
-    Picture,
     Pictures,
     Pixels,
     normalised,
@@ -33,7 +33,7 @@ def attention_overlay(
     columns: int | None = None,
     cell_offset: tuple[float, float] = (0.0, 0.0),
 ) -> Figure:
-    """Picture, attention map and the map laid over the picture, for each image.
+    """Image, attention map and the map laid over the picture, for each image.
 
     Each map is stretched to its own minimum and maximum, so colours compare places within an
     image and not across images; an even map is drawn in the middle colour.
@@ -91,9 +91,9 @@ def attention_overlay(
 
 @styled
 def cross_attention_pair(
-    image_i: Picture,
-    transformed_i: Picture,
-    image_j: Picture,
+    image_i: AnyImage,
+    transformed_i: AnyImage,
+    image_j: AnyImage,
     attention_ij: Numbers,
     attention_transformed: Numbers,
     points: Numbers,
@@ -178,7 +178,7 @@ def cross_attention_pair(
 
 @styled
 def similar_regions(
-    query: Picture,
+    query: AnyImage,
     neighbours: Pictures,
     maps: Numbers,
     query_maps: Numbers | None = None,

@@ -9,61 +9,31 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-Picture: TypeAlias = Image.Image | npt.NDArray[Any] | torch.Tensor
-Pictures: TypeAlias = Picture | Sequence[Picture]
+from pml_tacl.utils.images import AnyImage, to_rgb
+
+Pictures: TypeAlias = AnyImage | Sequence[AnyImage]
 Numbers: TypeAlias = npt.ArrayLike | torch.Tensor
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
-_CHANNELS = (1, 3, 4)
-_ROUNDING = 1e-3  # an interpolated picture may leave [0, 1] by this much
 _LONGEST_SIDE = 640  # pixels; more is never seen in a figure, and photographs would fill memory
 
 
-def to_pixels(picture: Picture, name: str = "image") -> Pixels:
-    """One picture as (H, W, 3) uint8.
+def to_pixels(picture: AnyImage, name: str = "image") -> Pixels:
+    """One image as (H, W, 3) uint8, of 640 pixels in height and width at most.
 
     Args:
-        picture: a PIL image of any mode, or an array or tensor of shape (H, W), (H, W, C) or
-            (C, H, W) with C = 1, 3 or 4, uint8 or floating point in [0, 1]. Where both layouts
-            fit, a tensor is read as (C, H, W) and an array as (H, W, C). Transparent is white.
+        picture: what :func:`pml_tacl.utils.images.to_rgb` takes.
         name: the argument that errors speak of.
 
     Raises:
-        TypeError: not a picture, or of another dtype.
-        ValueError: another shape, an empty picture, NaN, or values out of range.
+        TypeError, ValueError: as :func:`pml_tacl.utils.images.to_rgb` does.
     """
-    if isinstance(picture, Image.Image):
-        return _to_rgb(picture)
-    if not isinstance(picture, torch.Tensor | np.ndarray):
-        raise TypeError(
-            f"{name} must hold PIL images, arrays or tensors, got {type(picture).__name__}: "
-            "open files with PIL.Image.open first"
-        )
-    array = _as_array(picture)
-    if array.ndim == 2:
-        array = array[..., None]
-    channels_last = array.ndim == 3 and array.shape[2] in _CHANNELS
-    channels_first = array.ndim == 3 and array.shape[0] in _CHANNELS
-    if 0 in array.shape or not (channels_last or channels_first):
-        raise ValueError(
-            f"{name} must hold pictures of shape (H, W, C) or (C, H, W) with 1, 3 or 4 channels, "
-            f"got {tuple(array.shape)}: give grayscale batches as (N, 1, H, W)"
-        )
-    if channels_first and (not channels_last or isinstance(picture, torch.Tensor)):
-        array = np.moveaxis(array, 0, 2)
-    if np.issubdtype(array.dtype, np.floating):
-        low, high = float(array.min()), float(array.max())
-        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN lands here too
-            raise ValueError(
-                f"{name} holds values from {low:.3g} to {high:.3g}, floating-point pictures go "
-                "from 0 to 1: undo the normalisation (x * std + mean) or divide by 255"
-            )
-        array = np.round(np.clip(array, 0, 1) * 255).astype(np.uint8)
-    elif array.dtype != np.uint8:
-        raise TypeError(f"{name} must be uint8 or floating point in [0, 1], got {array.dtype}")
-    return _to_rgb(
-        Image.fromarray(np.ascontiguousarray(array.squeeze(2) if array.shape[2] == 1 else array))
-    )
+    image = to_rgb(picture, name)
+    shrink = _LONGEST_SIDE / max(image.size)
+    if shrink < 1:
+        width, height = (max(1, round(side * shrink)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return np.asarray(image)
 
 
 def to_pictures(pictures: Pictures, name: str = "images") -> list[Pixels]:
@@ -150,20 +120,6 @@ def _as_array(values: Any) -> npt.NDArray[Any]:
     if isinstance(values, list | tuple):
         return np.stack([_as_array(value) for value in values]) if values else np.empty(0)
     return np.asarray(values)
-
-
-def _to_rgb(image: Image.Image) -> Pixels:
-    if image.mode.startswith("I;16"):  # convert() would clip it to white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    shrink = _LONGEST_SIDE / max(image.size)
-    if shrink < 1:
-        width, height = (max(1, round(side * shrink)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    return np.asarray(image)
 
 
 def require_some(values: Sequence[Any], name: str) -> None:

@@ -470,8 +470,9 @@ with session(), runs.one_line_errors():
 
 def test_torchrun_trains_a_folder_and_writes_it_once(tmp_path):
     rng = np.random.default_rng(0)
-    for number in range(24):
-        path = tmp_path / "pictures" / str(number % 4) / f"{number}.png"
+    for number in range(36):
+        folder = "pictures" if number < 24 else "labelled"
+        path = tmp_path / folder / str(number % 4) / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         cells = rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)
         Image.fromarray(cells).resize((40, 50)).save(path)
@@ -479,7 +480,7 @@ def test_torchrun_trains_a_folder_and_writes_it_once(tmp_path):
     script = [ROOT / "examples" / "train_folder.py", tmp_path / "pictures"]
     script += ["--backbone=test_resnet", "--weights=none", "--image-size=32", "--batch-size=8"]
     script += ["--epochs=1", "--warmup-epochs=0", "--workers=0", "--embedding-dim=16"]
-    script += [f"--eval-folder={tmp_path / 'pictures'}", f"--run={tmp_path / 'run'}"]
+    script += [f"--eval-folder={tmp_path / 'labelled'}", f"--run={tmp_path / 'run'}"]
     done = subprocess.run(
         [*launch, "--", *map(str, script)],  # --run alone torchrun would take for its own
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -489,6 +490,7 @@ def test_torchrun_trains_a_folder_and_writes_it_once(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("24 pictures indexed") == 1
+    assert done.stdout.count("testing on 12 images of 4 classes\n") == 1
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert 0 < metrics["after"]["recall_at_1"] <= 1
     assert len(PictureIndex.load(tmp_path / "run")) == 24

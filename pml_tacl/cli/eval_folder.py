@@ -1,0 +1,63 @@
+"""A folder of labelled images to test on: what it holds is said, and whether it can measure."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pml_tacl.datasets.image_files import ImageFiles
+
+
+def images_to_test_on(
+    folder: str | Path,
+    trained_on: ImageFiles | None = None,
+    transform: Callable[[Image.Image], Any] | None = None,
+) -> ImageFiles:
+    """Read a folder whose sub-folders are classes, and print how many classes and images it holds.
+
+    Args:
+        folder: with a sub-folder for each class.
+        trained_on: the training images, which must not be the same.
+        transform: applied to the PIL RGB image.
+
+    Returns:
+        The images, with labels.
+
+    Raises:
+        ValueError: if retrieval cannot be measured on them: images in no sub-folder, fewer than
+            two classes, no class with two images, or none that is not trained on; and as of
+            :class:`pml_tacl.datasets.ImageFiles`.
+    """
+    images = ImageFiles(folder, labels="folder", transform=transform)
+    where = f"eval_folder={str(folder)!r}"
+    sizes = np.bincount(images.labels)
+    if len(sizes) < 2:
+        raise ValueError(
+            f"{where} holds one class, {images.classes[0]!r}: every neighbour would be right; give "
+            "a folder with a sub-folder for each of several classes"
+        )
+    if sizes.max() < 2:
+        raise ValueError(
+            f"{where} holds {len(sizes)} classes of one image each: none has another to find; give "
+            "at least two images of a class"
+        )
+    same = 0 if trained_on is None else len(_places(images) & _places(trained_on))
+    if trained_on is not None and same == len(images):
+        raise ValueError(
+            f"{where} holds only images that are trained on, of {str(trained_on.root)!r}: put "
+            "labelled images aside, outside of that folder"
+        )
+    lone = int((sizes == 1).sum())
+    notes = [f"{lone} of the classes have one image, which finds no other"] if lone else []
+    notes += [f"{same} of the images are also trained on"] if same else []
+    print("; ".join([f"testing on {len(images)} images of {len(sizes)} classes", *notes]))
+    return images
+
+
+def _places(images: ImageFiles) -> set[tuple[str, str]]:
+    """Where the files lie, whatever link leads to their folder."""
+    real = {folder: os.path.realpath(folder) for folder in {path.parent for path in images.paths}}
+    return {(real[path.parent], path.name) for path in images.paths}

@@ -1,0 +1,59 @@
+"""A folder to test on: what it holds is said, and what cannot measure is refused."""
+
+import re
+
+import pytest
+from PIL import Image
+
+from pml_tacl.cli.eval_folder import images_to_test_on
+from pml_tacl.datasets import ImageFiles
+
+
+def write(root, *names):
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(root / name)
+    return root
+
+
+def test_classes_and_images_are_counted(tmp_path, capsys):
+    nested = ("cat/in/1.png", "cat/out/2.png", "dog/1.png", "dog/2.png", "dog/3.png")
+    images = images_to_test_on(write(tmp_path, *nested), None, lambda image: image.size)
+    assert (images.classes, images.labels.tolist()) == (["cat", "dog"], [0, 0, 1, 1, 1])
+    assert images[0] == ((4, 4), 0)
+    assert capsys.readouterr().out == "testing on 5 images of 2 classes\n"
+
+
+def test_what_weakens_the_test_is_said(tmp_path, capsys):
+    write(tmp_path, "a/1.png", "a/2.png", "b/1.png", "train/1.png", "train/2.png")
+    images_to_test_on(tmp_path, ImageFiles(tmp_path / "train", progress=False))
+    assert capsys.readouterr().out == (
+        "testing on 5 images of 3 classes; 1 of the classes have one image, which finds no other; "
+        "2 of the images are also trained on\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["1.png", "2.png"], "labels='folder' needs a folder for each class"),
+        (["a/1.png", "a/2.png"], "holds one class, 'a': every neighbour would be right"),
+        (["a/b/1.png", "a/c/2.png"], "holds one class, 'a': every neighbour would be right"),
+        (["a/1.png", "b/1.png"], "holds 2 classes of one image each: none has another to find"),
+    ],
+)
+def test_what_cannot_measure_is_refused(tmp_path, names, message):
+    with pytest.raises(ValueError, match=message):
+        images_to_test_on(write(tmp_path, *names))
+
+
+@pytest.mark.parametrize("test", [".", "sub", "link"])
+def test_what_is_trained_on_is_no_test(tmp_path, test):
+    names = [f"{prefix}{name}/{n}.png" for prefix in ("", "sub/") for name in "ab" for n in "12"]
+    root = write(tmp_path / "photos", *names)
+    (tmp_path / "link").symlink_to(root)
+    folder = tmp_path / "link" if test == "link" else root / test
+    trained_on = ImageFiles(root, progress=False)
+    message = f"holds only images that are trained on, of {re.escape(repr(str(root)))}"
+    with pytest.raises(ValueError, match=message):
+        images_to_test_on(folder, trained_on)
