@@ -19,7 +19,8 @@ from pml_tacl.utils.files import written_whole
 # Up to here a look at every picture takes hundredths of a second: a graph would win nothing.
 FLAT_UP_TO = 50_000
 _KINDS = ("auto", "flat", "hnsw")
-_LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 100, 128
+# So many steps also leave a crowd of near copies, such as the frames of a film.
+_LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 100, 256
 _EMBEDDINGS, _FILES, _INDEX = "embeddings.npy", "files.json", "index.faiss"
 _CHUNK = 16384
 _Self = TypeVar("_Self", bound="PictureIndex")
@@ -351,12 +352,13 @@ def _build(rows: UnitRows | FloatArray, kind: str) -> tuple[Any, IntArray]:
 def _add(index: Any, rows: UnitRows | FloatArray) -> IntArray:
     """Add the rows that an index does not hold, and give the entry of each."""
     known = int(index.ntotal)
-    firsts = first_copies(_Both(index, rows))
-    entry = np.cumsum(firsts == np.arange(len(firsts))) - 1  # a first one's place among them
-    new = np.flatnonzero(firsts[known:] == np.arange(known, len(firsts)))
+    firsts = first_copies(_Both(index, rows))[known:]
+    fresh = firsts == np.arange(known, known + len(rows))
+    new = np.flatnonzero(fresh)
     for start in range(0, len(new), _CHUNK):
         index.add(rows[new[start : start + _CHUNK]])
-    return np.asarray(entry[firsts[known:]], dtype=np.int64)
+    of_fresh = known + np.cumsum(fresh) - 1
+    return np.where(firsts < known, firsts, of_fresh[firsts - known]).astype(np.int64)
 
 
 def _stamp(path: Path) -> list[int] | None:
