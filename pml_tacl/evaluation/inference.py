@@ -194,7 +194,8 @@ def _images_and_labels(items: list[Any]) -> tuple[Any, list[Any]] | None:
         return None
     images, labels = zip(*items, strict=True)
     # Tensors would each take a file handle on their way from a loader's process.
-    plain = [label.numpy() if isinstance(label, Tensor) else label for label in labels]
+    known = [isinstance(label, Tensor) and label.dtype != torch.bfloat16 for label in labels]
+    plain = [x.numpy() if numpy else x for x, numpy in zip(labels, known, strict=True)]
     return default_collate(list(images)), plain
 
 

@@ -90,7 +90,7 @@ def _as_array(name: str, labels: Any) -> Any:
         return labels.numpy()
     try:
         if isinstance(labels, list | tuple):
-            labels = [x.detach().cpu().numpy() if isinstance(x, Tensor) else x for x in labels]
+            labels = [_as_array(name, x) if isinstance(x, Tensor) else x for x in labels]
         given = np.asarray(labels)
     except (TypeError, ValueError, RuntimeError) as error:  # ragged, or nothing that NumPy holds
         text = " ".join(str(error).split())
