@@ -358,7 +358,8 @@ def _add(index: Any, rows: UnitRows | FloatArray) -> IntArray:
     for start in range(0, len(new), _CHUNK):
         index.add(rows[new[start : start + _CHUNK]])
     of_fresh = known + np.cumsum(fresh) - 1
-    return np.where(firsts < known, firsts, of_fresh[firsts - known]).astype(np.int64)
+    inside = firsts < known
+    return np.where(inside, firsts, of_fresh[np.where(inside, 0, firsts - known)])
 
 
 def _stamp(path: Path) -> list[int] | None:
