@@ -101,12 +101,16 @@ def test_the_precision_of_products_changes_nothing(engine, precision):
     noise = torch.randn(800, 128, generator=generator)
     rows = nn.functional.normalize(128**-0.5 + 0.003 * (own + 1.6 * noise))
     exact = exact_precision_at_1(rows, labels)
+    order = torch.cdist(
+        rows.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    ).argsort(dim=1)
+    find = nearest.Nearest(rows, rows, ENGINES[engine])
     assert 0.3 < exact < 0.9
     torch.set_float32_matmul_precision(precision)
     try:
         assert precision_at_1(rows, labels, engine) == exact
         with torch.autocast("cpu", torch.bfloat16):
-            assert precision_at_1(rows, labels, engine) == exact
+            assert torch.equal(find(torch.arange(800), 20), order[:, :20])
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -132,14 +136,15 @@ def test_products_are_in_full_float32_within_and_as_before_afterwards():
 
 
 @BOTH
-def test_most_queries_need_no_second_look(engine, monkeypatch):
+@pytest.mark.parametrize("offset", [0, 1e4])
+def test_most_queries_need_no_second_look(engine, offset, monkeypatch):
     again = []
     look = nearest.Nearest._in_double
     monkeypatch.setattr(
         nearest.Nearest, "_in_double", lambda *args: again.append(len(args[1])) or look(*args)
     )
     embeddings, labels = groups(200)
-    rows = nn.functional.normalize(embeddings.float())
+    rows = nn.functional.normalize(embeddings.float()) + offset
     assert precision_at_1(rows, labels, engine) == exact_precision_at_1(rows, labels)
     assert sum(again) < 50
 
