@@ -50,7 +50,10 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kept = {"freeze_batchnorm": args.freeze_batchnorm}
     model = pml_tacl.AttentionEmbedder(
-        args.backbone, embedding_dim=args.embedding_dim, False if run.begun else args.weights, **kept
+        args.backbone,
+        False if run.begun else args.weights,
+        embedding_dim=args.embedding_dim,
+        **kept,
     ).to(device, memory_format=torch.channels_last)
     size = (args.image_size,) * 2 if args.image_size else model.data_config["input_size"][1:]
     plain = model.transform(image_size=size)

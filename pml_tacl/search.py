@@ -13,12 +13,14 @@ import numpy as np
 from pml_tacl.clustering.unit_embeddings import Embeddings, FloatArray, IntArray, UnitRows
 from pml_tacl.datasets.image_files import ImageFiles
 from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.copies import first_copies
 from pml_tacl.utils.files import written_whole
 
 # Up to here a look at every picture takes hundredths of a second: a graph would win nothing.
 FLAT_UP_TO = 50_000
 _KINDS = ("auto", "flat", "hnsw")
-_LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 100, 128
+# So many steps also leave a crowd of near copies, such as the frames of a film.
+_LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 100, 256
 _EMBEDDINGS, _FILES, _INDEX = "embeddings.npy", "files.json", "index.faiss"
 _CHUNK = 16384
 _Self = TypeVar("_Self", bound="PictureIndex")
@@ -44,7 +46,8 @@ class PictureIndex:
         root: the folder that they lie in.
         kind: "flat" looks at every picture; "hnsw" walks a graph, misses a few per cent of the
             neighbours at most and stays fast at millions; "auto" is flat up to ``FLAT_UP_TO``
-            (50 000) pictures, and changes over when pictures are added or removed.
+            (50 000) pictures, and changes over when pictures are added or removed. Pictures with
+            one embedding are one entry of either, and are all found.
 
     Attributes:
         files: as given.
@@ -64,6 +67,7 @@ class PictureIndex:
     files: list[str]
     root: Path
     _index: Any
+    _entries: IntArray  # (N,), of the pictures in _index, which holds each embedding once
     _asked: str
     _stamps: list[list[int] | None]
 
@@ -78,7 +82,7 @@ class PictureIndex:
         if kind not in _KINDS:
             raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
         unit = _checked(embeddings, files)
-        self._set(_build(unit, _chosen(kind, len(unit))), files, root, kind)
+        self._set(*_build(unit, _chosen(kind, len(unit))), files, root, kind)
         self._stamps = [_stamp(self.root / file) for file in files]
 
     def __len__(self) -> int:
@@ -92,7 +96,7 @@ class PictureIndex:
     @property
     def embeddings(self) -> FloatArray:
         """(N, D) float32, unit norm."""
-        return np.asarray(self._index.reconstruct_n(0, len(self)))
+        return np.asarray(self._index.reconstruct_n(0, self._index.ntotal))[self._entries]
 
     def search(
         self, embeddings: Embeddings, k: int = 8, *, folder: str | None = None
@@ -106,7 +110,8 @@ class PictureIndex:
                 is exact whatever the kind.
 
         Returns:
-            Cosine similarities (Q, k) in [-1, 1], nearest first, and rows (Q, k) of ``files``.
+            Cosine similarities (Q, k) in [-1, 1], nearest first, and rows (Q, k) of ``files``;
+            rows with one embedding are in the order of ``files``.
 
         Raises:
             ValueError: for another D than the index has, embeddings that are NaN or zero, or a
@@ -116,17 +121,36 @@ class PictureIndex:
         unit = UnitRows("embeddings", embeddings, _CHUNK)
         self._check_dim(unit)
         if folder is None:
-            similarities, rows = self._index.search(unit.hold(), min(k, len(self)))
-            if (rows < 0).any():  # a graph's walk may end before it has met k
+            inside, wanted = np.arange(len(self)), min(k, self._index.ntotal)
+            similarities, entries = self._index.search(unit.hold(), wanted)
+            if (entries < 0).any():  # a graph's walk may end before it has met k
                 return self.search(embeddings, k, folder=".")
         else:
             inside = self.rows_in(folder)
-            chosen = faiss.SearchParameters(sel=faiss.IDSelectorBatch(inside))  # type: ignore
+            selected = np.unique(self._entries[inside])
+            chosen = faiss.SearchParameters(sel=faiss.IDSelectorBatch(selected))  # type: ignore
             flat = faiss.downcast_index(getattr(self._index, "storage", self._index))
             # faiss's own additions for torch, which PML loads, hide the search that takes params.
             search = getattr(flat, "search_numpy", flat.search)
-            similarities, rows = search(unit.hold(), min(k, len(inside)), params=chosen)
-        return np.clip(similarities, -1.0, 1.0), rows
+            wanted = min(k, len(selected))
+            similarities, entries = search(unit.hold(), wanted, params=chosen)
+        return self._pictures(np.clip(similarities, -1.0, 1.0), entries, inside, k)
+
+    def _pictures(
+        self, similarities: FloatArray, entries: IntArray, inside: IntArray, k: int
+    ) -> tuple[FloatArray, IntArray]:
+        """The first k pictures of the entries found, of those inside."""
+        if len(inside) == self._index.ntotal == len(self):
+            return similarities, entries
+        k = min(k, len(inside))
+        members = inside[np.argsort(self._entries[inside], kind="stable")]
+        counts = np.bincount(self._entries[inside], minlength=self._index.ntotal)
+        starts = np.cumsum(counts) - counts
+        before = np.cumsum(counts[entries], axis=1) - counts[entries]
+        taken = np.clip(k - before, 0, counts[entries]).ravel()  # of each entry; k of each query
+        number = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)
+        rows = members[np.repeat(starts[entries.ravel()], taken) + number]
+        return np.repeat(similarities.ravel(), taken).reshape(-1, k), rows.reshape(-1, k)
 
     def rows_in(self, folder: str) -> IntArray:
         """Rows of the pictures in a folder, relative to ``root``, or below it.
@@ -179,10 +203,11 @@ class PictureIndex:
         kept = np.flatnonzero([file not in given for file in self.files])
         kind = _chosen(self._asked, len(kept) + len(unit))
         if kind == self.kind and len(kept) == len(self):
-            for chunk in unit.chunks():
-                self._index.add(unit[chunk])
+            entries = _add(self._index, unit)
+            self._entries = np.concatenate([self._entries, entries])
         else:
-            self._index = _build(np.concatenate([self.embeddings[kept], unit.hold()]), kind)
+            rows = np.concatenate([self.embeddings[kept], unit.hold()])
+            self._index, self._entries = _build(rows, kind)
         self.files = [*(self.files[row] for row in kept), *files]
         self._stamps = [*(self._stamps[row] for row in kept), *stamps]
 
@@ -200,7 +225,8 @@ class PictureIndex:
         kept = np.flatnonzero([file not in gone for file in self.files])
         if not len(kept):
             raise ValueError("files are all that the index holds: delete the index instead")
-        self._index = _build(self.embeddings[kept], _chosen(self._asked, len(kept)))
+        kind = _chosen(self._asked, len(kept))
+        self._index, self._entries = _build(self.embeddings[kept], kind)
         self.files = [self.files[row] for row in kept]
         self._stamps = [self._stamps[row] for row in kept]
 
@@ -214,6 +240,8 @@ class PictureIndex:
             np.save(file, self.embeddings)
         # As ASCII, which keeps also names that are no text in any encoding.
         listed = {"root": str(self.root), "kind": self._asked, "files": self.files}
+        if self._index.ntotal < len(self):
+            listed["entries"] = self._entries.tolist()
         text = json.dumps({**listed, "stamps": self._stamps}, indent=1)
         with written_whole(folder / _FILES) as file:
             file.write(text.encode("ascii"))
@@ -239,24 +267,33 @@ class PictureIndex:
             files, root = listed["files"], listed["root"]
             kind = listed.get("kind", "auto")
             stamps = listed.get("stamps", [None] * len(files))
+            entries = np.array(listed.get("entries", range(len(files))), dtype=np.int64)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / _FILES} is no list of pictures: {error}") from error
         try:
             index = faiss.read_index(str(folder / _INDEX))
         except RuntimeError as error:
             raise ValueError(f"{folder / _INDEX} is no index of faiss's, or damaged") from error
-        if not index.ntotal == len(files) == len(stamps):
+        known = np.array_equal(np.unique(entries), np.arange(index.ntotal))
+        if not known or not len(entries) == len(files) == len(stamps):
             raise ValueError(
                 f"{folder} holds {index.ntotal} embeddings in {_INDEX} and {len(files)} pictures "
                 f"in {_FILES}: they are of two runs, train and index again"
             )
         loaded = cls.__new__(cls)
-        loaded._set(index, files, root, kind)
+        loaded._set(index, entries, files, root, kind)
         loaded._stamps = stamps
         return loaded
 
-    def _set(self, index: Any, files: Sequence[str], root: str | PathLike[str], kind: str) -> None:
-        self._index, self._asked = index, kind
+    def _set(
+        self,
+        index: Any,
+        entries: IntArray,
+        files: Sequence[str],
+        root: str | PathLike[str],
+        kind: str,
+    ) -> None:
+        self._index, self._entries, self._asked = index, entries, kind
         self.files = list(files)
         self.root = Path(root).absolute()
 
@@ -281,15 +318,48 @@ def _chosen(kind: str, count: int) -> str:
     return kind if kind != "auto" else "flat" if count <= FLAT_UP_TO else "hnsw"
 
 
-def _build(rows: UnitRows | FloatArray, kind: str) -> Any:
+class _Both:
+    """The entries of an index and rows that are to be added, one after the other."""
+
+    def __init__(self, index: Any, rows: UnitRows | FloatArray) -> None:
+        self.index, self.rows = index, rows
+
+    def __len__(self) -> int:
+        return int(self.index.ntotal) + len(self.rows)
+
+    def __getitem__(self, index: slice | IntArray) -> FloatArray:
+        if isinstance(index, slice):
+            index = np.arange(*index.indices(len(self)))
+        known = index < self.index.ntotal
+        if not known.any():
+            return self.rows[index - self.index.ntotal]
+        taken = np.empty((len(index), self.index.d), dtype=np.float32)
+        taken[known] = self.index.reconstruct_batch(index[known])
+        taken[~known] = self.rows[index[~known] - self.index.ntotal]
+        return taken
+
+
+def _build(rows: UnitRows | FloatArray, kind: str) -> tuple[Any, IntArray]:
+    """An index that holds each row once, and the entry of each row."""
     dim = rows.dim if isinstance(rows, UnitRows) else rows.shape[1]
     index: Any = faiss.IndexFlatIP(dim)
     if kind == "hnsw":
         index = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction, index.hnsw.efSearch = _BUILD_EFFORT, _SEARCH_EFFORT
-    for start in range(0, len(rows), _CHUNK):
-        index.add(rows[start : start + _CHUNK])
-    return index
+    return index, _add(index, rows)
+
+
+def _add(index: Any, rows: UnitRows | FloatArray) -> IntArray:
+    """Add the rows that an index does not hold, and give the entry of each."""
+    known = int(index.ntotal)
+    firsts = first_copies(_Both(index, rows))[known:]
+    fresh = firsts == np.arange(known, known + len(rows))
+    new = np.flatnonzero(fresh)
+    for start in range(0, len(new), _CHUNK):
+        index.add(rows[new[start : start + _CHUNK]])
+    of_fresh = known + np.cumsum(fresh) - 1
+    inside = firsts < known
+    return np.where(inside, firsts, of_fresh[np.where(inside, 0, firsts - known)])
 
 
 def _stamp(path: Path) -> list[int] | None:

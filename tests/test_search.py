@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -304,3 +305,101 @@ def test_the_script_updates_the_index(run, capsys, monkeypatch):
     assert printed.splitlines()[-2].split() == ["1", "1.0000", "new.png"]
     index = PictureIndex.load(run / "run")
     assert index.changes() == (["broken.png"], [], [])
+
+
+def crowded(count, share, crowds, jitter=0.0, dim=64):
+    """Noise, of which a share is copies, or near copies, of a few rows."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((count, dim)).astype(np.float32)
+    many = int(count * share)
+    members = rng.standard_normal((crowds, dim))[np.arange(many) % crowds]
+    rows[:many] = members + jitter * rng.standard_normal((many, dim))
+    return rng.permutation(rows)
+
+
+@pytest.mark.parametrize(
+    ("share", "crowds", "jitter"),
+    [(0.25, 1, 0), (0.5, 1, 0), (0.5, 20, 0), (0.5, 20, 1e-3), (1, 1000, 0)],
+)
+def test_copies_do_not_hide_others_from_a_graph(share, crowds, jitter):
+    rows = crowded(4000, share, crowds, jitter)
+    files = [f"{i}.jpg" for i in range(4000)]
+    flat, graph = (PictureIndex(rows, files, "x", kind=kind) for kind in ("flat", "hnsw"))
+    rng = np.random.default_rng(1)
+    near = rows[:200] + 0.3 * rng.standard_normal((200, 64))
+    for queries in (near, rng.standard_normal((200, 64))):
+        exact, found = flat.search(queries, k=10)[0], graph.search(queries, k=10)[0]
+        # By similarity, since copies are as good as each other.
+        assert (found >= exact[:, -1:] - 1e-5).mean() > 0.95
+        assert (found[:, 0] >= exact[:, 0] - 1e-5).mean() > 0.98
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_all_copies_are_found_in_the_order_of_files(kind, tmp_path):
+    rows = clustered(40, dim=8)
+    rows[[3, 9, 10, 31]] = rows[3]
+    rows[[5, 6]] = rows[5]
+    files = [f"{'ab'[i % 2]}/{i}.jpg" for i in range(40)]
+    index = PictureIndex(rows, files, "x", kind=kind)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    np.testing.assert_allclose(index.embeddings, unit, rtol=1e-6)
+
+    def check(index, rows, files):
+        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        similarities, found = index.search(rows, k=len(files))
+        # From the most similar to the least, equal ones by row.
+        rounded = (unit @ unit.T).round(5)
+        rounded[np.arange(len(rows)), np.arange(len(rows))] = 1
+        np.testing.assert_allclose(similarities, -np.sort(-unit @ unit.T), atol=1e-5)
+        assert (np.sort(found) == np.arange(len(files))).all()
+        for row, order in zip(rows, found.tolist(), strict=True):
+            same = np.flatnonzero((rows == row).all(axis=1)).tolist()
+            assert order[: len(same)] == same
+            assert index.search(row[None], k=2)[1][0].tolist() == order[:2]
+
+    check(index, rows, files)
+    assert index.search(rows[[3]], k=3, folder="b")[1][0, :2].tolist() == [3, 9]
+    assert index.search(rows[[3]], k=99, folder="a")[1].shape == (1, 20)
+    index.save(tmp_path)
+    loaded = PictureIndex.load(tmp_path)
+    check(loaded, rows, files)
+    # Copies of what is there, of each other, and of nothing.
+    more = np.concatenate([rows[[3, 0]], rows[[7]] + 1, rows[[7]] + 1, rows[[6]]])
+    loaded.add(more, [f"c/{i}.jpg" for i in range(5)])
+    rows, files = np.concatenate([rows, more]), loaded.files
+    check(loaded, rows, files)
+    loaded.remove(["b/3.jpg", "a/10.jpg", "c/2.jpg"])
+    check(loaded, np.delete(rows, [3, 10, 42], axis=0), loaded.files)
+    loaded.save(tmp_path)
+    np.testing.assert_array_equal(PictureIndex.load(tmp_path).embeddings, loaded.embeddings)
+
+
+def test_each_embedding_is_kept_once(tmp_path):
+    rows = np.eye(4, dtype=np.float32)[[0, 1, 1, 2, 1, 0]]
+    index = PictureIndex(rows, list("abcdef"), "x")
+    assert index._index.ntotal == 3
+    index.add(np.eye(4)[[1, 3]], ["g", "h"])
+    assert index._index.ntotal == 4
+    index.save(tmp_path)
+    listed = json.loads((tmp_path / "files.json").read_text())
+    assert listed["entries"] == [0, 1, 1, 2, 1, 0, 1, 3]
+    (tmp_path / "files.json").write_text(json.dumps({**listed, "entries": [0] * 8}))
+    with pytest.raises(ValueError, match="they are of two runs"):
+        PictureIndex.load(tmp_path)
+
+
+def test_an_earlier_index_that_holds_copies_is_added_to(tmp_path):
+    rows = clustered(20, dim=8)
+    rows[4] = rows[2]
+    index = PictureIndex(rows, [f"{i}" for i in range(20)], "x")
+    index.save(tmp_path)
+    listed = json.loads((tmp_path / "files.json").read_text())
+    del listed["entries"]
+    (tmp_path / "files.json").write_text(json.dumps(listed))
+    whole = faiss.IndexFlatIP(8)
+    whole.add(index.embeddings)
+    faiss.write_index(whole, str(tmp_path / "index.faiss"))
+    loaded = PictureIndex.load(tmp_path)
+    loaded.add(np.concatenate([rows[[4]], rows[[0]] + 1]), ["new", "newer"])
+    assert sorted(loaded.search(rows[[2]], k=3)[1][0].tolist()) == [2, 4, 20]
+    assert loaded.search(rows[[0]] + 1, k=1)[1].tolist() == [[21]]

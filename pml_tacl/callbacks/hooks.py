@@ -23,6 +23,7 @@ from pml_tacl.callbacks.trainer_access import (
     shown_and_nearest,
 )
 from pml_tacl.evaluation import evaluate
+from pml_tacl.evaluation.calculator import as_names
 from pml_tacl.utils.checks import check_count, check_number
 from pml_tacl.utils.modes import evaluating
 
@@ -61,7 +62,7 @@ class Evaluate:
         every: epochs between two measurements.
         folder: of the states; None keeps none.
         metric: what is best, higher being better, as of :func:`pml_tacl.evaluation.evaluate`.
-        metrics: further ones to measure; empty for all.
+        metrics: further ones to measure, or one name; empty for all.
         reference: the gallery to search in, if it is another data set.
         logger: gets all values, as ``validation/NAME`` over epochs.
         batch_size: images at once.
@@ -81,7 +82,7 @@ class Evaluate:
         every: int = 1,
         folder: str | Path | None = None,
         metric: str = "recall_at_1",
-        metrics: Sequence[str] = (),
+        metrics: str | Sequence[str] = (),
         reference: Dataset[Any] | None = None,
         logger: Logger | None = None,
         batch_size: int = 64,
@@ -93,7 +94,7 @@ class Evaluate:
         self.dataset, self.reference, self.every = dataset, reference, every
         self.folder = None if folder is None else Path(folder)
         self.metric, self.logger = metric, logger
-        self.metrics = tuple(dict.fromkeys([metric, *metrics])) if metrics else ()
+        self.metrics = tuple(dict.fromkeys([metric, *as_names(metrics)])) if metrics else ()
         self.batch_size, self.num_workers = batch_size, num_workers
         self.history: dict[int, dict[str, float]] = {}
         self._own: dict[str, Any] = {}

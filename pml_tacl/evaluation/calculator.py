@@ -11,16 +11,10 @@ from pytorch_metric_learning.utils.inference import FaissKMeans
 from torch import Tensor
 
 from pml_tacl.clustering.unit_embeddings import Embeddings
+from pml_tacl.evaluation.inputs import check_fit, finite_rows, starts_with, whole_labels
 from pml_tacl.evaluation.mutual_information import adjusted_mutual_information
-from pml_tacl.evaluation.ranking import (
-    check_fit,
-    check_included,
-    faiss_search,
-    finite_rows,
-    per_query_metrics,
-    torch_search,
-    whole_labels,
-)
+from pml_tacl.evaluation.nearest import Frame, Nearest, faiss_engine, torch_engine
+from pml_tacl.evaluation.ranking import Search, per_query_metrics
 from pml_tacl.utils.checks import check_count
 
 RANKING_METRICS = (
@@ -46,16 +40,16 @@ class RetrievalCalculator(AccuracyCalculator):
     - memory stays flat: queries go through in chunks;
     - labels are compared as int64, so large ids do not collide;
     - the query itself is left out also when copies of it are in the gallery;
-    - distances that come out equal in float32 are ordered by index (of copies of one row a BLAS
-      may round some differently).
+    - ranks are those of exact distances, whatever offset and scale the embeddings have and
+      whatever `torch.set_float32_matmul_precision` says; equal distances are ordered by index.
 
     Nearest is by L2 distance of the embeddings as given; PML's testers normalise them before.
     Queries without a right answer in the gallery are left out of the means, as in PML; their
     number is in `num_lone_queries` after each call, and with nothing else the result is NaN.
 
     Args:
-        include: names of metrics to compute; empty for all.
-        exclude: names of metrics to leave out.
+        include: names of metrics to compute, or one name; empty for all.
+        exclude: names of metrics to leave out, or one name.
         avg_of_avgs: average over classes of the averages within each.
         return_per_class: give a list with one value for each class, ascending in label, of the
             classes that have queries with a right answer.
@@ -63,7 +57,7 @@ class RetrievalCalculator(AccuracyCalculator):
             "max_bin_count"; None is to the end of the ranking.
         label_comparison_fn: not supported.
         device: where to search; None is CUDA if there, else CPU.
-        knn_func: PML's kind of k-NN function in place of `engine`.
+        knn_func: PML's kind of k-NN function in place of `engine`; it gets the embeddings as given.
         kmeans_func: PML's kind of k-means function for NMI and AMI.
         ks: the k of recall_at_k.
         engine: "faiss", "torch" or "auto": faiss on CPU, torch elsewhere.
@@ -81,8 +75,8 @@ class RetrievalCalculator(AccuracyCalculator):
 
     def __init__(
         self,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
+        include: str | Sequence[str] = (),
+        exclude: str | Sequence[str] = (),
         avg_of_avgs: bool = False,
         return_per_class: bool = False,
         k: int | Literal["max_bin_count"] | None = None,
@@ -104,6 +98,7 @@ class RetrievalCalculator(AccuracyCalculator):
             raise ValueError(f"ks must be a sequence of integers, for instance (1, 8), got {ks!r}")
         for at in ks:
             check_count("each of ks", at, 1)
+        include, exclude = as_names(include), as_names(exclude)
         self.ks = tuple(sorted({int(at) for at in ks}))
         self.engine = engine
         self.num_lone_queries = 0
@@ -113,10 +108,11 @@ class RetrievalCalculator(AccuracyCalculator):
             method = f"calculate_{name}"
             if getattr(type(self), method, None) is getattr(AccuracyCalculator, method, None):
                 setattr(self, method, partial(self._average, name))
-        if len(include) == 0 and k is None and isinstance(exclude, list | tuple):
+        if not include and k is None:
             # Needs every query's whole ranking, so only for those who ask.
             exclude = (*exclude, "mean_average_precision")
         device = torch.device(device) if device is not None else c_f.use_cuda_if_available()
+        self._own_kmeans = kmeans_func is None
         if kmeans_func is None:
             # PML's default, less faiss's warnings about small clusters.
             gpu = device.type == "cuda"
@@ -137,17 +133,19 @@ class RetrievalCalculator(AccuracyCalculator):
         reference: Embeddings | None = None,
         reference_labels: Any = None,
         ref_includes_query: bool = False,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
+        include: str | Sequence[str] = (),
+        exclude: str | Sequence[str] = (),
     ) -> dict[str, Any]:
         """Compute the metrics.
 
         Args:
             query: (Q, D) embeddings, tensor or array.
-            query_labels: (Q,) integers, or (Q, L): equal when the whole row is.
+            query_labels: (Q,) whole numbers of any type, or (Q, L): equal when the whole row is.
             reference: (R, D), the gallery; None for the queries themselves.
-            reference_labels: (R,) integers, or (R, L).
-            ref_includes_query: the first Q rows of the reference are the queries.
+            reference_labels: (R,) whole numbers, or (R, L).
+            ref_includes_query: the first Q rows of the reference are the queries, each of which
+                is left out of its own answers. Without it, a warning is logged where most queries
+                find themselves.
             include: as for the class, among the metrics of this calculator.
             exclude: as for the class.
 
@@ -163,16 +161,23 @@ class RetrievalCalculator(AccuracyCalculator):
         if reference is None:
             reference, reference_labels, ref_includes_query = query, query_labels, True
         same = reference is query and reference_labels is query_labels
-        query = finite_rows("query", query, self.device)
-        reference = query if same else finite_rows("reference", reference, self.device)
-        query_labels = whole_labels("query", query_labels, len(query)).to(self.device)
-        reference_labels = whole_labels("reference", reference_labels, len(reference)).to(
-            self.device
-        )
-        check_fit(query, query_labels, reference, reference_labels)
-        if ref_includes_query and not same:
-            check_included(query, query_labels, reference, reference_labels)
-        self.curr_function_dict = self.get_function_dict(include, exclude)
+        # Ranks take float64, which Apple's GPUs do not have.
+        device = torch.device("cpu") if self.device.type == "mps" else self.device
+        query = finite_rows("query", query, device)
+        reference = query if same else finite_rows("reference", reference, device)
+        if query.dtype != reference.dtype:
+            query, reference = query.double(), reference.double()
+        query_labels = whole_labels("query_labels", query_labels, len(query)).to(device)
+        reference_labels = whole_labels("reference_labels", reference_labels, len(reference))
+        reference_labels = reference_labels.to(device)
+        given = query, query_labels, reference, reference_labels
+        check_fit(*given)
+        if ref_includes_query and not same and not starts_with(*given):
+            raise ValueError(
+                "ref_includes_query=True, but the first rows of reference and reference_labels are "
+                "not query and query_labels: put the queries first or pass ref_includes_query=False"
+            )
+        self.curr_function_dict = self.get_function_dict(as_names(include), as_names(exclude))
         classes = torch.cat([query_labels, reference_labels])
         dim = None if classes.ndim == 1 else 0
         classes = torch.unique(classes, return_inverse=True, dim=dim)[1]
@@ -193,20 +198,23 @@ class RetrievalCalculator(AccuracyCalculator):
         if names:
             if self.num_lone_queries == len(query):
                 c_f.LOGGER.warning("None of the query labels are in the reference set.")
+            search = self._search(query, reference)
+            if isinstance(search, Nearest) and not ref_includes_query:
+                _warn_of_queries_in_reference(search, query_labels, reference_labels)
             kwargs["per_query"] = per_query_metrics(
                 names,
-                query,
                 query_classes,
-                reference,
                 reference_classes,
                 relevant,
                 ref_includes_query=ref_includes_query,
                 depth=max(1, int(relevant.max())) if self.k == "max_bin_count" else self.k,
-                search=self._search,
+                search=search,
             )
         if any(name in self.requires_clustering() for name in self.get_curr_metrics()):
             kwargs["query_labels"] = query_classes
-            kwargs["cluster_labels"] = self.get_cluster_labels(**kwargs)
+            # k-means of faiss multiplies in float32, as the search does.
+            rows = Frame(query, query).single(query) if self._own_kmeans else query
+            kwargs["cluster_labels"] = self.get_cluster_labels(**{**kwargs, "query": rows})
         accuracies: dict[str, Any] = self._get_accuracy(self.curr_function_dict, **kwargs)
         return accuracies
 
@@ -214,12 +222,13 @@ class RetrievalCalculator(AccuracyCalculator):
         """Adjusted mutual information of classes and clusters, as scikit-learn's."""
         return adjusted_mutual_information(query_labels, torch.as_tensor(cluster_labels))
 
-    def _search(self, queries: Tensor, k: int, reference: Tensor) -> Tensor:
-        if self.knn_func is not None:
-            return self.knn_func(queries, k, reference, False)[1]
-        on_cpu = self.device.type == "cpu"
+    def _search(self, query: Tensor, reference: Tensor) -> Search:
+        knn_func = self.knn_func
+        if knn_func is not None:
+            return lambda rows, k: knn_func(query[rows], k, reference, False)[1]
+        on_cpu = query.device.type == "cpu"
         use_faiss = self.engine == "faiss" or (self.engine == "auto" and on_cpu)
-        return (faiss_search if use_faiss else torch_search)(queries, k, reference)
+        return Nearest(query, reference, faiss_engine if use_faiss else torch_engine)
 
     def _average(
         self,
@@ -239,3 +248,28 @@ class RetrievalCalculator(AccuracyCalculator):
         classes = torch.unique(classes, return_inverse=True)[1]
         averages = torch.bincount(classes, weights=values) / torch.bincount(classes)
         return averages.tolist() if self.return_per_class else float(averages.mean())
+
+
+def as_names(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Names as a tuple; a lone string is one name."""
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _warn_of_queries_in_reference(
+    nearest: Nearest, query_labels: Tensor, reference_labels: Tensor
+) -> None:
+    """Look for the queries themselves among what a sample of them finds."""
+    step = max(1, len(query_labels) // 256)
+    rows = torch.arange(0, len(query_labels), step, device=query_labels.device)
+    found = nearest(rows, 1)[:, 0]
+    squares = nearest.query_squares[rows]
+    itself = (nearest.exact(rows, found) <= 1e-9 * squares) & (squares > 0)
+    agree = query_labels[rows] == reference_labels[found]
+    itself &= agree if agree.ndim == 1 else agree.all(dim=1)
+    if 2 * int(itself.sum()) > len(rows):
+        c_f.LOGGER.warning(
+            "%d of %d queries find themselves in the reference, which counts as right: take them "
+            "out, or put them first and pass ref_includes_query=True",
+            int(itself.sum()),
+            len(rows),
+        )

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, default_collate
 from tqdm import tqdm
 
-from pml_tacl.evaluation.calculator import RetrievalCalculator
+from pml_tacl.evaluation.calculator import RetrievalCalculator, as_names
+from pml_tacl.evaluation.inputs import starts_with, whole_labels
 from pml_tacl.utils.checks import check_count
 from pml_tacl.utils.modes import evaluating
 from pml_tacl.utils.signals import ShieldedLoader
@@ -32,8 +34,9 @@ def embed(
 
     Args:
         model: any module, images (N, C, H, W) -> embeddings (N, D).
-        dataset: items (image, label), image a tensor; it has a length. One that is iterated
-            over must give as many items as it says, and is read in this process.
+        dataset: items (image, label), image a tensor, label a whole number of any type or one for
+            each of several levels; it has a length. One that is iterated over must give as many
+            items as it says, and is read in this process.
         batch_size: images at once.
         num_workers: processes that load images.
         device: where to run; the model is moved there. None is where the model is.
@@ -45,9 +48,10 @@ def embed(
 
     Raises:
         ValueError: for an empty data set, one that gives more or fewer items than its length,
-            an iterable one with ``num_workers``, or a model that does not give (N, D).
-        TypeError: for a data set without a length, or items that are not (image, label) pairs of
-            a tensor and integers.
+            an iterable one with ``num_workers``, a model that does not give (N, D), or labels
+            that are no whole numbers, such as strings or scores: number the classes.
+        TypeError: for a data set without a length, or items that are not (image, label) pairs
+            with a tensor as the image.
     """
     check_count("batch_size", batch_size, 1)
     check_count("num_workers", num_workers, 0)
@@ -61,7 +65,9 @@ def embed(
         raise ValueError("dataset is empty: there is nothing to embed")
     where = _device_of(model) if device is None else torch.device(device)
     model.to(where)
-    loader = ShieldedLoader(dataset, batch_size, num_workers=num_workers)
+    loader = ShieldedLoader(
+        dataset, batch_size, num_workers=num_workers, collate_fn=_images_and_labels
+    )
     embeddings, labels = torch.empty(0), []
     done = 0
     with (
@@ -85,7 +91,7 @@ def embed(
             if not done:
                 embeddings = torch.empty(count, rows.shape[1])
             embeddings[done : done + len(rows)] = rows
-            labels.append(torch.as_tensor(batch_labels).long())
+            labels.append(whole_labels("labels of dataset", batch_labels, len(images)))
             done += len(rows)
             bar.update(len(rows))
     if done < count:
@@ -121,9 +127,10 @@ def evaluate(
     batch_size: int = 64,
     num_workers: int = 0,
     device: torch.device | str | None = None,
-    metrics: Sequence[str] = (),
+    metrics: str | Sequence[str] = (),
     progress: bool = True,
     reference: Dataset[Any] | None = None,
+    ref_includes_query: bool | None = None,
 ) -> dict[str, float]:
     """Measure how well a model retrieves images of the same class.
 
@@ -135,17 +142,21 @@ def evaluate(
         batch_size: images at once.
         num_workers: processes that load images.
         device: where to run; the model is moved there. None is where the model is.
-        metrics: names, `recall_at_<k>` for any k among them; empty for all that
+        metrics: names, or one name, `recall_at_<k>` for any k among them; empty for all that
             `RetrievalCalculator` has.
         progress: show a bar.
         reference: the gallery to search in, if it is another data set.
+        ref_includes_query: the gallery starts with the queries, and each is left out of its own
+            answers. None finds out: they do if it is the same data set, or if its first labels
+            are the queries' and its first embeddings are, up to rounding.
 
     Returns:
         Value in [0, 1] by name of metric.
 
     Raises:
-        ValueError: for an empty data set, images without a label (-1), unknown metrics, or a
-            model whose embeddings are NaN or infinite.
+        ValueError: for an empty data set, images without a label (negative), labels that are no
+            whole numbers, unknown metrics, a model whose embeddings are NaN or infinite, or
+            `ref_includes_query=True` with a gallery that does not start with the queries.
 
     Example:
         >>> import torch
@@ -154,9 +165,10 @@ def evaluate(
         >>> evaluate(torch.nn.Identity(), dataset, metrics=["recall_at_1"], progress=False)
         {'recall_at_1': 1.0}
     """
-    asked = [name.removeprefix("recall_at_") for name in metrics if name.startswith("recall_at_")]
+    names = as_names(metrics)
+    asked = [name.removeprefix("recall_at_") for name in names if name.startswith("recall_at_")]
     ks = [int(at) for at in asked if at.isdecimal() and int(at)] or (1, 2, 4, 8)
-    calculator = RetrievalCalculator(include=tuple(metrics), ks=ks)
+    calculator = RetrievalCalculator(include=names, ks=ks)
 
     def labelled(name: str, images: Dataset[Any]) -> tuple[Tensor, Tensor]:
         embeddings, labels = embed(
@@ -167,18 +179,38 @@ def evaluate(
             device=device,
             progress=progress,
         )
-        unlabelled = int((labels < 0).sum())
+        unlabelled = int((labels < 0).view(len(labels), -1).any(dim=1).sum())
         if unlabelled:
             raise ValueError(
-                f"{unlabelled} of {len(labels)} images of {name} have no label (-1): "
-                "evaluate on labelled images"
+                f"{unlabelled} of {len(labels)} images of {name} have no label "
+                f"({int(labels.min())}): evaluate on labelled images"
             )
         return F.normalize(embeddings), labels
 
-    query, query_labels = labelled("dataset", dataset)
-    if reference is None:
-        return calculator.get_accuracy(query, query_labels)
-    return calculator.get_accuracy(query, query_labels, *labelled("reference", reference))
+    query = gallery = labelled("dataset", dataset)
+    if reference is not None and reference is not dataset:
+        gallery = labelled("reference", reference)
+        if ref_includes_query is None and query[0].shape[1] == gallery[0].shape[1]:
+            ref_includes_query = starts_with(*query, *gallery)
+            if ref_includes_query:
+                c_f.LOGGER.warning(
+                    "reference starts with the images of dataset: each is left out of its own "
+                    "answers (ref_includes_query=False keeps it)"
+                )
+    elif ref_includes_query is None:
+        ref_includes_query = True
+    return calculator.get_accuracy(*query, *gallery, ref_includes_query=bool(ref_includes_query))
+
+
+def _images_and_labels(items: list[Any]) -> tuple[Any, list[Any]] | None:
+    """Collate images and leave labels as they are; None if items are no pairs."""
+    if not all(isinstance(item, list | tuple) and len(item) == 2 for item in items):
+        return None
+    images, labels = zip(*items, strict=True)
+    # Tensors would each take a file handle on their way from a loader's process.
+    known = [isinstance(label, Tensor) and label.dtype != torch.bfloat16 for label in labels]
+    plain = [x.numpy() if numpy else x for x, numpy in zip(labels, known, strict=True)]
+    return default_collate(list(images)), plain
 
 
 def _length(dataset: Dataset[Any]) -> int:
@@ -190,19 +222,19 @@ def _length(dataset: Dataset[Any]) -> int:
         ) from None
 
 
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+def _pair(batch: Any) -> tuple[Tensor, list[Any]]:
     """Images and labels of one batch; of views or other things, rows would be made up."""
-    if not isinstance(batch, list | tuple) or len(batch) != 2:
+    if batch is None:
         raise TypeError("dataset must give (image, label) pairs: wrap it to do so")
     images, labels = batch
-    for name, part, most in (("images", images, 9), ("labels", labels, 2)):
-        known = isinstance(part, Tensor)
-        if not known or not 1 <= part.ndim <= most or len(part) != len(images):
-            found = f"shape {tuple(part.shape)}" if known else type(part).__name__
-            raise TypeError(
-                "dataset must give (image, label) pairs, an image a tensor and a label an integer "
-                f"or a tensor (L,) of them: a batch of {name} came as {found}"
-            )
+    if not isinstance(images, Tensor) or not 1 <= images.ndim <= 9:
+        found = (
+            f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        )
+        raise TypeError(
+            "dataset must give (image, label) pairs with a tensor as the image: a batch of images "
+            f"came as {found}"
+        )
     return images, labels
 
 

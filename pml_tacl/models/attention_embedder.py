@@ -83,8 +83,8 @@ class AttentionEmbedder(nn.Module):
         super().__init__()
         if isinstance(pretrained, int) and not isinstance(pretrained, bool):
             raise TypeError(
-                f"pretrained must be True, False or a path, got {pretrained!r}: give the dimensions "
-                f"as embedding_dim={pretrained}"
+                f"pretrained must be True, False or a path, got {pretrained!r}; dimensions are "
+                f"given as embedding_dim={pretrained}"
             )
         self.trunk = Trunk(
             backbone,

@@ -1,11 +1,16 @@
 """Creating timm models and getting weights into them."""
 
 import difflib
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import timm
+import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
@@ -13,15 +18,30 @@ from torch import Tensor, nn
 Pretrained: TypeAlias = bool | str | PathLike[str]
 
 _OURS = ("num_classes", "features_only", "pretrained_cfg", "pretrained_cfg_overlay")
-_NETWORK_PACKAGES = {"huggingface_hub", "httpx", "requests", "urllib3", "urllib"}
+# Files in which timm looks for weights in a repository of the hub.
+_HUB_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+_SECONDS = 5.0  # to wait for the hub's first answer
+# Of networks that are trained in pairs, the one that is used afterwards.
+_USED = ("ema", "teacher", "q", "online", "student", "base")
+# Single tensors of trainings that no backbone needs.
+_LOOSE = ("mask_token", "logit_scale", "logit_bias", "queue", "queue_ptr")
+_NETWORK_PACKAGES = {"huggingface_hub", "httpx", "httpx2", "requests", "urllib3", "urllib"}
 
 
 def create_timm_model(name: str, pretrained: Pretrained, timm_kwargs: dict[str, Any]) -> nn.Module:
     """A timm model without classifier, with the weights that `pretrained` asks for.
 
     Args:
-        name: a timm model name, with or without a weights tag (`resnet50.a1_in1k`).
-        pretrained: False, True (through timm) or a path to a local state dict.
+        name: a timm model name, with or without a weights tag (`resnet50.a1_in1k`). With `timm/` or
+            `hf-hub:timm/` before it, as the hub's pages write it, it is the same model; another
+            repository of the hub is `hf-hub:OWNER/NAME`, a folder `local-dir:FOLDER`.
+        pretrained: False, True (through timm) or a path to a local state dict, which may hold the
+            backbone behind a prefix or in a dict (`module.`, `backbone.`, `teacher`), and heads.
         timm_kwargs: further arguments of `timm.create_model`.
 
     Raises:
@@ -32,33 +52,74 @@ def create_timm_model(name: str, pretrained: Pretrained, timm_kwargs: dict[str, 
     for key in _OURS:
         if key in timm_kwargs:
             raise ValueError(f"{key}={timm_kwargs[key]!r} can not be set: the trunk has no head")
-    architecture = name.split(".")[0]
-    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(
-        architecture
-    ):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
-        raise ValueError(f"backbone={name!r} is no timm model: {hint}")
+    known = _known_name(name)
     if pretrained is False or pretrained is None:
-        try:
-            return cast(nn.Module, timm.create_model(name, num_classes=0, **timm_kwargs))
-        except RuntimeError as error:  # such as a tag that timm does not know
-            raise ValueError(f"backbone={name!r}: {_one_line(error, 200)}") from error
+        return _create(name, known, timm_kwargs)
     if pretrained is True:
-        return _create_downloaded(name, timm_kwargs)
+        return _create_downloaded(name, known, timm_kwargs)
     if not isinstance(pretrained, str | PathLike):
         raise TypeError(f"pretrained must be True, False or a path, got {pretrained!r}")
-    return _create_from_file(name, Path(pretrained), timm_kwargs)
+    return _create_from_file(name, known, Path(pretrained), timm_kwargs)
 
 
-def _create_downloaded(name: str, timm_kwargs: dict[str, Any]) -> nn.Module:
+def _known_name(name: str) -> str:
+    """The name as timm takes it: without the hub where timm knows the model itself."""
+    source, colon, repository = name.partition(":")
+    if colon and source.lower() in ("hf-hub", "hf_hub"):
+        hub = repository
+    elif name.startswith("timm/"):
+        hub = name
+    elif source == "local-dir":
+        return name
+    else:
+        _check_name(name)
+        return name
+    plain = hub.removeprefix("timm/")
+    with suppress(RuntimeError):  # a tag that this timm does not know
+        if plain != hub and timm.get_pretrained_cfg(plain) is not None:
+            return plain
+    return f"hf-hub:{hub}"
+
+
+def _check_name(name: str) -> None:
+    architecture = name.split(".")[0]
+    if timm.is_model(architecture):
+        return
+    if any(sign in name for sign in "/\\:"):
+        hint = f"a repository of the hub is 'hf-hub:{name}', a folder 'local-dir:{name}'"
+    else:
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
+    raise ValueError(f"backbone={name!r} is no timm model: {hint}")
+
+
+def _create(name: str, known: str, timm_kwargs: dict[str, Any]) -> nn.Module:
     try:
-        return cast(nn.Module, timm.create_model(name, True, num_classes=0, **timm_kwargs))
+        if known.startswith("hf-hub:"):
+            _check_reachable(known, timm_kwargs)
+        return cast(nn.Module, timm.create_model(known, num_classes=0, **timm_kwargs))
     except Exception as error:
-        package = type(error).__module__.split(".")[0]
-        no_weights = isinstance(error, RuntimeError) and "pretrained" in str(error)
-        if not isinstance(error, OSError) and package not in _NETWORK_PACKAGES and not no_weights:
+        if isinstance(error, RuntimeError):  # such as a tag that timm does not know
+            raise ValueError(f"backbone={name!r}: {_one_line(error, 200)}") from error
+        if not known.startswith(("hf-hub:", "local-dir:")) or not _is_of_files(error):
             raise
+        raise OSError(
+            f"backbone={name!r}: no config of the model ({_one_line(error, 120)}); without a "
+            "network pass the name of a timm model"
+        ) from error
+
+
+def _create_downloaded(name: str, known: str, timm_kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        _check_reachable(known, timm_kwargs)
+        return cast(nn.Module, timm.create_model(known, True, num_classes=0, **timm_kwargs))
+    except Exception as error:
+        no_weights = isinstance(error, RuntimeError) and "pretrained" in str(error)
+        if not _is_of_files(error) and not no_weights:
+            raise
+        if not known.startswith("hf-hub:"):
+            with suppress(OSError):
+                _create(name, known, timm_kwargs)  # another argument may be wrong as well
         raise OSError(
             f"pretrained=True: no weights for {name!r} ({_one_line(error, 120)}); without a "
             "network pass a local file, pretrained='weights.safetensors', or pretrained=False (in "
@@ -66,32 +127,159 @@ def _create_downloaded(name: str, timm_kwargs: dict[str, Any]) -> nn.Module:
         ) from error
 
 
-def _create_from_file(name: str, path: Path, timm_kwargs: dict[str, Any]) -> nn.Module:
+def _is_of_files(error: Exception) -> bool:
+    package = type(error).__module__.split(".")[0]
+    return isinstance(error, OSError) or package in _NETWORK_PACKAGES
+
+
+def _check_reachable(known: str, timm_kwargs: dict[str, Any]) -> None:
+    """Ask the hub once, where a file is not there yet; timm asks for most of a minute.
+
+    Raises:
+        OSError or an error of the network's: if there is no answer.
+    """
+    if known.startswith("local-dir:"):
+        return
+    if known.startswith("hf-hub:"):
+        hub, names = known.removeprefix("hf-hub:"), ["config.json"]
+    else:
+        try:
+            cfg = timm.get_pretrained_cfg(known)
+        except RuntimeError:  # timm says it better
+            return
+        hub = str(cfg.hf_hub_id or "") if cfg is not None else ""
+        names = [str(cfg.hf_hub_filename)] if hub and cfg.hf_hub_filename else [*_HUB_FILES]
+    if not hub:
+        return
+    repository, _, revision = hub.partition("@")
+    where = {"revision": revision or None}
+    folder = timm_kwargs.get("cache_dir")
+    for file in names:
+        if isinstance(try_to_load_from_cache(repository, file, cache_dir=folder, **where), str):
+            return
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, names[0], **where), timeout=_SECONDS)
+    except Exception as error:
+        if getattr(error, "response", None) is None:  # else there was an answer: timm's turn
+            raise
+
+
+def _create_from_file(name: str, known: str, path: Path, timm_kwargs: dict[str, Any]) -> nn.Module:
+    if path.is_dir():
+        raise IsADirectoryError(f"pretrained={str(path)!r} is a folder: give the file in it")
     if not path.is_file():
         raise FileNotFoundError(f"pretrained={str(path)!r}: no such file")
+    if known.startswith("hf-hub:"):
+        raise ValueError(
+            f"pretrained={str(path)!r} stays local, and backbone={name!r} is read from the hub: "
+            "pass the name of a timm model, or local-dir:FOLDER"
+        )
     try:
-        state = dict(load_state_dict(str(path), weights_only=True))
+        content = dict(load_state_dict(str(path), weights_only=True))
     except Exception as error:
         raise OSError(
             f"pretrained={str(path)!r} is no readable state dict ({_one_line(error, 120)})"
         ) from error
-    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    classifiers = (cfg.classifier if cfg is not None else None) or ()
-    for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
-        for key in [key for key in state if key.startswith(f"{classifier}.")]:
-            del state[key]
-    # Equal class counts make timm load strictly, after its own renaming and resizing.
-    overlay = {"state_dict": state, "num_classes": 0, "label_offset": 0, "custom_load": False}
+    with torch.device("meta"):
+        empty = _create(name, known, timm_kwargs)
+    wrong = f"pretrained={str(path)!r} does not fit {name!r}: "
+    state, filled = _weights_for(empty, content, wrong)
+    # Equal class counts make timm load strictly, after its own renaming and resizing. Without
+    # any source but the weights it can not go elsewhere.
+    nowhere = ("file", "url", "hf_hub_id", "hf_hub_filename")
+    settings = {"num_classes": 0, "label_offset": 0, "custom_load": False, "source": ""}
+    overlay = {**dict.fromkeys(nowhere), **settings, "state_dict": dict(state)}
     try:
         model = timm.create_model(
-            name, True, pretrained_cfg_overlay=overlay, num_classes=0, **timm_kwargs
+            known, True, pretrained_cfg_overlay=overlay, num_classes=0, **timm_kwargs
         )
     except (AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"pretrained={str(path)!r} does not fit {name!r}: {_one_line(error, 400)}"
-        ) from error
+        text = _one_line(error, 400)
+        if 2 * filled < len(empty.state_dict()):
+            named = ", ".join([*state][:5]) + (", ..." if len(state) > 5 else "")
+            text = f"it fills {filled} of {len(empty.state_dict())} tensors, and holds {named}"
+        elif "trunk" in content or any(key.startswith("trunk.model.") for key in content):
+            text += "; AttentionEmbedder.from_pretrained(FOLDER) loads a saved model as it is"
+        raise ValueError(wrong + text) from error
     model.pretrained_cfg.pop("state_dict", None)  # it would travel with every copy of the model
     return cast(nn.Module, model)
+
+
+def _weights_for(
+    empty: nn.Module, content: dict[str, Any], wrong: str
+) -> tuple[dict[str, Tensor], int]:
+    """The tensors of a file that are a backbone's, under its names, and how many fit by name.
+
+    Where most names of the backbone are found behind one prefix (`module.`, `backbone.`,
+    `teacher`, ...), that is taken off, and what is not of the backbone's modules is left out:
+    heads, projections, queues. Else the names may be foreign ones that timm translates, and all
+    go to it.
+
+    Args:
+        empty: the backbone.
+        content: what the file holds, tensors and dicts of them.
+        wrong: start of an error message.
+
+    Raises:
+        ValueError: if there is no tensor, or several networks fit and none of them is known to be
+            the one that is used.
+    """
+    wanted = empty.state_dict().keys()
+    networks = dict(_networks("", content))
+    if not networks:
+        raise ValueError(f"{wrong}it holds no weights")
+    found = {
+        (place, prefix): count
+        for place, tensors in networks.items()
+        for prefix, count in _prefixes(tensors, wanted).items()
+    }
+    most = max(found.values(), default=0)
+    if 2 * most < len(wanted):
+        return max(networks.values(), key=len), most
+    best = sorted((at for at in found if found[at] == most), key=lambda at: _rank("".join(at)))
+    names = ["".join(at) for at in best if _rank("".join(at)) == _rank("".join(best[0]))]
+    if len(names) > 1:
+        raise ValueError(f"{wrong}it holds several networks, {' and '.join(names)}: keep one")
+    place, prefix = best[0]
+    modules = {name.partition(".")[0] for name in wanted}
+    state = {}
+    for key, value in networks[place].items():
+        name = key.removeprefix(prefix)
+        single = "." not in name and name not in _LOOSE
+        if key.startswith(prefix) and (single or name.partition(".")[0] in modules):
+            state[name] = value
+    classifiers = getattr(empty, "pretrained_cfg", {}).get("classifier") or ()
+    for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
+        for name in (f"{classifier}.weight", f"{classifier}.bias"):
+            state.pop(name, None)
+    return state, most
+
+
+def _prefixes(tensors: dict[str, Tensor], wanted: Collection[str]) -> Counter[str]:
+    """How many names are found behind each prefix."""
+    found: Counter[str] = Counter()
+    for key in tensors:
+        parts = key.split(".")
+        for start in range(len(parts)):
+            if (name := ".".join(parts[start:])) in wanted:
+                found[key.removesuffix(name)] += 1
+    return found
+
+
+def _networks(place: str, content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Dicts of tensors at any depth, with where they are."""
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if tensors:
+        yield place, tensors
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, dict):
+            yield from _networks(f"{place}{key}.", value)
+
+
+def _rank(place: str) -> int:
+    """Which of several copies of a network to use: the first of _USED that is part of its name."""
+    parts = place.replace("_", ".").split(".")
+    return next((at for at, word in enumerate(_USED) if word in parts), len(_USED))
 
 
 def model_data_config(model: nn.Module, timm_kwargs: dict[str, Any], named: bool) -> dict[str, Any]:

@@ -147,3 +147,188 @@ def test_unknown_names():
 def test_arguments_about_the_head(key):
     with pytest.raises(ValueError, match=f"{key}=.* can not be set: the trunk has no head"):
         Trunk("test_resnet", **{key: 1})
+
+
+@pytest.fixture
+def nowhere(monkeypatch):
+    """No way to any weights but the file: whoever asks is told on."""
+
+    def asked(*args, **kwargs):
+        raise AssertionError(f"asked for {args}")
+
+    for name in ("load_state_dict_from_hf", "load_state_dict_from_url", "download_cached_file"):
+        monkeypatch.setattr(f"timm.models._builder.{name}", asked)
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", asked)
+    monkeypatch.setattr("pml_tacl.models.weights.get_hf_file_metadata", asked)
+
+
+def behind(prefix, state):
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+def zeros(state):
+    return {key: torch.zeros_like(value) for key, value in state.items()}
+
+
+FOREIGN = {
+    "as it is": lambda s: s,
+    "data parallel": lambda s: {"state_dict": behind("module.", s), "epoch": 3},
+    "compiled": lambda s: behind("_orig_mod.", s),
+    "compiled in parallel": lambda s: behind("module._orig_mod.", s),
+    "model": lambda s: {"model": s, "optimizer": {"state": {0: {"step": torch.ones(1)}}}},
+    "average": lambda s: {"state_dict": zeros(s), "state_dict_ema": s},
+    "lightning": lambda s: {"state_dict": behind("model.", s)},
+    "encoder": lambda s: behind("encoder.", s) | {"projector.0.weight": torch.ones(3, 3)},
+    "backbone": lambda s: {"state_dict": behind("backbone.", s), "hyper_parameters": {"lr": 1}},
+    "moco": lambda s: {
+        "state_dict": behind("module.encoder_k.", zeros(s))
+        | behind("module.encoder_q.", s)
+        | {"module.queue": torch.ones(4, 4)}
+    },
+    "dino": lambda s: {
+        "student": behind("module.backbone.", zeros(s)),
+        "teacher": behind("backbone.", s) | {"head.mlp.0.weight": torch.ones(2, 2)},
+    },
+    "dino in one": lambda s: behind("student.", zeros(s)) | behind("teacher.", s),
+    "byol": lambda s: behind("target_encoder.", zeros(s)) | behind("online_encoder.", s),
+    "our trainer": lambda s: {"models": {"trunk": behind("model.", s)}, "format": 2},
+    "another head": lambda s: s | {"mlp.0.weight": torch.ones(3, 3), "queue": torch.ones(2)},
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_weights_files_of_other_projects(tmp_path, nowhere, source, kind):
+    torch.save(FOREIGN[kind](source.state_dict()), tmp_path / "w.pth")
+    mine = Trunk("test_resnet", tmp_path / "w.pth").model.state_dict()
+    for key, value in mine.items():
+        torch.testing.assert_close(value, source.state_dict()[key], rtol=0, atol=0)
+
+
+REFUSED = {
+    "nothing": (lambda s: {}, "it holds no weights"),
+    "nothing inside": (lambda s: {"state_dict": {}, "epoch": 1}, "it holds no weights"),
+    "a head": (
+        lambda s: {"fc.weight": s["fc.weight"], "fc.bias": s["fc.bias"]},
+        "it fills 0 of 90 tensors, and holds fc.weight, fc.bias",
+    ),
+    "a head elsewhere": (lambda s: {"state_dict": {"a.b.weight": torch.ones(3)}}, "a.b.weight"),
+    "a quarter": (lambda s: dict([*s.items()][:20]), "20 of 90 tensors, and holds conv1.0.weight"),
+    "most": (lambda s: dict([*s.items()][:70]), r"Missing key\(s\).*layer"),
+    "a deeper one": (
+        lambda s: s | {"layer2.7.conv1.weight": torch.ones(1)},
+        r"Unexpected key\(s\).*layer2\.7\.conv1\.weight",
+    ),
+    "a token": (lambda s: s | {"reg_token": torch.ones(1)}, r"Unexpected key\(s\).*reg_token"),
+    "two": (lambda s: behind("left.", s) | behind("right.", s), r"left\. and right\.: keep one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_files_that_do_not_fill_the_backbone_are_refused(tmp_path, nowhere, source, kind):
+    make, message = REFUSED[kind]
+    torch.save(make(source.state_dict()), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=f"does not fit 'test_resnet': .*{message}") as info:
+        Trunk("test_resnet", tmp_path / "w.pth")
+    assert "\n" not in str(info.value)
+
+
+def test_our_saved_model_is_no_weights_file(tmp_path, nowhere):
+    AttentionEmbedder("test_resnet", 8).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"from_pretrained\(FOLDER\) loads a saved model as it is"):
+        AttentionEmbedder("test_resnet", 8, pretrained=tmp_path / "model.safetensors")
+    with pytest.raises(IsADirectoryError, match="is a folder: give the file in it"):
+        AttentionEmbedder("test_resnet", 8, pretrained=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm/test_resnet",
+        "timm/test_resnet.r160_in1k",
+        "hf-hub:timm/test_resnet.r160_in1k",
+        "hf_hub:timm/test_resnet.r160_in1k",
+        "HF-HUB:timm/test_resnet",
+    ],
+)
+def test_names_of_the_hub_that_timm_knows_are_built_here(tmp_path, nowhere, source, name):
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    assert Trunk(name).num_features == source.num_features
+    trunk = Trunk(name, tmp_path / "w.pth")
+    torch.testing.assert_close(trunk.model.conv1[0].weight, source.conv1[0].weight)
+
+
+def test_other_names_of_the_hub(tmp_path, monkeypatch, source):
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"'me/model' is no timm model: .* 'hf-hub:me/model', a"):
+        Trunk("me/model")
+    with pytest.raises(ValueError, match="stays local, and backbone='hf_hub:me/m' is read from"):
+        Trunk("hf_hub:me/m", tmp_path / "w.pth")
+    with pytest.raises(OSError, match="backbone='local-dir:/none': no config of the model"):
+        Trunk("local-dir:/none")
+    offline(monkeypatch, [])
+    with pytest.raises(OSError, match=r"backbone='hf_hub:me/m': no config .*\(no route\)"):
+        Trunk("hf_hub:me/m")
+    with pytest.raises(OSError, match=r"no weights for 'hf_hub:me/m' \(no route\)"):
+        Trunk("hf_hub:me/m", True)
+
+
+def test_a_wrong_tag_with_a_file(tmp_path, source):
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"backbone='test_resnet\.nope': .*nope"):
+        Trunk("test_resnet.nope", tmp_path / "w.pth")
+
+
+def offline(monkeypatch, asked):
+    def no_route(url, **kwargs):
+        asked.append((url, kwargs))
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("pml_tacl.models.weights.get_hf_file_metadata", no_route)
+
+    def unasked(*args, **kwargs):
+        raise AssertionError(args)
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", unasked)
+
+
+def test_without_a_network_the_hub_is_asked_once(monkeypatch, tmp_path):
+    asked = []
+    offline(monkeypatch, asked)
+    with pytest.raises(OSError, match=r"no weights for 'test_resnet' \(no route\)"):
+        Trunk("test_resnet", True, cache_dir=tmp_path)
+    ((url, kwargs),) = asked
+    assert url.endswith("timm/test_resnet.r160_in1k/resolve/main/model.safetensors")
+    assert kwargs["timeout"] <= 5
+
+
+def test_weights_in_the_cache_need_no_network(monkeypatch, tmp_path, source):
+    asked = []
+    offline(monkeypatch, asked)
+    repository = tmp_path / "models--timm--test_resnet.r160_in1k"
+    folder = repository / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    save_file(source.state_dict(), folder / "model.safetensors")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(
+        "timm.models._hub.hf_hub_download", lambda **kwargs: folder / kwargs["filename"]
+    )
+    trunk = Trunk("test_resnet", True, cache_dir=tmp_path)
+    torch.testing.assert_close(trunk.model.conv1[0].weight, source.conv1[0].weight)
+    assert not asked
+
+
+def test_a_hub_that_answers_is_left_to_timm(monkeypatch, tmp_path):
+    class NotThere(Exception):
+        response = "404"
+
+    def answer(url, **kwargs):
+        raise NotThere
+
+    def create_model(*args, **kwargs):
+        raise OSError("timm was asked")
+
+    monkeypatch.setattr("pml_tacl.models.weights.get_hf_file_metadata", answer)
+    monkeypatch.setattr("timm.create_model", create_model)
+    with pytest.raises(OSError, match="timm was asked"):
+        Trunk("test_resnet", True, cache_dir=tmp_path)

@@ -1,0 +1,132 @@
+"""Embeddings and labels as they are given, checked and in one form."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pml_tacl.clustering.unit_embeddings import Embeddings
+
+
+def finite_rows(name: str, embeddings: Embeddings, device: torch.device) -> Tensor:
+    """Embeddings as contiguous float32 on a device, or float64 where float32 would round them.
+
+    Raises:
+        ValueError: if they are not (rows, dimensions), empty, NaN or infinite.
+    """
+    if isinstance(embeddings, np.ndarray):
+        # torch warns about arrays it may not write to, such as memory maps.
+        embeddings = torch.from_numpy(np.require(embeddings, requirements=["C", "W"]))
+    rows = torch.as_tensor(embeddings).detach()
+    if rows.ndim != 2 or 0 in rows.shape or rows.is_complex():
+        raise ValueError(
+            f"{name} must be (rows, dimensions) and not empty, got {tuple(rows.shape)}"
+            f"{' complex numbers' if rows.is_complex() else ''}"
+        )
+    wide = rows.dtype in (torch.float64, torch.int32, torch.int64)
+    rows = rows.to(device, torch.float64 if wide else torch.float32).contiguous()
+    # A sum is much quicker to check than its parts; when in doubt, count.
+    bad = 0
+    if not torch.isfinite(rows.sum(dim=1)).all():
+        bad = len(rows) - int(torch.isfinite(rows).all(dim=1).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {len(rows)} rows of {name} are NaN or infinite: "
+            "look for NaN images or a diverged model"
+        )
+    return rows
+
+
+def whole_labels(name: str, labels: Any, count: int | None = None) -> Tensor:
+    """Labels (N,) or (N, L) as int64, so that large ids stay apart.
+
+    Whole numbers of any type are taken, True and False as 1 and 0. Strings are not: number the
+    classes first.
+
+    Args:
+        name: what they are called in messages.
+        labels: tensor, array or sequence.
+        count: N; None takes any.
+
+    Raises:
+        ValueError: for another shape, or labels that are no whole numbers or may have been rounded.
+    """
+    given = _as_array(name, labels)
+    if given.ndim not in (1, 2) or (count is not None and len(given) != count):
+        wanted = "(N,) or (N, levels)" if count is None else f"({count},) or ({count}, levels)"
+        raise ValueError(f"{name} must be {wanted} whole numbers, got shape {given.shape}")
+    kind, flat = given.dtype.kind, given.reshape(-1)
+    wrong = np.zeros(len(flat), dtype=bool)
+    if kind == "f":
+        wrong = ~np.isfinite(flat) | (flat != np.floor(flat))
+    elif kind not in "biu":
+        wrong[:] = True
+    if wrong.any():
+        first = flat[wrong.argmax()]
+        shown = first.item() if isinstance(first, np.generic) else first
+        raise ValueError(
+            f"{name} must be whole numbers, got {_short(shown)}: number the classes 0, 1, 2, ..."
+        )
+    # Beyond these a float holds no odd number, so that neighbours may have become one.
+    limit = 2 ** (np.finfo(given.dtype).nmant + 1) if kind == "f" else 2**63
+    largest = max(abs(int(flat.max())), abs(int(flat.min()))) if len(flat) else 0
+    if kind in "fu" and largest >= limit:
+        kept = given.dtype if kind == "f" and largest < 2**63 else "int64"
+        raise ValueError(
+            f"{name} reach {largest}, beyond the whole numbers that {kept} keeps "
+            "apart: number the classes 0, 1, ..."
+        )
+    return torch.from_numpy(given.astype(np.int64))
+
+
+def _as_array(name: str, labels: Any) -> Any:
+    if isinstance(labels, Tensor):
+        labels = labels.detach().cpu()
+        if labels.dtype == torch.bfloat16:  # NumPy has no such type
+            if (labels.abs() >= 2**8).any():
+                raise ValueError(f"{name} are bfloat16, which rounds above 256: give integers")
+            labels = labels.float()
+        return labels.numpy()
+    try:
+        if isinstance(labels, list | tuple):
+            labels = [_as_array(name, x) if isinstance(x, Tensor) else x for x in labels]
+        given = np.asarray(labels)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged, or nothing that NumPy holds
+        text = " ".join(str(error).split())
+        raise ValueError(
+            f"{name} must be whole numbers, one or one for each level: {text}"
+        ) from error
+    return given
+
+
+def _short(value: object) -> str:
+    text = f"{value!r} ({type(value).__name__})" if not isinstance(value, float) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_fit(
+    query: Tensor, query_labels: Tensor, reference: Tensor, reference_labels: Tensor
+) -> None:
+    """Raise unless queries and reference have as many dimensions and label levels."""
+    if query.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"query has {query.shape[1]} dimensions, reference {reference.shape[1]}: "
+            "embed both with the same model"
+        )
+    if query_labels.shape[1:] != reference_labels.shape[1:]:
+        raise ValueError(
+            f"query_labels have the shape {tuple(query_labels.shape)}, reference_labels "
+            f"{tuple(reference_labels.shape)}: give both as many levels"
+        )
+
+
+def starts_with(
+    query: Tensor, query_labels: Tensor, reference: Tensor, reference_labels: Tensor
+) -> bool:
+    """Whether the first rows of the reference are the queries, up to rounding."""
+    head, head_labels = reference[: len(query)], reference_labels[: len(query)]
+    return torch.equal(query_labels, head_labels) and (
+        # The first is much quicker, and nearly always enough.
+        torch.equal(query, head) or (query.shape == head.shape and torch.allclose(query, head))
+    )
