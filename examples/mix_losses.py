@@ -55,7 +55,9 @@ def mixes(clusters: int) -> dict[str, tuple[dict[str, nn.Module], dict[str, nn.M
 
 def main() -> dict[str, float]:
     runs.seed_everything(0)
-    start = pml_tacl.AttentionEmbedder("resnet10t", DIM, **BACKBONE)
+    start = pml_tacl.AttentionEmbedder(
+        "resnet10t", embedding_dim=DIM, pooling="covariance", **BACKBONE
+    )
     train, test = Glyphs("train", num_classes=CLASSES), Glyphs("test", num_classes=CLASSES)
     train.transform = test.transform = start.transform(image_size=64)
     start.fit_projection(

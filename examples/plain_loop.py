@@ -25,7 +25,9 @@ CLASSES = None  # characters of each half; None for all 280
 def main():
     runs.seed_everything(SEED)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = pml_tacl.AttentionEmbedder("resnet10t", embedding_dim=128, **BACKBONE)
+    model = pml_tacl.AttentionEmbedder(
+        "resnet10t", embedding_dim=128, pooling="covariance", **BACKBONE
+    )
     model = model.to(device, memory_format=torch.channels_last)
     train, seen, test = (Glyphs(half, num_classes=CLASSES) for half in ("train", "train", "test"))
     seen.transform = test.transform = model.transform(image_size=64)

@@ -20,7 +20,7 @@ from pml_tacl.cli.training_run import TrainingRun
 from pml_tacl.datasets import Glyphs
 from pml_tacl.evaluation import embed, make_tester
 
-MODEL = {"backbone": "resnet10t", "embedding_dim": 128}  # any timm model; this is a small ResNet
+MODEL = {"backbone": "resnet10t", "embedding_dim": 128, "pooling": "covariance"}  # a small ResNet
 MODEL |= {"channels": [32, 64, 128, 256], "stem_width": 16, "output_stride": 16}
 MODEL["feature_index"] = 2  # the stage of attention: 8 x 8 places of a 64-pixel picture
 CONFIG = {"run": "runs/quickstart", "seed": 0}  # flags, as what follows: see --help

@@ -61,7 +61,9 @@ class KnownAndSure(KnownLabels):
 
 def main() -> dict[str, float]:
     runs.seed_everything(0)
-    start = pml_tacl.AttentionEmbedder("resnet10t", embedding_dim=64, **BACKBONE)
+    start = pml_tacl.AttentionEmbedder(
+        "resnet10t", embedding_dim=64, pooling="covariance", **BACKBONE
+    )
     plain, halves = start.transform(image_size=64), ("train", "train", "test")
     train, seen, test = (Glyphs(half, num_classes=CLASSES) for half in halves)
     seen.transform = test.transform = plain
