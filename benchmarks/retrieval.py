@@ -1,7 +1,9 @@
 """Retrieval without labels, beside what people would use instead.
 
-    python benchmarks/retrieval.py all --jobs 2    # every run, hours; goes on where it was stopped
-    python benchmarks/retrieval.py page            # docs/results.md and its figures, from the runs
+    python benchmarks/retrieval.py folders ROOT    # photographs: ROOT/NAME/CLASS/FILE
+    python benchmarks/retrieval.py folders-page    # docs/results.md, from the runs on photographs
+    python benchmarks/retrieval.py all --jobs 2    # drawings: every run, hours; can be stopped
+    python benchmarks/retrieval.py page            # docs/results_drawings.md, from the runs
     python benchmarks/retrieval.py quick           # five minutes: one set, one seed, validation
     python benchmarks/retrieval.py run full dataset=glyphs regime=scratch seed=1
 
@@ -15,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from retrieval_parts import plan
+from retrieval_parts import folder_page, plan
+from retrieval_parts import folder_runs as folders
 from retrieval_parts.config import METHODS, make, parse
 from retrieval_parts.data import DEFAULT_CACHE, SPLITS
 from retrieval_parts.page import write
@@ -31,7 +34,12 @@ def main() -> None:
     args = arguments().parse_args()
     # A look in five minutes is nothing to keep beside what is published.
     args.results = args.results or (Path("runs/retrieval") if args.command == "quick" else RESULTS)
-    if args.command == "page":
+    if args.command == "folders":
+        folders.main(args)
+    elif args.command == "folders-page":
+        folder_page.write(args.json, args.output)
+        print(args.output)
+    elif args.command == "page":
         write(args.results, args.output, args.output.parent / "images", args.split)
         print(args.output)
     elif args.command == "run":
@@ -94,6 +102,10 @@ def arguments() -> argparse.ArgumentParser:
     commands.add_parser("quick", help="a look in five minutes")
     page = commands.add_parser("page", help="tables and figures of the results")
     page.add_argument("--split", choices=SPLITS[1:], default="test")
+    page.add_argument("--output", type=Path, default=ROOT / "docs" / "results_drawings.md")
+    folders.add_arguments(commands.add_parser("folders", help="photographs in class folders"))
+    page = commands.add_parser("folders-page", help="the page of photographs, of their results")
+    page.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "photographs.json")
     page.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
     return parser
 

@@ -5,11 +5,13 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from pml_tacl.trainers.recipe import PRETRAINED
+
 # Raised when data or training change so that earlier results no longer hold.
-RESULTS_VERSION = 2
+RESULTS_VERSION = 3
 # The parts of the full method, as fields of Config: here alone their weights are set.
 PARTS: dict[str, dict[str, Any]] = {
-    "head": {"attention": "border", "pooling": "covariance"},
+    "head": {"attention": "relative_border", "pooling": "covariance"},
     "ccl": {"ccl": 0.5, "ccl_momentum": 0.0},
     "tac": {"tac": 3.0},
     "swap": {"swap": 0.7},
@@ -52,6 +54,32 @@ METHODS: dict[str, dict[str, Any]] = {
 # What the questions of the benchmark need: measured before the others, for every seed.
 FIRST = tuple(METHODS)[: tuple(METHODS).index("ms+ccl+tac+swap")]
 REGIMES = ("scratch", "pretrained")
+# Photographs: the package's own recipe. `+projection` fits it after training, `full` also keeps
+# the network that the guard chooses. Methods that differ in these two alone share a training.
+_WEIGHTS = PRETRAINED.loss_weights
+_CCL = {"ccl": _WEIGHTS["clustering_loss"], "ccl_momentum": PRETRAINED.centroid_momentum}
+_TAC = {"tac": _WEIGHTS["attention_loss"]}
+_SWAP = {"swap": PRETRAINED.swap}
+_TRAINED: dict[str, dict[str, Any]] = {
+    "zero_shot": {"steps": 0},
+    "ms": {},
+    "stml": {"metric": "stml"},
+    "ntxent": {"metric": "ntxent"},
+    "ms+ccl+tac+swap": _CCL | _TAC | _SWAP,
+    "ms+tac+swap": _TAC | _SWAP,
+    "ms+ccl+swap": _CCL | _SWAP,
+    "ms+ccl+tac": _CCL | _TAC,
+    "ms+swap": _SWAP,
+    "supervised": {"labels": "true"},
+}
+PHOTO_METHODS: dict[str, dict[str, Any]] = {
+    "zero_shot": _TRAINED["zero_shot"],
+    "zero_shot+whitened": {"steps": 0, "after": "whitened"},
+    **{f"{name}+projection": {**s, "after": "projection"} for name, s in _TRAINED.items()},
+    **{name: settings for name, settings in _TRAINED.items() if name != "zero_shot"},
+    "full": {**_TRAINED["ms+ccl+tac+swap"], "after": "projection", "guard": True},
+}
+RECIPES = ("drawings", "photographs")
 
 
 @dataclass(frozen=True)
@@ -60,6 +88,9 @@ class Config:
 
     dataset: str = "openemoji-busy"
     regime: str = "pretrained"
+    recipe: str = "drawings"  # photographs: the package's defaults
+    after: str = "none"  # fitted after training: projection, whitened (its whole alone)
+    guard: bool = False  # the network with the most mutual neighbours, the untrained one included
     method: str = "ms"
     split: str = "validation"
     seed: int = 0
@@ -120,14 +151,19 @@ class Config:
     stml_momentum: float = 0.999
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is none of {', '.join(METHODS)}")
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe={self.recipe!r} is none of {', '.join(RECIPES)}")
+        known = PHOTO_METHODS if self.recipe == "photographs" else METHODS
+        if self.method not in known:
+            raise ValueError(f"method={self.method!r} is none of {', '.join(known)}")
         if self.regime not in REGIMES:
             raise ValueError(f"regime={self.regime!r} is none of {', '.join(REGIMES)}")
 
     @property
     def resolved(self) -> "Config":
         """With every field that follows the regime or the data filled in."""
+        if self.recipe == "photographs":
+            return self._as_photographs()
         scratch = self.regime == "scratch"
         small = scratch or self.dataset == "glyphs"
         steps = (300 if scratch else 60) if self.steps < 0 else self.steps
@@ -147,6 +183,27 @@ class Config:
         }
         return replace(self, **filled)
 
+    def _as_photographs(self) -> "Config":
+        filled = {
+            "size": 96 if self.size < 0 else self.size,
+            "pooling": "backbone",
+            "attention": "border",
+            "embedding_dim": 512 if self.embedding_dim < 0 else self.embedding_dim,
+            "lr": PRETRAINED.learning_rate if self.lr < 0 else self.lr,
+            "num_clusters": "auto" if self.num_clusters == "classes" else self.num_clusters,
+            "warmup": max(0, self.warmup),
+        }
+        return replace(self, **filled)
+
+    def for_count(self, count: int) -> "Config":
+        """Return the configuration with steps that fit `count` images, where they are open."""
+        config = self.resolved
+        if config.recipe != "photographs":
+            return config
+        steps = PRETRAINED.steps(count) if config.steps < 0 else config.steps
+        recluster = max(1, -(-steps // 3)) if config.recluster < 0 else config.recluster
+        return replace(config, steps=steps, recluster=recluster)
+
     @property
     def key(self) -> str:
         """Sixteen hexadecimal digits that two runs share exactly if they are the same."""
@@ -155,8 +212,35 @@ class Config:
 
 
 def make(method: str, **changes: Any) -> Config:
-    """The configuration of a method by name, with changes."""
-    return Config(method=method, **{**METHODS.get(method, {}), **changes})
+    """Return the configuration of a method by name, with changes."""
+    photographs = changes.get("recipe") == "photographs"
+    settings = (PHOTO_METHODS if photographs else METHODS).get(method, {})
+    return Config(method=method, **{**settings, **changes})
+
+
+def of_one_training(config: Config) -> list[Config]:
+    """Return the configurations of photographs that share the training of `config`, itself first.
+
+    They differ in what is fitted afterwards and in the guard alone.
+    """
+    if config.recipe != "photographs":
+        return [config]
+
+    def trained(settings: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in settings.items() if k not in ("after", "guard")}
+
+    own = trained(PHOTO_METHODS[config.method])
+    others = [
+        replace(
+            config,
+            method=name,
+            after=settings.get("after", "none"),
+            guard=settings.get("guard", False),
+        )
+        for name, settings in PHOTO_METHODS.items()
+        if name != config.method and trained(settings) == own
+    ]
+    return [config, *others]
 
 
 def parse(settings: list[str]) -> dict[str, Any]:

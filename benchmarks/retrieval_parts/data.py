@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pml_tacl.datasets import Glyphs
 from pml_tacl.utils.files import written_whole
-from retrieval_parts import emoji, photos
+from retrieval_parts import emoji, folders, photos
 from retrieval_parts.backgrounds import background
 
 SPLITS = ("train", "validation", "test")
@@ -60,6 +60,8 @@ def load(
         ValueError: for an unknown name or split.
         FileNotFoundError: for photographs that are not there.
     """
+    if data_root is not None and name not in NAMES:
+        return _folder(name, split, size, cache, data_root)
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
     if name == "glyphs":
@@ -122,9 +124,22 @@ def _photographs(name: str, split: str, size: int, cache: Path, data_root: Path 
     if data_root is None:
         raise FileNotFoundError(f"dataset={name!r} needs --data-root with a folder {name}/")
     found = photos.listed(name, data_root, split)
-    key = hashlib.sha256(repr((_DRAWING, found.paths, size)).encode()).hexdigest()[:12]
-    path = cache / f"{name}-{split}-{size}-{key}.npz"
+    return _read_listed(found, f"{name}-{split}", size, cache)
+
+
+def _folder(name: str, split: str, size: int, cache: Path, data_root: Path) -> Pictures:
+    found = folders.listed(data_root / name, split)
+    return _read_listed(found, f"folder-{name}-{split}", size, cache)
+
+
+def _read_listed(
+    found: photos.Listed | folders.Listed, name: str, size: int, cache: Path
+) -> Pictures:
+    state = [(path, Path(path).stat().st_mtime_ns) for path in found.paths]
+    key = hashlib.sha256(repr((_DRAWING, state, size)).encode()).hexdigest()[:12]
+    path = cache / f"{name}-{size}-{key}.npz"
     if not path.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as file:
             np.savez(file, images=photos.read(found.paths, size))
     with np.load(path) as stored:

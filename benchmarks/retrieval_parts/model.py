@@ -25,6 +25,8 @@ def build(config: Config, cache: Path) -> AttentionEmbedder:
         "pooling": config.pooling,
         "feature_index": None if config.feature_index < 0 else config.feature_index,
     }
+    if config.recipe == "photographs":
+        del common["feature_index"]
     if config.regime == "scratch":
         name, kwargs = SMALL
         model = AttentionEmbedder(name, **common, **kwargs)

@@ -1,7 +1,9 @@
 """Runs a configuration once: results are files named by it."""
 
+import copy
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 
 from pml_tacl.cli import run_folder as runs
 from retrieval_parts import data
-from retrieval_parts.config import Config
+from retrieval_parts.config import Config, of_one_training
 from retrieval_parts.scoring import forget_peak, measure, peak_bytes
 from retrieval_parts.state import Training
 from retrieval_parts.training import train
@@ -50,7 +52,9 @@ def run(
     path = None if results is None else results / f"{config.key}.json"
     if path is not None and path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
-    pictures = load(config.dataset, "train", config.size, cache, config.limit, data_root)
+    photographs = config.recipe == "photographs" and config.dataset not in data.NAMES
+    train_split = "train-for-test" if photographs and config.split == "test" else "train"
+    pictures = load(config.dataset, train_split, config.size, cache, config.limit, data_root)
     measured = load(config.dataset, config.split, config.size, cache, config.limit, data_root)
     curve = []
 
@@ -65,20 +69,40 @@ def run(
     begin = time.perf_counter()
     training = train(config, pictures, cache, watch)
     seconds = time.perf_counter() - begin
-    result = {
-        "key": config.key,
-        "config": asdict(config),
-        "metrics": measure(training.result, measured, training.views.normalise),
-        "history": training.history,
-        "curve": curve,
-        "cost": {
-            "seconds": seconds,
-            "seconds_a_step": training.seconds_of_steps / max(1, config.steps),
-            "peak_bytes": peak_bytes(),
-            "threads": torch.get_num_threads(),
-        },
-        "versions": runs.versions(),
-    }
-    if path is not None:
-        runs.write_json(path, result)
-    return result
+    last = copy.deepcopy(training.model.state_dict())
+    found = []
+    for one in of_one_training(config):
+        model = training.result
+        model.load_state_dict(training.kept["state"] if one.guard and training.kept else last)
+        model.reset_projection()
+        if one.after != "none":
+            model.fit_projection(normalised(training, pictures), progress=False)
+        if one.after == "whitened":
+            model.embedder.projection.parts_basis.zero_()
+        result = {
+            "key": one.key,
+            "config": asdict(one),
+            "metrics": measure(model, measured, training.views.normalise),
+            "history": training.history,
+            "curve": curve,
+            "cost": {
+                "seconds": seconds,
+                "seconds_a_step": training.seconds_of_steps / max(1, training.config.steps),
+                "peak_bytes": peak_bytes(),
+                "threads": torch.get_num_threads(),
+            },
+            "versions": runs.versions(),
+        }
+        if one.guard and training.kept is not None:
+            result["kept"] = {key: training.kept[key] for key in ("step", "mutual")}
+        if results is not None:
+            runs.write_json(results / f"{one.key}.json", result)
+        found.append(result)
+    return found[0]
+
+
+def normalised(training: Training, pictures: data.Pictures) -> Iterator[torch.Tensor]:
+    """Yield all pictures as the network takes them."""
+    for part in pictures.images.split(128):
+        pixels = training.views.normalise(part.float() / 255)
+        yield pixels.contiguous(memory_format=torch.channels_last)

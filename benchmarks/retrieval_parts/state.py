@@ -37,6 +37,7 @@ class Training:
     centroids: Tensor | None = None
     embeddings: Tensor | None = None
     background: Tensor | None = None
+    kept: dict[str, Any] | None = None  # the guard's choice: step, criterion, state of the model
     step: int = 0
     losses: list[float] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -50,7 +51,7 @@ class Training:
 
 def start(config: Config, pictures: Pictures, cache: Path = DEFAULT_CACHE) -> Training:
     """A run before its first step; all randomness comes from the configuration's seed."""
-    config = config.resolved
+    config = config.for_count(len(pictures.images))
     model = build(config, cache)
     with torch.no_grad():
         probe = torch.zeros(1, 3, config.size, config.size)

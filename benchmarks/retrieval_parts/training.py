@@ -10,6 +10,7 @@ from retrieval_parts.batches import draw
 from retrieval_parts.clusters import recluster
 from retrieval_parts.config import Config
 from retrieval_parts.data import DEFAULT_CACHE, Pictures
+from retrieval_parts.guard import look
 from retrieval_parts.objective import Losses
 from retrieval_parts.state import Training, follow, start
 
@@ -45,6 +46,7 @@ def train(
     for run.step in range(config.steps):
         if _is_due(run):
             recluster(run, losses)
+            look(run, run.embeddings if run.centroids is not None else None)
             if watch is not None:
                 watch(run)
         begin = time.perf_counter()
@@ -62,6 +64,7 @@ def train(
         run.losses.append(float(loss.detach()))
         run.seconds_of_steps += time.perf_counter() - begin
     run.step = config.steps
+    look(run, None)
     if watch is not None:
         watch(run)
     return run

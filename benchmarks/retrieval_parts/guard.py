@@ -1,0 +1,33 @@
+"""The guard of the package: keep the network with the most mutual neighbours."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from pml_tacl.evaluation.label_free import mutual_neighbours
+from retrieval_parts.scoring import embed_pictures
+from retrieval_parts.state import Training
+
+
+@torch.no_grad()
+def look(run: Training, embeddings: Tensor | None) -> None:
+    """Compute the criterion, and keep the network if it is the best so far, the start included.
+
+    Args:
+        run: of photographs; nothing is done for others.
+        embeddings: (N, D) of the training images, where they are at hand.
+    """
+    config = run.config
+    if config.recipe != "photographs" or config.metric != "ms" or config.labels == "true":
+        return
+    if embeddings is None:
+        embeddings = embed_pictures(run.model, run.pictures.images, run.views.normalise)
+    found = mutual_neighbours(embeddings)
+    if run.history and run.history[-1]["step"] == run.step:
+        run.history[-1]["mutual"] = found
+    else:
+        run.history.append({"step": run.step, "mutual": found, "purity": float("nan")})
+    if run.kept is None or found > run.kept["mutual"]:
+        state = copy.deepcopy(run.model.state_dict())
+        run.kept = {"step": run.step, "mutual": found, "state": state}
