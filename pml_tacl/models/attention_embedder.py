@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -19,6 +19,7 @@ from pml_tacl.models.self_attention import self_attention_map
 from pml_tacl.models.trunk import Trunk
 from pml_tacl.models.weights import Pretrained, flat_tensors
 from pml_tacl.utils.checks import check_number
+from pml_tacl.utils.files import written_whole
 
 _FORMAT_VERSION = 2
 _Self = TypeVar("_Self", bound="AttentionEmbedder")
@@ -276,12 +277,10 @@ class AttentionEmbedder(nn.Module):
         except TypeError as error:
             raise ValueError(f"the arguments for timm can not be saved as json: {error}") from error
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: an interrupted save leaves the earlier model whole.
-        save_file(flat_tensors(self.state_dict()), folder / "model.safetensors.part")
-        (folder / "model.safetensors.part").replace(folder / "model.safetensors")
-        (folder / "config.json.part").write_text(text + "\n", encoding="utf-8")
-        (folder / "config.json.part").replace(folder / "config.json")
+        with written_whole(folder / "model.safetensors") as file:
+            file.write(save(flat_tensors(self.state_dict())))
+        with written_whole(folder / "config.json") as file:
+            file.write(f"{text}\n".encode())
         return folder
 
     @classmethod

@@ -1,5 +1,6 @@
 """What a trainer refuses before anything is computed."""
 
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,8 +9,11 @@ import torch
 
 from pml_tacl.clustering.kmeans import KMeansPseudoLabeler, _number_of_clusters
 from pml_tacl.utils.checks import check_count, check_number, is_number
+from pml_tacl.utils.errors import InputError
 
 _MINERS = {"tuple_miner", "attention_miner"}
+_LONGEST = 100  # a file's name is at most 255 bytes, and the type of the loss is in it too
+_TAKEN = ("total_loss", "id", "iteration")  # columns of their own
 
 
 def check_arguments(
@@ -89,6 +93,7 @@ def check_arguments(
         raise ValueError(
             f'loss_funcs must be a dict of at least one loss, as {{"metric_loss": loss}}, got {got}'
         )
+    check_loss_names(names)
     if unknown := set(miners) - _MINERS:
         raise ValueError(
             f"mining_funcs must be named tuple_miner or attention_miner, got {sorted(unknown)}"
@@ -107,6 +112,33 @@ def check_arguments(
                 "pictures"
             )
         check_clusters(int(clusters), batch_size, images_per_cluster)
+
+
+def check_loss_names(names: Iterable[Any]) -> None:
+    """Raise InputError for a name that cannot be that of a file, a table and a column of records.
+
+    Records, checkpoints and PML's own checks use the names as they are: a letter first, then
+    letters, digits and underscores, and no two that differ by case alone.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        wrong = ""
+        if not isinstance(name, str) or not name.isidentifier():
+            wrong = "must be letters, digits and underscores, and not begin with a digit"
+        elif len(name.encode()) > _LONGEST:
+            wrong = f"must be at most {_LONGEST} bytes long"
+        elif name.casefold() in _TAKEN or name.casefold().startswith("sqlite_"):
+            wrong = "is taken by the records"
+        if wrong:
+            shown = repr(name) if len(repr(name)) < _LONGEST else f"{name!r:.40}..."
+            raise InputError(f"loss_funcs: name {shown} {wrong}: give another, as metric_loss")
+        same = unicodedata.normalize("NFKC", name).casefold()
+        if same in seen:
+            raise InputError(
+                f"loss_funcs: names {seen[same]!r} and {name!r} differ by case alone, which their "
+                "records cannot tell apart: give another"
+            )
+        seen[same] = name
 
 
 def check_clusters(clusters: int, batch_size: int, images_per_cluster: int) -> None:
