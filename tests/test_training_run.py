@@ -10,6 +10,7 @@ from torch import nn
 from pml_tacl import AttentionEmbedder
 from pml_tacl.cli.run_folder import seed_everything
 from pml_tacl.cli.training_run import TrainingRun
+from pml_tacl.trainers._records import read_losses
 from tests.trainers.small import Pictures, make_model, make_trainer
 
 pytestmark = [
@@ -49,7 +50,10 @@ def test_it_is_tested_before_between_and_after(tmp_path):
     assert sorted(trainer.extra["recalls"]) == [0, 1, 3]
     assert rows == {"before": trainer.extra["recalls"][0], "after": trainer.extra["recalls"][3]}
     assert rows["before"] != rows["after"]
-    assert len(trainer.extra["history"]["total_loss"]) == 3
+    every = read_losses(tmp_path / "run" / "records" / "every_loss.csv")
+    assert set(every) == {*trainer.loss_funcs, "total_loss"}
+    assert [len(values) for values in every.values()] == [3] * 4
+    assert "history" not in trainer.extra
     written = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert {**written, **rows} == written
     assert written["config"] == {"seed": 0}

@@ -22,7 +22,7 @@ _SCALARS: tuple[tuple[Any, Any], ...] = (
     (np.floating, float),
     (np.complexfloating, complex),
     (np.str_, str.__str__),
-    (np.bytes_, bytes),
+    (np.bytes_, lambda value: bytes(value) or bytearray()),
 )
 _BITS = 2000  # of an integer that a checkpoint can hold
 _DEEPEST = 100
@@ -81,6 +81,8 @@ def as_json(value: Any, name: str = "content") -> Any:
 
 def _plain(value: Any, name: str, within: tuple[int, ...]) -> Any:
     kind = type(value)
+    if kind is bytes and not value:
+        return bytearray()  # equal, and read again, which the other is not
     if kind in _KEPT or kind in (float, str) or (kind is int and value.bit_length() <= _BITS):
         return value
     if isinstance(value, Tensor):
