@@ -2,13 +2,14 @@
 
 import copy
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.plain import plain
@@ -106,8 +107,11 @@ def load_parts(trainer: Any, state: dict[str, Any], schedules: dict[str, Any]) -
     others = [
         name
         for name, made in schedules["states"].items()
-        if repr(earlier.get(name, made)) != repr(made)
-        and not isinstance(trainer.lr_schedulers[name], ReduceLROnPlateau)
+        if not isinstance(schedule := trainer.lr_schedulers[name], ReduceLROnPlateau)
+        and (
+            repr(earlier.get(name, made)) != repr(made)
+            or _is_of_another_function(schedule, state["lr_schedulers"][name])
+        )
     ]
     for name, schedule in trainer.lr_schedulers.items():
         replayed = others and not isinstance(schedule, ReduceLROnPlateau)
@@ -162,6 +166,18 @@ def _load_optimizer(name: str, optimizer: Any, state: dict[str, Any]) -> None:
 
 def _groups(sizes: list[int]) -> str:
     return f"{sum(sizes)} parameters in {len(sizes)} group{'s' if len(sizes) > 1 else ''}"
+
+
+def _is_of_another_function(schedule: Any, state: dict[str, Any]) -> bool:
+    """Whether a LambdaLR, whose functions no state holds, would give another rate here."""
+    if not isinstance(schedule, LambdaLR):
+        return False
+    at = state["last_epoch"]
+    now = [
+        float(rate * function(at))
+        for rate, function in zip(state["base_lrs"], schedule.lr_lambdas, strict=True)
+    ]
+    return not all(map(math.isclose, now, map(float, state["_last_lr"])))
 
 
 def _replay(trainer: Any, epochs: int, iterations: int, others: list[str]) -> None:
