@@ -94,6 +94,15 @@ def test_tensors_keep_their_kind_and_share_no_class_of_others():
     assert torch.equal(read_back(plain(image)), torch.ones(3, 2, 2))
 
 
+def test_equal_states_are_equal_files():
+    files = []
+    for keys in (("rate", "rate"), ("rate", "".join(["ra", "te"]))):
+        file = io.BytesIO()
+        torch.save(plain({"a": {keys[0]: 1}, "b": {keys[1]: 2}}), file)
+        files.append(file.getvalue())
+    assert files[0] == files[1]
+
+
 def test_a_state_dict_stays_one():
     state = torch.nn.BatchNorm2d(2).state_dict()
     found = read_back(plain(state))

@@ -21,6 +21,7 @@ from pml_tacl.datasets.image_files import load_rgb
 from pml_tacl.evaluation import embed
 from pml_tacl.models import AttentionEmbedder
 from pml_tacl.search import PictureIndex
+from pml_tacl.trainers._records import read_losses
 from pml_tacl.trainers.checkpoint import checkpoints
 
 Curve = tuple[list[float], list[float]]
@@ -223,7 +224,8 @@ def _clusters(training: PictureSet, state: Mapping[str, Any], notes: list[str]) 
 
 
 def _losses(folder: Path, state: Mapping[str, Any]) -> dict[str, Curve]:
-    history = state.get("extra", {}).get("history")
+    history = read_losses(folder / "records" / "every_loss.csv")
+    history = history or state.get("extra", {}).get("history")  # of earlier versions
     if history:
         return {k: (list(range(1, len(v) + 1)), [float(x) for x in v]) for k, v in history.items()}
     rows = _read_csv(folder / "records" / "loss_histories.csv")

@@ -1,6 +1,7 @@
 """Values as files hold them: what is a number becomes a plain one, the rest is refused by name."""
 
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -128,6 +129,8 @@ def _mapping(value: Mapping[Any, Any], name: str, within: tuple[int, ...]) -> di
                 f"{name} has the key {key!r:.60} ({_named(type(key))}), which cannot be kept: give "
                 "a string or a number, each once"
             )
+        if type(simple) is str:  # equal keys are one, so that equal states are equal files
+            simple = sys.intern(simple)
         made[simple] = _plain(each, f"{name}[{simple!r}]", within)
     if isinstance(made, OrderedDict) and vars(value):  # a state_dict's versions of its modules
         vars(made).update({k: _plain(v, f"{name}.{k}", within) for k, v in vars(value).items()})
