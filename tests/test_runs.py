@@ -1,6 +1,8 @@
 import json
+import re
 import sqlite3
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,6 +223,19 @@ def test_faults_of_a_program_keep_their_traceback(wrong):
     with pytest.raises(Exception) as caught, runs.one_line_errors():  # noqa: PT011
         wrong()
     assert not isinstance(caught.value, SystemExit)
+
+
+def test_the_package_raises_its_own_errors():
+    """Others would end a script with a traceback."""
+    plain = r"raise (ValueError|TypeError|ImportError|FloatingPointError)\("
+    package = Path(runs.__file__).parents[1]
+    found = [
+        f"{path.relative_to(package)}: {line.strip()}"
+        for path in package.rglob("*.py")
+        for line in path.read_text("utf-8").splitlines()
+        if re.search(plain, line)
+    ]
+    assert found == []
 
 
 def test_a_full_disk_of_the_records_becomes_one_line():
