@@ -19,6 +19,7 @@ from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import Glyphs
 from pml_tacl.evaluation import embed
 from pml_tacl.functional import cross_image_attention
+from pml_tacl.utils.errors import InputError
 
 SIZE, SHOWN, NEIGHBOURS, ALIKE = 64, 8, 8, 5
 
@@ -33,7 +34,7 @@ def main() -> None:
     flags.add_debug(parser)
     args = parser.parse_args()
     if not 0 <= args.pair < SHOWN:
-        raise ValueError(f"pair must be from 0 to {SHOWN - 1}, got {args.pair}")
+        raise InputError(f"pair must be from 0 to {SHOWN - 1}, got {args.pair}")
     model = AttentionEmbedder.from_pretrained(args.run / "model")
     test = Glyphs("test", num_classes=args.classes, transform=model.transform(image_size=SIZE))
     pictures, labels = torch.from_numpy(test.images), torch.from_numpy(test.labels)

@@ -25,6 +25,7 @@ from pml_tacl.cli.queries import PictureList, query_paths
 from pml_tacl.datasets.image_files import load_rgb
 from pml_tacl.evaluation import embed
 from pml_tacl.search import PictureIndex
+from pml_tacl.utils.errors import InputError
 
 SHOWN = 20  # queries in the gallery
 SIDE = 224  # pixels of a picture in it, at most
@@ -73,13 +74,13 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out or args.run / "search.png"
     if args.k < 1 or out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"k must be at least 1 and out a .png, got {args.k} and {out}")
+        raise InputError(f"k must be at least 1 and out a .png, got {args.k} and {out}")
 
     config = runs.read_config(args.run)
     index = PictureIndex.load(args.run)
     index.root = args.images.absolute() if args.images else index.root
     if not index.root.is_dir():
-        raise ValueError(f"the indexed pictures are not in {index.root}: give --images FOLDER")
+        raise InputError(f"the indexed pictures are not in {index.root}: give --images FOLDER")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AttentionEmbedder.from_pretrained(args.run / "model")
     model = model.to(device, memory_format=torch.channels_last)

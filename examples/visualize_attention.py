@@ -20,6 +20,7 @@ from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import Glyphs, load_rgb
 from pml_tacl.functional import cross_image_attention
 from pml_tacl.models.preprocessing import as_seen
+from pml_tacl.utils.errors import InputError
 
 GLYPHS = {"split": "test", "num_classes": 3, "images_per_class": 3}
 MOVED = v2.RandomAffine((20, 20), (0.1, 0.1), fill=128)
@@ -37,7 +38,7 @@ def arguments() -> argparse.Namespace:
     flags.add_debug(parser)
     args = parser.parse_args()
     if len(args.pictures) == 1:
-        raise ValueError("pictures are compared with each other: give at least two")
+        raise InputError("pictures are compared with each other: give at least two")
     return args
 
 

@@ -5,6 +5,8 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from pml_tacl.utils.errors import InputError
+
 # Raised when data or training change so that earlier results no longer hold.
 RESULTS_VERSION = 2
 # The parts of the full method, as fields of Config: here alone their weights are set.
@@ -121,9 +123,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is none of {', '.join(METHODS)}")
+            raise InputError(f"method={self.method!r} is none of {', '.join(METHODS)}")
         if self.regime not in REGIMES:
-            raise ValueError(f"regime={self.regime!r} is none of {', '.join(REGIMES)}")
+            raise InputError(f"regime={self.regime!r} is none of {', '.join(REGIMES)}")
 
     @property
     def resolved(self) -> "Config":
@@ -170,11 +172,11 @@ def parse(settings: list[str]) -> dict[str, Any]:
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals or name not in types:
-            raise ValueError(f"{setting!r} must be one of {', '.join(types)}, =, and a value")
+            raise InputError(f"{setting!r} must be one of {', '.join(types)}, =, and a value")
         kind = types[name]
         if kind is bool:
             if value.lower() not in ("true", "false"):
-                raise ValueError(f"{name} must be true or false, got {value!r}")
+                raise InputError(f"{name} must be true or false, got {value!r}")
             found[name] = value.lower() == "true"
         else:
             found[name] = kind(value)  # type: ignore[operator]

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pml_tacl.datasets import Glyphs
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.files import written_whole
 from retrieval_parts import emoji, photos
 from retrieval_parts.backgrounds import background
@@ -61,7 +62,7 @@ def load(
         FileNotFoundError: for photographs that are not there.
     """
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+        raise InputError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
     if name == "glyphs":
         pictures = _glyphs(split, size, limit)
     elif name in DRAWN:
@@ -69,7 +70,7 @@ def load(
     elif name in photos.PHOTOS:
         pictures = _photographs(name, split, size, cache, data_root)
     else:
-        raise ValueError(f"dataset={name!r} is none of {', '.join(NAMES)}")
+        raise InputError(f"dataset={name!r} is none of {', '.join(NAMES)}")
     if limit is None:
         return pictures
     kept = pictures.labels < limit

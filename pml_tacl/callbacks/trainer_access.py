@@ -10,6 +10,7 @@ from pml_tacl.clustering import pseudo_labels_from
 from pml_tacl.evaluation.mutual_information import adjusted_mutual_information
 from pml_tacl.trainers._restoring import PARTS, load_module, unchanged_on_error
 from pml_tacl.trainers.checkpoint import checkpoints
+from pml_tacl.utils.errors import InputError, InputTypeError
 from pml_tacl.utils.files import written_whole
 from pml_tacl.utils.plain import plain
 
@@ -98,7 +99,7 @@ def restore(trainer: Any, folder: str | Path) -> int:
     for part in PARTS:
         mine = getattr(trainer, part) or {}
         if set(mine) != set(state[part]):
-            raise ValueError(
+            raise InputError(
                 f"{there[-1]} holds {part} {sorted(state[part])} and the trainer has "
                 f"{sorted(mine)}: restore into the same"
             )
@@ -157,7 +158,7 @@ CRITERIA = {"stability": stability, "separation": separation}
 
 def _pseudo_labels(trainer: Any) -> tuple[Tensor, Tensor | None]:
     if not isinstance(getattr(trainer, "labels", None), Tensor):
-        raise TypeError(
+        raise InputTypeError(
             f"{type(trainer).__name__} has no pseudo-labels to judge: give EarlyStopping a function"
         )
     return trainer.labels, trainer.centroids

@@ -174,7 +174,7 @@ def check_same(what: str, values: Iterable[Any], remedy: str) -> None:
         distributed.all_gather(list(all_of_them.unbind()), own)
     other = (all_of_them != all_of_them[0]).any(dim=1).nonzero().flatten().tolist()
     if other:
-        raise ValueError(
+        raise InputError(
             f"{what} of process{'es' if len(other) > 1 else ''} {', '.join(map(str, other))} "
             f"differ from process 0's: {remedy}"
         )

@@ -23,6 +23,7 @@ from pml_tacl.models import AttentionEmbedder
 from pml_tacl.search import PictureIndex
 from pml_tacl.trainers._records import read_losses
 from pml_tacl.trainers.checkpoint import checkpoints
+from pml_tacl.utils.errors import InputError
 
 Curve = tuple[list[float], list[float]]
 GLYPH_SIDE = 64  # pixels, of the quickstart's pictures
@@ -99,11 +100,11 @@ def read_run(
     try:
         content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"{folder} holds no readable metrics.json: give a training that has ended"
         ) from error
     if "images" not in config and "root" in config:
-        raise ValueError(
+        raise InputError(
             f"{folder} is a training on {config['root']}, which no report is made of: give a run "
             "of quickstart.py or train_folder.py"
         )
