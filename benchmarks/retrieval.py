@@ -25,6 +25,7 @@ from retrieval_parts.page import write
 from retrieval_parts.running import run
 
 from pml_tacl.cli import run_folder as runs
+from pml_tacl.utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,7 +46,7 @@ def main() -> None:
     elif args.command == "run":
         config = make(args.method, **parse(args.settings))
         if config.split == "test":
-            raise ValueError(
+            raise InputError(
                 "split=test is measured by the command all, once: choose on validation"
             )
         common = {"data_root": args.data_root, "verbose": True, "watch_split": args.watch}

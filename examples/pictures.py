@@ -14,10 +14,12 @@ from torchvision.transforms import v2
 
 from pml_tacl import AttentionEmbedder, SiameseTransform
 from pml_tacl import visualize as vis
+from pml_tacl.cli import flags
 from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import Glyphs
 from pml_tacl.evaluation import embed
 from pml_tacl.functional import cross_image_attention
+from pml_tacl.utils.errors import InputError
 
 SIZE, SHOWN, NEIGHBOURS, ALIKE = 64, 8, 8, 5
 
@@ -29,9 +31,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder for them")
     parser.add_argument("--classes", type=int, help="characters to search among (default: all)")
     parser.add_argument("--pair", type=int, default=5, help="which of the shown is in pair.png")
+    flags.add_debug(parser)
     args = parser.parse_args()
     if not 0 <= args.pair < SHOWN:
-        raise ValueError(f"pair must be from 0 to {SHOWN - 1}, got {args.pair}")
+        raise InputError(f"pair must be from 0 to {SHOWN - 1}, got {args.pair}")
     model = AttentionEmbedder.from_pretrained(args.run / "model")
     test = Glyphs("test", num_classes=args.classes, transform=model.transform(image_size=SIZE))
     pictures, labels = torch.from_numpy(test.images), torch.from_numpy(test.labels)

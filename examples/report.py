@@ -10,6 +10,7 @@ embeddings to zoom into.
 import argparse
 from pathlib import Path
 
+from pml_tacl.cli import flags
 from pml_tacl.cli import run_folder as runs
 from pml_tacl.report import write_report
 
@@ -26,6 +27,7 @@ def main() -> None:
     add("--clusters", type=int, default=4, help="of each kind to show (default: %(default)s)")
     add("--points", type=int, default=4000, help="on the map at most (default: %(default)s)")
     add("--seed", type=int, default=0, help="of what is drawn at random, and of the map")
+    flags.add_debug(parser)
     args = parser.parse_args()
     path = write_report(
         args.run,

@@ -19,11 +19,13 @@ from PIL import Image
 
 from pml_tacl import AttentionEmbedder
 from pml_tacl import visualize as vis
+from pml_tacl.cli import flags
 from pml_tacl.cli import run_folder as runs
 from pml_tacl.cli.queries import PictureList, query_paths
 from pml_tacl.datasets.image_files import load_rgb
 from pml_tacl.evaluation import embed
 from pml_tacl.search import PictureIndex
+from pml_tacl.utils.errors import InputError
 
 SHOWN = 20  # queries in the gallery
 SIDE = 224  # pixels of a picture in it, at most
@@ -33,6 +35,18 @@ def thumbnail(path: Path) -> Image.Image:
     image = load_rgb(path)
     image.thumbnail((SIDE, SIDE))
     return image
+
+
+def thumbnails(paths: list[Path], gone: set[Path]) -> list[Image.Image]:
+    """Of indexed pictures: grey, and added to ``gone``, where one can no longer be read."""
+    images = []
+    for path in paths:
+        try:
+            images.append(thumbnail(path))
+        except OSError:
+            gone.add(path)
+            images.append(Image.new("RGB", (SIDE, SIDE), "grey"))
+    return images
 
 
 def update(index: PictureIndex, model: AttentionEmbedder, transform: Callable) -> None:
@@ -56,16 +70,17 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help="first index what is new or changed")
     parser.add_argument("--out", type=Path, help="the gallery (default: RUN/search.png)")
     parser.add_argument("--images", type=Path, help="where the indexed pictures are, if moved")
+    flags.add_debug(parser)
     args = parser.parse_args()
     out = args.out or args.run / "search.png"
     if args.k < 1 or out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"k must be at least 1 and out a .png, got {args.k} and {out}")
+        raise InputError(f"k must be at least 1 and out a .png, got {args.k} and {out}")
 
     config = runs.read_config(args.run)
     index = PictureIndex.load(args.run)
     index.root = args.images.absolute() if args.images else index.root
     if not index.root.is_dir():
-        raise ValueError(f"the indexed pictures are not in {index.root}: give --images FOLDER")
+        raise InputError(f"the indexed pictures are not in {index.root}: give --images FOLDER")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AttentionEmbedder.from_pretrained(args.run / "model")
     model = model.to(device, memory_format=torch.channels_last)
@@ -84,13 +99,17 @@ def main() -> None:
         print(f"{query}\n{'rank':>4}  similarity  picture")
         for rank, (value, row) in enumerate(zip(values, found, strict=True), 1):
             print(f"{rank:4}  {value:10.4f}  {index.files[row]}")
+    gone: set[Path] = set()
     figure = vis.retrieval_gallery(
         queries,
-        [[thumbnail(path) for path in index.paths(found)] for found in rows[:SHOWN]],
+        [thumbnails(index.paths(found), gone) for found in rows[:SHOWN]],
         distances=similarities[:SHOWN],
         captions=[[index.files[row] for row in found] for found in rows[:SHOWN]],
     )
     vis.save_figure(figure, out)
+    if gone:
+        named = f"{min(gone)} and {len(gone) - 1} more are" if len(gone) > 1 else f"{min(gone)} is"
+        print(f"{named} indexed and can no longer be read: give --update", file=sys.stderr)
     print(f"gallery of {min(SHOWN, len(asked))} of {len(asked)} queries: {out}")
 
 

@@ -85,6 +85,7 @@ def main(benchmark, settings: dict, description: str) -> None:
         amp_dtype=torch.bfloat16 if device.type == "cuda" else None,
         lr_schedulers={"trunk_scheduler_by_epoch": cosine}, dataloader_num_workers=args.workers,
     )  # fmt: skip
-    run.open(flags.settings_of(args))
+    # Where a run goes on, the data set may lie elsewhere, and more epochs may follow.
+    run.open(flags.settings_of(args), free=("epochs", "root", "weights"))
     rows = run.train(trainer, args.epochs, measure)
     print(f"\n{runs.metrics_table(rows)}\n\nper cent; metrics and model: {args.run}")

@@ -7,7 +7,7 @@ Writes runs/folder/: the model, embeddings.npy, files.json and index.faiss for s
 metrics.json, figures, records, and a checkpoint of each epoch. Trains on GPUs if there are some.
 """
 
-import hashlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,13 +92,15 @@ def main() -> None:
         return evaluate_together(model, labelled, num_workers=args.workers) if labelled else {}
 
     config = {**flags.settings_of(args), "image_size": size, "num_clusters": clusters}
-    names = pictures.names
-    config["pictures"] = hashlib.sha256(repr(names).encode("utf-8", "replace")).hexdigest()
-    run.open(config)
+    for name, files in (("pictures", pictures), ("eval_pictures", labelled)):
+        if files:  # the same ones may lie elsewhere when a run goes on
+            digest = partial(runs.digest_of, files.names, files.paths)
+            config[name] = on_first(digest, "reading the pictures")
+    run.open(config, free=("epochs", "images", "eval_folder", "weights"))
     rows = run.train(trainer, args.epochs, measure)
     found = embed_together(model, seen, num_workers=args.workers)
     if is_first():
-        PictureIndex(found[0], names, pictures.root).save(run.folder)
+        PictureIndex(found[0], pictures.names, pictures.root).save(run.folder)
         run.draw(model, seen, found[0])
         if labelled:
             print(f"\n{runs.metrics_table(rows)}\n\nper cent, on {args.eval_folder}")

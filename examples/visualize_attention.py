@@ -15,10 +15,12 @@ from torchvision.transforms import v2
 
 from pml_tacl import AttentionEmbedder, SiameseTransform
 from pml_tacl import visualize as vis
+from pml_tacl.cli import flags
 from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import Glyphs, load_rgb
 from pml_tacl.functional import cross_image_attention
 from pml_tacl.models.preprocessing import as_seen
+from pml_tacl.utils.errors import InputError
 
 GLYPHS = {"split": "test", "num_classes": 3, "images_per_class": 3}
 MOVED = v2.RandomAffine((20, 20), (0.1, 0.1), fill=128)
@@ -33,9 +35,10 @@ def arguments() -> argparse.Namespace:
     add("--weights", help="local file of the backbone's weights, or none")
     add("--size", type=int, default=64, help="pixels that the model looks at (default: 64)")
     add("--out", type=Path, default=Path("runs/attention"), help="folder for the figures")
+    flags.add_debug(parser)
     args = parser.parse_args()
     if len(args.pictures) == 1:
-        raise ValueError("pictures are compared with each other: give at least two")
+        raise InputError("pictures are compared with each other: give at least two")
     return args
 
 

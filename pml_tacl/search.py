@@ -14,6 +14,7 @@ from pml_tacl.clustering.unit_embeddings import Embeddings, FloatArray, IntArray
 from pml_tacl.datasets.image_files import ImageFiles
 from pml_tacl.utils.checks import check_count
 from pml_tacl.utils.copies import first_copies
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.files import written_whole
 
 # Up to here a look at every picture takes hundredths of a second: a graph would win nothing.
@@ -80,7 +81,7 @@ class PictureIndex:
         kind: str = "auto",
     ) -> None:
         if kind not in _KINDS:
-            raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
+            raise InputError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
         unit = _checked(embeddings, files)
         self._set(*_build(unit, _chosen(kind, len(unit))), files, root, kind)
         self._stamps = [_stamp(self.root / file) for file in files]
@@ -164,7 +165,7 @@ class PictureIndex:
         if not rows:
             there = sorted({file.rpartition("/")[0] or "." for file in self.files})
             named = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
-            raise ValueError(f"folder={folder!r} holds no indexed picture; there are {named}")
+            raise InputError(f"folder={folder!r} holds no indexed picture; there are {named}")
         return np.array(rows, dtype=np.int64)
 
     def paths(self, rows: Sequence[int] | IntArray) -> list[Path]:
@@ -219,12 +220,12 @@ class PictureIndex:
         """
         gone = set(files)
         if unknown := sorted(gone - set(self.files)):
-            raise ValueError(f"files: {unknown[0]!r} is not in the index")
+            raise InputError(f"files: {unknown[0]!r} is not in the index")
         if not gone:
             return
         kept = np.flatnonzero([file not in gone for file in self.files])
         if not len(kept):
-            raise ValueError("files are all that the index holds: delete the index instead")
+            raise InputError("files are all that the index holds: delete the index instead")
         kind = _chosen(self._asked, len(kept))
         self._index, self._entries = _build(self.embeddings[kept], kind)
         self.files = [self.files[row] for row in kept]
@@ -269,14 +270,14 @@ class PictureIndex:
             stamps = listed.get("stamps", [None] * len(files))
             entries = np.array(listed.get("entries", range(len(files))), dtype=np.int64)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / _FILES} is no list of pictures: {error}") from error
+            raise InputError(f"{folder / _FILES} is no list of pictures: {error}") from error
         try:
             index = faiss.read_index(str(folder / _INDEX))
         except RuntimeError as error:
-            raise ValueError(f"{folder / _INDEX} is no index of faiss's, or damaged") from error
+            raise InputError(f"{folder / _INDEX} is no index of faiss's, or damaged") from error
         known = np.array_equal(np.unique(entries), np.arange(index.ntotal))
         if not known or not len(entries) == len(files) == len(stamps):
-            raise ValueError(
+            raise InputError(
                 f"{folder} holds {index.ntotal} embeddings in {_INDEX} and {len(files)} pictures "
                 f"in {_FILES}: they are of two runs, train and index again"
             )
@@ -299,7 +300,7 @@ class PictureIndex:
 
     def _check_dim(self, unit: UnitRows) -> None:
         if unit.dim != self._index.d:
-            raise ValueError(
+            raise InputError(
                 f"embeddings have {unit.dim} dimensions and the index {self._index.d}: embed the "
                 "queries with the model that made the index"
             )
@@ -308,9 +309,9 @@ class PictureIndex:
 def _checked(embeddings: Embeddings, files: Sequence[str]) -> UnitRows:
     unit = UnitRows("embeddings", embeddings, _CHUNK)
     if len(files) != len(unit):
-        raise ValueError(f"files must be as many as embeddings, {len(unit)}, got {len(files)}")
+        raise InputError(f"files must be as many as embeddings, {len(unit)}, got {len(files)}")
     if len(set(files)) != len(files):
-        raise ValueError("files must hold each picture once, and holds some twice")
+        raise InputError("files must hold each picture once, and holds some twice")
     return unit
 
 

@@ -3,8 +3,11 @@
 import importlib.util
 import json
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -341,11 +344,41 @@ def test_a_run_is_not_mixed_with_another(few, unbroken, pictures):
     run = ["--run", unbroken.run]
     found = failure("train_folder", few, *run, *unbroken.settings)
     assert "holds another run: give --resume (resume=True) to go on with it" in found
-    found = failure("train_folder", few, *run, *unbroken.settings, "--resume", "--epochs=4")
-    assert "begun with other settings (epochs): resume with the same" in found
+    found = failure("train_folder", few, *run, *unbroken.settings, "--resume", "--seed=4")
+    assert "begun with other settings (seed): resume with the same (seed=0), or give" in found
     found = failure("train_folder", pictures, *run, *unbroken.settings, "--resume")
-    assert "begun with other settings (images, num_clusters, pictures)" in found
+    assert "begun with other settings (num_clusters, pictures)" in found
     assert contents(unbroken.run) == unbroken.files
+
+
+def test_more_epochs_and_moved_pictures_go_on(few, labelled, unbroken, tmp_path):
+    run, moved, tested = (tmp_path / name for name in ("run", "moved", "tested"))
+    shutil.copytree(unbroken.run, run)
+    shutil.copytree(few, moved)
+    shutil.copytree(labelled, tested)
+    settings = [*unbroken.settings[:-1], tested, "--epochs=5", "--resume"]
+    run_example("train_folder", moved, "--run", run, *settings)
+    config = json.loads((run / "run.json").read_text())
+    assert (config["epochs"], config["images"]) == (5, str(moved))
+    assert json.loads((run / "files.json").read_text())["root"] == str(moved)
+    with closing(sqlite3.connect(run / "records" / "logs.db")) as base:
+        rates = [row[0] for row in base.execute("SELECT lr FROM trunk_optimizer_AdamW")]
+    assert len(rates) == 5
+    # The schedule is that of five epochs from the fourth on, and ends as one does.
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 1e-3)
+    steps = len(ImageFiles(few, progress=False)) // 8
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=5 * steps + 1)
+    made = []
+    for _ in range(5 * steps):
+        made.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[3:] == pytest.approx([made[3 * steps], made[4 * steps]])
+    shifted = moved / "level 0" / "000 of floats.tif"
+    Image.new("RGB", (40, 50), "red").save(shifted)
+    found = failure("train_folder", moved, "--run", run, *settings)
+    assert "begun with other settings (pictures): resume with the same, or give" in found
+    assert "--overwrite" not in found
 
 
 def test_overwriting_replaces_the_whole_run(few, tmp_path):

@@ -26,6 +26,7 @@ def parse(*arguments, config=CONFIG, **own):
 def test_without_flags_all_is_as_the_script_says():
     args = parse()
     said = {**CONFIG, "run": Path("runs/it"), "weights": True, "resume": False, "overwrite": False}
+    said["debug"] = False
     assert vars(args) == said
     assert args.loss_weights is CONFIG["loss_weights"]
 
@@ -45,6 +46,7 @@ def test_without_flags_all_is_as_the_script_says():
         ("--run=elsewhere", "run", Path("elsewhere")),
         ("--resume", "resume", True),
         ("--overwrite", "overwrite", True),
+        ("--debug", "debug", True),
     ],
 )
 def test_a_flag_changes_its_setting_alone(flag, name, value):
@@ -109,7 +111,9 @@ def test_settings_are_what_a_run_is_begun_with(tmp_path, monkeypatch):
     assert json.loads(json.dumps(settings)) == settings
 
 
-@pytest.mark.parametrize("flag", ["--workers=0", "--strict", "--resume", "--run=runs/../runs/it"])
+@pytest.mark.parametrize(
+    "flag", ["--workers=0", "--strict", "--resume", "--debug", "--run=runs/../runs/it"]
+)
 def test_a_run_goes_on_with_what_changes_nothing_of_it(flag):
     assert flags.settings_of(parse(flag)) == flags.settings_of(parse())
 

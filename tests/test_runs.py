@@ -1,11 +1,15 @@
 import json
+import re
+import sqlite3
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from pml_tacl.cli import run_folder as runs
+from pml_tacl.utils import errors
 from pml_tacl.utils.files import written_whole
 
 
@@ -24,8 +28,12 @@ def test_another_run_is_refused_and_left_whole(tmp_path):
     before = contents(tmp_path)
     with pytest.raises(ValueError, match="holds another run: give --resume"):
         runs.open_run(folder, {"epochs": 3})
-    with pytest.raises(ValueError, match=r"begun with other settings \(epochs\)"):
+    with pytest.raises(
+        ValueError, match=r"other settings \(epochs\): resume with the same"
+    ) as told:
         runs.open_run(folder, {"epochs": 4}, resume=True)
+    assert "(epochs=3)" in str(told.value)
+    assert "overwrite" not in str(told.value)
     with pytest.raises(ValueError, match="exclude each other"):
         runs.open_run(folder, {"epochs": 3}, resume=True, overwrite=True)
     assert contents(tmp_path) == before
@@ -111,6 +119,57 @@ def test_a_value_that_is_not_json_leaves_the_earlier_file(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_json_has_no_nan_and_numbers_of_numpy_are_numbers(tmp_path):
+    path = tmp_path / "metrics.json"
+    content = {"a": float("nan"), "b": [np.float32(0.5), -np.inf], "c": np.int64(3)}
+    runs.write_json(path, content | {"d": np.bool_(True), "é": "\udcff", "e": (1, None)})
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    found = json.loads(path.read_text("utf-8"), parse_constant=refuse)
+    expected = {"a": None, "b": [0.5, None], "c": 3, "d": True, "é": "\udcff", "e": [1, None]}
+    assert found == expected
+
+
+def test_a_config_that_cannot_be_kept_deletes_nothing(tmp_path):
+    folder = runs.open_run(tmp_path / "run", {"rate": np.float32(0.5), "size": np.int64(3)})
+    assert runs.read_config(folder) == {"rate": 0.5, "size": 3}
+    before = contents(tmp_path)
+    with pytest.raises(TypeError, match=r"config\['loss'\] is of a type that cannot .* \(object\)"):
+        runs.open_run(folder, {"loss": object()}, overwrite=True)
+    assert contents(tmp_path) == before
+    assert runs.open_run(folder, {"rate": np.float64(0.5), "size": 3}, resume=True) == folder
+
+
+def test_settings_that_are_free_may_change_and_are_kept(tmp_path):
+    folder = runs.open_run(tmp_path / "run", {"epochs": 3, "seed": 0, "images": "/old"})
+    asked = {"epochs": 9, "seed": 0, "images": "/new"}
+    runs.open_run(folder, asked, resume=True, free=("epochs", "images"))
+    assert runs.read_config(folder) == asked
+    with pytest.raises(
+        ValueError, match=r"other settings \(seed\): resume with the same \(seed=0\)"
+    ):
+        runs.open_run(folder, asked | {"seed": 1}, resume=True, free=("epochs", "images"))
+    assert runs.read_config(folder) == asked
+
+
+def test_a_digest_is_of_names_and_content_wherever_they_lie(tmp_path):
+    names = ["a.png", "b.png"]
+    for folder, middle in (("one", b"x"), ("moved", b"x"), ("other", b"y"), ("late", b"x")):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_bytes(b"same" + middle + bytes(200_000))
+    (tmp_path / "late" / "b.png").write_bytes(b"samex" + bytes(199_999) + b"z")
+
+    def digest(folder, names=names, files=None):
+        return runs.digest_of(names, [tmp_path / folder / name for name in files or names])
+
+    assert digest("one") == digest("moved")
+    others = [digest("other"), digest("late"), digest("one", ["a.png", "c.png"], names)]
+    assert len({digest("one"), *others}) == 4
+
+
 def test_the_table_has_a_row_for_each_result():
     table = runs.metrics_table(
         {
@@ -127,16 +186,65 @@ def test_the_table_has_a_row_for_each_result():
     assert len({len(line) for line in (header, raw, after, again)}) == 1
 
 
-@pytest.mark.parametrize("error", [ValueError, OSError, TypeError, FloatingPointError])
-def test_errors_become_one_line(error):
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.InputError,
+        errors.InputTypeError,
+        errors.DivergedError,
+        errors.MissingPackageError,
+        OSError,
+        PermissionError,
+    ],
+)
+def test_errors_that_a_user_can_mend_become_one_line(error, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script"])
     with pytest.raises(SystemExit) as stop, runs.one_line_errors():
         raise error("first line\n  second line")
     assert stop.value.code == "error: first line second line"
+    monkeypatch.setattr("sys.argv", ["script", "--debug"])
+    with pytest.raises(error, match="first line\n  second line"), runs.one_line_errors():
+        raise error("first line\n  second line")
 
 
-def test_bugs_keep_their_traceback_and_interrupts_their_code():
-    with pytest.raises(RuntimeError), runs.one_line_errors():
-        raise RuntimeError
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: int("x"),
+        lambda: None + 1,
+        lambda: [][1],
+        lambda: torch.ones(2) @ torch.ones(3),
+        lambda: np.ones(2) + np.ones(3),
+        lambda: __import__("pml_tacl.nothing"),
+        lambda: sqlite3.connect(":memory:").execute("SELECT no such table"),
+    ],
+)
+def test_faults_of_a_program_keep_their_traceback(wrong):
+    with pytest.raises(Exception) as caught, runs.one_line_errors():  # noqa: PT011
+        wrong()
+    assert not isinstance(caught.value, SystemExit)
+
+
+def test_the_package_raises_its_own_errors():
+    """Others would end a script with a traceback."""
+    plain = r"raise (ValueError|TypeError|ImportError|FloatingPointError)\("
+    package = Path(runs.__file__).parents[1]
+    found = [
+        f"{path.relative_to(package)}: {line.strip()}"
+        for path in package.rglob("*.py")
+        for line in path.read_text("utf-8").splitlines()
+        if re.search(plain, line)
+    ]
+    assert found == []
+
+
+def test_a_full_disk_of_the_records_becomes_one_line():
+    with pytest.raises(SystemExit) as stop, runs.one_line_errors():
+        raise sqlite3.OperationalError("database or disk is full")
+    assert stop.value.code == "error: database or disk is full"
+
+
+def test_interrupts_keep_their_code():
     with pytest.raises(SystemExit) as stop, runs.one_line_errors():
         raise KeyboardInterrupt
     assert stop.value.code == 130

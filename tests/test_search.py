@@ -2,6 +2,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -290,6 +291,24 @@ def test_the_script_reads_a_pipe_and_keeps_to_a_folder(run):
     printed = search(run, "-", "-k", "2", "--folder", "b", piped=picture.read_bytes())
     assert printed.splitlines()[2].split() == ["1", "1.0000", "b/3.png"]
     assert printed.splitlines()[3].split()[2].startswith("b/")
+
+
+def test_the_script_finds_what_is_left_where_an_indexed_picture_is_gone(run, tmp_path, capsys,
+                                                                        monkeypatch):  # fmt: skip
+    here = tmp_path / "here"
+    shutil.copytree(run, here)
+    (here / "pictures" / "b" / "1.png").unlink()
+    arguments = [here / "run", here / "pictures" / "b" / "3.png", "--images", here / "pictures"]
+    monkeypatch.setattr(sys, "argv", ["search.py", *map(str, arguments), "--out", "out.png"])
+    monkeypatch.chdir(here)
+    runpy.run_path(str(SEARCH), run_name="__main__")
+    printed = capsys.readouterr()
+    assert len([line for line in printed.out.splitlines() if line.endswith(".png")]) == 8
+    gone = here / "pictures" / "b" / "1.png"
+    assert printed.err.splitlines()[-1] == (
+        f"{gone} is indexed and can no longer be read: give --update"
+    )
+    assert (here / "out.png").is_file()
 
 
 def test_the_script_updates_the_index(run, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,6 +11,7 @@ from torch import nn
 from pml_tacl import AttentionEmbedder
 from pml_tacl.cli.run_folder import seed_everything
 from pml_tacl.cli.training_run import TrainingRun
+from pml_tacl.trainers._records import LossesFile, read_losses
 from tests.trainers.small import Pictures, make_model, make_trainer
 
 pytestmark = [
@@ -49,7 +51,10 @@ def test_it_is_tested_before_between_and_after(tmp_path):
     assert sorted(trainer.extra["recalls"]) == [0, 1, 3]
     assert rows == {"before": trainer.extra["recalls"][0], "after": trainer.extra["recalls"][3]}
     assert rows["before"] != rows["after"]
-    assert len(trainer.extra["history"]["total_loss"]) == 3
+    every = read_losses(tmp_path / "run" / "records" / "every_loss.csv")
+    assert set(every) == {*trainer.loss_funcs, "total_loss"}
+    assert [len(values) for values in every.values()] == [3] * 4
+    assert "history" not in trainer.extra
     written = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert {**written, **rows} == written
     assert written["config"] == {"seed": 0}
@@ -182,6 +187,147 @@ def test_pictures_are_drawn_beside_their_nearest(tmp_path, monkeypatch, count, w
     for name in ("gallery", "attention"):
         with Image.open(run.folder / f"{name}.png") as picture:
             picture.verify()
+
+
+def begun(folder, test, epochs=2, resume=False, **kwargs):
+    """A run with a test of its own, and its trainer."""
+    seed_everything(0)
+    run = TrainingRun(folder, resume=resume)
+    run.open({"seed": 0})
+    trainer = make_trainer(iterations_per_epoch=1, **kwargs)
+    return run, trainer, lambda: run.train(trainer, epochs, test, test_epochs=(1,))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.float64(0.5), np.array(0.5), torch.tensor(0.5)],
+)
+def test_metrics_may_be_of_numpy_or_tensors(tmp_path, value):
+    *_, go = begun(tmp_path / "run", lambda epoch: {"recall_at_1": value})
+    assert go() == {"before": {"recall_at_1": 0.5}, "after": {"recall_at_1": 0.5}}
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["after"] == {"recall_at_1": 0.5}
+    _, trainer, go = begun(tmp_path / "run", None, resume=True)
+    assert go()["after"] == {"recall_at_1": 0.5}
+    assert trainer.extra["recalls"] == {epoch: {"recall_at_1": 0.5} for epoch in (0, 1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"recall_at_1": "high"}, r"test\(0\)\['recall_at_1'\] must be a number, got str: 'high'"),
+        (
+            {"recall_at_1": np.ones(3)},
+            r"test\(0\)\['recall_at_1'\] must be one number, got .*\(3,\)",
+        ),
+        ({"recall_at_1": None}, r"test\(0\)\['recall_at_1'\] must be a number, got NoneType"),
+        ({1: 0.5}, r"test\(0\) must name its metrics by strings, got 1"),
+        (0.5, r"test\(0\) must give a dict of metrics by name, got float"),
+        (None, r"test\(0\) must give a dict of metrics by name, got NoneType"),
+    ],
+)
+def test_what_is_no_metric_is_refused_before_the_first_epoch(tmp_path, found, message):
+    _, trainer, go = begun(tmp_path / "run", lambda epoch: found)
+    with pytest.raises(TypeError, match=message):
+        go()
+    assert trainer.epoch == 0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_cannot_be_measured_is_told_at_once_and_costs_nothing(tmp_path, caplog):
+    nan = float("nan")
+    *_, go = begun(tmp_path / "run", lambda epoch: {"recall_at_1": nan, "NMI": np.float32(0.5)})
+    assert go() == {"before": {"NMI": 0.5}, "after": {"NMI": 0.5}}
+    assert "test(0) could not measure recall_at_1 (NaN): recall needs classes of two" in caplog.text
+    text = (tmp_path / "run" / "metrics.json").read_text()
+    assert "NaN" not in text
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"model", "curves.png"}
+
+
+@pytest.mark.parametrize("name", ["training_curves", "recall_curve", "save_figure"])
+def test_a_curve_that_cannot_be_drawn_costs_nothing(tmp_path, monkeypatch, caplog, name):
+    from pml_tacl import visualize
+
+    def fail(*_, **__):
+        seen.extend(path.name for path in (tmp_path / "run").iterdir())
+        raise RuntimeError("no\nfont")
+
+    seen = []
+    monkeypatch.setattr(visualize, name, fail)
+    *_, go = begun(tmp_path / "run", lambda epoch: {"recall_at_1": 0.5, "loss": 7.0})
+    assert go()["after"] == {"recall_at_1": 0.5, "loss": 7.0}
+    assert "png not drawn: RuntimeError: no font" in caplog.text
+    assert {"model", "metrics.json", "checkpoints", "records"} <= set(seen)  # before any curve
+
+
+def test_a_gallery_that_cannot_be_drawn_costs_nothing(tmp_path, caplog):
+    run, model = TrainingRun(tmp_path / "run"), make_model()
+    run.open({})
+    items = [(torch.zeros(3, 32, 32), 0)]  # two embeddings, and a picture that is gone
+    run.draw(model, items, nn.functional.normalize(torch.rand(2, 2)))
+    assert "attention.png and gallery.png not drawn: IndexError: list index out of" in caplog.text
+
+
+def test_a_last_test_that_fails_loses_neither_model_nor_epoch(tmp_path):
+    def test(epoch):
+        if epoch == 2 and not mended:
+            raise OSError("gone")
+        return {"recall_at_1": 0.5}
+
+    mended, trained = [], []
+    hook = {"end_of_iteration_hook": lambda trainer: trained.append(trainer.epoch)}
+    _, trainer, go = begun(tmp_path / "run", test, **hook)
+    with pytest.raises(OSError, match="gone"):
+        go()
+    assert trained == [1, 2]
+    saved = AttentionEmbedder.from_pretrained(tmp_path / "run" / "model").state_dict()
+    weights = trainer.whole.state_dict()
+    assert all(torch.equal(saved[name], weights[name]) for name in saved)
+    mended.append(True)
+    _, again, go = begun(tmp_path / "run", test, resume=True, **hook)
+    assert go()["after"] == {"recall_at_1": 0.5}
+    assert trained == [1, 2]  # nothing was trained again
+    assert all(torch.equal(again.whole.state_dict()[name], weights[name]) for name in weights)
+
+
+def test_every_loss_is_in_a_file_that_checkpoints_do_not_hold(tmp_path):
+    sizes, seen = [], []
+
+    def note(trainer):
+        seen.append({name: float(value) for name, value in trainer.losses.items()})
+
+    def measure_size(trainer):
+        if trainer.epoch in (2, 8):
+            path = trainer.save_checkpoint(tmp_path / "apart", keep=1)
+            sizes.append(path.stat().st_size)
+
+    hooks = {"end_of_iteration_hook": note, "end_of_epoch_hook": measure_size}
+    _, _, go = begun(tmp_path / "run", None, 8, **hooks)
+    go()
+    found = read_losses(tmp_path / "run" / "records" / "every_loss.csv")
+    assert found == {name: [row[name] for row in seen] for name in seen[0]}
+    # Half of the records is what has not been written yet; a loss more is no more bytes.
+    assert abs(sizes[1] - sizes[0]) < 600
+
+
+def test_losses_are_read_many_together(tmp_path, monkeypatch):
+    from pml_tacl.trainers import _records
+
+    reads = []
+    numbers = _records._numbers
+    monkeypatch.setattr(_records, "_numbers", lambda v: reads.append(len(v)) or numbers(v))
+    file = LossesFile(tmp_path / "records" / "every_loss.csv")
+    assert read_losses(file.path) == {}
+    values = torch.rand(250, dtype=torch.float64)
+    for at, value in enumerate(values):
+        file.add(at + 1, {"a": value.float(), "total_loss": value, "off": 0})
+    assert reads == [100] * 3 + [100] * 3
+    file.flush()
+    file.flush()
+    assert reads[6:] == [50] * 3
+    found = read_losses(file.path)
+    assert found["total_loss"] == values.tolist()
+    assert found["a"] == values.float().tolist()
+    assert found["off"] == [0.0] * 250
 
 
 @pytest.mark.parametrize("pictures", ["run", "run/in/it", "", "run/../run"])

@@ -5,6 +5,8 @@ import functools
 import numpy as np
 from PIL import Image, ImageDraw
 
+from pml_tacl.utils.errors import MissingPackageError
+
 _PHOTOGRAPHS = (
     "astronaut",
     "brick",
@@ -27,7 +29,9 @@ def _photographs() -> tuple[Image.Image, ...]:
     try:
         from skimage import data
     except ImportError as error:
-        raise ImportError("photographs are scikit-image's: pip install scikit-image") from error
+        raise MissingPackageError(
+            "photographs are scikit-image's: pip install scikit-image"
+        ) from error
     return tuple(Image.fromarray(getattr(data, n)()).convert("RGB") for n in _PHOTOGRAPHS)
 
 

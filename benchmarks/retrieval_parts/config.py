@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from pml_tacl.trainers.recipe import PRETRAINED
+from pml_tacl.utils.errors import InputError
 
 # Raised when data or training change so that earlier results no longer hold.
 RESULTS_VERSION = 3
@@ -152,12 +153,12 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
-            raise ValueError(f"recipe={self.recipe!r} is none of {', '.join(RECIPES)}")
+            raise InputError(f"recipe={self.recipe!r} is none of {', '.join(RECIPES)}")
         known = PHOTO_METHODS if self.recipe == "photographs" else METHODS
         if self.method not in known:
-            raise ValueError(f"method={self.method!r} is none of {', '.join(known)}")
+            raise InputError(f"method={self.method!r} is none of {', '.join(known)}")
         if self.regime not in REGIMES:
-            raise ValueError(f"regime={self.regime!r} is none of {', '.join(REGIMES)}")
+            raise InputError(f"regime={self.regime!r} is none of {', '.join(REGIMES)}")
 
     @property
     def resolved(self) -> "Config":
@@ -254,11 +255,11 @@ def parse(settings: list[str]) -> dict[str, Any]:
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals or name not in types:
-            raise ValueError(f"{setting!r} must be one of {', '.join(types)}, =, and a value")
+            raise InputError(f"{setting!r} must be one of {', '.join(types)}, =, and a value")
         kind = types[name]
         if kind is bool:
             if value.lower() not in ("true", "false"):
-                raise ValueError(f"{name} must be true or false, got {value!r}")
+                raise InputError(f"{name} must be true or false, got {value!r}")
             found[name] = value.lower() == "true"
         else:
             found[name] = kind(value)  # type: ignore[operator]

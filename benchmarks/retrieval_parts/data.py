@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pml_tacl.datasets import Glyphs
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.files import written_whole
 from retrieval_parts import emoji, folders, photos
 from retrieval_parts.backgrounds import background
@@ -63,7 +64,7 @@ def load(
     if data_root is not None and name not in NAMES:
         return _folder(name, split, size, cache, data_root)
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+        raise InputError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
     if name == "glyphs":
         pictures = _glyphs(split, size, limit)
     elif name in DRAWN:
@@ -71,7 +72,7 @@ def load(
     elif name in photos.PHOTOS:
         pictures = _photographs(name, split, size, cache, data_root)
     else:
-        raise ValueError(f"dataset={name!r} is none of {', '.join(NAMES)}")
+        raise InputError(f"dataset={name!r} is none of {', '.join(NAMES)}")
     if limit is None:
         return pictures
     kept = pictures.labels < limit

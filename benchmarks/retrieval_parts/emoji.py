@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pml_tacl.utils.errors import MissingPackageError
+
 # Side of a drawing as it is kept: half as much again as the sharpest use, an object on 96 pixels.
 SIDE = 128
 # Package, version, folder and ending of its drawings, licence of the drawings.
@@ -107,7 +109,9 @@ def _open(data: bytes, ending: str) -> Image.Image:
         try:
             import resvg_py  # of all sets only one is not in pixels
         except ImportError as error:
-            raise ImportError("OpenMoji's drawings are SVG: pip install resvg-py") from error
+            raise MissingPackageError(
+                "OpenMoji's drawings are SVG: pip install resvg-py"
+            ) from error
         data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=SIDE, height=SIDE))
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     if max(image.size) > SIDE:

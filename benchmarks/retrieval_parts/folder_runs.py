@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pml_tacl.cli import run_folder as runs
+from pml_tacl.utils.errors import InputError
 from retrieval_parts import folders
 from retrieval_parts.config import PHOTO_METHODS, Config, make, of_one_training
 from retrieval_parts.data import DRAWN
@@ -51,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
     names = args.sets or folders.sets_in(args.root)
     unknown = [name for name in names if name not in there]
     if unknown:
-        raise ValueError(f"--sets {unknown[0]} is not in {args.root}: there are {', '.join(there)}")
+        raise InputError(f"--sets {unknown[0]} is not in {args.root}: there are {', '.join(there)}")
     configs, prints = [], {}
     for name in names:
         try:
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
             for method in args.methods
         ]  # fmt: skip
     if not configs:
-        raise ValueError(f"ROOT={args.root} holds no set that can be measured")
+        raise InputError(f"ROOT={args.root} holds no set that can be measured")
     found: dict[str, dict[str, Any]] = {}
     if args.json is not None and args.json.is_file():
         found = {one["key"]: one for one in json.loads(args.json.read_text("utf-8"))}

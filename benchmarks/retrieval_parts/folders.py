@@ -1,12 +1,13 @@
 """Photographs in class folders, in thirds or halves that share no class."""
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from pml_tacl.datasets import ImageFiles
+from pml_tacl.utils.errors import InputError
 
 SPLITS = ("train", "validation", "test")
 QUERIES = "queries.txt"
@@ -28,14 +29,14 @@ def sets_in(root: Path) -> list[str]:
         ValueError: if there are none.
     """
     if not root.is_dir():
-        raise ValueError(f"ROOT must be a folder with a folder for each data set, got {root}")
+        raise InputError(f"ROOT must be a folder with a folder for each data set, got {root}")
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not names:
-        raise ValueError(f"ROOT={root} holds no folder: give ROOT/NAME/CLASS/FILE")
+        raise InputError(f"ROOT={root} holds no folder: give ROOT/NAME/CLASS/FILE")
     return names
 
 
-@lru_cache(maxsize=None)
+@cache
 def listed(root: Path, split: str) -> Listed:
     """Return the images of a split.
 
@@ -88,9 +89,9 @@ def _check(root: Path, split: str, count: int, labels: np.ndarray) -> None:
     if split.startswith("train") and len(labels) >= 2:
         return
     if len(classes) < 2:
-        raise ValueError(
+        raise InputError(
             f"{root} has {count} classes, and {len(classes)} of them in the {split} part: at "
             "least 2 must be told apart; give at least 6 folders of classes"
         )
     if sizes.max() < 2:
-        raise ValueError(f"{root} has no class with 2 images in the {split} part: nothing to find")
+        raise InputError(f"{root} has no class with 2 images in the {split} part: nothing to find")

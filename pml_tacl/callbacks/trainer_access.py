@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from pml_tacl.clustering import pseudo_labels_from
 from pml_tacl.evaluation.mutual_information import adjusted_mutual_information
+from pml_tacl.trainers._restoring import PARTS, load_module, unchanged_on_error
 from pml_tacl.trainers.checkpoint import checkpoints
+from pml_tacl.utils.errors import InputError, InputTypeError
 from pml_tacl.utils.files import written_whole
+from pml_tacl.utils.plain import plain
 
-_PARTS = ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs")
 _CHUNK = 4096
 
 
@@ -58,11 +60,11 @@ def keep(trainer: Any, folder: Path) -> Path:
     else:
         state: dict[str, Any] = {
             part: {k: v.state_dict() for k, v in (getattr(trainer, part) or {}).items()}
-            for part in _PARTS
+            for part in PARTS
         }
         path = folder / f"epoch_{trainer.epoch:04d}.pt"
         with written_whole(path) as file:
-            torch.save({"epoch": trainer.epoch, **state}, file)
+            torch.save(plain({"epoch": trainer.epoch, **state}, "the trainer's state"), file)
     for other in checkpoints(folder):
         if other.name != path.name:
             other.unlink()
@@ -94,16 +96,20 @@ def restore(trainer: Any, folder: str | Path) -> int:
             "folder that Evaluate kept them in"
         )
     state = torch.load(there[-1], map_location="cpu", weights_only=True)
-    for part in _PARTS:
+    for part in PARTS:
         mine = getattr(trainer, part) or {}
         if set(mine) != set(state[part]):
-            raise ValueError(
+            raise InputError(
                 f"{there[-1]} holds {part} {sorted(state[part])} and the trainer has "
                 f"{sorted(mine)}: restore into the same"
             )
-    for part in _PARTS:
-        for name, thing in (getattr(trainer, part) or {}).items():
-            thing.load_state_dict(state[part][name])
+    with unchanged_on_error(trainer):
+        for part in PARTS:
+            for name, thing in (getattr(trainer, part) or {}).items():
+                if isinstance(thing, nn.Module):
+                    load_module(name, thing, state[part][name])
+                else:
+                    thing.load_state_dict(state[part][name])
     trainer.epoch = state["epoch"]
     return int(state["epoch"])
 
@@ -152,7 +158,7 @@ CRITERIA = {"stability": stability, "separation": separation}
 
 def _pseudo_labels(trainer: Any) -> tuple[Tensor, Tensor | None]:
     if not isinstance(getattr(trainer, "labels", None), Tensor):
-        raise TypeError(
+        raise InputTypeError(
             f"{type(trainer).__name__} has no pseudo-labels to judge: give EarlyStopping a function"
         )
     return trainer.labels, trainer.centroids

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from pml_tacl.datasets.image_files import ImageFiles
+from pml_tacl.utils.errors import InputError
 
 
 def images_to_test_on(
@@ -35,18 +36,18 @@ def images_to_test_on(
     where = f"eval_folder={str(folder)!r}"
     sizes = np.bincount(images.labels)
     if len(sizes) < 2:
-        raise ValueError(
+        raise InputError(
             f"{where} holds one class, {images.classes[0]!r}: every neighbour would be right; give "
             "a folder with a sub-folder for each of several classes"
         )
     if sizes.max() < 2:
-        raise ValueError(
+        raise InputError(
             f"{where} holds {len(sizes)} classes of one image each: none has another to find; give "
             "at least two images of a class"
         )
     same = 0 if trained_on is None else len(_places(images) & _places(trained_on))
     if trained_on is not None and same == len(images):
-        raise ValueError(
+        raise InputError(
             f"{where} holds only images that are trained on, of {str(trained_on.root)!r}: put "
             "labelled images aside, outside of that folder"
         )

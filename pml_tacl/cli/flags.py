@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # What may be another when a run goes on: it changes nothing of what is learnt.
-_FREE = frozenset({"run", "resume", "overwrite", "strict", "workers", "checkpoint_every"})
+_FREE = frozenset({"run", "resume", "overwrite", "debug", "strict", "workers", "checkpoint_every"})
 _WEIGHTS: dict[str, bool | str] = {"pretrained": True, "none": False}
 
 
 def training_parser(description: str, defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
-    """A parser with a flag for each of a script's settings, and --resume and --overwrite.
+    """A parser with a flag for each of a script's settings, --resume, --overwrite and --debug.
 
     ``batch_size`` becomes ``--batch-size``; ``swap``, which is true or false, ``--swap`` and
     ``--no-swap``. Settings that no flag is known for, as ``loss_weights``, are parsed arguments
@@ -47,7 +47,13 @@ def training_parser(description: str, defaults: Mapping[str, Any]) -> argparse.A
         added.help = text  # given above, some versions of Python add a switch's default to it
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    add_debug(parser)
     return parser
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """Add --debug, by which `run_folder.one_line_errors` shows where an error was raised."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -57,8 +63,8 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments: parsed.
 
     Returns:
-        All but what may be another when the run goes on (run, resume, overwrite, strict, workers,
-        checkpoint_every); paths are absolute strings.
+        All but what may be another when the run goes on (run, resume, overwrite, debug,
+        strict, workers, checkpoint_every); paths are absolute strings.
     """
     return {
         name: str(value.resolve()) if isinstance(value, Path) else value

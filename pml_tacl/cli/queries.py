@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from pml_tacl.datasets.image_files import ImageFiles, load_rgb
+from pml_tacl.utils.errors import InputError
 
 _logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def query_paths(query: str | Path, piped: IO[bytes], scratch: Path) -> list[Path
         return ImageFiles(path).paths if path.is_dir() else [path]
     content = piped.read()
     if not content.strip():
-        raise ValueError("query is - and nothing was piped in: pipe a picture, or paths of some")
+        raise InputError("query is - and nothing was piped in: pipe a picture, or paths of some")
     lines = [line for line in content.splitlines() if line.strip()]
     paths = [Path(os.fsdecode(line)) for line in lines if b"\0" not in line]
     # One name is enough to tell: no picture's bytes begin with the path of a file.

@@ -1,32 +1,44 @@
 """A run's folder: opened without harming another run, written without a half-written file."""
 
+import hashlib
 import json
 import random
+import re
 import shutil
+import sqlite3  # record-keeper's
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from sqlite3 import DatabaseError  # record-keeper's, for one of a full disk
 from typing import Any
 
 import numpy as np
 import torch
 
-from pml_tacl.utils.files import written_whole
+from pml_tacl.utils.errors import InputError, PmlTaclError
+from pml_tacl.utils.files import write_json
+from pml_tacl.utils.plain import as_json
 from pml_tacl.utils.signals import Interrupted
+from pml_tacl.utils.versions import versions
 
-_PACKAGES = (
-    "pml_tacl",
-    "pytorch-metric-learning",
-    "torch",
-    "torchvision",
-    "timm",
-    "faiss-cpu",
-    "record-keeper",
-)
+__all__ = [
+    "check_run",
+    "columns_of",
+    "digest_of",
+    "make_hooks",
+    "metrics_table",
+    "one_line_errors",
+    "open_run",
+    "read_config",
+    "seed_everything",
+    "versions",
+    "write_json",
+]
+
 _MARK = "run.json"
+_ENDS = 2**16  # bytes
+# Of sqlite's own words for a fault of the disk; the rest are faults of a statement.
+_DISK = re.compile(r"full|disk|read-?only|unable to open|locked|malformed", re.I)
 _OTHERS = {"mean_average_precision_at_r": "MAP@R", "NMI": "NMI"}
 
 
@@ -36,6 +48,7 @@ def open_run(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    free: Collection[str] = (),
 ) -> Path:
     """Make a run's folder, or open one to go on in it; its config is kept in ``run.json``.
 
@@ -47,18 +60,22 @@ def open_run(
         config: what the run was asked to do; numbers, strings and lists of them.
         resume: go on with the run that the folder holds (or begin, if it holds nothing).
         overwrite: delete the run that the folder holds.
+        free: names of settings that may be others when the run goes on; the new ones are kept.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if the folder holds another run or other files, or both flags are set, or the
+        InputError: if the folder holds another run or other files, or both flags are set, or the
             run to resume had another config.
+        InputTypeError: if the config holds what JSON has no form for.
     """
     folder = Path(folder)
-    check_run(folder, config, resume=resume, overwrite=overwrite)
+    check_run(folder, config, resume=resume, overwrite=overwrite, free=free)
     there = sorted(folder.iterdir()) if folder.exists() else []
     if there and resume:
+        if read_config(folder) != _as_kept(config):
+            write_json(folder / _MARK, dict(config))
         return folder
     for path in there:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -73,6 +90,7 @@ def check_run(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    free: Collection[str] = (),
 ) -> None:
     """Raise what :func:`open_run` would, and touch nothing.
 
@@ -83,27 +101,61 @@ def check_run(
         config: None if it is not known yet, and then not compared.
     """
     folder = Path(folder)
+    asked = None if config is None else _as_kept(config)
     if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other: give one of them")
+        raise InputError("resume and overwrite exclude each other: give one of them")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"run folder {folder} is a file: give another folder")
+        raise InputError(f"run folder {folder} is a file: give another folder")
     there = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if there and _MARK not in there:
-        raise ValueError(f"run folder {folder} holds files that are no run: give another folder")
+        raise InputError(f"run folder {folder} holds files that are no run: give another folder")
     if there and not (resume or overwrite):
-        raise ValueError(
+        raise InputError(
             f"run folder {folder} holds another run: give --resume (resume=True) to go on with it, "
             "--overwrite (overwrite=True) to replace it, or another folder"
         )
-    if there and resume and config is not None:
-        asked = json.loads(json.dumps(dict(config)))
+    if there and resume and asked is not None:
         earlier = read_config(folder)
         changed = sorted(k for k in {*earlier, *asked} if earlier.get(k) != asked.get(k))
-        if changed:
-            raise ValueError(
+        if changed := [name for name in changed if name not in free]:
+            shown = [f"{name}={earlier.get(name)!r}" for name in changed if name in earlier]
+            same = ", ".join(text for text in shown if len(text) < 60)
+            raise InputError(
                 f"run folder {folder} was begun with other settings ({', '.join(changed)}): "
-                "resume with the same, or give --overwrite (overwrite=True)"
+                f"resume with the same{f' ({same})' if same else ''}, or give another folder"
             )
+
+
+def _as_kept(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as it comes back from ``run.json``."""
+    made: dict[str, Any] = json.loads(json.dumps(as_json(dict(config), "config")))
+    return made
+
+
+def digest_of(names: Sequence[str], paths: Sequence[Path]) -> str:
+    """Tell a collection of files by their names and content, wherever it lies.
+
+    Args:
+        names: of the files, relative to their folder.
+        paths: of the same files.
+
+    Returns:
+        A hash of each name, size, and first and last 64 KiB.
+
+    Raises:
+        OSError: if a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name, path in zip(names, paths, strict=True):
+        with path.open("rb") as file:
+            digest.update(f"{name}\0".encode("utf-8", "surrogatepass"))
+            size = file.seek(0, 2)
+            digest.update(f"{size}\0".encode())
+            file.seek(0)
+            digest.update(file.read(_ENDS))
+            file.seek(max(file.tell(), size - _ENDS))
+            digest.update(file.read(_ENDS))
+    return digest.hexdigest()
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -115,26 +167,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     try:
         config = dict(json.loads((Path(folder) / _MARK).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{folder} is no run's folder: it holds no readable {_MARK}") from error
+        raise InputError(f"{folder} is no run's folder: it holds no readable {_MARK}") from error
     return config
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON atomically: a reader sees the old file or the new one, never half of it."""
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    with written_whole(path) as file:
-        file.write(f"{text}\n".encode())
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, this package and its core dependencies."""
-    found = {"python": sys.version.split()[0]}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
 
 
 def seed_everything(seed: int) -> None:
@@ -194,7 +228,9 @@ def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 def one_line_errors() -> Iterator[None]:
     """End a script with one line instead of a traceback, for errors that a user can mend.
 
-    A signal ends it with 130 (SIGINT) or 143 (SIGTERM), an error with 1.
+    These are the package's own (:class:`pml_tacl.utils.errors.PmlTaclError`) and the operating
+    system's; any other is a fault of a program and keeps its traceback. With ``--debug`` among the
+    script's arguments all do. A signal ends it with 130 (SIGINT) or 143 (SIGTERM), an error with 1.
     """
     try:
         yield
@@ -204,14 +240,10 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         sys.exit(130)
-    except (
-        ValueError,
-        TypeError,
-        OSError,
-        ImportError,
-        FloatingPointError,
-        DatabaseError,
-    ) as error:
+    except (PmlTaclError, OSError, sqlite3.DatabaseError) as error:
+        of_disk = not isinstance(error, sqlite3.DatabaseError) or _DISK.search(str(error))
+        if "--debug" in sys.argv[1:] or not of_disk:
+            raise
         text = str(error)
         if "\nOriginal Traceback" in text:  # from a DataLoader's worker: what was raised there
             text = text.strip().rsplit("\n", 1)[-1].partition(": ")[2]

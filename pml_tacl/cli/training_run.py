@@ -1,6 +1,9 @@
 """A whole training as scripts want it: a folder, records, tests before and after, and pictures."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import logging
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,17 @@ from pml_tacl.cli import run_folder as runs
 from pml_tacl.distributed.session import is_first, on_first
 from pml_tacl.models import AttentionEmbedder
 from pml_tacl.models.preprocessing import as_seen
+from pml_tacl.trainers._records import LossesFile, read_losses
 from pml_tacl.trainers.checkpoint import checkpoints
 from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.errors import InputError, InputTypeError
+from pml_tacl.utils.files import write_json
 from pml_tacl.utils.modes import evaluating
+from pml_tacl.utils.plain import number
+from pml_tacl.utils.versions import versions
 
+_LOGGER = logging.getLogger(__name__)
+_LOSSES = "records/every_loss.csv"
 Metrics = dict[str, float]
 Rows = dict[str, Mapping[str, float]]
 
@@ -27,7 +37,8 @@ class TrainingRun:
 
     It ends with ``metrics.json``, ``model/`` (of an :class:`AttentionEmbedder`, with averaged
     weights if there are some), ``records/`` of record-keeper, ``checkpoints/``, ``curves.png``,
-    and ``recall.png`` if recall was measured. Under torchrun, within
+    and ``recall.png`` if recall was measured. Each loss of each iteration is in
+    ``records/every_loss.csv``. Under torchrun, within
     :func:`pml_tacl.distributed.inference.session`, every process calls all of it and the first
     writes.
 
@@ -67,7 +78,7 @@ class TrainingRun:
         self.folder = Path(folder).resolve()
         for pictures in (Path(path).resolve() for path in apart_from if path is not None):
             if pictures.is_relative_to(self.folder) or self.folder.is_relative_to(pictures):
-                raise ValueError(
+                raise InputError(
                     f"the run, {self.folder}, and the pictures, {pictures}, must lie apart: give "
                     "another folder (--run)"
                 )
@@ -81,19 +92,22 @@ class TrainingRun:
         self.hooks: Any = None
         self._config: dict[str, Any] | None = None
 
-    def open(self, config: Mapping[str, Any]) -> None:
+    def open(self, config: Mapping[str, Any], free: Collection[str] = ("epochs",)) -> None:
         """Make or open the folder, once all arguments are validated; see `open_run`.
 
         Args:
             config: what the run was asked to do, kept in ``run.json`` and ``metrics.json``.
+            free: names of settings that may be others when the run goes on, such as its length
+                and where its images lie.
 
         Raises:
-            ValueError: if a run to resume had another config.
+            InputError: if a run to resume had another config.
             ImportError: without matplotlib, which draws at the end.
         """
         import pml_tacl.visualize  # noqa: F401  # better missed now than after days
 
-        on_first(lambda: runs.open_run(self.folder, config, **self._flags), "opening the run")
+        flags = {"free": free, **self._flags}
+        on_first(lambda: runs.open_run(self.folder, config, **flags), "opening the run")
         self._config = dict(config)
         if is_first():  # one process writes what all have learnt
             self.hooks = runs.make_hooks(self.folder / "records")
@@ -112,9 +126,12 @@ class TrainingRun:
         Args:
             trainer: a new :class:`UnsupervisedTrainer`; gets the run's records, checkpoint_folder
                 and test_hook. Its own hooks of iterations and epochs are called too.
-            epochs: of the whole training, at least 1.
+            epochs: of the whole training, at least 1. A run that has ended goes on if there are
+                more of them now; schedules of learning rates made for the new length go on where
+                they would stand had they been made so from the start.
             test: epoch -> metrics in [0, 1], called at 0, at ``test_epochs`` and at the end, by
-                every process. What it finds is shown, and never chosen by.
+                every process, each time after a checkpoint. What it finds is shown, and never
+                chosen by. Values may be of NumPy or 0-d tensors; NaN is left out, with a warning.
             test_epochs: further ones to test at.
             rows: metrics of other methods, beside which the training's are shown.
 
@@ -123,35 +140,40 @@ class TrainingRun:
 
         Raises:
             RuntimeError: if the run is not open.
-            ValueError: if the trainer was trained before, or the run beyond ``epochs``.
+            InputError: if the trainer was trained before, or the run beyond ``epochs``.
+            InputTypeError: before the first epoch, if the test gives what are no numbers.
         """
         check_count("epochs", epochs, 1)
         if self._config is None:
             raise RuntimeError("a run must be open to be trained: call open(config) before")
         if trainer.epoch:
-            raise ValueError(f"trainer must be new, got one in epoch {trainer.epoch}")
+            raise InputError(f"trainer must be new, got one in epoch {trainer.epoch}")
         self._equip(trainer)
         if self.begun:
             trainer.load_checkpoint()
         if trainer.epoch > epochs:
-            raise ValueError(
+            raise InputError(
                 f"epochs={epochs} are fewer than the {trainer.epoch} that {self.folder} has been "
                 "trained: give at least as many"
             )
         recalls = trainer.extra.setdefault("recalls", {})
-        trainer.extra.setdefault("history", {})
 
         def measure(trainer: Any) -> None:
+            if trainer.epoch == epochs:
+                on_first(lambda: self._write_model(trainer), "writing the model")
             if trainer.epoch not in recalls:
-                recalls[trainer.epoch] = {} if test is None else test(trainer.epoch)
+                found = {} if test is None else test(trainer.epoch)
+                recalls[trainer.epoch] = _as_metrics(found, trainer.epoch)
 
         due = {epochs, *test_epochs}
+        trainer.test_epochs = {epochs} if test is None else due
         trainer.test_hook = lambda trainer: measure(trainer) if trainer.epoch in due else None
         if not self.begun:
             measure(trainer)
         trainer.train(trainer.epoch + 1, epochs)
         measure(trainer)  # if a hook has ended the training at an epoch that was not due
-        found = {**(rows or {}), "before": recalls.get(0, {}), "after": recalls[trainer.epoch]}
+        beside = {name: _as_metrics(row, None) for name, row in (rows or {}).items()}
+        found = {**beside, "before": recalls.get(0, {}), "after": recalls[trainer.epoch]}
         on_first(lambda: self._write(trainer, found), "writing the run")
         return found
 
@@ -167,6 +189,8 @@ class TrainingRun:
     ) -> None:
         """``attention.png`` and ``gallery.png`` of pictures taken evenly from a data set.
 
+        What cannot be drawn is logged in one line, and costs the run nothing.
+
         Args:
             model: of the pictures' attention.
             dataset: items (picture as the model takes it (3, H, W), anything).
@@ -177,6 +201,18 @@ class TrainingRun:
         """
         if embeddings is None or not is_first():
             return
+        with _never_fatal("attention.png and gallery.png"):
+            self._draw(model, dataset, embeddings, labels, count, title)
+
+    def _draw(
+        self,
+        model: AttentionEmbedder,
+        dataset: Dataset[Any],
+        embeddings: Tensor,
+        labels: Tensor | None,
+        count: int,
+        title: str,
+    ) -> None:
         from pml_tacl import visualize as vis
 
         def read(rows: Tensor) -> Tensor:
@@ -203,6 +239,7 @@ class TrainingRun:
         if not is_first():
             return
         trainer.record_keeper = self.hooks.record_keeper
+        trainer.losses_file = LossesFile(self.folder / _LOSSES)
         trainer.end_of_iteration_hook = chain(
             trainer.end_of_iteration_hook, self.hooks.end_of_iteration_hook, _remember
         )
@@ -210,26 +247,60 @@ class TrainingRun:
             trainer.end_of_epoch_hook, lambda _: self.hooks.record_keeper.save_records()
         )
 
-    def _write(self, trainer: Any, rows: Rows) -> None:
-        from pml_tacl import visualize as vis
-
-        self.hooks.record_keeper.save_records()
-        content = {**rows, "config": self._config, "versions": runs.versions()}
-        runs.write_json(self.folder / "metrics.json", content)
+    def _write_model(self, trainer: Any) -> None:
         model = trainer.whole if trainer.average is None else trainer.ema_model
         if isinstance(model, AttentionEmbedder):
-            model.eval().save_pretrained(self.folder / "model")
-        extra = trainer.extra
-        figures = {"curves": vis.training_curves(extra["history"], extra["recalls"])}
-        with_recalls = {
-            name: row for name, row in rows.items() if any("recall_at_" in at for at in row)
-        }
-        if with_recalls:
-            figures["recall"] = vis.recall_curve(with_recalls)
-        for name, figure in figures.items():
-            vis.save_figure(figure, self.folder / f"{name}.png")
+            model.save_pretrained(self.folder / "model")
+
+    def _write(self, trainer: Any, rows: Rows) -> None:
+        """What was learnt and measured, and only then what is drawn of it."""
+        self._write_model(trainer)
+        trainer.whole.eval()
+        self.hooks.record_keeper.save_records()
+        trainer.losses_file.flush()
+        content = {**rows, "config": self._config, "versions": versions()}
+        write_json(self.folder / "metrics.json", content)
+        from pml_tacl import visualize as vis
+
+        recalls = {epoch: row for epoch, row in trainer.extra["recalls"].items() if row}
+        with _never_fatal("curves.png"):
+            curves = vis.training_curves(read_losses(self.folder / _LOSSES), recalls)
+            vis.save_figure(curves, self.folder / "curves.png")
+        shown = {name: row for name, row in rows.items() if any("recall_at_" in at for at in row)}
+        with _never_fatal("recall.png"):
+            if shown:
+                vis.save_figure(vis.recall_curve(shown), self.folder / "recall.png")
+
+
+@contextmanager
+def _never_fatal(names: str) -> Iterator[None]:
+    """Log in one line that a figure was not drawn: the training that it shows is worth more."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split()) or "no reason given"
+        _LOGGER.warning("%s not drawn: %s: %s", names, type(error).__name__, text)
+        _LOGGER.debug("why it was not drawn", exc_info=True)
+
+
+def _as_metrics(found: Any, epoch: int | None) -> Metrics:
+    """Metrics as plain floats, without those that could not be measured."""
+    where = "rows" if epoch is None else f"test({epoch})"
+    if not isinstance(found, Mapping):
+        kind = type(found).__name__
+        raise InputTypeError(f"{where} must give a dict of metrics by name, got {kind}")
+    if wrong := [name for name in found if not isinstance(name, str)]:
+        raise InputTypeError(f"{where} must name its metrics by strings, got {wrong[0]!r}")
+    values = {str(name): number(value, f"{where}[{name!r}]") for name, value in found.items()}
+    if unknown := [name for name, value in values.items() if not math.isfinite(value)]:
+        _LOGGER.warning(
+            "%s could not measure %s (NaN): recall needs classes of two images or more; the "
+            "training goes on without",
+            where,
+            ", ".join(unknown),
+        )
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _remember(trainer: Any) -> None:
-    for name, value in trainer.losses.items():
-        trainer.extra["history"].setdefault(name, []).append(float(value))
+    trainer.losses_file.add(trainer.get_global_iteration() + 1, trainer.losses)

@@ -8,6 +8,7 @@ from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, Do
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.precision import wide_dtype, without_autocast
 
 
@@ -50,12 +51,12 @@ class Centroids:
             return
         centroids = torch.as_tensor(centroids).detach()
         if centroids.ndim != 2 or len(centroids) == 0:
-            raise ValueError(f"centroids must be (K, D) with K >= 1, got {tuple(centroids.shape)}")
+            raise InputError(f"centroids must be (K, D) with K >= 1, got {tuple(centroids.shape)}")
         centroids = centroids.to(wide_dtype(centroids))
         norms = centroids.norm(dim=1)
         bad = ~(norms.isfinite() & (norms > 0))
         if bad.any():
-            raise ValueError(
+            raise InputError(
                 f"centroids must be finite and not zero, got {int(bad.sum())} bad rows of "
                 f"{len(centroids)}"
             )
@@ -81,9 +82,9 @@ class Centroids:
                 centres or each other.
         """
         if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must be in [0, 1], got {momentum}")
+            raise InputError(f"momentum must be in [0, 1], got {momentum}")
         if labels.shape != embeddings.shape[:1]:
-            raise ValueError(
+            raise InputError(
                 f"labels {tuple(labels.shape)} do not fit embeddings {tuple(embeddings.shape)}: "
                 "give one for each"
             )
@@ -200,7 +201,7 @@ class Centroids:
         if self.centroids.device != embeddings.device:
             self.centroids = self.centroids.to(embeddings.device)
         if self.centroids.shape[1] != embeddings.shape[1]:
-            raise ValueError(
+            raise InputError(
                 f"embeddings have {embeddings.shape[1]} dimensions and the centroids "
                 f"{self.centroids.shape[1]}: call set_centroids with centres of this model"
             )
@@ -208,7 +209,7 @@ class Centroids:
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             largest = int(labels.max())
             if largest >= len(self.centroids):
-                raise ValueError(
+                raise InputError(
                     f"labels must index the {len(self.centroids)} centroids, got label {largest}: "
                     "set the centroids and the labels of the same clustering"
                 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pml_tacl.clustering.unit_embeddings import Embeddings, FloatArray, IntArray, UnitRows
 from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.errors import InputError
 
 # Mean cosine distance to the common direction below which rows differ by rounding alone.
 COLLAPSED = 1e-6
@@ -88,11 +89,11 @@ def pseudo_labels_from(
     rows = UnitRows("embeddings", embeddings, chunk_size)
     given = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     if given.shape != (len(rows),):
-        raise ValueError(
+        raise InputError(
             f"labels must have the shape ({len(rows)},) of the embeddings, got {given.shape}"
         )
     if given.dtype.kind not in "iu":
-        raise ValueError(f"labels must be integers, got dtype {given.dtype}: pass labels.long()")
+        raise InputError(f"labels must be integers, got dtype {given.dtype}: pass labels.long()")
     return _summarise(given.astype(np.int64), rows, min_cluster_size)
 
 
@@ -150,7 +151,7 @@ class KMeansPseudoLabeler:
         check_count("min_cluster_size", min_cluster_size, 1)
         check_count("chunk_size", chunk_size, 1)
         if isinstance(num_clusters, int) and max_points is not None and num_clusters > max_points:
-            raise ValueError(
+            raise InputError(
                 f"num_clusters={num_clusters} is more than max_points={max_points}: "
                 "k-means needs a point for each cluster, raise max_points"
             )
@@ -186,7 +187,7 @@ class KMeansPseudoLabeler:
         rows = UnitRows("embeddings", embeddings, self.chunk_size)
         number = self._number_for(len(rows))
         if rows.spread < COLLAPSED:
-            raise ValueError(
+            raise InputError(
                 f"all {len(rows)} embeddings are nearly identical (mean cosine distance to their "
                 f"mean {rows.spread:.1e}): the model has collapsed, lower the learning rate, "
                 "raise the weight of the metric loss or go back to an earlier checkpoint"
@@ -199,7 +200,7 @@ class KMeansPseudoLabeler:
     def _number_for(self, count: int) -> int:
         wanted = _number_of_clusters(self, count)
         if wanted > count:
-            raise ValueError(
+            raise InputError(
                 f"num_clusters={wanted} is more than the {count} embeddings: lower it or add images"
             )
         return wanted
@@ -211,7 +212,7 @@ class KMeansPseudoLabeler:
             return None
         start = UnitRows("initial_centroids", initial_centroids, self.chunk_size).hold()
         if start.shape[1] != rows.dim:
-            raise ValueError(
+            raise InputError(
                 f"initial_centroids have {start.shape[1]} dimensions, embeddings {rows.dim}: "
                 "pass the centroids of the same model, or None"
             )
@@ -273,7 +274,7 @@ def _summarise(labels: IntArray, rows: UnitRows, min_cluster_size: int) -> Pseud
     found, inverse, members = np.unique(labels, return_inverse=True, return_counts=True)
     keep = (found >= 0) & (members >= min_cluster_size)
     if not keep.any():
-        raise ValueError(
+        raise InputError(
             f"all {len(labels)} embeddings are noise: lower min_cluster_size={min_cluster_size} "
             "or the number of clusters, or give the clusterer looser settings"
         )

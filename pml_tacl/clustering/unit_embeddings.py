@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pml_tacl.utils.errors import InputError, InputTypeError
+
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 Embeddings = Tensor | npt.NDArray[Any]
@@ -30,9 +32,11 @@ class UnitRows:
 
     def __init__(self, name: str, embeddings: Embeddings, chunk_size: int) -> None:
         if not isinstance(embeddings, Tensor | np.ndarray):
-            raise TypeError(f"{name} must be a tensor or an array, got {type(embeddings).__name__}")
+            raise InputTypeError(
+                f"{name} must be a tensor or an array, got {type(embeddings).__name__}"
+            )
         if embeddings.ndim != 2 or 0 in embeddings.shape:
-            raise ValueError(
+            raise InputError(
                 f"{name} must be (rows, dimensions) and not empty, got {tuple(embeddings.shape)}"
             )
         self.source = embeddings
@@ -55,7 +59,7 @@ class UnitRows:
             (zero, "all zero", "they have no direction, look for a dead layer"),
         ):
             if bad:
-                raise ValueError(f"{bad} of {len(self)} rows of {name} are {what}: {remedy}")
+                raise InputError(f"{bad} of {len(self)} rows of {name} are {what}: {remedy}")
         # Mean cosine distance of the rows to the direction of their mean.
         self.spread = 1.0 - float(np.linalg.norm(total)) / len(self)
 

@@ -16,6 +16,7 @@ from pytorch_metric_learning import datasets as pml_datasets
 from pytorch_metric_learning.datasets.base_dataset import BaseDataset
 
 from pml_tacl.datasets.image_files import load_rgb
+from pml_tacl.utils.errors import InputError
 
 _PARTS = ("train", "query", "gallery")  # of In-shop
 
@@ -62,7 +63,7 @@ class Benchmark(BaseDataset):  # type: ignore[misc]
     ) -> None:
         splits = self.get_available_splits()
         if split not in splits:
-            raise ValueError(f"split must be one of {', '.join(splits)}, got {split!r}")
+            raise InputError(f"split must be one of {', '.join(splits)}, got {split!r}")
         self.root = root
         if not (download and self._CAN_DOWNLOAD):
             self._require(*self._NEEDED)
@@ -82,7 +83,7 @@ class Benchmark(BaseDataset):  # type: ignore[misc]
     ) -> None:
         """Keep the images and number their classes among those of ``every_id`` (or of ``ids``)."""
         if not len(ids):
-            raise ValueError(
+            raise InputError(
                 f"root={str(self.root)!r} lists no image of split={self.split!r}: give another "
                 f"split, or get {self._NAME} again from {self.DOWNLOAD_URL}"
             )
@@ -202,7 +203,7 @@ class InShop(Benchmark):
         except (ValueError, IndexError):
             whole = False
         if not whole:
-            raise ValueError(
+            raise InputError(
                 f"{path} is damaged: it must hold a count, a line of titles, and so many lines "
                 f"of image, item and {' or '.join(_PARTS)}; get it again from {self.DOWNLOAD_URL}"
             )

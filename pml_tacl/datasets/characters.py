@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from pml_tacl.utils.errors import MissingPackageError
+
 MIN_FACES = 8
 _REFERENCE_FACES = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "STIXGeneral.ttf")
 _SAME_SHAPE = 0.9
@@ -90,7 +92,7 @@ def _font_folder() -> Path:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             'Glyphs draws with the fonts of matplotlib; run: pip install "pml_tacl[examples]"'
         ) from error
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf"

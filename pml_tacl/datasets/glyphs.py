@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from pml_tacl.datasets.characters import characters, ink, split_characters
 from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.files import written_whole
 
 # Raised when a change of the drawing code changes pixels: caches on disk are keyed by it.
@@ -83,7 +84,7 @@ class Glyphs(Dataset[tuple[Any, int]]):
         cache_dir: str | Path | None = None,
     ) -> None:
         if split not in _SPLITS:
-            raise ValueError(f"split must be one of {', '.join(_SPLITS)}, got {split!r}")
+            raise InputError(f"split must be one of {', '.join(_SPLITS)}, got {split!r}")
         check_count("size", size, 16, most=1024)
         check_count("seed", seed, 0, most=2**63)
         check_count("max_shift", max_shift, 0, most=size // 2)
@@ -238,4 +239,4 @@ def _rgb(colour: npt.NDArray[np.float64]) -> tuple[int, int, int]:
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise ValueError(f"{name} must be from {low} to {high}, got {value!r}")
+        raise InputError(f"{name} must be from {low} to {high}, got {value!r}")

@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.images import to_rgb
 
 # Pillow knows these by name only, or starts another program to draw them.
@@ -86,19 +87,19 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         progress: bool = True,
     ) -> None:
         if labels not in _LABELS:
-            raise ValueError(f"labels must be one of {', '.join(_LABELS)}, got {labels!r}")
+            raise InputError(f"labels must be one of {', '.join(_LABELS)}, got {labels!r}")
         if strict and not check:
-            raise ValueError("strict=True finds broken files by decoding them; leave check=True")
+            raise InputError("strict=True finds broken files by decoding them; leave check=True")
         self.root, self.transform = Path(root), transform
         if not self.root.is_dir():
-            raise ValueError(f"root must be a folder of pictures; {str(root)!r} is none")
+            raise InputError(f"root must be a folder of pictures; {str(root)!r} is none")
 
         self.paths, self.broken, self.skipped = _find_images(self.root, labels == "folder")
         if not self.paths and not self.broken:
             others = f" ({len(self.skipped)} files are no images)" if self.skipped else ""
-            raise ValueError(f"no picture in {str(root)!r} or below it{others}")
+            raise InputError(f"no picture in {str(root)!r} or below it{others}")
         if not self.paths and all(reason == _NO_CLASS for _, reason in self.broken):
-            raise ValueError(
+            raise InputError(
                 f"labels='folder' needs a folder for each class in {str(root)!r}, and its "
                 f"{len(self.broken)} images lie in no folder: sort them into folders"
             )
@@ -136,9 +137,9 @@ class ImageFiles(Dataset[tuple[Any, int]]):
     def _report(self, strict: bool) -> None:
         named = _named([f"{path} ({reason})" for path, reason in self.broken])
         if not self.paths:
-            raise ValueError(f"no readable picture in {str(self.root)!r}: {named}")
+            raise InputError(f"no readable picture in {str(self.root)!r}: {named}")
         if self.broken and strict:
-            raise ValueError(f"{len(self.broken)} broken files, and strict=True: {named}")
+            raise InputError(f"{len(self.broken)} broken files, and strict=True: {named}")
         if self.broken:
             total = len(self.broken) + len(self.paths)
             _logger.warning("left out %d of %d files: %s", len(self.broken), total, named)

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
+from pml_tacl.utils.errors import DivergedError, InputError, InputTypeError, MissingPackageError
+
 _T = TypeVar("_T")
 # Clustering and evaluation are the first process's, and may take hours; who dies is seen at once.
 _PATIENCE = timedelta(days=7)
@@ -25,6 +27,7 @@ _LOST = re.compile(
     r"connection (closed|reset|refused)|timed? ?out|broken pipe|peer|socket|nccl|aborted", re.I
 )
 _TYPES: tuple[type[Exception], ...] = (
+    InputError, InputTypeError, DivergedError, MissingPackageError,
     ValueError, TypeError, OSError, FloatingPointError, MemoryError, ImportError,
 )  # fmt: skip
 
@@ -171,7 +174,7 @@ def check_same(what: str, values: Iterable[Any], remedy: str) -> None:
         distributed.all_gather(list(all_of_them.unbind()), own)
     other = (all_of_them != all_of_them[0]).any(dim=1).nonzero().flatten().tolist()
     if other:
-        raise ValueError(
+        raise InputError(
             f"{what} of process{'es' if len(other) > 1 else ''} {', '.join(map(str, other))} "
             f"differ from process 0's: {remedy}"
         )

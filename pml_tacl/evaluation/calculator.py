@@ -16,6 +16,7 @@ from pml_tacl.evaluation.mutual_information import adjusted_mutual_information
 from pml_tacl.evaluation.nearest import Frame, Nearest, faiss_engine, torch_engine
 from pml_tacl.evaluation.ranking import Search, per_query_metrics
 from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.errors import InputError
 
 RANKING_METRICS = (
     "precision_at_1",
@@ -89,13 +90,13 @@ class RetrievalCalculator(AccuracyCalculator):
         engine: Literal["auto", "faiss", "torch"] = "auto",
     ) -> None:
         if label_comparison_fn is not None:
-            raise ValueError(
+            raise InputError(
                 "label_comparison_fn is not supported: use PML's AccuracyCalculator for it"
             )
         if engine not in ("auto", "faiss", "torch"):
-            raise ValueError(f'engine must be "auto", "faiss" or "torch", got {engine!r}')
+            raise InputError(f'engine must be "auto", "faiss" or "torch", got {engine!r}')
         if isinstance(ks, str) or not isinstance(ks, Sequence) or not len(ks):
-            raise ValueError(f"ks must be a sequence of integers, for instance (1, 8), got {ks!r}")
+            raise InputError(f"ks must be a sequence of integers, for instance (1, 8), got {ks!r}")
         for at in ks:
             check_count("each of ks", at, 1)
         include, exclude = as_names(include), as_names(exclude)
@@ -173,7 +174,7 @@ class RetrievalCalculator(AccuracyCalculator):
         given = query, query_labels, reference, reference_labels
         check_fit(*given)
         if ref_includes_query and not same and not starts_with(*given):
-            raise ValueError(
+            raise InputError(
                 "ref_includes_query=True, but the first rows of reference and reference_labels are "
                 "not query and query_labels: put the queries first or pass ref_includes_query=False"
             )

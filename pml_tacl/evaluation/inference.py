@@ -15,6 +15,7 @@ from tqdm import tqdm
 from pml_tacl.evaluation.calculator import RetrievalCalculator, as_names
 from pml_tacl.evaluation.inputs import starts_with, whole_labels
 from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.errors import InputError, InputTypeError
 from pml_tacl.utils.modes import evaluating
 from pml_tacl.utils.signals import ShieldedLoader
 
@@ -57,12 +58,12 @@ def embed(
     check_count("num_workers", num_workers, 0)
     count = _length(dataset)
     if num_workers and isinstance(dataset, IterableDataset):
-        raise ValueError(
+        raise InputError(
             f"num_workers must be 0 for an iterable data set, got {num_workers}: each worker would "
             "give all items, or they would come in another order"
         )
     if not count:
-        raise ValueError("dataset is empty: there is nothing to embed")
+        raise InputError("dataset is empty: there is nothing to embed")
     where = _device_of(model) if device is None else torch.device(device)
     model.to(where)
     loader = ShieldedLoader(
@@ -77,14 +78,14 @@ def embed(
         for batch in loader:
             images, batch_labels = _pair(batch)
             if done + len(images) > count:
-                raise ValueError(
+                raise InputError(
                     f"dataset gives more than the {count} items of its length: mend its __len__"
                 )
             with torch.inference_mode():
                 rows = model(images.to(where, non_blocking=True))
             if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != len(images):
                 shape = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-                raise ValueError(
+                raise InputError(
                     f"model must turn {len(images)} images into ({len(images)}, D) embeddings, "
                     f"got {shape}"
                 )
@@ -95,7 +96,7 @@ def embed(
             done += len(rows)
             bar.update(len(rows))
     if done < count:
-        raise ValueError(
+        raise InputError(
             f"dataset gives {done} items and its length is {count}: mend its __len__ or its items"
         )
     return embeddings, torch.cat(labels)
@@ -181,7 +182,7 @@ def evaluate(
         )
         unlabelled = int((labels < 0).view(len(labels), -1).any(dim=1).sum())
         if unlabelled:
-            raise ValueError(
+            raise InputError(
                 f"{unlabelled} of {len(labels)} images of {name} have no label "
                 f"({int(labels.min())}): evaluate on labelled images"
             )
@@ -217,7 +218,7 @@ def _length(dataset: Dataset[Any]) -> int:
     try:
         return len(dataset)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(
+        raise InputTypeError(
             f"dataset must have a length, and {type(dataset).__name__} has none: give it a __len__"
         ) from None
 
@@ -225,13 +226,13 @@ def _length(dataset: Dataset[Any]) -> int:
 def _pair(batch: Any) -> tuple[Tensor, list[Any]]:
     """Images and labels of one batch; of views or other things, rows would be made up."""
     if batch is None:
-        raise TypeError("dataset must give (image, label) pairs: wrap it to do so")
+        raise InputTypeError("dataset must give (image, label) pairs: wrap it to do so")
     images, labels = batch
     if not isinstance(images, Tensor) or not 1 <= images.ndim <= 9:
         found = (
             f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         )
-        raise TypeError(
+        raise InputTypeError(
             "dataset must give (image, label) pairs with a tensor as the image: a batch of images "
             f"came as {found}"
         )

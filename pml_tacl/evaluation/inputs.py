@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pml_tacl.clustering.unit_embeddings import Embeddings
+from pml_tacl.utils.errors import InputError
 
 
 def finite_rows(name: str, embeddings: Embeddings, device: torch.device) -> Tensor:
@@ -20,7 +21,7 @@ def finite_rows(name: str, embeddings: Embeddings, device: torch.device) -> Tens
         embeddings = torch.from_numpy(np.require(embeddings, requirements=["C", "W"]))
     rows = torch.as_tensor(embeddings).detach()
     if rows.ndim != 2 or 0 in rows.shape or rows.is_complex():
-        raise ValueError(
+        raise InputError(
             f"{name} must be (rows, dimensions) and not empty, got {tuple(rows.shape)}"
             f"{' complex numbers' if rows.is_complex() else ''}"
         )
@@ -31,7 +32,7 @@ def finite_rows(name: str, embeddings: Embeddings, device: torch.device) -> Tens
     if not torch.isfinite(rows.sum(dim=1)).all():
         bad = len(rows) - int(torch.isfinite(rows).all(dim=1).sum())
     if bad:
-        raise ValueError(
+        raise InputError(
             f"{bad} of {len(rows)} rows of {name} are NaN or infinite: "
             "look for NaN images or a diverged model"
         )
@@ -55,7 +56,7 @@ def whole_labels(name: str, labels: Any, count: int | None = None) -> Tensor:
     given = _as_array(name, labels)
     if given.ndim not in (1, 2) or (count is not None and len(given) != count):
         wanted = "(N,) or (N, levels)" if count is None else f"({count},) or ({count}, levels)"
-        raise ValueError(f"{name} must be {wanted} whole numbers, got shape {given.shape}")
+        raise InputError(f"{name} must be {wanted} whole numbers, got shape {given.shape}")
     kind, flat = given.dtype.kind, given.reshape(-1)
     wrong = np.zeros(len(flat), dtype=bool)
     if kind == "f":
@@ -65,7 +66,7 @@ def whole_labels(name: str, labels: Any, count: int | None = None) -> Tensor:
     if wrong.any():
         first = flat[wrong.argmax()]
         shown = first.item() if isinstance(first, np.generic) else first
-        raise ValueError(
+        raise InputError(
             f"{name} must be whole numbers, got {_short(shown)}: number the classes 0, 1, 2, ..."
         )
     # Beyond these a float holds no odd number, so that neighbours may have become one.
@@ -73,7 +74,7 @@ def whole_labels(name: str, labels: Any, count: int | None = None) -> Tensor:
     largest = max(abs(int(flat.max())), abs(int(flat.min()))) if len(flat) else 0
     if kind in "fu" and largest >= limit:
         kept = given.dtype if kind == "f" and largest < 2**63 else "int64"
-        raise ValueError(
+        raise InputError(
             f"{name} reach {largest}, beyond the whole numbers that {kept} keeps "
             "apart: number the classes 0, 1, ..."
         )
@@ -85,7 +86,7 @@ def _as_array(name: str, labels: Any) -> Any:
         labels = labels.detach().cpu()
         if labels.dtype == torch.bfloat16:  # NumPy has no such type
             if (labels.abs() >= 2**8).any():
-                raise ValueError(f"{name} are bfloat16, which rounds above 256: give integers")
+                raise InputError(f"{name} are bfloat16, which rounds above 256: give integers")
             labels = labels.float()
         return labels.numpy()
     try:
@@ -94,7 +95,7 @@ def _as_array(name: str, labels: Any) -> Any:
         given = np.asarray(labels)
     except (TypeError, ValueError, RuntimeError) as error:  # ragged, or nothing that NumPy holds
         text = " ".join(str(error).split())
-        raise ValueError(
+        raise InputError(
             f"{name} must be whole numbers, one or one for each level: {text}"
         ) from error
     return given
@@ -110,12 +111,12 @@ def check_fit(
 ) -> None:
     """Raise unless queries and reference have as many dimensions and label levels."""
     if query.shape[1] != reference.shape[1]:
-        raise ValueError(
+        raise InputError(
             f"query has {query.shape[1]} dimensions, reference {reference.shape[1]}: "
             "embed both with the same model"
         )
     if query_labels.shape[1:] != reference_labels.shape[1:]:
-        raise ValueError(
+        raise InputError(
             f"query_labels have the shape {tuple(query_labels.shape)}, reference_labels "
             f"{tuple(reference_labels.shape)}: give both as many levels"
         )

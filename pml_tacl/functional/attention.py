@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.precision import wide_dtype, without_autocast
 
 
@@ -47,9 +48,9 @@ def cross_attention(
 def check_options(temperature: float | None, chunk_size: int | None) -> None:
     """ValueError if an option of the attention is out of range."""
     if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature must be positive or None, got {temperature}")
+        raise InputError(f"temperature must be positive or None, got {temperature}")
     if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}")
+        raise InputError(f"chunk_size must be at least 1 or None, got {chunk_size}")
 
 
 class _CrossAttention(torch.autograd.Function):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.precision import wide_dtype, without_autocast
 
 
@@ -26,7 +27,7 @@ def border_similarity(feature_maps: Tensor) -> Tensor:
         ValueError: if feature_maps are not (N, C, H, W).
     """
     if feature_maps.ndim != 4:
-        raise ValueError(f"feature_maps must be (N, C, H, W), got {tuple(feature_maps.shape)}")
+        raise InputError(f"feature_maps must be (N, C, H, W), got {tuple(feature_maps.shape)}")
     cells = nnf.normalize(feature_maps.to(wide_dtype(feature_maps)), dim=1)  # (N, C, H, W)
     inner = cells[:, :, 1:-1, 1:-1]
     height, width = cells.shape[-2:]
@@ -62,10 +63,10 @@ def covariance_pooling(feature_maps: Tensor, weights: Tensor | None = None) -> T
         ValueError: if the shapes do not match.
     """
     if feature_maps.ndim != 4:
-        raise ValueError(f"feature_maps must be (N, C, H, W), got {tuple(feature_maps.shape)}")
+        raise InputError(f"feature_maps must be (N, C, H, W), got {tuple(feature_maps.shape)}")
     n, channels, height, width = feature_maps.shape
     if weights is not None and weights.shape != (n, height, width):
-        raise ValueError(
+        raise InputError(
             f"weights must have the shape {(n, height, width)}, got {tuple(weights.shape)}"
         )
     with without_autocast(feature_maps.device):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pml_tacl.functional.attention import check_options, cross_attention, soft_maximum, unit_rows
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.precision import wide_dtype, without_autocast
 
 
@@ -37,12 +38,12 @@ def cross_image_attention(
         ValueError: if the shapes do not pair up.
     """
     if feature_maps.ndim != 4 or other_maps.ndim != 4:
-        raise ValueError(
+        raise InputError(
             "feature_maps and other_maps must be (P, C, H, W), got "
             f"{tuple(feature_maps.shape)} and {tuple(other_maps.shape)}"
         )
     if feature_maps.shape[:2] != other_maps.shape[:2]:
-        raise ValueError(
+        raise InputError(
             "feature_maps and other_maps must agree in P and C, got "
             f"{tuple(feature_maps.shape)} and {tuple(other_maps.shape)}"
         )
@@ -66,7 +67,7 @@ def sample_at_points(maps: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: if the shapes do not match.
     """
     if maps.ndim not in (3, 4) or points.shape[2:] != (2,) or len(maps) != len(points):
-        raise ValueError(
+        raise InputError(
             "maps must be (N, H, W) or (N, C, H, W) and points (N, G, 2) with the same N, got "
             f"{tuple(maps.shape)} and {tuple(points.shape)}"
         )
@@ -102,7 +103,7 @@ def to_picture(
         ValueError: if maps are not (N, H, W).
     """
     if maps.ndim != 3:
-        raise ValueError(f"maps must be (N, H, W), got {tuple(maps.shape)}")
+        raise InputError(f"maps must be (N, H, W), got {tuple(maps.shape)}")
     if cell_offset == (0.0, 0.0):
         return F.interpolate(maps.unsqueeze(1), size, mode=mode).squeeze(1)
     centres = [
@@ -149,12 +150,12 @@ def attention_consistency(
     """
     n, h, w = _check_views(feature_maps, transformed_feature_maps)
     if points.shape != (n, h * w, 2):
-        raise ValueError(
+        raise InputError(
             f"points must be ({n}, {h * w}, 2), one for each cell of the {h} x {w} feature_maps, "
             f"got {tuple(points.shape)}: SiameseTransform's grid must be ({h}, {w})"
         )
     if weights is not None and weights.shape != (n, h * w):
-        raise ValueError(f"weights must be ({n}, {h * w}), got {tuple(weights.shape)}")
+        raise InputError(f"weights must be ({n}, {h * w}), got {tuple(weights.shape)}")
     attention, transformed = cross_attention(
         feature_maps, transformed_feature_maps, None, anchors, positives, temperature, chunk_size
     )
@@ -174,7 +175,7 @@ def _check_views(feature_maps: Tensor, transformed: Tensor) -> tuple[int, int, i
         or transformed.ndim != 4
         or feature_maps.shape[:2] != transformed.shape[:2]
     ):
-        raise ValueError(
+        raise InputError(
             "feature_maps and transformed_feature_maps must be (N, C, H, W) with the same N and "
             f"C, got {tuple(feature_maps.shape)} and {tuple(transformed.shape)}"
         )
@@ -243,7 +244,7 @@ def commonness(
     if references is None:
         references, reference_labels = feature_maps, labels
     elif references.shape[1] != c:
-        raise ValueError(
+        raise InputError(
             f"references must have the {c} channels of feature_maps, got {tuple(references.shape)}"
         )
     m, places = len(references), references.shape[2] * references.shape[3]

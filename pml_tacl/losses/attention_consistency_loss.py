@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pml_tacl.functional import attention_consistency
 from pml_tacl.utils.checks import check_count, check_number
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.pml_compat import (
     BaseMetricLossFunction,
     loss_dict,
@@ -61,7 +62,7 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
         for name, why in _FIXED.items():
             if kwargs.get(name) is not None:
                 got = type(kwargs[name]).__name__
-                raise ValueError(f"{name} must be left out: {why}, got {got}")
+                raise InputError(f"{name} must be left out: {why}, got {got}")
         super().__init__(**kwargs)
         if temperature is not None:
             check_number("temperature", temperature, 0, above=True, alternative="or None")
@@ -101,7 +102,7 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
         self.reset_stats()
         if labels is not None:
             if labels.shape != (len(feature_maps),):
-                raise ValueError(
+                raise InputError(
                     f"labels must be (N,) for feature_maps of {tuple(feature_maps.shape)}, got "
                     f"{tuple(labels.shape)}"
                 )
@@ -114,7 +115,7 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
         elif labels is not None:
             anchors, positives, valid = same_label_pairs(labels, self.max_pairs)
         else:
-            raise ValueError("labels and indices_tuple cannot both be None: nothing is matched")
+            raise InputError("labels and indices_tuple cannot both be None: nothing is matched")
 
         losses = attention_consistency(
             feature_maps,

@@ -7,6 +7,7 @@ from torch import Tensor
 from pml_tacl.clustering.centroids import Centroids, NearestCentres
 from pml_tacl.functional import contrastive_clustering
 from pml_tacl.utils.checks import check_count, check_number
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.pml_compat import BaseMetricLossFunction, as_pml_gives, loss_dict, miner_weights
 
 
@@ -64,11 +65,11 @@ class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
     ) -> dict[str, Any]:
         using_ref = ref_emb is not embeddings
         if labels is None:
-            raise ValueError("labels are required: the pseudo-labels (N,) of the embeddings")
+            raise InputError("labels are required: the pseudo-labels (N,) of the embeddings")
         if ref_labels is None:
-            raise ValueError("ref_labels are required with ref_emb: they group it into centres")
+            raise InputError("ref_labels are required with ref_emb: they group it into centres")
         if using_ref and self.centroids is not None:
-            raise ValueError(
+            raise InputError(
                 "ref_emb has no use while centroids are set: leave it out, or call "
                 "set_centroids(None) to average the centres over it"
             )

@@ -5,6 +5,7 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
 from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.pml_compat import BaseMiner
 from pml_tacl.utils.precision import wide_dtype, without_autocast
 
@@ -37,7 +38,7 @@ class AttentionConsistencyMiner(BaseMiner):
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if embeddings.ndim != 4 or ref_emb.ndim != 4:
-            raise ValueError(
+            raise InputError(
                 f"feature_maps must be (N, C, H, W), got {tuple(embeddings.shape)} and, as "
                 f"reference, {tuple(ref_emb.shape)}"
             )

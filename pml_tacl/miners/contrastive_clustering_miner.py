@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pml_tacl.clustering.centroids import Centroids
 from pml_tacl.utils.checks import check_count, check_number
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.pml_compat import BaseMiner
 
 
@@ -35,7 +36,7 @@ class ContrastiveClusteringMiner(Centroids, BaseMiner):
         check_count("num_negatives", num_negatives, 1)
         check_number("max_ambiguity", max_ambiguity, 0, above=True, finite=False)
         if self.distance.is_inverted and not self.distance.normalize_embeddings:
-            raise ValueError(
+            raise InputError(
                 f"distance must normalise or be a true distance, got {self.distance}: ambiguity "
                 "is a ratio of distances"
             )

@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -19,6 +19,8 @@ from pml_tacl.models.self_attention import self_attention_map
 from pml_tacl.models.trunk import Trunk
 from pml_tacl.models.weights import Pretrained, flat_tensors
 from pml_tacl.utils.checks import check_number
+from pml_tacl.utils.errors import InputError, InputTypeError
+from pml_tacl.utils.files import written_whole
 
 _FORMAT_VERSION = 2
 _Self = TypeVar("_Self", bound="AttentionEmbedder")
@@ -82,7 +84,7 @@ class AttentionEmbedder(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(pretrained, int) and not isinstance(pretrained, bool):
-            raise TypeError(
+            raise InputTypeError(
                 f"pretrained must be True, False or a path, got {pretrained!r}; dimensions are "
                 f"given as embedding_dim={pretrained}"
             )
@@ -238,7 +240,7 @@ class AttentionEmbedder(nn.Module):
         """
         for name, rate in (("lr", lr), ("head_lr", head_lr)):
             if rate is not None and not rate >= 0:
-                raise ValueError(f"{name} must be at least 0, got {rate!r}")
+                raise InputError(f"{name} must be at least 0, got {rate!r}")
         groups: dict[str, dict[str, Any]] = {}
         rates = self._trunk_rates(lr, layer_decay)
         for name, parameter in self.named_parameters():
@@ -255,7 +257,7 @@ class AttentionEmbedder(nn.Module):
         check_number("layer_decay", layer_decay, 0, most=1, above=True)
         model = self.trunk.model
         if not hasattr(model, "group_matcher"):
-            raise ValueError(f"layer_decay must be None: {type(model).__name__} knows no layers")
+            raise InputError(f"layer_decay must be None: {type(model).__name__} knows no layers")
         matcher = cast(Any, model).group_matcher(coarse=False)
         layers = group_parameters(model, matcher, reverse=True)
         last = max(layers.values(), default=0)
@@ -274,14 +276,12 @@ class AttentionEmbedder(nn.Module):
         try:
             text = json.dumps(config, indent=2)
         except TypeError as error:
-            raise ValueError(f"the arguments for timm can not be saved as json: {error}") from error
+            raise InputError(f"the arguments for timm can not be saved as json: {error}") from error
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: an interrupted save leaves the earlier model whole.
-        save_file(flat_tensors(self.state_dict()), folder / "model.safetensors.part")
-        (folder / "model.safetensors.part").replace(folder / "model.safetensors")
-        (folder / "config.json.part").write_text(text + "\n", encoding="utf-8")
-        (folder / "config.json.part").replace(folder / "config.json")
+        with written_whole(folder / "model.safetensors") as file:
+            file.write(save(flat_tensors(self.state_dict())))
+        with written_whole(folder / "config.json") as file:
+            file.write(f"{text}\n".encode())
         return folder
 
     @classmethod
@@ -312,16 +312,16 @@ class AttentionEmbedder(nn.Module):
         if version == 1 and config["attention"] == "border":
             config["attention"] = "relative_border"
         if not isinstance(version, int) or version > _FORMAT_VERSION:
-            raise ValueError(
+            raise InputError(
                 f"folder={str(folder)!r} has format version {version!r}, this pml_tacl reads up to "
                 f"{_FORMAT_VERSION}: upgrade pml_tacl"
             )
         if (config["backbone"] is None) != (backbone is not None):
             need = "needs backbone=module" if backbone is None else "takes no backbone"
-            raise ValueError(f"folder={str(folder)!r} {need}: saved {config['backbone']!r}")
+            raise InputError(f"folder={str(folder)!r} {need}: saved {config['backbone']!r}")
         if (config["attention"] == "module") != (attention is not None):
             need = "needs attention=module" if attention is None else "takes no attention"
-            raise ValueError(f"folder={str(folder)!r} {need}: saved {config['attention']!r}")
+            raise InputError(f"folder={str(folder)!r} {need}: saved {config['attention']!r}")
         timm_kwargs = config.pop("timm_kwargs")
         config["backbone"] = backbone or config["backbone"]
         config["attention"] = attention or config["attention"]
@@ -330,5 +330,5 @@ class AttentionEmbedder(nn.Module):
             model.load_state_dict(load_file(folder / "model.safetensors"))
         except RuntimeError as error:
             text = " ".join(str(error).split())
-            raise ValueError(f"folder={str(folder)!r}: weights do not fit: {text}") from error
+            raise InputError(f"folder={str(folder)!r}: weights do not fit: {text}") from error
         return model.eval()

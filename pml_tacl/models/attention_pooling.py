@@ -12,6 +12,7 @@ from pml_tacl.functional.background import figure_scores
 from pml_tacl.models.covariance import Covariance
 from pml_tacl.models.projection import Projection
 from pml_tacl.models.trunk import TrunkOutput
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.precision import at_least_float32
 
 _DISTINCTIVE_TEMPERATURE = 0.1
@@ -123,11 +124,11 @@ class Embedder(nn.Module):
     ) -> None:
         super().__init__()
         if pooling not in ("backbone", "average", "covariance"):
-            raise ValueError(
+            raise InputError(
                 f"pooling must be 'backbone', 'average' or 'covariance', got {pooling!r}"
             )
         if embedding_dim is not None and (not isinstance(embedding_dim, int) or embedding_dim < 1):
-            raise ValueError(f"embedding_dim must be None or at least 1, got {embedding_dim!r}")
+            raise InputError(f"embedding_dim must be None or at least 1, got {embedding_dim!r}")
         if attention is None:
             defaults = {"backbone": "border", "covariance": "relative_border", "average": "pool"}
             attention = defaults[pooling]
@@ -149,7 +150,7 @@ class Embedder(nn.Module):
                 self.attention = RelativeBorderAttention()
             elif attention == "pool":
                 if pooling == "backbone":
-                    raise ValueError(
+                    raise InputError(
                         "attention='pool' is learned, and the backbone's own pooling does not use "
                         "it: give pooling='average' or 'covariance', or another attention"
                     )
@@ -157,7 +158,7 @@ class Embedder(nn.Module):
             self.attention_name = attention
         else:
             names = ", ".join(map(repr, _ATTENTIONS))
-            raise ValueError(f"attention must be {names} or a module, got {attention!r}")
+            raise InputError(f"attention must be {names} or a module, got {attention!r}")
         self.norm = nn.Identity() if norm is None else norm
         self.projection: nn.Module = nn.Identity()
         if embedding_dim is None:
@@ -227,14 +228,14 @@ class Embedder(nn.Module):
             ValueError: if the attention is another, or the shape does not fit.
         """
         if self.attention_name != "distinctive":
-            raise ValueError(
+            raise InputError(
                 f"attention={self.attention_name!r} uses no references: build with 'distinctive'"
             )
         if feature_maps is None:
             self.references = torch.empty(0)
             return
         if feature_maps.ndim != 4 or feature_maps.shape[1] != self.map_channels:
-            raise ValueError(
+            raise InputError(
                 f"feature_maps must be (M, {self.map_channels}, H, W), "
                 f"got shape {tuple(feature_maps.shape)}"
             )
@@ -260,7 +261,7 @@ class Embedder(nn.Module):
         if self.attention is not None:
             logits = self.attention(trunk_output)
             if logits.shape != (n, height, width):
-                raise ValueError(
+                raise InputError(
                     f"attention must give logits of shape {(n, height, width)}, the grid of the "
                     f"feature maps, got {tuple(logits.shape)}"
                 )

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvf
 
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.images import to_rgb, upright
 
 _LONGEST = 10  # times the shorter side; a central crop sees no more of the longer one
@@ -61,7 +62,7 @@ def _with_channels(image: Any, channels: int) -> Any:
             return image
     else:
         found = f"a {type(image).__name__}"
-    raise ValueError(
+    raise InputError(
         f"image must be a PIL image of the model's {channels} channels, or a tensor ({channels}, "
         f"H, W) of uint8 or of floats in [0, 1], got {found}: for RGB build it with in_chans=3"
     )
@@ -76,7 +77,7 @@ def size_in_pixels(config: dict[str, Any], image_size: Any = None) -> tuple[int,
     size = config["input_size"][1:] if image_size is None else image_size
     pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise ValueError(f"image_size must be pixels or (height, width), got {image_size!r}")
+        raise InputError(f"image_size must be pixels or (height, width), got {image_size!r}")
     return pair
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from pml_tacl.functional import covariance_pooling
 from pml_tacl.models.covariance import CHANNELS, principal_directions
 from pml_tacl.utils.checks import check_count, check_number
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.modes import evaluating
 from pml_tacl.utils.precision import at_least_float32, without_autocast
 
@@ -131,7 +132,7 @@ def fit_projection(
     check_count("max_images", max_images, least=2)
     projection = model.embedder.projection
     if not isinstance(projection, Projection):
-        raise ValueError("embedding_dim is None: there is no projection to fit")
+        raise InputError("embedding_dim is None: there is no projection to fit")
     device = projection.whole_mean.device
     waiting: list[tuple[Tensor, Tensor, Tensor]] | None = []
     whole, parts = _Moments(), _Moments()
@@ -167,7 +168,7 @@ def fit_projection(
         if waiting is not None:
             take_those_waiting()
     if whole.count < 2:
-        raise ValueError(f"batches hold {whole.count} images: the projection needs at least 2")
+        raise InputError(f"batches hold {whole.count} images: the projection needs at least 2")
     fitted = False
     for moments, shrinkage, mean, basis in (
         (whole, _WHOLE_SHRINKAGE, projection.whole_mean, projection.whole_basis),
@@ -183,7 +184,7 @@ def fit_projection(
             basis.copy_(whitening_basis(covariance, basis.shape[1], shrinkage, moments.count))
     if not fitted:
         projection.reset()
-        raise ValueError(f"batches hold {whole.count} images that all look the same")
+        raise InputError(f"batches hold {whole.count} images that all look the same")
     projection.fitted = True
 
 
@@ -255,7 +256,7 @@ def whiten_linear(
     check_number("shrinkage", shrinkage, 0, above=True)
     projection = model.embedder.projection
     if not isinstance(projection, nn.Linear):
-        raise ValueError("embedding_dim is None: there is no projection to fit")
+        raise InputError("embedding_dim is None: there is no projection to fit")
     device = projection.weight.device
 
     def moments(features: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -264,10 +265,10 @@ def whiten_linear(
             found.add(features(images.to(device)))
             images_seen += len(images)
         if images_seen < 2:
-            raise ValueError(f"batches hold {images_seen} images: the projection needs at least 2")
+            raise InputError(f"batches hold {images_seen} images: the projection needs at least 2")
         mean, covariance = found.covariance("batches")
         if not covariance.any():
-            raise ValueError(f"batches hold {images_seen} images that all look the same")
+            raise InputError(f"batches hold {images_seen} images that all look the same")
         return mean, covariance
 
     with evaluating(model):
@@ -308,7 +309,7 @@ class _Moments:
         mean = self.sum / self.count
         covariance = self.outer / self.count - mean[:, None] * mean
         if not torch.isfinite(covariance).all():
-            raise ValueError(
+            raise InputError(
                 f"{name} give features that are NaN or infinite: check the images and the weights"
             )
         return mean, covariance

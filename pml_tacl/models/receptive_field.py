@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.modes import evaluating
 
 _IMAGES, _PAIRS, _DIRECTIONS = 4, 2, 2
@@ -103,14 +104,14 @@ def _too_small_named(trunk: nn.Module, image_size: tuple[int, int]) -> Iterator[
         if larger or isinstance(error, torch.OutOfMemoryError):
             raise
         text = " ".join(str(error).split())
-        raise ValueError(
+        raise InputError(
             f"image_size={image_size} is too small for the backbone ({text}): give more pixels"
         ) from error
 
 
 def _check_cells(rows: int, columns: int, least: int, image_size: tuple[int, int]) -> None:
     if rows * columns < least:
-        raise ValueError(
+        raise InputError(
             f"image_size={image_size} makes feature maps of {rows} x {columns} cells, and the "
             f"pooling needs at least {least}: give more pixels, or a model with pooling='average'"
         )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.errors import InputError
 
 _ELSE = "give another block, or see the attention that forward_features returns"
 
@@ -31,7 +32,7 @@ def self_attention_map(model: nn.Module, images: Tensor, block: int = -1) -> Ten
     """
     blocks = getattr(model, "blocks", None)
     if not hasattr(model, "forward_intermediates") or not isinstance(blocks, nn.Module):
-        raise ValueError(
+        raise InputError(
             f"model must be a timm ViT, with blocks of self-attention, got {type(model).__name__}: "
             "see the attention that forward_features returns"
         )
@@ -41,7 +42,7 @@ def self_attention_map(model: nn.Module, images: Tensor, block: int = -1) -> Ten
     attention = getattr(layers[block], "attn", None)
     dropout = getattr(attention, "attn_drop", None)
     if not isinstance(dropout, nn.Module):
-        raise ValueError(f"{named} keeps no weights of self-attention: {_ELSE}")
+        raise InputError(f"{named} keeps no weights of self-attention: {_ELSE}")
     seen: list[Tensor] = []
     fused = getattr(attention, "fused_attn", False)
     # The dropout is the one module that the weights pass through.
@@ -57,7 +58,7 @@ def self_attention_map(model: nn.Module, images: Tensor, block: int = -1) -> Ten
     height, width = maps.shape[-2:]
     places = height * width
     if not seen or seen[0].ndim != 4 or seen[0].shape[-1] < places:
-        raise ValueError(f"{named} attends not over its places: {_ELSE}")
+        raise InputError(f"{named} attends not over its places: {_ELSE}")
     weights = seen[0].float()
     rows = weights[:, :, 0] if getattr(model, "cls_token", None) is not None else weights.mean(2)
     onto_places = rows.mean(1)[:, -places:]

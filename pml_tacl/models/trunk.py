@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pml_tacl.models.weights import Pretrained, create_timm_model, model_data_config
+from pml_tacl.utils.errors import InputError, InputTypeError
 from pml_tacl.utils.modes import evaluating
 
 _USEFUL_STRIDE = 16  # at 32 an image of 224 px has 7 x 7 places: too coarse to point at things
@@ -81,16 +82,18 @@ class Trunk(nn.Module):
         elif isinstance(backbone, nn.Module):
             others = ["pretrained"] if pretrained is not False else [*timm_kwargs]
             if others := [name for name in others if name not in _SIZES]:
-                raise ValueError(f"{others[0]} needs a timm model name: a module is used as it is")
+                raise InputError(f"{others[0]} needs a timm model name: a module is used as it is")
             self.model = backbone
         else:
-            raise TypeError(f"backbone must be a timm model name or a module, got {backbone!r}")
+            raise InputTypeError(
+                f"backbone must be a timm model name or a module, got {backbone!r}"
+            )
         self.freeze_batchnorm, self.stop_at_maps = freeze_batchnorm, stop_at_maps
         self.data_config = model_data_config(self.model, timm_kwargs, isinstance(backbone, str))
         reductions = _reductions(self.model)
         self.is_timm = bool(reductions)
         if isinstance(backbone, str) and not self.is_timm:
-            raise ValueError(
+            raise InputError(
                 f"timm {timm.__version__} gives no feature maps of {backbone!r}: upgrade timm, or "
                 "pass timm.create_model(..., features_only=True)"
             )
@@ -125,12 +128,12 @@ class Trunk(nn.Module):
             ValueError: if the images are no such batch, or the model takes no images of this size.
         """
         if images.ndim != 4:
-            raise ValueError(f"images must be (N, C, H, W), got shape {tuple(images.shape)}")
+            raise InputError(f"images must be (N, C, H, W), got shape {tuple(images.shape)}")
         if not self.is_timm:
             return self._select(self.model(images))
         channels = self.data_config["input_size"][0]
         if images.shape[1] != channels:
-            raise ValueError(
+            raise InputError(
                 f"images have {images.shape[1]} channels and the backbone takes {channels}: "
                 f"convert them, or build the model with in_chans={images.shape[1]}"
             )
@@ -146,7 +149,7 @@ class Trunk(nn.Module):
         except (AssertionError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not self._wrong_size(images):
                 raise
-            raise ValueError(
+            raise InputError(
                 f"the backbone takes no images of {tuple(images.shape[2:])} px ({error}): resize "
                 "them, or pass img_size= or dynamic_img_size=True where timm has it"
             ) from error
@@ -179,7 +182,7 @@ class Trunk(nn.Module):
             ValueError: if the backbone has no gradient checkpointing.
         """
         if not hasattr(self.model, "set_grad_checkpointing"):
-            raise ValueError(
+            raise InputError(
                 f"backbone {type(self.model).__name__} has no gradient checkpointing: take a timm "
                 "model, or do without"
             )
@@ -199,12 +202,12 @@ class Trunk(nn.Module):
         for maps in stages:
             if not isinstance(maps, Tensor) or maps.ndim != 4:
                 got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
-                raise ValueError(
+                raise InputError(
                     f"backbone must return (N, C, H, W) maps or a list of them, got {got}"
                 )
         index = -1 if self.feature_index is None else self.feature_index
         if not -len(stages) <= index < len(stages):
-            raise ValueError(
+            raise InputError(
                 f"feature_index={index} must be in {-len(stages)}..{len(stages) - 1}: the backbone "
                 f"returns {len(stages)} map(s)"
             )
@@ -268,7 +271,7 @@ def _resolve_index(feature_index: int | None, reductions: list[int]) -> int | No
         limit = max(_USEFUL_STRIDE, min(reductions))
         return max(i for i, reduction in enumerate(reductions) if reduction <= limit)
     if not isinstance(feature_index, int) or not -count <= feature_index < count:
-        raise ValueError(
+        raise InputError(
             f"feature_index={feature_index!r} must be in {-count}..{count - 1}: "
             f"the stages of this backbone have strides {reductions}"
         )

@@ -15,6 +15,8 @@ from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from pml_tacl.utils.errors import InputError, InputTypeError
+
 Pretrained: TypeAlias = bool | str | PathLike[str]
 
 _OURS = ("num_classes", "features_only", "pretrained_cfg", "pretrained_cfg_overlay")
@@ -51,14 +53,14 @@ def create_timm_model(name: str, pretrained: Pretrained, timm_kwargs: dict[str, 
     """
     for key in _OURS:
         if key in timm_kwargs:
-            raise ValueError(f"{key}={timm_kwargs[key]!r} can not be set: the trunk has no head")
+            raise InputError(f"{key}={timm_kwargs[key]!r} can not be set: the trunk has no head")
     known = _known_name(name)
     if pretrained is False or pretrained is None:
         return _create(name, known, timm_kwargs)
     if pretrained is True:
         return _create_downloaded(name, known, timm_kwargs)
     if not isinstance(pretrained, str | PathLike):
-        raise TypeError(f"pretrained must be True, False or a path, got {pretrained!r}")
+        raise InputTypeError(f"pretrained must be True, False or a path, got {pretrained!r}")
     return _create_from_file(name, known, Path(pretrained), timm_kwargs)
 
 
@@ -90,7 +92,7 @@ def _check_name(name: str) -> None:
     else:
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
-    raise ValueError(f"backbone={name!r} is no timm model: {hint}")
+    raise InputError(f"backbone={name!r} is no timm model: {hint}")
 
 
 def _create(name: str, known: str, timm_kwargs: dict[str, Any]) -> nn.Module:
@@ -100,7 +102,7 @@ def _create(name: str, known: str, timm_kwargs: dict[str, Any]) -> nn.Module:
         return cast(nn.Module, timm.create_model(known, num_classes=0, **timm_kwargs))
     except Exception as error:
         if isinstance(error, RuntimeError):  # such as a tag that timm does not know
-            raise ValueError(f"backbone={name!r}: {_one_line(error, 200)}") from error
+            raise InputError(f"backbone={name!r}: {_one_line(error, 200)}") from error
         if not known.startswith(("hf-hub:", "local-dir:")) or not _is_of_files(error):
             raise
         raise OSError(
@@ -170,7 +172,7 @@ def _create_from_file(name: str, known: str, path: Path, timm_kwargs: dict[str, 
     if not path.is_file():
         raise FileNotFoundError(f"pretrained={str(path)!r}: no such file")
     if known.startswith("hf-hub:"):
-        raise ValueError(
+        raise InputError(
             f"pretrained={str(path)!r} stays local, and backbone={name!r} is read from the hub: "
             "pass the name of a timm model, or local-dir:FOLDER"
         )
@@ -200,7 +202,7 @@ def _create_from_file(name: str, known: str, path: Path, timm_kwargs: dict[str, 
             text = f"it fills {filled} of {len(empty.state_dict())} tensors, and holds {named}"
         elif "trunk" in content or any(key.startswith("trunk.model.") for key in content):
             text += "; AttentionEmbedder.from_pretrained(FOLDER) loads a saved model as it is"
-        raise ValueError(wrong + text) from error
+        raise InputError(wrong + text) from error
     model.pretrained_cfg.pop("state_dict", None)  # it would travel with every copy of the model
     return cast(nn.Module, model)
 
@@ -227,7 +229,7 @@ def _weights_for(
     wanted = empty.state_dict().keys()
     networks = dict(_networks("", content))
     if not networks:
-        raise ValueError(f"{wrong}it holds no weights")
+        raise InputError(f"{wrong}it holds no weights")
     found = {
         (place, prefix): count
         for place, tensors in networks.items()
@@ -239,7 +241,7 @@ def _weights_for(
     best = sorted((at for at in found if found[at] == most), key=lambda at: _rank("".join(at)))
     names = ["".join(at) for at in best if _rank("".join(at)) == _rank("".join(best[0]))]
     if len(names) > 1:
-        raise ValueError(f"{wrong}it holds several networks, {' and '.join(names)}: keep one")
+        raise InputError(f"{wrong}it holds several networks, {' and '.join(names)}: keep one")
     place, prefix = best[0]
     modules = {name.partition(".")[0] for name in wanted}
     state = {}

@@ -21,6 +21,7 @@ from pml_tacl.report._choices import (
 )
 from pml_tacl.report._sources import PictureSet, Run, read_run
 from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.files import written_whole
 
 __all__ = ["read_run", "report_html", "write_report"]
@@ -144,7 +145,7 @@ def _map_set(
 ) -> tuple[dict[str, Any], PictureSet, Any]:
     groups = pictures.clusters if kind == "cluster" else pictures.labels
     if groups is None:
-        raise ValueError(f"{pictures.title} have no {kind} to be coloured by")
+        raise InputError(f"{pictures.title} have no {kind} to be coloured by")
     rows = sample_of(groups, cap, first, seed)
     places, how = project(pictures.embeddings[rows], seed)
     numbers, index = np.unique(groups[rows], return_inverse=True)

@@ -21,7 +21,9 @@ from pml_tacl.datasets.image_files import load_rgb
 from pml_tacl.evaluation import embed
 from pml_tacl.models import AttentionEmbedder
 from pml_tacl.search import PictureIndex
+from pml_tacl.trainers._records import read_losses
 from pml_tacl.trainers.checkpoint import checkpoints
+from pml_tacl.utils.errors import InputError
 
 Curve = tuple[list[float], list[float]]
 GLYPH_SIDE = 64  # pixels, of the quickstart's pictures
@@ -98,11 +100,11 @@ def read_run(
     try:
         content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"{folder} holds no readable metrics.json: give a training that has ended"
         ) from error
     if "images" not in config and "root" in config:
-        raise ValueError(
+        raise InputError(
             f"{folder} is a training on {config['root']}, which no report is made of: give a run "
             "of quickstart.py or train_folder.py"
         )
@@ -223,7 +225,8 @@ def _clusters(training: PictureSet, state: Mapping[str, Any], notes: list[str]) 
 
 
 def _losses(folder: Path, state: Mapping[str, Any]) -> dict[str, Curve]:
-    history = state.get("extra", {}).get("history")
+    history = read_losses(folder / "records" / "every_loss.csv")
+    history = history or state.get("extra", {}).get("history")  # of earlier versions
     if history:
         return {k: (list(range(1, len(v) + 1)), [float(x) for x in v]) for k, v in history.items()}
     rows = _read_csv(folder / "records" / "loss_histories.csv")

@@ -4,6 +4,7 @@ A record that was written after the last checkpoint belongs to iterations that a
 makes again; it would stand there twice.
 """
 
+import csv
 import logging
 import os
 import sqlite3
@@ -11,7 +12,72 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from pml_tacl.utils.plain import plain
+
 _LOGGER = logging.getLogger(__name__)
+_TOGETHER = 100  # iterations
+
+
+class LossesFile:
+    """Every loss of every iteration, in a csv file that grows and is never read in training.
+
+    Reading a loss makes the CPU wait for a GPU, so that many are read together. In the folder of
+    record-keeper's records the file is part of the checkpoints, as they are.
+
+    Args:
+        path: of the file; made with the first losses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[tuple[int, dict[str, Any]]] = []
+
+    def add(self, iteration: int, losses: dict[str, Any]) -> None:
+        """Note the losses of an iteration: numbers, or 0-d tensors without a graph."""
+        self._waiting.append((iteration, dict(losses)))
+        if len(self._waiting) >= _TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been noted."""
+        if not self._waiting:
+            return
+        steps, rows = zip(*self._waiting, strict=True)
+        names = list(rows[0])
+        columns = [_numbers([row.get(name, 0.0) for row in rows]) for name in names]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if not file.tell():
+                writer.writerow(["iteration", *names])
+            writer.writerows(zip(steps, *columns, strict=True))
+        self._waiting = []
+
+
+def read_losses(path: str | Path) -> dict[str, list[float]]:
+    """Return what a :class:`LossesFile` holds: name -> one value for each iteration."""
+    if not Path(path).is_file():
+        return {}
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        names, *rows = list(csv.reader(file)) or [[]]
+    columns = list(zip(*rows, strict=True)) or [()] * len(names)
+    return {
+        name: [float(value) for value in column]
+        for name, column in zip(names[1:], columns[1:], strict=True)
+    }
+
+
+def _numbers(values: list[Any]) -> list[float]:
+    """Numbers and 0-d tensors as floats; the device is waited for once."""
+    tensors = [value.detach() for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return [float(value) for value in values]
+    wide = max((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
+    read = iter(torch.stack([t.to(tensors[0].device, wide) for t in tensors]).tolist())
+    return [next(read) if isinstance(value, Tensor) else float(value) for value in values]
 
 
 def records_state(keeper: Any) -> dict[str, Any]:
@@ -32,9 +98,7 @@ def records_state(keeper: Any) -> dict[str, Any]:
     with closing(sqlite3.connect(writer.local_db.db_path)) as base:
         rows = {name: _last_row(base, name) for name in _tables(base)}
     waiting = {
-        group: {
-            name: {at: _plain(v) for at, v in column.items()} for name, column in series.items()
-        }
+        group: {name: {at: plain(v) for at, v in column.items()} for name, column in series.items()}
         for group, series in writer.records.items()
     }
     return {"csv": sizes, "rows": rows, "waiting": waiting}
@@ -76,7 +140,3 @@ def _last_row(base: sqlite3.Connection, table: str) -> int:
 
 def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value  # of NumPy

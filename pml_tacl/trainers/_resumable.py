@@ -1,6 +1,6 @@
 """When a trainer writes its checkpoints, reads them and ends."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pml_tacl.distributed.session import highest, on_first
 from pml_tacl.distributed.training import equalise, restore_random, states_of_others
+from pml_tacl.trainers._records import LossesFile
+from pml_tacl.trainers._restoring import fresh_schedules
 from pml_tacl.trainers.checkpoint import (
     load_checkpoint,
     open_folder,
@@ -16,6 +18,7 @@ from pml_tacl.trainers.checkpoint import (
     save_checkpoint,
     trainer_state,
 )
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.signals import Interrupted, Signals
 
 
@@ -26,6 +29,9 @@ class Resumable(BaseTrainer):
         """Where a training is before it has begun."""
         self.extra: dict[str, Any] = {}
         self.test_hook: Callable[[Any], None] | None = None  # each epoch, on every process
+        self.test_epochs: Collection[int] = ()  # at whose end all is saved before the test
+        self.losses_file: LossesFile | None = None
+        self.schedules: dict[str, Any] = {}  # before their first step
         self.epoch = self.ended = self.done = 0
         self.order: Tensor | None = None  # of the epoch that runs
         self.stopped = False
@@ -48,15 +54,19 @@ class Resumable(BaseTrainer):
             extra: added to ``trainer.extra``.
 
         Raises:
+            InputTypeError: if the state, or what is in ``trainer.extra``, holds what could not be
+                read again; the message says where and what it is.
             OSError: if it cannot be written; earlier ones are left.
             ValueError: in an end_of_iteration_hook, where an iteration is not quite done.
         """
         if self._within_step:
-            raise ValueError(
+            raise InputError(
                 "a checkpoint within an iteration would not be whole: set checkpoint_every, or "
                 "save in end_of_epoch_hook"
             )
         self.extra.update(extra or {})
+        if self.losses_file is not None:
+            self.losses_file.flush()
         if self.others is not None:  # in a hook of the first process
             return save_checkpoint(folder, trainer_state(self, self.others), keep)
         equalise(self)
@@ -70,32 +80,37 @@ class Resumable(BaseTrainer):
         """Restore a checkpoint (a folder: its last readable one); train on from ``epoch + 1``.
 
         Args:
-            path: a file or folder; None for ``checkpoint_folder``.
+            path: a file or folder; None for ``checkpoint_folder``, which must be set then.
 
         Returns:
             ``trainer.extra``, as it was saved.
 
         Raises:
             FileNotFoundError: if there is none.
-            ValueError: if it is damaged, or does not fit this trainer and its data set.
+            InputError: if it is damaged, or does not fit this trainer and its data set; the
+                trainer is as it was then.
         """
-        path = Path(path or self.checkpoint_folder or "checkpoints")
-        state = on_first(lambda: load_checkpoint(path), "reading a checkpoint")
+        path = self.checkpoint_folder if path is None else path
+        if path is None:
+            raise InputError("load_checkpoint needs a path: the trainer has no checkpoint_folder")
+        found = Path(path)
+        state = on_first(lambda: load_checkpoint(found), "reading a checkpoint")
         restore_trainer(self, state)
         restore_random(state, self.batch_size)
-        self._own_folder = path if path.is_dir() else path.parent
+        self._own_folder = found if found.is_dir() else found.parent
         self._loaded_within_epoch = self.order is not None
         return self.extra
 
     def _begin(self, start_epoch: int) -> None:
         """Make sure that a training which is killed from here on can be resumed."""
         if self._loaded_within_epoch and start_epoch != self.ended + 1:
-            raise ValueError(
+            raise InputError(
                 f"the checkpoint is from within epoch {self.ended + 1}, got start_epoch="
                 f"{start_epoch}: train with start_epoch=trainer.epoch + 1"
             )
         if not self._loaded_within_epoch:
             self.ended, self.done, self.order = start_epoch - 1, 0, None
+        self.schedules = self.schedules or fresh_schedules(self)
         folder = self.checkpoint_folder
         place = (self.ended, self.done)
         if folder is not None and on_first(

@@ -11,6 +11,7 @@ from pml_tacl.distributed.collectives import mean_loss
 from pml_tacl.losses import AttentionConsistencyLoss
 from pml_tacl.trainers._forward import Features
 from pml_tacl.trainers._views import Batch
+from pml_tacl.utils.errors import InputError
 
 
 class Step(NamedTuple):
@@ -51,7 +52,7 @@ def loss_of(loss_func: nn.Module, step: Step) -> Any:
 def _attention_loss(loss_func: AttentionConsistencyLoss, step: Step) -> Any:
     maps = step.features.feature_maps
     if maps is None:
-        raise ValueError(
+        raise InputError(
             "AttentionConsistencyLoss needs a trunk with feature_maps: use AttentionEmbedder"
         )
     first, second = maps.chunk(2)

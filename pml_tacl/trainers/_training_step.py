@@ -13,6 +13,7 @@ from pml_tacl.distributed.training import begin_together, sum_gradients
 from pml_tacl.trainers._forward import forward_in_chunks, forward_of
 from pml_tacl.trainers._steps import Step, loss_of
 from pml_tacl.trainers._views import Batch, swap_background
+from pml_tacl.utils.errors import DivergedError, InputError
 from pml_tacl.utils.precision import wide_dtype
 
 _LOOK_EVERY = 10  # iterations: reading a loss makes the CPU wait for a GPU
@@ -49,7 +50,7 @@ class TrainingStep(BaseTrainer):
             ValueError: without ``ema_decay``.
         """
         if self.average is None:
-            raise ValueError("ema_model needs averaged weights: give the trainer an ema_decay")
+            raise InputError("ema_model needs averaged weights: give the trainer an ema_decay")
         averaged: nn.Module = self.average.module
         return averaged
 
@@ -125,7 +126,7 @@ class TrainingStep(BaseTrainer):
         shown = dict(zip(self.losses, torch.stack(values).tolist(), strict=True))
         if not math.isfinite(shown["total_loss"]):
             parts = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            raise FloatingPointError(
+            raise DivergedError(
                 f"loss is not finite in epoch {self.epoch}, iteration {self.iteration} ({parts}): "
                 "lower the learning rate or resume from the last checkpoint"
             )

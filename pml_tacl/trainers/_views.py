@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from pml_tacl.functional import border_similarity, commonness, sample_at_points
 from pml_tacl.transforms import BackgroundSwap, cell_weights
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.modes import evaluating
 
 _TRIES = 5  # pictures in a row that cannot be read: it is the storage then, not a picture
@@ -134,7 +135,7 @@ def drawing_from(seed: int) -> Iterator[None]:
 def _finite(image: Tensor, index: int) -> Tensor:
     # Here, where the picture is known: one NaN would spread to the batch through BatchNorm.
     if not torch.isfinite(image.sum()):
-        raise ValueError(f"picture {index} of the data set is NaN or infinite: mend or remove it")
+        raise InputError(f"picture {index} of the data set is NaN or infinite: mend or remove it")
     return image
 
 

@@ -1,8 +1,10 @@
 """A training's whole state in one file, written so that a crash leaves the last one whole."""
 
 import logging
+import pickle
 import random
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,27 @@ import numpy as np
 import torch
 from torch import nn
 
-from pml_tacl.cli.run_folder import versions
 from pml_tacl.distributed.session import is_first
 from pml_tacl.trainers._records import records_state, restore_records
+from pml_tacl.trainers._restoring import (
+    PARTS,
+    check_kinds,
+    fresh_schedules,
+    kinds_of,
+    load_module,
+    load_parts,
+    unchanged_on_error,
+)
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.files import written_whole
+from pml_tacl.utils.plain import plain
+from pml_tacl.utils.versions import versions
 
 _LOGGER = logging.getLogger(__name__)
 _FORMAT = 2
-_SAVED = ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs")
 _COUNTERS = ("queue_idx", "has_been_filled")  # of PML's CrossBatchMemory, not in its state_dict
 _NAME = re.compile(r"epoch_(\d+)(?:_iteration_(\d+))?\.pt")
+_NAMES = {"extra": "trainer.extra"}  # what messages call a part of the state
 _ORDER = ("batch_size", "iterations_per_epoch")  # what an epoch that was drawn depends on
 _CONFIG = (
     *_ORDER,
@@ -46,9 +59,12 @@ def save_checkpoint(folder: str | Path, state: dict[str, Any], keep: int = 2) ->
         The path written.
 
     Raises:
+        InputTypeError: if the state holds what could not be read again, naming where and its
+            type; nothing is written.
         OSError: if it cannot be written; the earlier ones are as they were.
     """
     folder = Path(folder)
+    state = {name: plain(value, _NAMES.get(name, name)) for name, value in state.items()}
     within = f"_iteration_{state['iteration']:06d}" if state["iteration"] else ""
     path = folder / f"epoch_{state['epoch']:04d}{within}.pt"
     try:
@@ -76,38 +92,43 @@ def _place(path: Path) -> tuple[int, int]:
     return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
 
 
+class DamagedError(InputError):
+    """A checkpoint whose bytes are not those that were written."""
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; no pickled code is run.
 
     Args:
-        path: a checkpoint, or a folder, whose last readable one is read; a damaged one after it
+        path: a checkpoint, or a folder, whose last undamaged one is read; a damaged one after it
             is renamed to ``*.damaged``, with a warning.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if the file, or every one in the folder, is damaged or of another version.
+        InputError: if the file, or every one in the folder, is damaged, is of another version, or
+            holds a type that is not read without running code. The last two rename nothing.
     """
     path = Path(path)
     if not path.is_dir():
         earlier = [there for there in checkpoints(path.parent) if _place(there) < _place(path)]
         try:
             return _read(path)
-        except ValueError as error:
+        except DamagedError as error:
             hint = f"use the one before it, {earlier[-1].name}" if earlier else "start anew"
-            raise ValueError(f"{error}: {hint}") from error
+            raise DamagedError(f"{error}: {hint}") from error
     there = checkpoints(path)
     if not there:
         raise FileNotFoundError(f"no checkpoint in {path}: start without resuming")
     for last in reversed(there):
         try:
             state = _read(last)
-        except ValueError as error:
+        except DamagedError as error:
             _LOGGER.warning("%s: going on from the one before it", error)
             continue
         for damaged in there[there.index(last) + 1 :]:  # or the next one would be sorted before it
             damaged.rename(damaged.with_suffix(".pt.damaged"))
         return state
-    raise ValueError(f"no checkpoint in {path} can be read: start anew")
+    raise DamagedError(f"no checkpoint in {path} can be read: start anew")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -118,10 +139,29 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # damaged bytes raise nearly anything
-        raise ValueError(f"checkpoint {path} is damaged") from error
+        if isinstance(error, pickle.UnpicklingError) and _is_whole(path):
+            found = re.search(r"GLOBAL (\S+)|(?:[Cc]lass|type) ([\w.]+)", str(error))
+            kind = next(filter(None, found.groups()), "") if found else ""
+            raise InputError(
+                f"checkpoint {path} is whole, and holds a type that is not read without running "
+                f"code ({kind or 'unknown'}): if you trust the file, allow the type with "
+                "torch.serialization.add_safe_globals, and resume"
+            ) from error
+        raise DamagedError(f"checkpoint {path} is damaged") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise ValueError(f"checkpoint {path} is of another version of pml_tacl")
+        raise InputError(
+            f"checkpoint {path} is of another version of pml_tacl: resume with that version, or "
+            "start anew in another folder"
+        )
     return state
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # as above
+        return False
 
 
 def open_folder(folder: Path, own: Path | None, place: tuple[int, int]) -> bool:
@@ -144,7 +184,7 @@ def open_folder(folder: Path, own: Path | None, place: tuple[int, int]) -> bool:
     new = own is None or own.resolve() != folder.resolve()
     there = checkpoints(folder)
     if new and there:
-        raise ValueError(
+        raise InputError(
             f"checkpoint_folder {folder} holds checkpoints of an earlier training: load_checkpoint "
             "first, or give another folder"
         )
@@ -197,7 +237,7 @@ def trainer_state(trainer: Any, others: Sequence[dict[str, Any]] = ()) -> dict[s
     unreadable = trainer.unreadable.known.union(*(other["unreadable"] for other in others))
     state: dict[str, Any] = {
         kind: {name: thing.state_dict() for name, thing in getattr(trainer, kind).items()}
-        for kind in _SAVED
+        for kind in PARTS
     }
     state |= {
         "format": _FORMAT,
@@ -218,6 +258,8 @@ def trainer_state(trainer: Any, others: Sequence[dict[str, Any]] = ()) -> dict[s
         "others": list(others),
         "config": {name: getattr(trainer, name) for name in _CONFIG},
         "versions": versions(),
+        "kinds": kinds_of(trainer),
+        "schedules": trainer.schedules,
     }
     return state
 
@@ -231,28 +273,34 @@ def _counters(loss: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def restore_trainer(trainer: Any, state: dict[str, Any]) -> None:
-    """Undo :func:`trainer_state`, but for the random state.
+    """Undo :func:`trainer_state`, but for the random state; wholly, or not at all.
+
+    A schedule of learning rates goes on where it was. One that was made with other settings than
+    the checkpoint's, such as for more epochs, goes on where a training that had it from the start
+    would stand after as many epochs.
 
     Raises:
-        ValueError: if the state is of another number of pictures, of other losses, or within an
-            epoch of other batches.
+        InputError: if the state is of another number of images, of other models, losses,
+            optimizers or schedulers, or within an epoch of other batches.
     """
     _check_fit(trainer, state)
-    for kind in _SAVED:
-        for name, thing in getattr(trainer, kind).items():
-            thing.load_state_dict(state[kind][name])
-    for name, loss in trainer.loss_funcs.items():
-        for path, counters in state["counters"][name].items():
-            vars(loss.get_submodule(path)).update(counters)
+    schedules = trainer.schedules or fresh_schedules(trainer)
+    with unchanged_on_error(trainer):
+        load_parts(trainer, state, schedules)
+        for name, loss in trainer.loss_funcs.items():
+            for path, counters in state["counters"][name].items():
+                vars(loss.get_submodule(path)).update(counters)
+        if state["scaler"] and trainer.scaler.is_enabled():  # else the precision is another now
+            trainer.scaler.load_state_dict(state["scaler"])
+        if trainer.average is not None:
+            load_module("ema_model", trainer.average, state["ema"])
+        if trainer.record_keeper is not None and state["records"] is not None and is_first():
+            restore_records(trainer.record_keeper, state["records"])
     for name in ("epoch", "order", "stopped", "labels", "centroids", "moved_from", "extra"):
         setattr(trainer, name, state[name])
     trainer.ended, trainer.done = state["epoch"], state["iteration"]
     trainer.unreadable.known = set(state["unreadable"])
-    trainer.scaler.load_state_dict(state["scaler"])
-    if trainer.average is not None:
-        trainer.average.load_state_dict(state["ema"])
-    if trainer.record_keeper is not None and state["records"] is not None and is_first():
-        restore_records(trainer.record_keeper, state["records"])
+    trainer.schedules = schedules
     changed = {
         name: f"{name} {state['versions'].get(name)} (now {now})"
         for name, now in versions().items()
@@ -264,23 +312,18 @@ def restore_trainer(trainer: Any, state: dict[str, Any]) -> None:
 
 def _check_fit(trainer: Any, state: dict[str, Any]) -> None:
     if len(state["labels"]) != len(trainer.labels):
-        raise ValueError(
+        raise InputError(
             f"checkpoint is of {len(state['labels'])} pictures and the data set has "
             f"{len(trainer.labels)}: resume on the same pictures"
         )
-    for kind in _SAVED:
-        if set(state[kind]) != set(getattr(trainer, kind)):
-            raise ValueError(
-                f"checkpoint holds {kind} {sorted(state[kind])} and the trainer has "
-                f"{sorted(getattr(trainer, kind))}: resume with the same"
-            )
+    check_kinds(trainer, state)
     if (state["ema"] is None) != (trainer.average is None):
         had = "without" if state["ema"] is None else "with"
-        raise ValueError(f"checkpoint is {had} averaged weights: resume with the same ema_decay")
+        raise InputError(f"checkpoint is {had} averaged weights: resume with the same ema_decay")
     for name in _ORDER:
         value = state["config"][name]
         if state["order"] is not None and value != getattr(trainer, name):
-            raise ValueError(
+            raise InputError(
                 f"checkpoint is within an epoch of {name}={value}, got {getattr(trainer, name)}: "
                 "resume with the same"
             )

@@ -88,6 +88,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         embeddings: (N, D) of the last embedding pass, NaN for unreadable pictures; not kept in
             checkpoints, and only on the first of many processes.
         extra: a dict of the user's tensors, numbers, strings and containers, in checkpoints too.
+            NumPy's numbers become plain ones there, and arrays tensors; other types are refused.
 
     Raises:
         ValueError: for an argument that does not fit, before anything is computed.
@@ -162,7 +163,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         self.recluster_every, self.recluster_when_moved = recluster_every, recluster_when_moved
         self.swap, self.amp_dtype, self.progress = swap, amp_dtype, progress
         self.accumulation_steps, self.centroid_momentum = accumulation_steps, centroid_momentum
-        self.checkpoint_folder = checkpoint_folder and Path(checkpoint_folder)
+        self.checkpoint_folder = None if checkpoint_folder is None else Path(checkpoint_folder)
         self.checkpoint_every, self.keep = checkpoint_every, keep
         self.record_keeper = record_keeper
         self.labels = torch.arange(count)
@@ -250,7 +251,8 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
                 if ends or made % self.look_every == 0:
                     bar.set_postfix_str(self.look_at_losses(), refresh=False)
                 bar.update(self.batch_size)
-                self._between_iterations(due and not ends)
+                # A test that fails must not cost the epoch: it is whole but for its end.
+                self._between_iterations(self.epoch in self.test_epochs if ends else due)
         del self.dataloader_iter  # its processes end, and leave the memory to the hook
 
     def relabel(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pml_tacl.functional import to_picture
 from pml_tacl.functional.background import figure_scores
 from pml_tacl.utils.checks import as_numbers, check_number
+from pml_tacl.utils.errors import InputError, InputTypeError
 
 
 def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -21,7 +22,7 @@ def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
         rows, columns = pair
         if isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0:
             return rows, columns
-    raise ValueError(
+    raise InputError(
         f"{name} must be an int above 0 or a pair (rows, columns) of them, got {value!r}"
     )
 
@@ -31,7 +32,7 @@ def as_offset(cell_offset: Sequence[float]) -> tuple[float, float]:
     pair = as_numbers(cell_offset)
     if len(pair) == 2 and all(abs(value) <= 2 for value in pair):
         return pair[0], pair[1]
-    raise ValueError(f"cell_offset must be (x, y) in cells, each in [-2, 2], got {cell_offset!r}")
+    raise InputError(f"cell_offset must be (x, y) in cells, each in [-2, 2], got {cell_offset!r}")
 
 
 class SwapOutput(NamedTuple):
@@ -93,7 +94,7 @@ class BackgroundSwap(nn.Module):
         super().__init__()
         check_number("probability", probability, 0, most=1)
         if mask not in ("border", "distinctive", "centred"):
-            raise ValueError(f"mask must be 'border', 'distinctive' or 'centred', got {mask!r}")
+            raise InputError(f"mask must be 'border', 'distinctive' or 'centred', got {mask!r}")
         for name, value in (("sharpness", sharpness), ("sigma", sigma)):
             check_number(name, value, 0, above=True)
         self.probability = probability
@@ -130,9 +131,9 @@ class BackgroundSwap(nn.Module):
             ValueError: if shapes do not fit, or background is missing.
         """
         if images.ndim != 4:
-            raise ValueError(f"images must have the shape (N, C, H, W), got {tuple(images.shape)}")
+            raise InputError(f"images must have the shape (N, C, H, W), got {tuple(images.shape)}")
         if not images.is_floating_point():
-            raise TypeError(
+            raise InputTypeError(
                 f"images must be of a floating dtype, got {images.dtype}; swap after normalising"
             )
         centred = self.mask == "centred"
@@ -162,11 +163,11 @@ class BackgroundSwap(nn.Module):
 
     def _from_maps(self, images: Tensor, background: Tensor | None) -> Tensor:
         if background is None:
-            raise ValueError(
+            raise InputError(
                 f"background must be given for mask={self.mask!r}; or use mask='centred'"
             )
         if background.ndim != 3 or len(background) != len(images) or 0 in background.shape[1:]:
-            raise ValueError(
+            raise InputError(
                 f"background must have the shape (N, h, w) with N = {len(images)} images, "
                 f"got {tuple(background.shape)}"
             )
@@ -223,5 +224,5 @@ def cell_weights(masks: Tensor, grid: int | Sequence[int]) -> Tensor:
         torch.Size([2, 12])
     """
     if masks.ndim != 3:
-        raise ValueError(f"masks must have the shape (N, H, W), got {tuple(masks.shape)}")
+        raise InputError(f"masks must have the shape (N, H, W), got {tuple(masks.shape)}")
     return nnf.adaptive_avg_pool2d(masks[:, None], as_pair("grid", grid)).flatten(1)

@@ -21,6 +21,7 @@ from pml_tacl.transforms.background_swap import (
 )
 from pml_tacl.transforms.keypoints import CellPoints
 from pml_tacl.utils.checks import as_numbers, is_number
+from pml_tacl.utils.errors import InputError, InputTypeError
 from pml_tacl.utils.images import AnyImage, to_rgb
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class SiameseTransform:
         self.size = as_pair("size", size)
         self.grid = as_pair("grid", grid)
         if photometric == "default" and min(self.size) < 2:
-            raise ValueError(
+            raise InputError(
                 f"size must be at least 2 pixels where photometric blurs, got {size!r}: give more "
                 "pixels, or photometric=None"
             )
@@ -115,11 +116,13 @@ class SiameseTransform:
             if not (
                 value is None or callable(value) or (name, value) == ("photometric", "default")
             ):
-                raise TypeError(f"{name} must be a transform (a callable) or None, got {value!r}")
+                raise InputTypeError(
+                    f"{name} must be a transform (a callable) or None, got {value!r}"
+                )
         self.mean = _as_channels("mean", mean, "3 finite numbers")
         self.std = _as_channels("std", std, "3 finite numbers above 0", above=0)
         if interpolation not in ("nearest", "bilinear", "bicubic"):
-            raise ValueError(
+            raise InputError(
                 f"interpolation must be 'nearest', 'bilinear' or 'bicubic', got {interpolation!r}"
             )
         self.crop_scale = crop_scale
@@ -158,7 +161,7 @@ class SiameseTransform:
         shape = as_pair("size", size)
         channels = model.data_config["input_size"][0]
         if channels != 3:
-            raise ValueError(
+            raise InputError(
                 f"views have 3 channels and the model takes {channels}: build it with in_chans=3"
             )
         own = {name: model.data_config[name] for name in ("mean", "std")}
@@ -225,15 +228,15 @@ class SiameseTransform:
         moved, places = result if isinstance(result, Sequence) and len(result) == 2 else (0, 0)
         if not isinstance(moved, Tensor) or not isinstance(places, tv_tensors.KeyPoints):
             found = type(result).__name__
-            raise TypeError(f"geometric must return (image tensor, KeyPoints), got {found}")
+            raise InputTypeError(f"geometric must return (image tensor, KeyPoints), got {found}")
         if moved.shape[:-2] != (3,) or places.shape != points.shape:
-            raise ValueError(
+            raise InputError(
                 f"geometric must keep the 3 channels and all {len(points)} points, got an image "
                 f"{tuple(moved.shape)} and points {tuple(places.shape)}"
             )
         height, width = moved.shape[-2:]
         if tuple(places.canvas_size) != (height, width):
-            raise ValueError(
+            raise InputError(
                 f"geometric must move image and KeyPoints alike: the image is {(height, width)}, "
                 f"the points' canvas {tuple(places.canvas_size)}"
             )
@@ -249,7 +252,7 @@ class SiameseTransform:
         if self.photometric is not None:
             view = self.photometric(view)
             if view.shape != (3, *self.size):
-                raise ValueError(
+                raise InputError(
                     f"photometric must keep the shape {(3, *self.size)}, got {tuple(view.shape)}; "
                     f"transforms that move pixels belong in geometric"
                 )
@@ -262,7 +265,7 @@ def _check_range(name: str, value: Sequence[float], limit: float) -> None:
     fits = isinstance(value, Sequence) and len(value) == 2 and all(map(is_number, value))
     if not fits or not 0 < value[0] <= value[1] <= limit:
         upper = f" <= {limit:g}" if limit < float("inf") else ""
-        raise ValueError(
+        raise InputError(
             f"{name} must be (least, greatest) with 0 < least <= greatest{upper}, got {value!r}"
         )
 
@@ -272,7 +275,7 @@ def _as_channels(
 ) -> list[float]:
     numbers = as_numbers(values)
     if len(numbers) != 3 or not all(above < number < float("inf") for number in numbers):
-        raise ValueError(f"{name} must be {wanted}, one for each channel, got {values!r}")
+        raise InputError(f"{name} must be {wanted}, one for each channel, got {values!r}")
     return numbers
 
 

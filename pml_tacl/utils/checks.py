@@ -6,6 +6,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from pml_tacl.utils.errors import InputError
+
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is one real number: no bool, no string, no tensor."""
@@ -28,7 +30,7 @@ def check_count(
     if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
         wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
         also = f" {alternative}" if alternative else ""
-        raise ValueError(f"{name} must be an integer {wanted}{also}, got {value!r}")
+        raise InputError(f"{name} must be an integer {wanted}{also}, got {value!r}")
 
 
 def check_number(
@@ -52,4 +54,4 @@ def check_number(
         where = "above" if above else "of at least"
         wanted = f"a {'finite ' if finite else ''}number {where} {least:g}"
     also = f" {alternative}" if alternative else ""
-    raise ValueError(f"{name} must be {wanted}{also}, got {value!r}")
+    raise InputError(f"{name} must be {wanted}{also}, got {value!r}")

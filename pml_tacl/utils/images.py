@@ -11,6 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from pml_tacl.utils.errors import InputError, InputTypeError
+
 AnyImage: TypeAlias = Image.Image | npt.NDArray[Any] | Tensor
 
 _CHANNELS = (1, 3, 4)
@@ -60,7 +62,7 @@ def to_rgb(image: AnyImage, name: str = "image") -> Image.Image:
         return _from_pil(image, name)
     if isinstance(image, np.ndarray | Tensor):
         return _opaque(_from_array(image, name))
-    raise TypeError(
+    raise InputTypeError(
         f"{name} must hold PIL images, arrays or tensors, got {type(image).__name__}: "
         "open files with PIL.Image.open first"
     )
@@ -77,7 +79,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 def _from_pil(image: Image.Image, name: str) -> Image.Image:
     if 0 in image.size:
-        raise ValueError(f"{name} must hold pixels, got an image of {image.size} pixels")
+        raise InputError(f"{name} must hold pixels, got an image of {image.size} pixels")
     _load(image)
     # Turned upright, an image no longer knows its file.
     white = _white_of_file(image)
@@ -124,7 +126,7 @@ def _from_array(image: npt.NDArray[Any] | Tensor, name: str) -> Image.Image:
     channels_last = array.ndim == 3 and array.shape[2] in _CHANNELS
     channels_first = array.ndim == 3 and array.shape[0] in _CHANNELS
     if 0 in array.shape or not (array.ndim == 2 or channels_last or channels_first):
-        raise ValueError(
+        raise InputError(
             f"{name} must hold images of shape (H, W, C) or (C, H, W) with 1, 3 or 4 channels, "
             f"got {array.shape}: give images of a batch one by one"
         )
@@ -133,7 +135,7 @@ def _from_array(image: npt.NDArray[Any] | Tensor, name: str) -> Image.Image:
     if np.issubdtype(array.dtype, np.floating):
         low, high = float(array.min()), float(array.max())
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN lands here too
-            raise ValueError(
+            raise InputError(
                 f"{name} holds values from {low:.3g} to {high:.3g}, floating-point images go "
                 "from 0 to 1: undo the normalisation (x * std + mean) or divide by 255"
             )
@@ -141,7 +143,7 @@ def _from_array(image: npt.NDArray[Any] | Tensor, name: str) -> Image.Image:
     elif array.dtype == bool:
         array = array * np.uint8(255)
     elif not np.issubdtype(array.dtype, np.integer) or array.dtype == np.int8:
-        raise TypeError(
+        raise InputTypeError(
             f"{name} must be uint8, wider integers, bool or floating point in [0, 1], "
             f"got {array.dtype}"
         )
@@ -175,7 +177,7 @@ def _eight_bits(values: npt.NDArray[Any], name: str, white: int | None) -> npt.N
     whole = np.issubdtype(values.dtype, np.integer)
     # Zeros in their place would train on an image that nobody took.
     if not whole and (bad := int((~np.isfinite(values)).sum())):
-        raise ValueError(f"{name} is NaN or infinite in {bad} of {values.size} pixels")
+        raise InputError(f"{name} is NaN or infinite in {bad} of {values.size} pixels")
     low, high = 0.0, float(white or 0)
     if white is None:
         low, high = _range(values, whole)

@@ -9,6 +9,8 @@ from pytorch_metric_learning.reducers import DoNothingReducer, MeanReducer, Mult
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
+from pml_tacl.utils.errors import InputError
+
 __all__ = [
     "BaseMetricLossFunction",
     "BaseMiner",
@@ -38,7 +40,7 @@ def positive_pairs(indices_tuple: tuple[Tensor, ...], device: torch.device) -> l
         ValueError: if the tuple has another length.
     """
     if len(indices_tuple) not in (3, 4):
-        raise ValueError(
+        raise InputError(
             f"indices_tuple must hold 3 tensors (triplets) or 4 (pairs), got {len(indices_tuple)}"
         )
     return [x.to(device) for x in indices_tuple[:2]]

@@ -6,10 +6,12 @@ writes it. Pictures are RGB: PIL images, uint8, or floating point in [0, 1], as 
 (N, 3, H, W) or a list of any sizes; an image still normalised for a network is refused.
 """
 
+from pml_tacl.utils.errors import MissingPackageError
+
 try:
     import matplotlib  # noqa: F401
 except ImportError as error:
-    raise ImportError(
+    raise MissingPackageError(
         'pml_tacl.visualize needs matplotlib: pip install "pml_tacl[examples]"'
     ) from error
 

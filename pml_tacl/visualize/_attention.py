@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 
 from pml_tacl.functional import sample_at_points, to_picture
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.images import AnyImage
 from pml_tacl.visualize import _drawing as drawing
 from pml_tacl.visualize._figures import styled
@@ -65,7 +66,7 @@ def attention_overlay(
         require_count(titles, len(pictures), "titles", "images")
     per_line = min(len(pictures), 2) if columns is None else columns
     if per_line < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
+        raise InputError(f"columns must be at least 1, got {columns}")
     grid = drawing.Grid(
         -(-len(pictures) // per_line),
         3 * per_line,
@@ -130,7 +131,7 @@ def cross_attention_pair(
     second = to_maps(attention_transformed, 1, "attention_transformed")[0]
     places = to_numbers(points)
     if places.shape != (first.size, 2):
-        raise ValueError(
+        raise InputError(
             f"points has shape {places.shape}, attention_ij has {first.size} cells: "
             f"give ({first.size}, 2), one (x, y) for each cell of {first.shape}"
         )

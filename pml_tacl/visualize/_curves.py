@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from pml_tacl.utils.errors import InputError
 from pml_tacl.visualize import _drawing as drawing
 from pml_tacl.visualize._figures import NotebookFigure, fitted, styled
 from pml_tacl.visualize._inputs import to_numbers
@@ -39,7 +40,7 @@ def training_curves(
     panels = {name: to_numbers(values).ravel() for name, values in history.items()}
     epochs = {epoch: metrics for epoch, metrics in sorted((recalls or {}).items()) if metrics}
     if not panels and not epochs:
-        raise ValueError("history and recalls are both empty: there is nothing to draw")
+        raise InputError("history and recalls are both empty: there is nothing to draw")
     figure, axes = _panels(len(panels) + bool(epochs))
     for axis, (name, values) in zip(axes, panels.items(), strict=False):
         _loss_panel(axis, name, values)
@@ -72,7 +73,7 @@ def recall_curve(results: Mapping[str, Mapping[str, float]]) -> Figure:
         ValueError: nothing to draw, a name without any recall, or one not in [0, 1].
     """
     if not results:
-        raise ValueError("results is empty: there is nothing to draw")
+        raise InputError("results is empty: there is nothing to draw")
     lines: dict[str, dict[int, float]] = {}
     for name, metrics in results.items():
         named = {"recall_at_1": metrics["precision_at_1"]} if "precision_at_1" in metrics else {}
@@ -85,7 +86,7 @@ def recall_curve(results: Mapping[str, Mapping[str, float]]) -> Figure:
             )
         )
         if not lines[name]:
-            raise ValueError(
+            raise InputError(
                 f"results[{name!r}] has no recall_at_K among {sorted(metrics)}: compute one"
             )
     _require_fractions(lines)
@@ -193,4 +194,4 @@ def _require_fractions(lines: Mapping[str, Mapping[int, float]]) -> None:
     for name, line in lines.items():
         for x, value in line.items():
             if not 0 <= value <= 1:
-                raise ValueError(f"{name!r} at {x} is {value}: recalls go from 0 to 1")
+                raise InputError(f"{name!r} at {x} is {value}: recalls go from 0 to 1")

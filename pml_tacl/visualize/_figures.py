@@ -11,6 +11,7 @@ import matplotlib
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.files import written_whole
 from pml_tacl.visualize._inputs import shortened
 
@@ -91,9 +92,9 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: float = 100.0
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
     if kind not in _METADATA:
-        raise ValueError(f"path must end in .png, .svg or .pdf, got {path.name!r}")
+        raise InputError(f"path must end in .png, .svg or .pdf, got {path.name!r}")
     if not dpi > 0:
-        raise ValueError(f"dpi must be above 0, got {dpi}")
+        raise InputError(f"dpi must be above 0, got {dpi}")
     content = BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "pml_tacl"}):
         figure.savefig(content, format=kind, dpi=dpi, metadata=_METADATA[kind])

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
 
+from pml_tacl.utils.errors import InputError
 from pml_tacl.visualize import _drawing as drawing
 from pml_tacl.visualize._figures import styled
 from pml_tacl.visualize._inputs import (
@@ -64,7 +65,7 @@ def retrieval_gallery(
     require_some(asked, "queries")
     require_count(neighbours, len(asked), "neighbours", "queries")
     if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
+        raise InputError(f"columns must be at least 1, got {columns}")
     found = [to_pictures(row, f"neighbours[{i}]") for i, row in enumerate(neighbours)]
     right = rows_like(correct, found, "correct")
     numbers = rows_like(distances, found, "distances")

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.images import AnyImage, to_rgb
 
 Pictures: TypeAlias = AnyImage | Sequence[AnyImage]
@@ -62,11 +63,11 @@ def to_maps(maps: Numbers, count: int | None, name: str) -> npt.NDArray[np.float
     array = to_numbers(maps)
     array = array[None] if array.ndim == 2 else array
     if array.ndim != 3 or 0 in array.shape[1:]:
-        raise ValueError(f"{name} must have shape (N, h, w) or (h, w), got {array.shape}")
+        raise InputError(f"{name} must have shape (N, h, w) or (h, w), got {array.shape}")
     if count is not None and len(array) != count:
-        raise ValueError(f"{name} holds {len(array)} maps for {count} pictures: give one for each")
+        raise InputError(f"{name} holds {len(array)} maps for {count} pictures: give one for each")
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds NaN or infinite values: draw finite maps only")
+        raise InputError(f"{name} holds NaN or infinite values: draw finite maps only")
     return array
 
 
@@ -125,13 +126,13 @@ def _as_array(values: Any) -> npt.NDArray[Any]:
 def require_some(values: Sequence[Any], name: str) -> None:
     """Raises ValueError when ``values`` is empty."""
     if not len(values):
-        raise ValueError(f"{name} is empty: give at least one picture")
+        raise InputError(f"{name} is empty: give at least one picture")
 
 
 def require_count(values: Any, count: int, name: str, of: str) -> None:
     """Raises ValueError when ``values`` does not hold one entry for each of ``count``."""
     if len(values) != count:
-        raise ValueError(f"{name} has {len(values)} entries for {count} {of}: give one for each")
+        raise InputError(f"{name} has {len(values)} entries for {count} {of}: give one for each")
 
 
 def rows_like(values: Any, rows: Sequence[Sequence[Any]], name: str) -> list[list[Any]] | None:

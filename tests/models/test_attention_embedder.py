@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import pickle
 
 import numpy as np
@@ -340,6 +341,28 @@ class TestSaving:
             ValueError, match="format version 2, this pml_tacl reads up to 1: upgrade"
         ):
             AttentionEmbedder.from_pretrained(tmp_path)
+
+    def test_files_have_the_mode_of_others_and_are_whole_or_not_there(self, tmp_path, monkeypatch):
+        model = AttentionEmbedder("test_resnet", 8)
+        before = os.umask(0o027)
+        try:
+            model.save_pretrained(tmp_path / "model")
+        finally:
+            os.umask(before)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+        assert modes == {"model.safetensors": 0o640, "config.json": 0o640}
+        content = (tmp_path / "model" / "model.safetensors").read_bytes()
+        synced = []
+        fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda handle: synced.append(handle) or fsync(handle))
+        model.save_pretrained(tmp_path / "model")
+        assert len(synced) == 4  # both files, and the folder after each
+        monkeypatch.setattr(os, "fsync", lambda handle: 1 / 0)
+        nn.init.zeros_(next(model.parameters()))
+        with pytest.raises(ZeroDivisionError):
+            model.save_pretrained(tmp_path / "model")
+        assert (tmp_path / "model" / "model.safetensors").read_bytes() == content
+        assert len(list((tmp_path / "model").iterdir())) == 2
 
     def test_arguments_that_are_no_json(self, tmp_path):
         model = AttentionEmbedder("test_vit", embedding_dim=8, norm_layer=nn.LayerNorm)
