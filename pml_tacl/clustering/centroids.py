@@ -8,6 +8,8 @@ from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, Do
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.labels import pseudo_labels
 from pml_tacl.utils.precision import wide_dtype, without_autocast
 
 
@@ -50,12 +52,12 @@ class Centroids:
             return
         centroids = torch.as_tensor(centroids).detach()
         if centroids.ndim != 2 or len(centroids) == 0:
-            raise ValueError(f"centroids must be (K, D) with K >= 1, got {tuple(centroids.shape)}")
+            raise InputError(f"centroids must be (K, D) with K >= 1, got {tuple(centroids.shape)}")
         centroids = centroids.to(wide_dtype(centroids))
         norms = centroids.norm(dim=1)
         bad = ~(norms.isfinite() & (norms > 0))
         if bad.any():
-            raise ValueError(
+            raise InputError(
                 f"centroids must be finite and not zero, got {int(bad.sum())} bad rows of "
                 f"{len(centroids)}"
             )
@@ -73,17 +75,18 @@ class Centroids:
 
         Args:
             embeddings: (N, D), scaled to unit norm here.
-            labels: (N,), which index the centres; -1 is noise, which moves none.
+            labels: (N,) whole numbers, which index the centres; -1 is noise, which moves none.
             momentum: in [0, 1]: 0 makes a centre that of its last batch, 1 leaves it be.
 
         Raises:
             ValueError: if the momentum is out of range, or embeddings or labels do not fit the
                 centres or each other.
         """
+        labels = pseudo_labels(labels)
         if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must be in [0, 1], got {momentum}")
+            raise InputError(f"momentum must be in [0, 1], got {momentum}")
         if labels.shape != embeddings.shape[:1]:
-            raise ValueError(
+            raise InputError(
                 f"labels {tuple(labels.shape)} do not fit embeddings {tuple(embeddings.shape)}: "
                 "give one for each"
             )
@@ -91,7 +94,7 @@ class Centroids:
             return
         self._set_centres(embeddings, labels)
         with without_autocast(embeddings.device):
-            labels, own = labels.long(), labels.long().clamp(min=0)
+            own = labels.clamp(min=0)
             unit = F.normalize(embeddings.to(self.centroids.dtype), dim=1)
             same = (labels[:, None] == labels) & (labels >= 0)
             before = self.centroids[own]
@@ -129,7 +132,6 @@ class Centroids:
         """
         with without_autocast(embeddings.device):
             embeddings = embeddings.to(wide_dtype(embeddings))
-            labels, ref_labels = labels.long(), ref_labels.long()
             if self.centroids is None:
                 reference = ref_emb.to(embeddings.dtype), ref_labels
                 return self._nearest_means(embeddings, labels, reference, num_negatives)
@@ -200,7 +202,7 @@ class Centroids:
         if self.centroids.device != embeddings.device:
             self.centroids = self.centroids.to(embeddings.device)
         if self.centroids.shape[1] != embeddings.shape[1]:
-            raise ValueError(
+            raise InputError(
                 f"embeddings have {embeddings.shape[1]} dimensions and the centroids "
                 f"{self.centroids.shape[1]}: call set_centroids with centres of this model"
             )
@@ -208,7 +210,7 @@ class Centroids:
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             largest = int(labels.max())
             if largest >= len(self.centroids):
-                raise ValueError(
+                raise InputError(
                     f"labels must index the {len(self.centroids)} centroids, got label {largest}: "
                     "set the centroids and the labels of the same clustering"
                 )

@@ -5,6 +5,8 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
 from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.labels import pseudo_labels
 from pml_tacl.utils.pml_compat import BaseMiner
 from pml_tacl.utils.precision import wide_dtype, without_autocast
 
@@ -33,11 +35,32 @@ class AttentionConsistencyMiner(BaseMiner):
         self.pairs_per_anchor = pairs_per_anchor
         self.add_to_recordable_attributes(name="pairs_per_anchor", is_stat=False)
 
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Any,
+        ref_emb: Tensor | None = None,
+        ref_labels: Any = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pairs (anchors, positives, anchors, negatives).
+
+        Args:
+            embeddings: (N, C, H, W) feature maps.
+            labels: (N,) pseudo-labels, whole numbers of any type; -1 is noise.
+            ref_emb: (M, ...), where positives and negatives are from; None for the batch itself.
+            ref_labels: (M,) of them.
+        """
+        ref_labels = None if ref_labels is None else pseudo_labels(ref_labels, "ref_labels")
+        pairs: tuple[Tensor, Tensor, Tensor, Tensor] = super().forward(
+            embeddings, pseudo_labels(labels), ref_emb, ref_labels
+        )
+        return pairs
+
     def mine(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if embeddings.ndim != 4 or ref_emb.ndim != 4:
-            raise ValueError(
+            raise InputError(
                 f"feature_maps must be (N, C, H, W), got {tuple(embeddings.shape)} and, as "
                 f"reference, {tuple(ref_emb.shape)}"
             )

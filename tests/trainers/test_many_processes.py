@@ -506,15 +506,45 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 
 def test_a_session_meets_the_others_with_its_timeout(monkeypatch):
-    met, ended = [], []
+    met = []
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(distributed, "init_process_group", lambda *a, **k: met.append((a, k)))
-    monkeypatch.setattr(os, "_exit", ended.append)
     with session(timedelta(seconds=7)):
         assert met == [(("gloo",), {"timeout": timedelta(seconds=7)})]
-    assert ended == [0]
+
+
+ENDING = """
+import atexit, sys
+from pml_tacl.distributed.session import highest, in_use, rank, session
+atexit.register(lambda: print("at exit"))
+try:
+    with session():
+        print("highest", highest(rank()))
+        if sys.argv[1] == "fails" and rank() == 1:
+            raise KeyError("mine")
+except KeyError as error:
+    print("caught", error)
+print("after", in_use())
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("how", ["well", "fails"])
+def test_what_follows_a_session_runs(store, processes, tmp_path, how):
+    processes += begin([sys.executable, "-c", ENDING, how], 2, store, tmp_path)
+    codes = [process.wait(timeout=300) for process in processes]
+    written = [(tmp_path / f"{number}.log").read_text().splitlines() for number in (0, 1)]
+    after = ["after False", "at exit"]
+    if how == "well":
+        assert codes == [3, 3]
+        assert written == [["highest 1", *after]] * 2
+    else:
+        assert codes == [1, 3]
+        assert written[1] == ["highest 1", "caught 'mine'", *after]
+        assert written[0][-1] == "at exit"
+        assert any(line.startswith("error: process 0 lost another") for line in written[0])
 
 
 def test_batchnorm_is_synchronised_on_gpus_with_its_activation_and_weights(monkeypatch):
