@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from _common import cpu_model, publish
 from resume_parts.comparing import differences, last_seen, result
-from resume_parts.training import EPOCHS, ITERATIONS, SIZE, train
+from resume_parts.training import EPOCHS, ITERATIONS, SIZE, WEIGHTS, train, write_weights
 
 from pml_tacl import __version__
 from pml_tacl.datasets import Glyphs
@@ -72,6 +72,7 @@ def series(
     rng = random.Random(seed)
     rows = []
     with tempfile.TemporaryDirectory() as base:
+        write_weights(Path(base) / WEIGHTS)
         unbroken = Path(base) / "unbroken"
         code, seconds = run(unbroken, halves)
         if code:

@@ -28,6 +28,7 @@ from pml_tacl.trainers import checkpoint
 from pml_tacl.trainers.checkpoint import checkpoints
 
 EPOCHS, ITERATIONS, BATCH, SIZE = 4, 5, 16, 32
+WEIGHTS = "weights.safetensors"  # beside the runs
 
 
 def kill_now() -> None:
@@ -79,11 +80,8 @@ def train(
     runs.open_run(folder, {"epochs": EPOCHS}, resume=folder.exists())
     runs.seed_everything(0)
     train_half, test_half = halves
-    weights = folder.with_suffix(".safetensors")
-    if not weights.exists():
-        write_weights(weights)
     # As train_folder.py: from a checkpoint the network is built without its weights.
-    model = AttentionEmbedder("test_resnet", 16, False if resume else weights)
+    model = AttentionEmbedder("test_resnet", 16, False if resume else folder.with_name(WEIGHTS))
     test_half.transform = model.transform(image_size=SIZE)
     hooks = runs.make_hooks(folder / "records", log_freq=2)
     tester = make_tester(
