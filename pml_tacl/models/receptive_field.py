@@ -278,7 +278,7 @@ class _StraightThrough(TorchFunctionMode):
         return seen
 
     def _pad(self, input: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> Any:
-        if mode != "constant" or not input.is_floating_point():
+        if not input.is_floating_point():
             return NotImplemented
         flat = [int(amount) for amount in pad]
         pairs = list(zip(flat[::2], flat[1::2], strict=True))[::-1]

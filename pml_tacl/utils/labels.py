@@ -46,7 +46,7 @@ def _checked(labels: Tensor, name: str) -> Tensor:
     if labels.device.type == "cpu":
         smallest = int(labels.min())
         if smallest < least:
-            raise _refused(name, "more than 2**63" if unsigned else smallest)
+            raise _refused(name, smallest + 2**64 if unsigned else smallest)
     elif labels.device.type == "cuda":
         torch._assert_async(
             (labels >= least).all(), f"{name} must be -1 for noise, or 0, 1, 2, ..."
