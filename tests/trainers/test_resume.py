@@ -5,6 +5,7 @@ import random
 import sqlite3
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -101,10 +102,23 @@ def test_items_in_threads_take_turns():
         assert all(torch.equal(a, b) for a, b in zip(item[:3], expected[seed][:3], strict=True))
 
 
-def test_a_process_that_is_forked_while_an_item_is_made_can_make_some():
-    with drawing_from(3):
-        found = list(torch.utils.data.DataLoader(Drawing(), None, num_workers=1))
-    assert len(found) == COUNT
+def test_a_process_that_is_forked_while_another_thread_makes_an_item_can_make_some():
+    inside, done = threading.Event(), threading.Event()
+
+    def hold():
+        with drawing_from(3):
+            inside.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait(60)
+    try:
+        loader = torch.utils.data.DataLoader(Drawing(), None, num_workers=1, timeout=30)
+        assert len(list(loader)) == COUNT
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
