@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from _common import cpu_model, publish
 from resume_parts.comparing import differences, last_seen, result
-from resume_parts.training import EPOCHS, ITERATIONS, SIZE, train
+from resume_parts.training import EPOCHS, ITERATIONS, SIZE, WEIGHTS, train, write_weights
 
 from pml_tacl import __version__
 from pml_tacl.datasets import Glyphs
@@ -72,6 +72,7 @@ def series(
     rng = random.Random(seed)
     rows = []
     with tempfile.TemporaryDirectory() as base:
+        write_weights(Path(base) / WEIGHTS)
         unbroken = Path(base) / "unbroken"
         code, seconds = run(unbroken, halves)
         if code:
@@ -115,8 +116,9 @@ def report(rows: list[tuple[str, str, int, list[str]]], seconds: float) -> str:
         f"Python {platform.python_version()}, torch {torch.__version__.partition('+')[0]}, "
         f"pml_tacl {__version__}; {seconds:.0f} s.",
         "",
-        f"Runs of {EPOCHS} epochs of {ITERATIONS} iterations on Glyphs, a checkpoint every four "
-        "iterations and after each epoch; killed with `kill -9` at a chosen moment, in the middle "
+        f"Runs of {EPOCHS} epochs of {ITERATIONS} iterations on Glyphs, from a file of weights and "
+        "with backgrounds swapped, tested after each epoch, a checkpoint every four iterations and "
+        "after each epoch; killed with `kill -9` at a chosen moment, in the middle "
         "of the call named, or at a random one, of which what the run had last noted is given; "
         "resumed by the same command, and compared with the run that was never killed: weights, "
         "averaged weights, the whole last checkpoint, metrics, every csv file and every row of the "

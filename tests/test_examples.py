@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from pytorch_metric_learning.losses import MultiSimilarityLoss
+from safetensors.torch import save_file
 
 from pml_tacl import AttentionEmbedder, KMeansPseudoLabeler, SiameseTransform, UnsupervisedTrainer
 from pml_tacl.cli import run_folder as runs
@@ -255,9 +257,14 @@ def test_a_resumed_run_ends_like_an_unbroken_one(few, labelled, unbroken, tmp_pa
 
 @pytest.fixture(scope="module")
 def unbroken(few, labelled, tmp_path_factory):
+    weights = tmp_path_factory.mktemp("weights") / "test_resnet.safetensors"
+    torch.manual_seed(7)
+    save_file(timm.create_model("test_resnet").state_dict(), weights)
+
     class Unbroken:
+        # From weights of a file, which a resumed run does not read again.
         settings = (*SMALL, "--epochs=3", "--warmup-epochs=1", "--batch-size=8",
-                    "--eval-folder", labelled)  # fmt: skip
+                    "--eval-folder", labelled, "--weights", weights)  # fmt: skip
         run = tmp_path_factory.mktemp("unbroken") / "run"
 
     run_example("train_folder", few, "--run", Unbroken.run, *Unbroken.settings)

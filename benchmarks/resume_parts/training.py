@@ -6,12 +6,15 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from pytorch_metric_learning.losses import MultiSimilarityLoss
+from safetensors.torch import save_file
 
 from pml_tacl import (
     AttentionConsistencyLoss,
     AttentionEmbedder,
+    BackgroundSwap,
     ContrastiveClusteringLoss,
     KMeansPseudoLabeler,
     RetrievalCalculator,
@@ -25,10 +28,19 @@ from pml_tacl.trainers import checkpoint
 from pml_tacl.trainers.checkpoint import checkpoints
 
 EPOCHS, ITERATIONS, BATCH, SIZE = 4, 5, 16, 32
+WEIGHTS = "weights.safetensors"  # beside the runs
 
 
 def kill_now() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_weights(path: Path) -> None:
+    """Weights that no seed of a training gives, as pretrained ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        state = timm.create_model("test_resnet").state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, path)
 
 
 class Halfway(io.RawIOBase):
@@ -68,7 +80,9 @@ def train(
     runs.open_run(folder, {"epochs": EPOCHS}, resume=folder.exists())
     runs.seed_everything(0)
     train_half, test_half = halves
-    model = AttentionEmbedder("test_resnet", embedding_dim=16)
+    # As train_folder.py: from a checkpoint the network is built without its weights.
+    weights = False if resume else folder.with_name(WEIGHTS)
+    model = AttentionEmbedder("test_resnet", weights, embedding_dim=16)
     test_half.transform = model.transform(image_size=SIZE)
     hooks = runs.make_hooks(folder / "records", log_freq=2)
     tester = make_tester(
@@ -110,6 +124,7 @@ def train(
 
     checkpoint.torch.save = write_checkpoint
     hooks.record_keeper.record_writer.local_db.write = write_rows
+    views = SiameseTransform.for_model(model, SIZE)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * ITERATIONS)
     trainer = UnsupervisedTrainer(
@@ -122,7 +137,8 @@ def train(
             "attention_loss": AttentionConsistencyLoss(),
         },
         train_half,
-        transform=SiameseTransform(SIZE, 2),
+        transform=views,
+        swap=BackgroundSwap(cell_offset=views.cell_offset),
         eval_transform=test_half.transform,
         labeler=labeler,
         warmup_epochs=1,

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.labels import pseudo_labels
 from pml_tacl.utils.precision import wide_dtype, without_autocast
 
 
@@ -74,13 +75,14 @@ class Centroids:
 
         Args:
             embeddings: (N, D), scaled to unit norm here.
-            labels: (N,), which index the centres; -1 is noise, which moves none.
+            labels: (N,) whole numbers, which index the centres; -1 is noise, which moves none.
             momentum: in [0, 1]: 0 makes a centre that of its last batch, 1 leaves it be.
 
         Raises:
             ValueError: if the momentum is out of range, or embeddings or labels do not fit the
                 centres or each other.
         """
+        labels = pseudo_labels(labels)
         if not 0 <= momentum <= 1:
             raise InputError(f"momentum must be in [0, 1], got {momentum}")
         if labels.shape != embeddings.shape[:1]:
@@ -92,7 +94,7 @@ class Centroids:
             return
         self._set_centres(embeddings, labels)
         with without_autocast(embeddings.device):
-            labels, own = labels.long(), labels.long().clamp(min=0)
+            own = labels.clamp(min=0)
             unit = F.normalize(embeddings.to(self.centroids.dtype), dim=1)
             same = (labels[:, None] == labels) & (labels >= 0)
             before = self.centroids[own]
@@ -130,7 +132,6 @@ class Centroids:
         """
         with without_autocast(embeddings.device):
             embeddings = embeddings.to(wide_dtype(embeddings))
-            labels, ref_labels = labels.long(), ref_labels.long()
             if self.centroids is None:
                 reference = ref_emb.to(embeddings.dtype), ref_labels
                 return self._nearest_means(embeddings, labels, reference, num_negatives)

@@ -189,8 +189,9 @@ class KMeansPseudoLabeler:
         if rows.spread < COLLAPSED:
             raise InputError(
                 f"all {len(rows)} embeddings are nearly identical (mean cosine distance to their "
-                f"mean {rows.spread:.1e}): the model has collapsed, lower the learning rate, "
-                "raise the weight of the metric loss or go back to an earlier checkpoint"
+                f"mean {rows.spread:.1e}): the images are copies of one another, or the model has "
+                "collapsed; look at the images, else lower the learning rate, raise the weight of "
+                "the metric loss or go back to an earlier checkpoint"
             )
         centroids = self._train(rows, number, self._start(rows, initial_centroids, number))
         labels = rows.nearest(centroids)

@@ -147,6 +147,16 @@ def total(tensors: Iterable[Tensor], divisor: float = 1.0) -> None:
                     tensor.copy_(part.view(tensor.shape))
 
 
+def used_anywhere(used: Sequence[bool]) -> list[bool]:
+    """Of each thing, whether any process has used it. Collective; as many on all of them."""
+    if world_size() == 1 or not used:
+        return list(used)
+    counts = torch.tensor(used, dtype=torch.int32, device=device())
+    with naming("agreeing on gradients"):
+        distributed.all_reduce(counts, distributed.ReduceOp.MAX)
+    return [bool(count) for count in counts.tolist()]
+
+
 def mean_loss(own: Tensor) -> Tensor:
     """A loss of this process's pictures as a part of the mean over the processes. Collective.
 

@@ -8,9 +8,8 @@ import hashlib
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -61,15 +60,16 @@ def session(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     """Join the processes that torchrun started; without torchrun, nothing.
 
     Each process takes the GPU of its local rank, if there are GPUs. CPU tensors travel by gloo,
-    which notices at once that a process has died, GPU tensors by nccl. With the block the process
-    ends too, as the interpreter would end it: torch's threads now and then abort the interpreter
-    on its own way out.
+    which notices at once that a process has died, GPU tensors by nccl. At the end of the block the
+    processes wait for each other and part; what follows it runs in each of them by itself. An
+    error within the block goes on to the caller.
 
     Args:
         timeout: for one exchange of tensors in training; a process that hangs longer is lost.
 
     Raises:
-        SystemExit: if a machine has fewer GPUs than processes.
+        SystemExit: if a machine has fewer GPUs than processes, or another process was lost; the
+            code is one line that says so.
     """
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         yield
@@ -84,25 +84,29 @@ def session(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
             )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
-    code: Any = None
+    failed = True
     try:
         with naming("meeting the others"):
             distributed.init_process_group(backend, timeout=timeout)
         yield
         barrier()
-    except SystemExit as stop:
-        code = stop.code
+        failed = False
     except ProcessLost as error:
-        code = f"error: {error}"
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    if isinstance(code, str):
-        print(code, file=sys.stderr)
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code or 0)
+        sys.exit(f"error: {error}")
+    finally:
+        _leave(failed and bool(gpus))
+
+
+def _leave(broken: bool) -> None:
+    """End the exchange, so that no thread of it outlives the interpreter.
+
+    Args:
+        broken: whether nccl may still wait for others; it would do so for ever.
+    """
+    _patient_group.cache_clear()
+    if in_use() and not broken:
+        with suppress(RuntimeError):
+            distributed.destroy_process_group()
 
 
 def barrier() -> None:

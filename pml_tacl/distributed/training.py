@@ -7,7 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from pml_tacl.distributed.collectives import equal_to_first, equalise_buffers, from_first, total
+from pml_tacl.distributed.collectives import (
+    equal_to_first,
+    equalise_buffers,
+    from_first,
+    total,
+    used_anywhere,
+)
 from pml_tacl.distributed.session import (
     check_same,
     is_first,
@@ -43,12 +49,23 @@ def begin_together(trainer: Any) -> None:
 
 
 def sum_gradients(trainer: Any) -> None:
-    """Each process has the gradients of its own pictures; a loss's parameters have seen all."""
+    """Each process has the gradients of its own images; a loss's parameters have seen all.
+
+    A parameter that no image of one process has used, as in a branch that was dropped or a layer
+    that was skipped, counts as zero there; one that none has used stays without gradient.
+    """
     if world_size() == 1:
         return
     for modules, divisor in ((trainer.models, 1), (trainer.loss_funcs, world_size())):
         parameters = [p for module in modules.values() for p in module.parameters()]
-        total([p.grad for p in parameters if p.grad is not None], divisor)
+        used = used_anywhere([p.grad is not None for p in parameters])
+        together = [p for p, anywhere in zip(parameters, used, strict=True) if anywhere]
+        for parameter in together:
+            if parameter.grad is None:  # another process's images have used it
+                parameter.grad = torch.zeros_like(parameter)
+            elif parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense()
+        total([p.grad for p in together if p.grad is not None], divisor)
 
 
 def end_of_epoch(trainer: Any) -> bool:

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pml_tacl.utils.checks import check_count
+from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.precision import full_float32
 
 _CHUNK = 1024
@@ -37,7 +38,7 @@ def mutual_neighbours(
     check_count("k", k, 1)
     check_count("max_images", max_images, 1)
     if embeddings.ndim != 2:
-        raise ValueError(f"embeddings must be (N, D), got shape {tuple(embeddings.shape)}")
+        raise InputError(f"embeddings must be (N, D), got shape {tuple(embeddings.shape)}")
     embeddings = embeddings[embeddings.isfinite().all(1)]
     if len(embeddings) > max_images:
         generator = torch.Generator().manual_seed(seed)

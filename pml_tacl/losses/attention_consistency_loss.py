@@ -7,6 +7,7 @@ from torch import Tensor
 from pml_tacl.functional import attention_consistency
 from pml_tacl.utils.checks import check_count, check_number
 from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.labels import pseudo_labels
 from pml_tacl.utils.pml_compat import (
     BaseMetricLossFunction,
     loss_dict,
@@ -42,7 +43,8 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
     Raises:
         ValueError: if an argument is out of range, or ``distance`` or ``embedding_regularizer``
             is given (the definition fixes the cosine; feature maps have no embedding norm); in
-            the call, if shapes disagree, or both labels and indices_tuple are missing.
+            the call, if shapes disagree, a label is no whole number or below -1, or both labels
+            and indices_tuple are missing.
 
     Example:
         >>> import torch
@@ -80,7 +82,7 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
         feature_maps: Tensor,
         transformed_feature_maps: Tensor,
         points: Tensor,
-        labels: Tensor | None = None,
+        labels: Any = None,
         indices_tuple: tuple[Tensor, ...] | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
@@ -91,9 +93,9 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
             transformed_feature_maps: (N, C, H', W') of the second views.
             points: (N, H*W, 2), where each cell of the first view lies in the second, in
                 grid_sample coordinates (align_corners=False); outside [-1, 1] is not visible.
-            labels: (N,) pseudo-labels, -1 for noise.
+            labels: (N,) pseudo-labels, whole numbers of any type; -1 is noise.
             indices_tuple: from a miner; its positive pairs are the matched pairs.
-            weights: (N, H*W) non-negative weight of each cell (kept share under a surroundings
+            weights: (N, H*W) non-negative weight of each cell (kept share under a background
                 swap); None for ones.
 
         Returns:
@@ -101,6 +103,7 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
         """
         self.reset_stats()
         if labels is not None:
+            labels = pseudo_labels(labels)
             if labels.shape != (len(feature_maps),):
                 raise InputError(
                     f"labels must be (N,) for feature_maps of {tuple(feature_maps.shape)}, got "

@@ -8,6 +8,7 @@ from pml_tacl.clustering.centroids import Centroids, NearestCentres
 from pml_tacl.functional import contrastive_clustering
 from pml_tacl.utils.checks import check_count, check_number
 from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.labels import pseudo_labels
 from pml_tacl.utils.pml_compat import BaseMetricLossFunction, as_pml_gives, loss_dict, miner_weights
 
 
@@ -31,8 +32,8 @@ class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
 
     Raises:
         ValueError: if ``margin`` is negative or not finite, or ``num_negatives`` no integer of at
-            least 1; in the call, if labels are missing, a label has no centroid, the dimensions
-            disagree, or ``ref_emb`` comes while centroids are set.
+            least 1; in the call, if labels are missing, are no whole numbers or below -1, a label
+            has no centroid, the dimensions disagree, or ``ref_emb`` comes while centroids are set.
 
     Example:
         >>> import torch
@@ -52,8 +53,27 @@ class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
             list_of_names=["own_centre_distance", "other_centre_distance"], is_stat=True
         )
 
-    def forward(self, embeddings: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return as_pml_gives(super().forward(embeddings, *args, **kwargs), embeddings)
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Any = None,
+        indices_tuple: tuple[Tensor, ...] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Any = None,
+    ) -> Any:
+        """Reduced loss of the embeddings.
+
+        Args:
+            embeddings: (N, D).
+            labels: (N,) pseudo-labels, whole numbers of any type; -1 is noise.
+            indices_tuple: from a miner; weights the embeddings.
+            ref_emb: (M, D), what centres are averaged over; only without set centroids.
+            ref_labels: (M,) of them.
+        """
+        labels = None if labels is None else pseudo_labels(labels)
+        ref_labels = None if ref_labels is None else pseudo_labels(ref_labels, "ref_labels")
+        loss = super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        return as_pml_gives(loss, embeddings)
 
     def compute_loss(
         self,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pml_tacl.utils.checks import check_count
 from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.labels import pseudo_labels
 from pml_tacl.utils.pml_compat import BaseMiner
 from pml_tacl.utils.precision import wide_dtype, without_autocast
 
@@ -33,6 +34,27 @@ class AttentionConsistencyMiner(BaseMiner):
         check_count("pairs_per_anchor", pairs_per_anchor, 1)
         self.pairs_per_anchor = pairs_per_anchor
         self.add_to_recordable_attributes(name="pairs_per_anchor", is_stat=False)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Any,
+        ref_emb: Tensor | None = None,
+        ref_labels: Any = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pairs (anchors, positives, anchors, negatives).
+
+        Args:
+            embeddings: (N, C, H, W) feature maps.
+            labels: (N,) pseudo-labels, whole numbers of any type; -1 is noise.
+            ref_emb: (M, ...), where positives and negatives are from; None for the batch itself.
+            ref_labels: (M,) of them.
+        """
+        ref_labels = None if ref_labels is None else pseudo_labels(ref_labels, "ref_labels")
+        pairs: tuple[Tensor, Tensor, Tensor, Tensor] = super().forward(
+            embeddings, pseudo_labels(labels), ref_emb, ref_labels
+        )
+        return pairs
 
     def mine(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor

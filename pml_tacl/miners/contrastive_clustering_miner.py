@@ -7,6 +7,7 @@ from torch import Tensor
 from pml_tacl.clustering.centroids import Centroids
 from pml_tacl.utils.checks import check_count, check_number
 from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.labels import pseudo_labels
 from pml_tacl.utils.pml_compat import BaseMiner
 
 
@@ -46,6 +47,27 @@ class ContrastiveClusteringMiner(Centroids, BaseMiner):
             list_of_names=["num_negatives", "max_ambiguity"], is_stat=False
         )
         self.add_to_recordable_attributes(name="num_ambiguous", is_stat=True)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Any,
+        ref_emb: Tensor | None = None,
+        ref_labels: Any = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pairs (anchors, positives, anchors, negatives).
+
+        Args:
+            embeddings: (N, D).
+            labels: (N,) pseudo-labels, whole numbers of any type; -1 is noise.
+            ref_emb: (M, ...), where positives and negatives are from; None for the batch itself.
+            ref_labels: (M,) of them.
+        """
+        ref_labels = None if ref_labels is None else pseudo_labels(ref_labels, "ref_labels")
+        pairs: tuple[Tensor, Tensor, Tensor, Tensor] = super().forward(
+            embeddings, pseudo_labels(labels), ref_emb, ref_labels
+        )
+        return pairs
 
     def mine(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor

@@ -43,4 +43,5 @@ class Covariance(nn.Module):
 
 def principal_directions(second_moments: Tensor, count: int) -> Tensor:
     """Return the `count` main directions (count, C) of (C, C) second moments, the largest last."""
-    return torch.linalg.eigh(second_moments.double()).eigenvectors[:, -count:].T
+    vectors: Tensor = torch.linalg.eigh(second_moments.double()).eigenvectors
+    return vectors[:, -count:].T

@@ -210,7 +210,7 @@ def whitening_basis(covariance: Tensor, dimensions: int, shrinkage: float, count
     known = min(dimensions, total, count - 1)
     if known < min(dimensions, total):
         known = min(known, -(-dimensions // 2))
-    basis = vectors[:, :known] * (values[:known] + shrinkage * mean).rsqrt()
+    basis: Tensor = vectors[:, :known] * (values[:known] + shrinkage * mean).rsqrt()
     missing = dimensions - known
     if missing > 0:
         generator = torch.Generator().manual_seed(0)

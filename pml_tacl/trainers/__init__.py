@@ -1,3 +1,15 @@
-from pml_tacl.trainers.unsupervised_trainer import UnsupervisedTrainer
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pml_tacl.trainers.unsupervised_trainer import UnsupervisedTrainer
 
 __all__ = ["UnsupervisedTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the trainer on first use: its own parts are imported from this folder before."""
+    if name != "UnsupervisedTrainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pml_tacl.trainers.unsupervised_trainer import UnsupervisedTrainer
+
+    return UnsupervisedTrainer

@@ -12,7 +12,10 @@ from pml_tacl.distributed.collectives import from_first
 from pml_tacl.distributed.inference import embed_together
 from pml_tacl.distributed.session import check_same, is_first, on_first
 from pml_tacl.distributed.training import equalise
+from pml_tacl.evaluation import embed
+from pml_tacl.trainers._forward import in_precision
 from pml_tacl.trainers._views import OneView, describe
+from pml_tacl.utils.labels import pseudo_labels
 
 _LOGGER = logging.getLogger(__name__)
 _SAMPLE = 1000  # pictures that stand for all when it is asked how far the embeddings have moved
@@ -25,7 +28,7 @@ class _Whole(nn.Module):
         self.dtype = trainer.amp_dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
+        with in_precision(images.device, self.dtype):
             embeddings: Tensor = self.embedder(self.trunk(images))
         return embeddings.float()
 
@@ -48,10 +51,16 @@ def embed_pictures(trainer: Any, index: Tensor | None = None) -> tuple[Tensor, T
     return embed_together(
         _Whole(trainer),
         pictures,
-        batch_size=max(64, trainer.batch_size),
-        num_workers=trainer.dataloader_num_workers,
-        progress=trainer.progress,
+        **_settings(trainer),
     )
+
+
+def _settings(trainer: Any) -> dict[str, Any]:
+    return {
+        "batch_size": max(64, trainer.batch_size),
+        "num_workers": trainer.dataloader_num_workers,
+        "progress": trainer.progress,
+    }
 
 
 def clustering_is_due(trainer: Any) -> bool:
@@ -90,7 +99,7 @@ def relabel(trainer: Any) -> None:
         initial = None if trainer.centroids is None else trainer.centroids.cpu()
         clusters = trainer.labeler(rows, initial)
         labels = torch.full((len(readable),), -1)
-        labels[readable] = clusters.labels.cpu().long()
+        labels[readable] = pseudo_labels(clusters.labels).cpu()
         trainer.embeddings = embeddings
         made[:] = labels, clusters.centroids, embeddings[_sample(len(labels))].clone()
 
@@ -111,16 +120,33 @@ def relabel(trainer: Any) -> None:
 
 
 def _told(trainer: Any, found: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Embeddings, NaN for pictures that cannot be read, and which can; those are told of."""
+    """Embeddings, NaN for images that cannot be read, and which can; those are told of.
+
+    What could not be read in the pass is tried again, since storage has bad moments.
+    """
     assert found is not None
     embeddings, index = found
-    for unread in (-1 - index[index < 0]).tolist():
-        try:
-            trainer.dataset[unread]
-        except OSError as error:
-            trainer.unreadable.add(describe(unread, error))
-    embeddings[index < 0] = torch.nan
+    missing = (index < 0).nonzero()[:, 0]
+    if len(missing):
+        unread = -1 - index[missing]
+        pictures = Subset(OneView(trainer.dataset, trainer.eval_transform), unread.tolist())
+        again, now = embed(_Whole(trainer), pictures, **_settings(trainer) | {"progress": False})
+        embeddings[missing] = torch.where((now < 0)[:, None], torch.nan, again)
+        index[missing] = now
+        for image, place in zip(unread.tolist(), now.tolist(), strict=True):
+            if place >= 0:
+                _LOGGER.warning("picture %d was unreadable for a moment: read again", image)
+            else:
+                trainer.unreadable.add(_trouble(trainer, image))
     return embeddings, index >= 0
+
+
+def _trouble(trainer: Any, image: int) -> str:
+    try:
+        trainer.dataset[image]
+    except OSError as error:
+        return describe(image, error)
+    return f"picture {image}: unreadable in two passes, and read in between"
 
 
 def _sample(count: int) -> Tensor:

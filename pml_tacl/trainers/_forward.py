@@ -10,6 +10,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
+def in_precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast to a trainer's amp_dtype; None is none."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 class Features(NamedTuple):
     """What the losses read: embeddings (N, D) and, if the trunk gives them, feature maps."""
 

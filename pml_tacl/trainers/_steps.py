@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import torch
-from pytorch_metric_learning.losses import SelfSupervisedLoss
 from torch import Tensor, nn
 
 from pml_tacl.clustering.centroids import Centroids
@@ -12,6 +11,7 @@ from pml_tacl.losses import AttentionConsistencyLoss
 from pml_tacl.trainers._forward import Features
 from pml_tacl.trainers._views import Batch
 from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.pml_compat import CrossBatchMemory, SelfSupervisedLoss
 
 
 class Step(NamedTuple):
@@ -42,11 +42,23 @@ def loss_of(loss_func: nn.Module, step: Step) -> Any:
     """A loss of the step: each kind of loss gets what it understands."""
     if isinstance(loss_func, AttentionConsistencyLoss):
         return mean_loss(_attention_loss(loss_func, step))
+    loss_func = _of_centres(loss_func)
     if isinstance(loss_func, SelfSupervisedLoss):
         return loss_func(*step.embeddings.chunk(2))
     # Centres say themselves what is hard; a miner's pairs are for the others.
     pairs = None if isinstance(loss_func, Centroids) else step.pairs
     return loss_func(step.embeddings, torch.cat([step.labels] * 2), pairs)
+
+
+def _of_centres(loss_func: nn.Module) -> nn.Module:
+    """A loss that has centres of all images, from within PML's wrappers.
+
+    Those number a batch by itself, or give what they remember as reference: neither fits centres.
+    """
+    inner = loss_func
+    while isinstance(inner, SelfSupervisedLoss | CrossBatchMemory):
+        inner = inner.loss
+    return inner if isinstance(inner, Centroids) and inner.centroids is not None else loss_func
 
 
 def _attention_loss(loss_func: AttentionConsistencyLoss, step: Step) -> Any:

@@ -1,6 +1,7 @@
 """One iteration of a trainer."""
 
 import math
+from typing import Any
 
 import torch
 from pytorch_metric_learning.trainers import BaseTrainer
@@ -10,7 +11,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pml_tacl.clustering.centroids import Centroids
 from pml_tacl.distributed.collectives import gather_batch
 from pml_tacl.distributed.training import begin_together, sum_gradients
-from pml_tacl.trainers._forward import forward_in_chunks, forward_of
+from pml_tacl.losses import AttentionConsistencyLoss
+from pml_tacl.models.receptive_field import measure_grid
+from pml_tacl.trainers._forward import forward_in_chunks, forward_of, in_precision
+from pml_tacl.trainers._parts import within
 from pml_tacl.trainers._steps import Step, loss_of
 from pml_tacl.trainers._views import Batch, swap_background
 from pml_tacl.utils.errors import DivergedError, InputError
@@ -24,6 +28,7 @@ class TrainingStep(BaseTrainer):
 
     centroids: Tensor | None
     centroid_momentum: float
+    transform: Any
 
     def set_up_step(self, whole: nn.Module, compiled: bool, ema_decay: float | None) -> None:
         """What an iteration needs besides PML's own parts."""
@@ -35,6 +40,8 @@ class TrainingStep(BaseTrainer):
         if compiled:
             self.forward_features = torch.compile(self.forward_features)
         self.whole = whole
+        self._grids: dict[tuple[int, int], tuple[int, int]] = {}  # by size of the views
+        self.skipped: set[str] = set()  # optimizers whose last step GradScaler has left out
         self.average: AveragedModel | None = None
         if ema_decay is not None:
             averaged = get_ema_multi_avg_fn(ema_decay)
@@ -54,24 +61,50 @@ class TrainingStep(BaseTrainer):
         averaged: nn.Module = self.average.module
         return averaged
 
-    @property
-    def with_centroids(self) -> list[Centroids]:
-        """The losses and miners that compare with cluster centres."""
-        parts = (*self.loss_funcs.values(), *self.mining_funcs.values())
-        return [part for part in parts if isinstance(part, Centroids)]
+    def hand_over_centroids(self) -> None:
+        """Give the centres to every loss and miner that holds some, also within others.
+
+        The trainer is their one owner: all hold what it holds.
+        """
+        own = None
+        for holder in within({**self.loss_funcs, **self.mining_funcs}, "set_centroids"):
+            if not isinstance(holder, Centroids):
+                holder.set_centroids(self.centroids)
+            elif own is None:
+                holder.set_centroids(self.centroids)
+                own = holder
+            else:
+                holder.centroids = own.centroids
+
+    def _move_centroids(self) -> None:
+        """Let the centres follow the batch, if any loss or miner holds them."""
+        if self.centroids is None or self.centroid_momentum == 1:
+            return
+        holders = within({**self.loss_funcs, **self.mining_funcs}, "set_centroids")
+        own = next((holder for holder in holders if isinstance(holder, Centroids)), None)
+        if own is None or own.centroids is None:
+            return
+        own.move_centroids(*self._embedded, self.centroid_momentum)
+        self.centroids = own.centroids  # where the next clustering begins
+        for holder in holders:
+            if isinstance(holder, Centroids):
+                holder.centroids = own.centroids
+            else:
+                holder.set_centroids(own.centroids)
 
     def calculate_loss(self, curr_batch: Batch) -> None:
         views, transformed, _, labels = curr_batch
         weights = None
         if self.swap is not None:
-            grid = self.transform.grid  # type: ignore[attr-defined]
+            grid = self._grid_of(views)
+            settings = (grid, self.accumulation_steps, self.amp_dtype)
             views, transformed, weights = swap_background(
-                self.swap, self.models["trunk"], curr_batch, grid, self.accumulation_steps
+                self.swap, self.models["trunk"], curr_batch, *settings
             )
         images = torch.cat([views, transformed])
         if images.device.type == "cpu":
             images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+        with in_precision(images.device, self.amp_dtype):
             features = forward_in_chunks(
                 self.forward_features, images, self.accumulation_steps, list(self.models.values())
             )
@@ -90,13 +123,25 @@ class TrainingStep(BaseTrainer):
                 self.losses[name] = loss_of(loss_func, step)
         self._embedded = embeddings.detach(), twice
 
+    def _grid_of(self, views: Tensor) -> tuple[int, int] | None:
+        """Rows and columns of the maps that attention losses read; None if there are none of them.
+
+        As the transform says; one of the user's own may not, and then the trunk does.
+        """
+        if not any(isinstance(loss, AttentionConsistencyLoss) for loss in self.loss_funcs.values()):
+            return None
+        grid: tuple[int, int] | None = getattr(self.transform, "grid", None)
+        if grid is None:
+            channels, *size = views.shape[1:]
+            if (size[0], size[1]) not in self._grids:
+                found = measure_grid(self.models["trunk"], (size[0], size[1]), channels)
+                self._grids[size[0], size[1]] = found
+            grid = self._grids[size[0], size[1]]
+        return grid
+
     def backward(self) -> None:
         self.scaler.scale(self.losses["total_loss"]).backward()
         sum_gradients(self)
-        for part in self.with_centroids:
-            part.move_centroids(*self._embedded, self.centroid_momentum)
-            if part.centroids is not None and self.centroid_momentum < 1:
-                self.centroids = part.centroids  # where the next clustering begins
         for name, value in self.losses.items():  # the graph has done its work
             self.losses[name] = value.detach() if isinstance(value, Tensor) else value
         if self.look_every == 1:  # else a GPU would have to be waited for
@@ -109,12 +154,45 @@ class TrainingStep(BaseTrainer):
         super().clip_gradients()
 
     def step_optimizers(self) -> None:
-        for name, optimizer in self.optimizers.items():
-            if name.removesuffix("_optimizer") not in self.freeze_these:
-                self.scaler.step(optimizer)
+        """Make a step; what follows the model stays where that was left out for an overflow."""
+        due = {
+            name: optimizer
+            for name, optimizer in self.optimizers.items()
+            if name.removesuffix("_optimizer") not in self.freeze_these
+        }
+        self.skipped = set()
+        for name, optimizer in due.items():
+            if self.scaler.is_enabled() and not self._steps(optimizer):
+                self.skipped.add(name)
+            elif not self.scaler.is_enabled():
+                optimizer.step()
         self.scaler.update()
+        if due and self.skipped == set(due):
+            return
+        self._move_centroids()
         if self.average is not None:
             self.average.update_parameters(self.whole)
+
+    def _steps(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Make a scaled step; False if the scaler has left it out."""
+        made: list[bool] = []
+        noted = optimizer.register_step_post_hook(lambda *_: made.append(True))
+        try:
+            self.scaler.step(optimizer)
+        finally:
+            noted.remove()
+        return bool(made)
+
+    def step_lr_schedulers(self, end_of_epoch: bool = False) -> None:
+        """As in PML, but a schedule by iteration waits for an optimizer whose step was left out."""
+        waiting = {id(self.optimizers[name]) for name in self.skipped}
+        if end_of_epoch or not waiting:
+            super().step_lr_schedulers(end_of_epoch)
+            return
+        suffix = self.allowed_lr_scheduler_key_suffixes["iteration"]
+        for name, schedule in self.lr_schedulers.items():
+            if name.endswith(suffix) and id(getattr(schedule, "optimizer", None)) not in waiting:
+                schedule.step()
 
     def look_at_losses(self) -> str:
         """The losses for the progress bar; FloatingPointError if they are not finite."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pml_tacl.distributed.session import is_first
+from pml_tacl.trainers._cells import cells_of, lay_cells
 from pml_tacl.trainers._records import records_state, restore_records
 from pml_tacl.trainers._restoring import (
     PARTS,
@@ -246,6 +247,7 @@ def trainer_state(trainer: Any, others: Sequence[dict[str, Any]] = ()) -> dict[s
         "order": trainer.order,
         "stopped": trainer.stopped,
         "labels": trainer.labels,
+        "cells": cells_of(trainer),
         "centroids": trainer.centroids,
         "moved_from": trainer.moved_from,
         "unreadable": sorted(unreadable),
@@ -299,6 +301,7 @@ def restore_trainer(trainer: Any, state: dict[str, Any]) -> None:
     for name in ("epoch", "order", "stopped", "labels", "centroids", "moved_from", "extra"):
         setattr(trainer, name, state[name])
     trainer.ended, trainer.done = state["epoch"], state["iteration"]
+    lay_cells(trainer, state.get("cells", {}))
     trainer.unreadable.known = set(state["unreadable"])
     trainer.schedules = schedules
     changed = {

@@ -1,5 +1,4 @@
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,24 @@ from pml_tacl.distributed.training import draw_together, end_of_epoch, share_of
 from pml_tacl.trainers._arguments import check_arguments, check_clusters
 from pml_tacl.trainers._clusters import clustering_is_due, relabel
 from pml_tacl.trainers._order import make_loader
+from pml_tacl.trainers._parts import (
+    as_models,
+    check_classes,
+    check_losses,
+    check_pml_arguments,
+    check_warm_up,
+    device_of,
+    plain_number,
+    within,
+)
 from pml_tacl.trainers._resumable import Resumable
 from pml_tacl.trainers._training_step import TrainingStep
 from pml_tacl.trainers._unreadable import Unreadable
 from pml_tacl.trainers._views import Batch, TwoViews
 from pml_tacl.trainers._workers import lost_workers_named
 from pml_tacl.transforms import BackgroundSwap
+from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.labels import pseudo_labels
 from pml_tacl.utils.signals import Signals
 
 _LOGGER = logging.getLogger(__name__)
@@ -37,13 +48,16 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
     and the first calls the hooks. After Li et al. 2020; definition ours.
 
     Args:
-        models: an :class:`AttentionEmbedder`, or {"trunk": ..., "embedder": ...}.
+        models: an :class:`AttentionEmbedder`, or {"trunk": ..., "embedder": ...}; the embedder
+            may be missing.
         optimizers: one optimizer of all parameters, or {"trunk_optimizer": ...,
             "embedder_optimizer": ...}.
         batch_size: pictures in a batch, of all processes together; each comes in two views.
         loss_funcs: named losses, added up: an AttentionConsistencyLoss gets feature maps and
             points, PML's SelfSupervisedLoss the two views, any other the embeddings of both
-            views with their pseudo-labels.
+            views with their pseudo-labels. Losses of centres get them wherever they are, within
+            PML's wrappers or a module of the user's, and with them need no wrapper: within
+            SelfSupervisedLoss or CrossBatchMemory such a loss is called itself.
         dataset: items (picture, anything), the picture as ``transform`` takes it; labels, if it
             has them, are not read.
         transform: picture -> (view, transformed view, points): a :class:`SiameseTransform`.
@@ -80,7 +94,9 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             part of the checkpoints: none is lost after a crash, or there twice.
         progress: show bars.
         **kwargs: as of PML's BaseTrainer (loss_weights, iterations_per_epoch, lr_schedulers,
-            gradient_clippers, freeze_these, dataloader_num_workers, end_of_epoch_hook, ...).
+            gradient_clippers, freeze_these, dataloader_num_workers, end_of_epoch_hook, ...),
+            but for those about labels of the data set (sampler, dataset_labels, ...), which are
+            refused.
 
     Attributes:
         labels: pseudo-labels (N,), -1 for noise. Each picture's own before the first clustering.
@@ -127,16 +143,16 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         progress: bool = True,
         **kwargs: Any,
     ) -> None:
-        if isinstance(models, nn.Module):
-            whole = models
-            models = {name: models.get_submodule(name) for name in ("trunk", "embedder")}
-        else:
-            whole = nn.Sequential(OrderedDict(models))
+        models, whole, compiled = as_models(models)
+        compile = compile or compiled
+        kwargs = {name: plain_number(value) for name, value in kwargs.items()}
+        check_pml_arguments(kwargs)
         if isinstance(optimizers, torch.optim.Optimizer):
             optimizers = {"trunk_optimizer": optimizers}
         count = len(dataset)  # type: ignore[arg-type]
         mining_funcs = dict(mining_funcs or {})
         weights = dict(kwargs.pop("loss_weights", None) or {})
+        weights = {name: plain_number(weight) for name, weight in weights.items()}
         check_arguments(
             count=count,
             batch_size=batch_size,
@@ -158,34 +174,39 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             functions={"transform": transform, "eval_transform": eval_transform},
             processes=world_size(),
         )
+        check_losses(loss_funcs, mining_funcs, world_size())
+        check_warm_up(loss_funcs, labeler, count, warmup_epochs)
         self.transform, self.eval_transform, self.labeler = transform, eval_transform, labeler
-        self.images_per_cluster, self.warmup_epochs = images_per_cluster, warmup_epochs
-        self.recluster_every, self.recluster_when_moved = recluster_every, recluster_when_moved
         self.swap, self.amp_dtype, self.progress = swap, amp_dtype, progress
-        self.accumulation_steps, self.centroid_momentum = accumulation_steps, centroid_momentum
         self.checkpoint_folder = None if checkpoint_folder is None else Path(checkpoint_folder)
-        self.checkpoint_every, self.keep = checkpoint_every, keep
+        # Plain numbers, for loaders and checkpoints: NumPy's are neither's.
+        self.images_per_cluster, self.warmup_epochs = int(images_per_cluster), int(warmup_epochs)
+        self.recluster_every = int(recluster_every)
+        self.recluster_when_moved = plain_number(recluster_when_moved)
+        self.accumulation_steps = int(accumulation_steps)
+        self.centroid_momentum = float(centroid_momentum)
+        self.checkpoint_every, self.keep = plain_number(checkpoint_every), int(keep)
         self.record_keeper = record_keeper
         self.labels = torch.arange(count)
         self.centroids: Tensor | None = None
         self.embeddings: Tensor | None = None
         self.moved_from: Tensor | None = None
-        self.unreadable = Unreadable(max_unreadable)
+        self.unreadable = Unreadable(int(max_unreadable))
         self.stand_at_start()
-        kwargs.setdefault("data_device", next(models["trunk"].parameters()).device)
+        kwargs.setdefault("data_device", device_of(models["trunk"]))
         kwargs.setdefault("iterations_per_epoch", max(1, count // batch_size))
         kwargs.setdefault("dataloader_num_workers", 0)
         super().__init__(
             models,
             optimizers,
-            batch_size,
+            int(batch_size),
             dict(loss_funcs),
             dataset,
             mining_funcs=mining_funcs,
             loss_weights={name: weights.get(name, 1.0) for name in loss_funcs},
             **kwargs,
         )
-        self.set_up_step(whole, compile, ema_decay)
+        self.set_up_step(whole, compile, None if ema_decay is None else float(ema_decay))
 
     def modify_schema(self) -> None:
         """Any names of losses; PML's checker would also pass names that only begin right."""
@@ -204,6 +225,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
                 holds checkpoints of a training that was not loaded.
             Interrupted: after SIGINT or SIGTERM, with a checkpoint_folder.
         """
+        start_epoch, num_epochs = plain_number(start_epoch), plain_number(num_epochs)
         with Signals(self.checkpoint_folder is not None) as self._signals, lost_workers_named():
             self._begin(start_epoch)
             for epoch in range(start_epoch, num_epochs + 1):
@@ -225,6 +247,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             with self._signals.at_once(f"saved at the end of epoch {self.ended}"):
                 if clustering_is_due(self):
                     self.relabel()
+        self.hand_over_centroids()
         self.initialize_dataloader()
         self.set_to_train()
 
@@ -256,7 +279,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         del self.dataloader_iter  # its processes end, and leave the memory to the hook
 
     def relabel(self) -> None:
-        """Embed the whole data set, cluster it, and hand the centres to losses and miners.
+        """Embed the whole data set, cluster it, and set the pseudo-labels and centres found.
 
         Raises:
             ValueError: if the clusters cannot fill a batch, or what the labeler raises.
@@ -266,14 +289,32 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
     def set_pseudo_labels(self, labels: Tensor, centroids: Tensor | None) -> None:
         """Set the pseudo-labels (N,), -1 for noise, and the centres (K, D) that they index.
 
+        Every loss and miner that holds centres gets them, also one within another, and every
+        memory of earlier labels is emptied (``reset_queue``, of PML's CrossBatchMemory).
+
         Raises:
-            ValueError: if there are fewer clusters than a batch needs.
+            ValueError: if there are fewer clusters than a batch needs or more than a loss has
+                classes for, or labels and centres do not fit each other or the images.
         """
+        labels = pseudo_labels(labels).cpu()
+        if labels.shape != self.labels.shape:
+            raise InputError(
+                f"labels must be one for each of the {len(self.labels)} images, got shape "
+                f"{tuple(labels.shape)}"
+            )
+        needed = int(labels.max()) + 1
+        if centroids is not None and needed > len(centroids):
+            raise InputError(
+                f"labels must index the {len(centroids)} centroids, got label {needed - 1}: give "
+                "those of the same clustering"
+            )
         there = int(labels[labels >= 0].unique().numel())
         check_clusters(there, self.batch_size, self.images_per_cluster)
-        self.labels, self.centroids = labels.cpu().long(), centroids
-        for part in self.with_centroids:
-            part.set_centroids(centroids)
+        check_classes(self.loss_funcs, needed, "clusters: give as many classes, or fewer clusters")
+        self.labels, self.centroids = labels, centroids
+        self.hand_over_centroids()
+        for memory in within({**self.loss_funcs, **self.mining_funcs}, "reset_queue"):
+            memory.reset_queue()
 
     def initialize_dataloader(self) -> None:
         """Draw an epoch, or take what is left of a loaded one, for a new loader.

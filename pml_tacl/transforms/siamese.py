@@ -131,6 +131,17 @@ class SiameseTransform:
         self.photometric = _default_photometric() if photometric == "default" else photometric
         self.flip = flip
         self.interpolation = v2.InterpolationMode(interpolation)
+        self.lay_cells(cell_offset)
+
+    def lay_cells(self, cell_offset: Sequence[float]) -> None:
+        """Set where the cells of the feature maps look.
+
+        Args:
+            cell_offset: (x, y) in cells off their middle, as of the class.
+
+        Raises:
+            ValueError: if it is no pair of numbers in [-2, 2].
+        """
         rows, columns = self.grid
         y, x = torch.meshgrid(
             (torch.arange(rows) + 0.5) / rows,

@@ -3,9 +3,15 @@
 from typing import Any
 
 import torch
+from pytorch_metric_learning.losses import CrossBatchMemory, MarginLoss, SelfSupervisedLoss
 from pytorch_metric_learning.losses.base_metric_loss_function import BaseMetricLossFunction
 from pytorch_metric_learning.miners.base_miner import BaseMiner
-from pytorch_metric_learning.reducers import DoNothingReducer, MeanReducer, MultipleReducers
+from pytorch_metric_learning.reducers import (
+    ClassWeightedReducer,
+    DoNothingReducer,
+    MeanReducer,
+    MultipleReducers,
+)
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
@@ -14,7 +20,11 @@ from pml_tacl.utils.errors import InputError
 __all__ = [
     "BaseMetricLossFunction",
     "BaseMiner",
+    "CrossBatchMemory",
+    "SelfSupervisedLoss",
     "as_pml_gives",
+    "classes_of",
+    "gathers_itself",
     "loss_dict",
     "miner_weights",
     "positive_pairs",
@@ -23,6 +33,30 @@ __all__ = [
 ]
 
 to_device = c_f.to_device
+
+
+def classes_of(module: torch.nn.Module) -> int | None:
+    """How many classes a loss or reducer has something for; None where it takes any label."""
+    if isinstance(module, ClassWeightedReducer):
+        return len(module.weights)
+    if isinstance(module, MarginLoss):
+        return int(module.beta.numel()) if module.beta.numel() > 1 else None
+    number = getattr(module, "num_classes", None)
+    if isinstance(number, int) and number > 0:
+        return number
+    # Two losses of PML have a num_classes that stays 0.
+    proxies, columns = getattr(module, "proxies", None), getattr(module, "W", None)
+    if number == 0 and isinstance(proxies, Tensor):
+        return len(proxies)
+    return int(columns.shape[1]) if number == 0 and isinstance(columns, Tensor) else None
+
+
+def gathers_itself(module: torch.nn.Module) -> bool:
+    """Whether a loss or miner joins the batches of all processes by itself."""
+    from pytorch_metric_learning.utils import distributed
+
+    wrappers = (distributed.DistributedLossWrapper, distributed.DistributedMinerWrapper)
+    return isinstance(module, wrappers)
 
 
 def as_pml_gives(reduced: Any, embeddings: Tensor) -> Any:

@@ -343,7 +343,7 @@ class TestSaving:
             AttentionEmbedder.from_pretrained(tmp_path)
 
     def test_files_have_the_mode_of_others_and_are_whole_or_not_there(self, tmp_path, monkeypatch):
-        model = AttentionEmbedder("test_resnet", 8)
+        model = AttentionEmbedder("test_resnet", embedding_dim=8)
         before = os.umask(0o027)
         try:
             model.save_pretrained(tmp_path / "model")

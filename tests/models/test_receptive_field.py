@@ -1,5 +1,6 @@
 """Where cells look is measured right, and the views' points and masks follow it."""
 
+import copy
 from functools import partial
 
 import PIL.Image
@@ -38,6 +39,144 @@ def test_kernel_three_looks_half_a_pixel_off_at_each_stride(layers):
     expected = -(2**layers - 1) / 2 / 2**layers
     assert x == pytest.approx(expected, abs=1e-6)
     assert y == pytest.approx(expected, abs=1e-6)
+
+
+class Asymmetric(nn.Module):
+    """What layers can be, with another offset in x and y."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images):
+        maps = self.layers(images)
+        return TrunkOutput(maps, maps)
+
+
+def conv(channels, *args, **kwargs):
+    return nn.Conv2d(channels, 4, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        # Pixels off the middle of a cell, over its stride: kernel 3, stride 2, padding 1 looks
+        # half a pixel up and left; without padding half a pixel down and right.
+        ([conv(3, 3, 2, 1)], (-1 / 4, -1 / 4)),
+        ([conv(3, (3, 1), 2, (1, 0))], (-1 / 4, -1 / 4)),
+        ([conv(3, 2, 2)], (0, 0)),
+        ([conv(3, 4, 4)], (0, 0)),
+        ([conv(3, 7, 2, 3), nn.BatchNorm2d(4), nn.ReLU6(), nn.MaxPool2d(3, 2, 1)], (-3 / 8,) * 2),
+        ([conv(3, 3, 2, 1), nn.AvgPool2d(2)], (-1 / 8, -1 / 8)),
+        ([conv(3, 3, 1, "same", dilation=2), nn.GroupNorm(2, 4), nn.Sigmoid()], (0, 0)),
+        ([nn.ZeroPad2d((0, 1, 0, 1)), conv(3, 3, 2)], (1 / 4, 1 / 4)),  # TensorFlow's, even sizes
+        ([nn.ZeroPad2d((0, 1, 1, 0)), conv(3, 3, 2), nn.SiLU()], (1 / 4, -1 / 4)),
+        ([nn.ReflectionPad2d(1), conv(3, 3, 2), nn.Tanh(), nn.InstanceNorm2d(4)], (-1 / 4,) * 2),
+        ([conv(3, 3, 2, 1, groups=1), nn.PReLU(), conv(4, 5, 2, 2, groups=4)], (-3 / 8,) * 2),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_offsets_of_layers_are_exact_whatever_the_weights(layers, expected, seed):
+    torch.manual_seed(seed)
+    trunk = Asymmetric(*copy.deepcopy(layers))
+    for parameter in trunk.parameters():
+        nn.init.normal_(parameter)
+    assert measure_cell_offset(trunk, (64, 48)) == pytest.approx(expected, abs=1e-6)
+
+
+BACKBONES = {
+    # Strides of 2 with kernel 3 and padding 1, four times: -(1 + 2 + 4 + 8) / 2 pixels of 16.
+    "resnet18": (160, -15 / 32),
+    "mobilenetv3_small_100": (96, -15 / 32),  # squeeze and excitation looks everywhere
+    "efficientnet_b0": (96, -15 / 32),
+    "tf_efficientnet_lite0": (96, 15 / 32),  # TensorFlow pads below and to the right
+    "densenet121": (96, -1.5 / 16),  # its later strides are means of 2 x 2 pixels
+    "test_resnet": (64, -9 / 32),  # a shortcut of means beside convolutions: between both
+    "test_vit": (160, 0),
+    "test_convnext": (160, 0),
+    "convnextv2_atto": (96, 0),
+    "swin_tiny_patch4_window7_224": (224, 0),
+    "eva02_tiny_patch14_224": (224, 0),  # products of branches
+    "xcit_nano_12_p16_224": (96, -15 / 32),
+    "pvt_v2_b0": (96, -15 / 32),  # attends to fewer places
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_offset_belongs_to_the_architecture(name):
+    size, expected = BACKBONES[name]
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = AttentionEmbedder(name, embedding_dim=8)
+        before = torch.get_rng_state()
+        found.append(model.cell_offset(size))
+        assert torch.equal(before, torch.get_rng_state())  # no random number is drawn
+    assert found[0] == found[1] == pytest.approx((expected, expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_offset_is_alike_in_every_precision_and_device_of_no_weights(dtype):
+    model = AttentionEmbedder("test_efficientnet", embedding_dim=8)
+    expected = model.cell_offset(96)
+    assert expected == pytest.approx((-15 / 32,) * 2, abs=1e-6)
+    assert model.to(dtype).cell_offset(96) == expected
+    assert all(p.dtype == dtype for p in model.parameters())
+
+
+def test_sizes_that_padding_makes_even_change_it():
+    """With TensorFlow's padding an odd size is padded on both sides."""
+    model = AttentionEmbedder("tf_efficientnet_lite0", embedding_dim=8)
+    assert model.cell_offset(97) == (0, 0)
+    assert model.cell_offset((97, 96)) == pytest.approx((15 / 32, 0), abs=1e-6)
+
+
+class ByHand(nn.Module):
+    """Normalises by hand, so that equal weights say nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+
+    def forward(self, images):
+        maps = self.first(images)
+        maps = (maps - maps.mean(1, keepdim=True)) / (maps.std(1, keepdim=True) + 1e-5)
+        maps = self.second(maps)
+        return TrunkOutput(maps, maps)
+
+
+def test_networks_that_equal_weights_do_not_measure_are_measured_by_fixed_ones():
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        found.append(measure_cell_offset(ByHand(), (64, 64)))
+        torch.manual_seed(seed)
+        assert torch.equal(state, torch.get_rng_state())
+    assert found[0] == found[1] == pytest.approx((-3 / 8, -3 / 8), abs=0.1)
+
+
+def test_networks_that_look_nowhere_say_so():
+    class Blind(nn.Module):
+        def forward(self, images):
+            maps = torch.ones_like(images)[:, :, ::4, ::4] + 0 * images[:, :, ::4, ::4]
+            return TrunkOutput(maps, maps)
+
+    with pytest.raises(ValueError, match=r"look at no place of images of \(32, 32\) px: give"):
+        measure_cell_offset(Blind(), (32, 32))
+
+
+def test_through_weights_they_count():
+    trunk = Strided(1, 3, 2, 1)
+    assert measure_cell_offset(trunk, (64, 64), channels=1) == (-0.25, -0.25)
+    with torch.no_grad():
+        trunk.body[0].weight.zero_()
+        trunk.body[0].weight[0, 0, 0, 2] = 1  # above, and to the right
+    assert measure_cell_offset(trunk, (64, 64), channels=1) == (-0.25, -0.25)
+    seen = measure_cell_offset(trunk, (64, 64), channels=1, through_weights=True)
+    assert seen == pytest.approx((0.25, -0.75), abs=1e-6)
+    half = measure_cell_offset(trunk.half(), (64, 64), channels=1, through_weights=True)
+    assert half == pytest.approx(seen, abs=1e-6)
 
 
 def test_in_inference_mode_as_elsewhere():

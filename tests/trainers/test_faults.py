@@ -121,6 +121,53 @@ def test_a_picture_that_turns_unreadable_is_replaced_and_becomes_noise(
     assert set(trainer.labels.tolist()) == {-1, 0, 1, 2, 3}
 
 
+class Hiccuping(Pictures):
+    """Images that cannot be read the first times that the embedding pass asks for them."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = dict(times)
+
+    def __getitem__(self, index):
+        if self.times.get(index, 0) > 0:
+            self.times[index] -= 1
+            raise OSError(5, "Input/output error", f"{index}.png")
+        return super().__getitem__(index)
+
+
+def test_a_read_error_that_passes_is_told_and_costs_no_image(caplog):
+    sound = make_trainer(dataset=Pictures(), labeler=KMeansPseudoLabeler(4))
+    sound.epoch = 1
+    sound.relabel()
+    trainer = make_trainer(dataset=Hiccuping({3: 1, 17: 1}), labeler=KMeansPseudoLabeler(4))
+    trainer.epoch = 1
+    with caplog.at_level("WARNING", "pml_tacl"):
+        trainer.relabel()
+    assert trainer.unreadable.known == set()
+    torch.testing.assert_close(trainer.embeddings, sound.embeddings)
+    assert torch.equal(trainer.labels, sound.labels)
+    assert sorted(caplog.messages) == [
+        f"picture {index} was unreadable for a moment: read again" for index in (17, 3)
+    ]
+
+
+@pytest.mark.parametrize("times", [2, 99])
+def test_a_read_error_that_comes_again_is_told_and_counted(caplog, times):
+    trainer = make_trainer(dataset=Hiccuping({3: times}), max_unreadable=1)
+    trainer.epoch = 1
+    with caplog.at_level("WARNING", "pml_tacl"):
+        trainer.relabel()
+    assert trainer.labels[3] == -1
+    assert (trainer.labels >= 0).sum() == COUNT - 1
+    (trouble,) = trainer.unreadable.known
+    assert trouble.startswith("picture 3: ")
+    assert trouble in caplog.text
+    trainer = make_trainer(dataset=Hiccuping({3: times, 5: times}), max_unreadable=1)
+    trainer.epoch = 1
+    with pytest.raises(OSError, match="2 pictures cannot be read, more than max_unreadable=1"):
+        trainer.relabel()
+
+
 def test_a_replacement_is_of_the_same_cluster_and_never_noise(tmp_path):
     pictures = write_pictures(tmp_path)
     labels = torch.arange(COUNT) % 4

@@ -26,6 +26,7 @@ from pml_tacl.distributed.collectives import (
     gather_rows,
     shard,
     total,
+    used_anywhere,
 )
 from pml_tacl.distributed.inference import evaluate_together
 from pml_tacl.distributed.session import (
@@ -40,7 +41,7 @@ from pml_tacl.distributed.session import (
     session,
     world_size,
 )
-from pml_tacl.distributed.training import begin_together
+from pml_tacl.distributed.training import begin_together, sum_gradients
 from pml_tacl.evaluation import evaluate
 from pml_tacl.search import PictureIndex
 from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
@@ -115,6 +116,17 @@ def learn(model, views, labels):
     return [loss.detach(), *[p.grad for p in model.parameters()]]
 
 
+def sum_of_unlike_gradients(number):
+    """What a process has after summing where each of them has used other layers."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(2, 1, bias=False) for _ in range(4))
+    loss = layers[min(number, 1)](torch.full((1, 2), number + 1.0)).sum()
+    (loss + layers[3](torch.ones(1, 2)).sum()).backward()
+    trainer = SimpleNamespace(models={"trunk": layers}, loss_funcs={})
+    sum_gradients(trainer)
+    return [layer.weight.grad for layer in layers]
+
+
 def exchanging(number, world, folder):
     join(number, world, folder)
     found = {"rank": rank(), "world": world_size(), "first": is_first(), "in use": in_use()}
@@ -140,6 +152,8 @@ def exchanging(number, world, folder):
     check_same("labels", [torch.arange(3), None, "x"], "")
     odd = torch.arange(3) + (number == 1)
     found["odd"] = message(lambda: check_same("labels", [odd], "look"), ValueError)
+    found["used"] = used_anywhere([number == 0, number == 1, False, True])
+    found["summed"] = sum_of_unlike_gradients(number)
     found["half"] = gather_batch(torch.full((1, 2), number, dtype=torch.bfloat16))
     model, views, labels = batch_of(world)
     own = slice(number * EACH, (number + 1) * EACH)
@@ -178,6 +192,12 @@ def test_what_processes_exchange(world, tmp_path):
         assert one["FileNotFoundError"].startswith("FileNotFoundError" if number == 0 else "OSErr")
         assert one["KeyError"].startswith("KeyError" if number == 0 else "RuntimeError")
         assert one["odd"] == "ValueError: labels of process 1 differ from process 0's: look"
+        assert one["used"] == [True, True, False, True]
+        first, second, nobodys, everyones = one["summed"]
+        assert first.tolist() == [[1.0, 1.0]]  # zero where it was not used
+        assert second.tolist() == [[float(sum(range(2, world + 1)))] * 2]
+        assert nobodys is None
+        assert everyones.tolist() == [[float(world)] * 2]
         assert one["half"].tolist() == [[float(i)] * 2 for i in range(world)]
     # Each process took the gradients that one process takes of the joined batch.
     expected = learn(*batch_of(world))
@@ -508,15 +528,45 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 
 def test_a_session_meets_the_others_with_its_timeout(monkeypatch):
-    met, ended = [], []
+    met = []
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(distributed, "init_process_group", lambda *a, **k: met.append((a, k)))
-    monkeypatch.setattr(os, "_exit", ended.append)
     with session(timedelta(seconds=7)):
         assert met == [(("gloo",), {"timeout": timedelta(seconds=7)})]
-    assert ended == [0]
+
+
+ENDING = """
+import atexit, sys
+from pml_tacl.distributed.session import highest, in_use, rank, session
+atexit.register(lambda: print("at exit"))
+try:
+    with session():
+        print("highest", highest(rank()))
+        if sys.argv[1] == "fails" and rank() == 1:
+            raise KeyError("mine")
+except KeyError as error:
+    print("caught", error)
+print("after", in_use())
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("how", ["well", "fails"])
+def test_what_follows_a_session_runs(store, processes, tmp_path, how):
+    processes += begin([sys.executable, "-c", ENDING, how], 2, store, tmp_path)
+    codes = [process.wait(timeout=300) for process in processes]
+    written = [(tmp_path / f"{number}.log").read_text().splitlines() for number in (0, 1)]
+    after = ["after False", "at exit"]
+    if how == "well":
+        assert codes == [3, 3]
+        assert written == [["highest 1", *after]] * 2
+    else:
+        assert codes == [1, 3]
+        assert written[1] == ["highest 1", "caught 'mine'", *after]
+        assert written[0][-1] == "at exit"
+        assert any(line.startswith("error: process 0 lost another") for line in written[0])
 
 
 def test_batchnorm_is_synchronised_on_gpus_with_its_activation_and_weights(monkeypatch):

@@ -5,6 +5,8 @@ import random
 import sqlite3
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import date
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import torch
 from pytorch_metric_learning import losses
 
-from pml_tacl import SiameseTransform
+from pml_tacl import BackgroundSwap, SiameseTransform
 from pml_tacl.cli.run_folder import make_hooks, seed_everything
 from pml_tacl.trainers import checkpoint
 from pml_tacl.trainers._order import draw_order, make_loader
@@ -66,6 +68,58 @@ def test_the_state_comes_back_even_after_an_error():
     with pytest.raises(ZeroDivisionError), drawing_from(5):
         1 / (drawn()[0] * 0)
     assert drawn() == expected
+
+
+class Drawing(Pictures):
+    """Gives what the global generators give before and after an item, in a loader's process."""
+
+    def __getitem__(self, index):
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+        with drawing_from(index):
+            inside = drawn()
+        after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+        same = torch.equal(before[0], after[0]) and before[1] == after[1]
+        return inside, same and bool((before[2] == after[2]).all())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_item_leaves_the_generators_as_they_were_in_every_process(workers):
+    found = list(torch.utils.data.DataLoader(Drawing(), None, num_workers=workers))
+    assert all(same for _, same in found)
+    with drawing_from(5):
+        assert found[5][0] == pytest.approx(drawn())
+    assert found[4][0] != found[5][0]
+
+
+def test_items_in_threads_take_turns():
+    expected = {seed: views()[seed % COUNT, seed] for seed in range(24)}
+    seed_everything(0)
+    before = drawn()
+    seed_everything(0)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda seed: views()[seed % COUNT, seed], list(range(24)) * 2))
+    assert drawn() == before
+    for seed, item in zip([*range(24)] * 2, found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(item[:3], expected[seed][:3], strict=True))
+
+
+def test_a_process_that_is_forked_while_another_thread_makes_an_item_can_make_some():
+    inside, done = threading.Event(), threading.Event()
+
+    def hold():
+        with drawing_from(3):
+            inside.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait(60)
+    try:
+        loader = torch.utils.data.DataLoader(Drawing(), None, num_workers=1, timeout=30)
+        assert len(list(loader)) == COUNT
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -338,6 +392,45 @@ def test_records_that_are_gone_are_told(tmp_path, caplog):
     (tmp_path / "old.csv").write_text("")
     checkpoint.restore_records(keeper, state)
     assert "old.csv has lost records" in caplog.text
+
+
+def swapping(folder, offset, **kwargs):
+    """A trainer that looks off the middle of its cells, as its script has measured it."""
+    transform = SiameseTransform(SIZE, grid=2, cell_offset=offset)
+    swap = BackgroundSwap(cell_offset=offset)
+    return fresh(folder, transform=transform, swap=swap, **kwargs)
+
+
+def test_a_resumed_training_looks_where_it_looked(tmp_path, caplog):
+    seed_everything(1)
+    whole = swapping(tmp_path / "whole", (-0.3, 0.2))
+    whole.train(num_epochs=3)
+    tensors, *others = outcome(whole, tmp_path / "whole")
+    state = load_checkpoint(tmp_path / "whole" / "checkpoints")
+    assert state["cells"] == {
+        "transform": {"grid": (2, 2), "cell_offset": (-0.3, 0.2)},
+        "swap": {"cell_offset": (-0.3, 0.2)},
+    }
+    seed_everything(1)
+    swapping(tmp_path / "part", (-0.3, 0.2)).train(num_epochs=1)
+    part = swapping(tmp_path / "part", (0.1, 0.0))  # as a script of another version measures it
+    with caplog.at_level("INFO", "pml_tacl"):
+        part.load_checkpoint()
+    assert "transform: cells look at (-0.3, 0.2), as in the checkpoint" in caplog.text
+    assert part.swap.cell_offset == part.transform.cell_offset == (-0.3, 0.2)
+    part.train(part.epoch + 1, 3)
+    resumed, *same_others = outcome(part, tmp_path / "part")
+    assert same(tensors, resumed)
+    assert others == same_others
+
+
+def test_views_of_another_grid_keep_their_own_cells(tmp_path, caplog):
+    swapping(tmp_path / "run", (-0.3, 0.2)).train(num_epochs=1)
+    transform = SiameseTransform(2 * SIZE, grid=4, cell_offset=(-0.25, 0.25))
+    larger = fresh(tmp_path / "run", transform=transform)
+    larger.load_checkpoint()
+    assert larger.transform.cell_offset == (-0.25, 0.25)
+    assert "have a grid of (2, 2) and now have (4, 4)" in caplog.text
 
 
 def test_runs_killed_and_resumed_equal_an_unbroken_one():
