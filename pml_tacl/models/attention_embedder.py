@@ -53,6 +53,7 @@ class AttentionEmbedder(nn.Module):
             that carry attention, at which the backbone then ends, or `"average"` of the last
             stage; both with a projection that is trained.
         freeze_batchnorm: BatchNorm of the trunk keeps its statistics and weights in training.
+            None: if it is pretrained.
         **timm_kwargs: passed to `timm.create_model`, such as `in_chans` or `drop_path_rate`.
             With a module, `in_chans` and `img_size` say what it takes where that is not plain.
 
@@ -79,7 +80,7 @@ class AttentionEmbedder(nn.Module):
         feature_index: int | None = None,
         attention: str | nn.Module | None = None,
         pooling: str = "backbone",
-        freeze_batchnorm: bool = False,
+        freeze_batchnorm: bool | None = None,
         **timm_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -88,6 +89,10 @@ class AttentionEmbedder(nn.Module):
                 f"pretrained must be True, False or a path, got {pretrained!r}; dimensions are "
                 f"given as embedding_dim={pretrained}"
             )
+        if freeze_batchnorm is None:
+            freeze_batchnorm = pretrained is not False
+        # Asked by `recipe_for`: networks from scratch are trained otherwise.
+        self.from_scratch = isinstance(backbone, str) and pretrained is False
         self.trunk = Trunk(
             backbone,
             pretrained,
@@ -341,4 +346,5 @@ class AttentionEmbedder(nn.Module):
         except RuntimeError as error:
             text = " ".join(str(error).split())
             raise InputError(f"folder={str(folder)!r}: weights do not fit: {text}") from error
+        model.from_scratch = False
         return model.eval()

@@ -92,11 +92,13 @@ def relabel(trainer: Any) -> None:
     """
     found = embed_pictures(trainer)
     made: list[Tensor | None] = [None, None, None]
+    seen: list[Tensor] = []
 
     def cluster() -> None:
         embeddings, readable = _told(trainer, found)
         rows = embeddings if readable.all() else embeddings[readable]
         initial = None if trainer.centroids is None else trainer.centroids.cpu()
+        seen.append(rows)
         clusters = trainer.labeler(rows, initial)
         labels = torch.full((len(readable),), -1)
         labels[readable] = pseudo_labels(clusters.labels).cpu()
@@ -104,6 +106,8 @@ def relabel(trainer: Any) -> None:
         made[:] = labels, clusters.centroids, embeddings[_sample(len(labels))].clone()
 
     on_first(cluster, "clustering")
+    if trainer.guard is not None:
+        trainer.guard.look(trainer, seen[0] if seen else None)
     labels, centroids, moved_from = from_first(made)
     assert labels is not None
     assert centroids is not None

@@ -95,11 +95,15 @@ class Resumable(BaseTrainer):
             raise InputError("load_checkpoint needs a path: the trainer has no checkpoint_folder")
         found = Path(path)
         state = on_first(lambda: load_checkpoint(found), "reading a checkpoint")
+        self.prepare_for(state)
         restore_trainer(self, state)
         restore_random(state, self.batch_size)
         self._own_folder = found if found.is_dir() else found.parent
         self._loaded_within_epoch = self.order is not None
         return self.extra
+
+    def prepare_for(self, state: Mapping[str, Any]) -> None:
+        """Make what a checkpoint's state is restored into; a trainer with defaults has some."""
 
     def _begin(self, start_epoch: int) -> None:
         """Make sure that a training which is killed from here on can be resumed."""

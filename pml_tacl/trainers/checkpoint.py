@@ -262,6 +262,7 @@ def trainer_state(trainer: Any, others: Sequence[dict[str, Any]] = ()) -> dict[s
         "versions": versions(),
         "kinds": kinds_of(trainer),
         "schedules": trainer.schedules,
+        "guard": trainer.guard and trainer.guard.state_dict(),
     }
     return state
 
@@ -304,6 +305,8 @@ def restore_trainer(trainer: Any, state: dict[str, Any]) -> None:
     lay_cells(trainer, state.get("cells", {}))
     trainer.unreadable.known = set(state["unreadable"])
     trainer.schedules = schedules
+    if trainer.guard is not None and state.get("guard"):
+        trainer.guard.load_state_dict(state["guard"])
     changed = {
         name: f"{name} {state['versions'].get(name)} (now {now})"
         for name, now in versions().items()

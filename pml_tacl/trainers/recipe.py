@@ -22,6 +22,7 @@ class Recipe:
         freeze_batchnorm: BatchNorm keeps its statistics and weights.
         centroid_momentum: of the centroids, which follow the batches; 1 keeps them.
         swap: share of the views whose background is swapped.
+        guard: keep the best network by a criterion without labels, the untrained one included.
         loss_weights: of the metric loss, the clustering loss and the attention loss.
         least_steps: fewest optimizer steps.
         passes: passes over the images, where those are more steps.
@@ -36,6 +37,7 @@ class Recipe:
     freeze_batchnorm: bool = True
     centroid_momentum: float = 0.0
     swap: float = 0.7
+    guard: bool = True
     loss_weights: dict[str, float] = field(
         default_factory=lambda: {
             "metric_loss": 1.0,
@@ -59,6 +61,11 @@ class Recipe:
         """Return the number of epochs for `count` images."""
         return max(1, -(-self.steps(count) // max(1, count // self.batch_size_for(count))))
 
+    def clusters(self, count: int) -> int:
+        """Return the number of clusters for `count` images: a tenth, as many as a batch needs."""
+        needed = self.batch_size_for(count) // self.images_per_cluster
+        return max(2, min(count // 10, 10_000), needed)
+
     def warmup_epochs(self, epochs: int) -> int:
         """Return how many of `epochs` pass before the first clustering."""
         return int(self.warmup * epochs)
@@ -68,7 +75,12 @@ PRETRAINED = Recipe(learning_rate=1e-4)
 # Transformers and other networks of LayerNorm are trained at lower rates throughout the field.
 PRETRAINED_LAYERNORM = Recipe(learning_rate=2e-5)
 SCRATCH = Recipe(
-    learning_rate=1e-3, warmup=0.5, freeze_batchnorm=False, least_steps=300, passes=10.0
+    learning_rate=1e-3,
+    warmup=0.5,
+    freeze_batchnorm=False,
+    guard=False,
+    least_steps=300,
+    passes=10.0,
 )
 
 

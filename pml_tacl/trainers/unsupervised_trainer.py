@@ -1,18 +1,23 @@
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from pml_tacl.clustering import PseudoLabeler
-from pml_tacl.distributed.session import is_first, world_size
+from pml_tacl.datasets import ImageFiles
+from pml_tacl.distributed.inference import embed_together
+from pml_tacl.distributed.session import is_first, on_first, world_size
 from pml_tacl.distributed.training import draw_together, end_of_epoch, share_of
+from pml_tacl.models import AttentionEmbedder, Projection
+from pml_tacl.search import PictureIndex
+from pml_tacl.trainers import defaults
 from pml_tacl.trainers._arguments import check_arguments, check_clusters
-from pml_tacl.trainers._clusters import clustering_is_due, relabel
+from pml_tacl.trainers._clusters import clustering_is_due, embed_pictures, relabel
 from pml_tacl.trainers._order import make_loader
 from pml_tacl.trainers._parts import (
     as_models,
@@ -27,8 +32,10 @@ from pml_tacl.trainers._parts import (
 from pml_tacl.trainers._resumable import Resumable
 from pml_tacl.trainers._training_step import TrainingStep
 from pml_tacl.trainers._unreadable import Unreadable
-from pml_tacl.trainers._views import Batch, TwoViews
+from pml_tacl.trainers._views import Batch, OneView, TwoViews
 from pml_tacl.trainers._workers import lost_workers_named
+from pml_tacl.trainers.guard import Guard, load_network, network_state
+from pml_tacl.trainers.recipe import recipe_for
 from pml_tacl.transforms import BackgroundSwap
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.labels import pseudo_labels
@@ -47,11 +54,15 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
     cluster of its own. In many processes (:mod:`pml_tacl.distributed.inference`) all train as one,
     and the first calls the hooks. After Li et al. 2020; definition ours.
 
+    Only the model and the data set must be given. What is left out follows
+    :func:`pml_tacl.trainers.recipe.recipe_for`. If the data set is a folder, the training ends
+    with :meth:`finish`: a model, an index to search, and a line that says whether it helped.
+
     Args:
         models: an :class:`AttentionEmbedder`, or {"trunk": ..., "embedder": ...}; the embedder
             may be missing.
         optimizers: one optimizer of all parameters, or {"trunk_optimizer": ...,
-            "embedder_optimizer": ...}.
+            "embedder_optimizer": ...}. None: AdamW with one cycle of learning rates.
         batch_size: pictures in a batch, of all processes together; each comes in two views.
         loss_funcs: named losses, added up: an AttentionConsistencyLoss gets feature maps and
             points, PML's SelfSupervisedLoss the two views, any other the embeddings of both
@@ -59,7 +70,11 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             PML's wrappers or a module of the user's, and with them need no wrapper: within
             SelfSupervisedLoss or CrossBatchMemory such a loss is called itself.
         dataset: items (picture, anything), the picture as ``transform`` takes it; labels, if it
-            has them, are not read.
+            has them, are not read. Or the path of a folder of images.
+        image_size: side or (height, width) in pixels, for the transforms that are left out; None
+            is the model's own.
+        run: folder that :meth:`finish` writes to; None is "runs/" and the name of the data set's
+            folder.
         transform: picture -> (view, transformed view, points): a :class:`SiameseTransform`.
         eval_transform: picture -> (3, S, S), for the embedding pass.
         labeler: embeddings (N, D) -> PseudoLabels, as :class:`KMeansPseudoLabeler`; label -1 is
@@ -97,6 +112,9 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             gradient_clippers, freeze_these, dataloader_num_workers, end_of_epoch_hook, ...),
             but for those about labels of the data set (sampler, dataset_labels, ...), which are
             refused.
+        guard: keep the best network by a criterion without labels, the untrained one included,
+            and end early where it falls (:class:`pml_tacl.trainers.guard.Guard`). Needs a
+            clustering before the first epoch, so no warm-up. None: as the recipe says.
 
     Attributes:
         labels: pseudo-labels (N,), -1 for noise. Each picture's own before the first clustering.
@@ -116,21 +134,24 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
     def __init__(
         self,
         models: nn.Module | dict[str, nn.Module],
-        optimizers: torch.optim.Optimizer | dict[str, torch.optim.Optimizer],
-        batch_size: int,
-        loss_funcs: dict[str, nn.Module],
-        dataset: Dataset[Any],
+        optimizers: torch.optim.Optimizer | dict[str, torch.optim.Optimizer] | None = None,
+        batch_size: int | None = None,
+        loss_funcs: dict[str, nn.Module] | None = None,
+        dataset: Dataset[Any] | str | Path | None = None,
         *,
-        transform: Callable[[Any], tuple[Tensor, Tensor, Tensor]],
-        eval_transform: Callable[[Any], Tensor],
-        labeler: PseudoLabeler,
+        image_size: int | tuple[int, int] | None = None,
+        run: str | Path | None = None,
+        guard: bool | None = None,
+        transform: Callable[[Any], tuple[Tensor, Tensor, Tensor]] | None = None,
+        eval_transform: Callable[[Any], Tensor] | None = None,
+        labeler: PseudoLabeler | None = None,
         mining_funcs: dict[str, nn.Module] | None = None,
-        images_per_cluster: int = 4,
+        images_per_cluster: int | None = None,
         recluster_every: int = 1,
         recluster_when_moved: float | None = None,
-        warmup_epochs: int = 0,
+        warmup_epochs: int | None = None,
         centroid_momentum: float = 0.0,
-        swap: BackgroundSwap | None = None,
+        swap: BackgroundSwap | str | None = "default",
         amp_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
         ema_decay: float | None = None,
@@ -143,13 +164,55 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         progress: bool = True,
         **kwargs: Any,
     ) -> None:
+        if dataset is None:
+            raise InputError("dataset must be given: a data set, or the path of a folder of images")
         models, whole, compiled = as_models(models)
+        self.recipe = recipe = recipe_for(whole)
+        self.run: Path | None = None
+        if isinstance(dataset, str | Path):
+            self.run = Path("runs", Path(dataset).resolve().name) if run is None else Path(run)
+            _check_unused(self.run)
+            dataset = ImageFiles(dataset, progress=progress)
+        elif run is not None:
+            raise InputError("run is for a dataset that is the path of a folder: leave run out")
+        count = len(dataset)  # type: ignore[arg-type]
+        plain_pml = loss_funcs is not None
+        if loss_funcs is None:
+            defaults.check_enough(count)
+            loss_funcs, own_miners = defaults.default_losses(recipe)
+            mining_funcs = own_miners | dict(mining_funcs or {})
+            kwargs["loss_weights"] = recipe.loss_weights | (kwargs.get("loss_weights") or {})
+        if batch_size is None:
+            batch_size = recipe.batch_size_for(count)
+        if images_per_cluster is None:
+            images_per_cluster = recipe.images_per_cluster
+        if transform is None or eval_transform is None:
+            views, view = defaults.default_transforms(whole, image_size)
+            transform, eval_transform = transform or views, eval_transform or view
+        if labeler is None:
+            labeler = defaults.default_labeler(recipe, count)
+        if isinstance(swap, str):
+            swap = None if plain_pml else defaults.default_swap(recipe, transform)
+        # Of networks from scratch half of the epochs, whose number `train` is told.
+        self._warmup_is_open = warmup_epochs is None and not plain_pml and recipe.warmup > 0
+        warmup_epochs = warmup_epochs or 0
+        self._schedule_is_open = optimizers is None and not kwargs.get("lr_schedulers")
+        if optimizers is None:
+            optimizers = defaults.default_optimizer(whole, recipe)
+        if guard is None:
+            guard = recipe.guard and not plain_pml
+        self.guard = Guard() if guard else None
+        if self.guard is not None and warmup_epochs:
+            raise InputError(
+                "guard compares with the untrained network, which warm-up epochs leave before the "
+                "first clustering: give warmup_epochs=0, or guard=False"
+            )
+        self._last: dict[str, Any] | None = None  # the network that was trained last
         compile = compile or compiled
         kwargs = {name: plain_number(value) for name, value in kwargs.items()}
         check_pml_arguments(kwargs)
         if isinstance(optimizers, torch.optim.Optimizer):
             optimizers = {"trunk_optimizer": optimizers}
-        count = len(dataset)  # type: ignore[arg-type]
         mining_funcs = dict(mining_funcs or {})
         weights = dict(kwargs.pop("loss_weights", None) or {})
         weights = {name: plain_number(weight) for name, weight in weights.items()}
@@ -226,6 +289,14 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             Interrupted: after SIGINT or SIGTERM, with a checkpoint_folder.
         """
         start_epoch, num_epochs = plain_number(start_epoch), plain_number(num_epochs)
+        if self._last is not None:
+            load_network(self, self._last)
+            self._last = None
+        if isinstance(self.whole, AttentionEmbedder):
+            self.whole.reset_projection()  # it is fitted to what is learned here
+        if self._warmup_is_open:
+            self.warmup_epochs = self.recipe.warmup_epochs(num_epochs)
+        self._make_schedule(num_epochs * self.iterations_per_epoch)
         with Signals(self.checkpoint_folder is not None) as self._signals, lost_workers_named():
             self._begin(start_epoch)
             for epoch in range(start_epoch, num_epochs + 1):
@@ -238,9 +309,89 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
                 self.step_lr_schedulers(end_of_epoch=True)
                 self.zero_losses()
                 self.ended, self.done, self.order = epoch, 0, None
-                self.stopped = end_of_epoch(self)
+                self.stopped = end_of_epoch(self) or (self.guard is not None and self.guard.falls)
                 self._between_iterations(due=True)
+            if self.guard is not None and (self.stopped or self.ended >= num_epochs):
+                self._keep_best(self.guard)
         self.stopped = False
+        if self.run is not None:
+            self.finish()
+
+    def prepare_for(self, state: Mapping[str, Any]) -> None:
+        """Make the schedule that a checkpoint's state is restored into."""
+        saved = state["lr_schedulers"].get(defaults.SCHEDULE)
+        if saved is not None:
+            self._make_schedule(saved["total_steps"] - 1)
+
+    def _make_schedule(self, steps: int) -> None:
+        if not self._schedule_is_open:
+            return
+        (optimizer,) = self.optimizers.values()
+        self.lr_schedulers = {defaults.SCHEDULE: defaults.default_schedule(optimizer, steps)}
+        self._schedule_is_open = False
+
+    def _keep_best(self, guard: Guard) -> None:
+        """Compare the last network too, and go on with the best."""
+        found = embed_pictures(self)
+        guard.look(self, None if found is None else found[0])
+        if guard.best != self.ended:
+            self._last = network_state(self)
+            guard.restore_best(self)
+        _LOGGER.info("%s", guard.verdict())
+
+    @property
+    def verdict(self) -> str:
+        """Whether the training was worth it, in one line; "" without a guard."""
+        return "" if self.guard is None else self.guard.verdict()
+
+    def fit_projection(self, max_images: int = 10_000) -> None:
+        """Fit the projection of an :class:`AttentionEmbedder` to the images that are trained on.
+
+        All processes fit to the same images. Other models have no projection, and are left alone;
+        so is one whose images all look the same, with a warning.
+
+        Args:
+            max_images: a random sample of so many, if there are more.
+        """
+        model = self.whole if self.average is None else self.ema_model
+        if not isinstance(model, AttentionEmbedder) or model.embedder.embedding_dim is None:
+            return
+        if not isinstance(model.embedder.projection, Projection):
+            return
+        count = len(self.labels)
+        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:max_images]
+        images = Subset(OneView(self.dataset, self.eval_transform), chosen.tolist())
+        loader = DataLoader(images, 64, num_workers=self.dataloader_num_workers)
+        try:
+            model.fit_projection(loader, max_images, self.progress and is_first())
+        except InputError as error:
+            model.reset_projection()
+            _LOGGER.warning("searching with the backbone's own embedding: %s", error)
+
+    def finish(self) -> None:
+        """Fit the projection, and write the model and an index of the images to ``run``.
+
+        Raises:
+            ValueError: if the data set was not given as the path of a folder.
+        """
+        if self.run is None or not isinstance(self.dataset, ImageFiles):
+            raise InputError("finish needs a folder of images: give dataset as a path")
+        run, dataset, model = self.run, self.dataset, self.whole
+        assert isinstance(model, AttentionEmbedder)
+        self.fit_projection()
+        seen = dataset.with_transform(self.eval_transform)
+        found = embed_together(
+            model, seen, num_workers=self.dataloader_num_workers, progress=self.progress
+        )
+
+        def write() -> None:
+            assert found is not None
+            model.save_pretrained(run / "model")
+            PictureIndex(found[0], dataset.names, dataset.root).save(run)
+
+        on_first(write, "writing the run")
+        if self.progress and is_first():
+            print(f"{self.verdict}\n{len(dataset)} images indexed in {run}".strip())
 
     def _begin_epoch(self) -> None:
         if not self._loaded_within_epoch:
@@ -340,3 +491,9 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             self.unreadable.add(trouble)
         views, transformed, points = (t.to(self.data_device, non_blocking=True) for t in tensors)
         return Batch(views, transformed, points, self.labels[index].to(self.data_device))
+
+
+def _check_unused(run: Path) -> None:
+    """Raise InputError if a run lies there, before anything is computed."""
+    if (run / "model").exists() or (run / "run.json").exists():
+        raise InputError(f"run={str(run)!r} holds another run: give another folder, run=...")

@@ -1,0 +1,82 @@
+"""What a trainer takes where it is given nothing, from the recipe of the model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+from pml_tacl.clustering import KMeansPseudoLabeler, PseudoLabeler
+from pml_tacl.losses import AttentionConsistencyLoss, ContrastiveClusteringLoss
+from pml_tacl.miners import AttentionConsistencyMiner
+from pml_tacl.models import AttentionEmbedder
+from pml_tacl.models.preprocessing import size_in_pixels
+from pml_tacl.trainers.recipe import Recipe
+from pml_tacl.transforms import BackgroundSwap, SiameseTransform
+from pml_tacl.utils.errors import InputError
+
+SCHEDULE = "trunk_scheduler_by_iteration"
+_LEAST_IMAGES = 8
+
+
+def check_enough(count: int) -> None:
+    """Raise InputError for fewer images than a training with defaults can use."""
+    if count < _LEAST_IMAGES:
+        raise InputError(
+            f"dataset holds {count} images, and a training needs at least {_LEAST_IMAGES} (a few "
+            "thousand to be worth it): add images, or search with the untrained model"
+        )
+
+
+def default_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return AdamW with the recipe's rates."""
+    rate = recipe.learning_rate
+    if isinstance(model, AttentionEmbedder):
+        groups: Any = model.parameter_groups(rate, head_lr=recipe.head_rate * rate)
+    else:
+        groups = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(groups, rate, weight_decay=recipe.weight_decay)
+
+
+def default_schedule(optimizer: torch.optim.Optimizer, steps: int) -> OneCycleLR:
+    """Return one cycle of learning rates over `steps`, the highest as the optimizer has them."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.1)
+
+
+def default_losses(recipe: Recipe) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Return the losses of the method, and the miner of matched pairs."""
+    losses = {
+        "metric_loss": MultiSimilarityLoss(),
+        "clustering_loss": ContrastiveClusteringLoss(),
+        "attention_loss": AttentionConsistencyLoss(),
+    }
+    return losses, {"attention_miner": AttentionConsistencyMiner()}
+
+
+def default_transforms(
+    model: nn.Module, image_size: Any
+) -> tuple[Callable[[Any], tuple[Tensor, Tensor, Tensor]], Callable[[Any], Tensor]]:
+    """Return the transform to two views and the one of the embedding pass."""
+    if not isinstance(model, AttentionEmbedder):
+        raise InputError(
+            f"transform and eval_transform must be given for {type(model).__name__}: only an "
+            "AttentionEmbedder tells what it takes"
+        )
+    size = size_in_pixels(model.data_config, image_size)
+    return SiameseTransform.for_model(model, size), model.transform(image_size=size)
+
+
+def default_labeler(recipe: Recipe, count: int) -> PseudoLabeler:
+    """Return k-means with the recipe's number of clusters."""
+    return KMeansPseudoLabeler(recipe.clusters(count))
+
+
+def default_swap(recipe: Recipe, transform: Any) -> BackgroundSwap | None:
+    """Return the swap of backgrounds where the views can be followed."""
+    offset = getattr(transform, "cell_offset", None)
+    if recipe.swap == 0 or offset is None:
+        return None
+    return BackgroundSwap(recipe.swap, cell_offset=offset)
