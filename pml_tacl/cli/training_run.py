@@ -19,6 +19,7 @@ from pml_tacl.models import AttentionEmbedder
 from pml_tacl.models.preprocessing import as_seen
 from pml_tacl.trainers._records import LossesFile, read_losses
 from pml_tacl.trainers.checkpoint import checkpoints
+from pml_tacl.trainers.fitting import fit_to
 from pml_tacl.utils.checks import check_count
 from pml_tacl.utils.errors import InputError, InputTypeError
 from pml_tacl.utils.files import write_json
@@ -162,7 +163,13 @@ class TrainingRun:
             if trainer.epoch == epochs:
                 on_first(lambda: self._write_model(trainer), "writing the model")
             if trainer.epoch not in recalls:
-                found = {} if test is None else test(trainer.epoch)
+                found = {}
+                if test is not None:
+                    # A training is the same with a test and without.
+                    with torch.random.fork_rng(devices=_devices()):
+                        trainer.fit_projection()  # tested as it would be searched with
+                        found = test(trainer.epoch)
+                        trainer.reset_projection()
                 recalls[trainer.epoch] = _as_metrics(found, trainer.epoch)
 
         due = {epochs, *test_epochs}
@@ -172,10 +179,53 @@ class TrainingRun:
             measure(trainer)
         trainer.train(trainer.epoch + 1, epochs)
         measure(trainer)  # if a hook has ended the training at an epoch that was not due
+        trainer.fit_projection()
+        after = recalls[trainer.epoch]
+        if trainer.guard is not None and trainer.guard.best is not None:
+            kept = trainer.guard.best
+            if kept not in recalls:
+                recalls[kept] = _as_metrics({} if test is None else test(kept), kept)
+            after = recalls[kept]
         beside = {name: _as_metrics(row, None) for name, row in (rows or {}).items()}
-        found = {**beside, "before": recalls.get(0, {}), "after": recalls[trainer.epoch]}
+        found = {**beside, "before": recalls.get(0, {}), "after": after}
         on_first(lambda: self._write(trainer, found), "writing the run")
         return found
+
+    def fit(
+        self,
+        model: AttentionEmbedder,
+        dataset: Dataset[Any],
+        test: Callable[[int], Metrics] | None = None,
+        *,
+        num_workers: int = 0,
+    ) -> Rows:
+        """Fit the projection to images and write the model: a run without training.
+
+        Args:
+            model: as it comes.
+            dataset: items (image as the model takes it, anything).
+            test: as of :meth:`train`, called with 0.
+            num_workers: processes that read the images.
+
+        Returns:
+            "before" and "after", which are the same.
+
+        Raises:
+            RuntimeError: if the run is not open.
+        """
+        if self._config is None:
+            raise RuntimeError("a run must be open to be written: call open(config) before")
+        fit_to(model, dataset, num_workers, progress=is_first())
+        metrics = {} if test is None else _as_metrics(test(0), 0)
+        rows: Rows = {"before": metrics, "after": metrics}
+
+        def write() -> None:
+            model.save_pretrained(self.folder / "model")
+            content = {**rows, "config": self._config, "versions": versions()}
+            write_json(self.folder / "metrics.json", content)
+
+        on_first(write, "writing the run")
+        return rows
 
     def draw(
         self,
@@ -259,6 +309,8 @@ class TrainingRun:
         self.hooks.record_keeper.save_records()
         trainer.losses_file.flush()
         content = {**rows, "config": self._config, "versions": versions()}
+        if trainer.guard is not None:
+            content["guard"] = trainer.guard.summary()
         write_json(self.folder / "metrics.json", content)
         from pml_tacl import visualize as vis
 
@@ -270,6 +322,10 @@ class TrainingRun:
         with _never_fatal("recall.png"):
             if shown:
                 vis.save_figure(vis.recall_curve(shown), self.folder / "recall.png")
+
+
+def _devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
 @contextmanager

@@ -72,6 +72,11 @@ class Guard:
             f"{100 * start:.1f} % before, {100 * best:.1f} % then)"
         )
 
+    def summary(self) -> dict[str, Any]:
+        """Return what a run's metrics.json tells of it."""
+        values = {str(epoch): value for epoch, value in sorted(self.values.items())}
+        return {"mutual_neighbours": values, "kept_epoch": self.best, "verdict": self.verdict()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what checkpoints hold."""
         return {"values": dict(self.values), "best": self.best, "state": self._state}

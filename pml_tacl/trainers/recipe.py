@@ -13,6 +13,7 @@ class Recipe:
     here. Chosen on validation, see docs/results.md.
 
     Attributes:
+        pooling: of the `AttentionEmbedder`.
         learning_rate: of the trunk, at its highest.
         head_rate: factor on it for the embedder's trained layers.
         weight_decay: of AdamW.
@@ -29,6 +30,7 @@ class Recipe:
     """
 
     learning_rate: float
+    pooling: str = "backbone"
     head_rate: float = 1.0
     weight_decay: float = 1e-2
     batch_size: int = 64
@@ -76,6 +78,7 @@ PRETRAINED = Recipe(learning_rate=1e-4)
 PRETRAINED_LAYERNORM = Recipe(learning_rate=2e-5)
 SCRATCH = Recipe(
     learning_rate=1e-3,
+    pooling="covariance",
     warmup=0.5,
     freeze_batchnorm=False,
     guard=False,

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from pml_tacl.clustering import PseudoLabeler
@@ -13,7 +13,7 @@ from pml_tacl.datasets import ImageFiles
 from pml_tacl.distributed.inference import embed_together
 from pml_tacl.distributed.session import is_first, on_first, world_size
 from pml_tacl.distributed.training import draw_together, end_of_epoch, share_of
-from pml_tacl.models import AttentionEmbedder, Projection
+from pml_tacl.models import AttentionEmbedder
 from pml_tacl.search import PictureIndex
 from pml_tacl.trainers import defaults
 from pml_tacl.trainers._arguments import check_arguments, check_clusters
@@ -34,6 +34,7 @@ from pml_tacl.trainers._training_step import TrainingStep
 from pml_tacl.trainers._unreadable import Unreadable
 from pml_tacl.trainers._views import Batch, OneView, TwoViews
 from pml_tacl.trainers._workers import lost_workers_named
+from pml_tacl.trainers.fitting import fit_to
 from pml_tacl.trainers.guard import Guard, load_network, network_state
 from pml_tacl.trainers.recipe import recipe_for
 from pml_tacl.transforms import BackgroundSwap
@@ -353,20 +354,18 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         Args:
             max_images: a random sample of so many, if there are more.
         """
-        model = self.whole if self.average is None else self.ema_model
-        if not isinstance(model, AttentionEmbedder) or model.embedder.embedding_dim is None:
-            return
-        if not isinstance(model.embedder.projection, Projection):
-            return
-        count = len(self.labels)
-        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:max_images]
-        images = Subset(OneView(self.dataset, self.eval_transform), chosen.tolist())
-        loader = DataLoader(images, 64, num_workers=self.dataloader_num_workers)
-        try:
-            model.fit_projection(loader, max_images, self.progress and is_first())
-        except InputError as error:
-            model.reset_projection()
-            _LOGGER.warning("searching with the backbone's own embedding: %s", error)
+        images = OneView(self.dataset, self.eval_transform)
+        workers, progress = self.dataloader_num_workers, self.progress and is_first()
+        fit_to(self._model_to_keep, images, workers, max_images, progress)
+
+    def reset_projection(self) -> None:
+        """Go back to the embedding that is trained."""
+        if isinstance(self._model_to_keep, AttentionEmbedder):
+            self._model_to_keep.reset_projection()
+
+    @property
+    def _model_to_keep(self) -> nn.Module:
+        return self.whole if self.average is None else self.ema_model
 
     def finish(self) -> None:
         """Fit the projection, and write the model and an index of the images to ``run``.

@@ -1,0 +1,180 @@
+"""Train an embedding on a folder of images, without labels, and index the images by it."""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pml_tacl.cli import flags
+from pml_tacl.cli import run_folder as runs
+from pml_tacl.cli.eval_folder import images_to_test_on
+from pml_tacl.cli.training_run import TrainingRun
+from pml_tacl.clustering import KMeansPseudoLabeler
+from pml_tacl.datasets import ImageFiles
+from pml_tacl.distributed.inference import (
+    embed_together,
+    evaluate_together,
+    is_first,
+    on_first,
+)
+from pml_tacl.models import AttentionEmbedder
+from pml_tacl.search import PictureIndex
+from pml_tacl.trainers import UnsupervisedTrainer, defaults
+from pml_tacl.trainers.recipe import PRETRAINED, SCRATCH, recipe_for
+from pml_tacl.transforms import BackgroundSwap, SiameseTransform
+
+# None: as the recipe of the model says, see `pml_tacl.trainers.recipe`.
+SETTINGS: dict[str, Any] = {
+    "run": "runs/folder",
+    "backbone": "resnet50",
+    "weights": "pretrained",
+    "image_size": None,
+    "epochs": None,
+    "batch_size": None,
+    "learning_rate": None,
+    "num_clusters": "auto",
+    "swap": True,
+    "guard": None,
+    "embedding_dim": 512,
+    "freeze_batchnorm": None,
+    "images_per_cluster": None,
+    "warmup_epochs": None,
+    "checkpoint_every": 1000,
+    "strict": False,
+    "workers": 2,
+    "seed": 0,
+}
+
+
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Run the command.
+
+    Writes a run's folder: the model, the index for a search, metrics.json, figures, records, and
+    a checkpoint of each epoch. Trains on a GPU if there is one.
+
+    Args:
+        arguments: of the command line; None takes the process's own.
+        program: its name in messages.
+    """
+    parser = flags.training_parser(__doc__, SETTINGS)
+    if program is not None:
+        parser.prog = program
+    parser.add_argument("images", type=Path, nargs="?", help="folder of images")
+    parser.add_argument("--eval-folder", type=Path, help="to test on: its subfolders are classes")
+    args = parser.parse_args(arguments)
+    if args.resume:  # the run knows its settings; what is given here is newer
+        parser.set_defaults(**_settings_of_run(Path(args.run), set(vars(args))))
+        args = parser.parse_args(arguments)
+    if args.images is None:
+        parser.error("the folder of images is missing: give it first")
+    train(args)
+
+
+def train(args: Any) -> None:
+    """Train as parsed arguments say."""
+    # open() may delete an earlier run, so validate all arguments first.
+    begin = {"resume": args.resume, "overwrite": args.overwrite}
+    run = TrainingRun(args.run, apart_from=[args.images, args.eval_folder], **begin)
+    runs.seed_everything(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scratch = args.weights is False
+    rule = SCRATCH if scratch else PRETRAINED
+    frozen = rule.freeze_batchnorm if args.freeze_batchnorm is None else args.freeze_batchnorm
+    model = AttentionEmbedder(
+        args.backbone,
+        False if run.begun else args.weights,
+        embedding_dim=args.embedding_dim,
+        pooling=rule.pooling,
+        freeze_batchnorm=frozen,
+    )
+    model = model.to(device).to(memory_format=torch.channels_last)
+    model.from_scratch = scratch
+    recipe = recipe_for(model)
+    size = (args.image_size,) * 2 if args.image_size else model.data_config["input_size"][1:]
+    plain = model.transform(image_size=size)
+    views = SiameseTransform.for_model(model, size)
+    images = on_first(lambda: ImageFiles(args.images, strict=args.strict), "reading the images")
+    labelled = args.eval_folder and on_first(
+        lambda: images_to_test_on(args.eval_folder, images, plain), "reading the test"
+    )
+    count = len(images)
+    epochs = recipe.epochs(count) if args.epochs is None else args.epochs
+    warmup = recipe.warmup_epochs(epochs) if args.warmup_epochs is None else args.warmup_epochs
+    rate = recipe.learning_rate if args.learning_rate is None else args.learning_rate
+    clusters = recipe.clusters(count) if args.num_clusters == "auto" else args.num_clusters
+    config = flags.settings_of(args) | {
+        "image_size": size,
+        "num_clusters": clusters,
+        "epochs": epochs,
+        "warmup_epochs": warmup,
+        "learning_rate": rate,
+        "freeze_batchnorm": frozen,
+    }
+    for name, files in (("pictures", images), ("eval_pictures", labelled)):
+        if files:  # the same ones may lie elsewhere when a run goes on
+            digest = partial(runs.digest_of, files.names, files.paths)
+            config[name] = on_first(digest, "reading the images")
+
+    def measure(epoch: int) -> dict[str, float]:
+        return evaluate_together(model, labelled, num_workers=args.workers) if labelled else {}
+
+    if epochs:
+        groups = model.parameter_groups(rate, head_lr=recipe.head_rate * rate)
+        optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+        trainer = UnsupervisedTrainer(
+            model,
+            optimizer,
+            args.batch_size,
+            dataset=images,
+            transform=views,
+            eval_transform=plain,
+            labeler=KMeansPseudoLabeler(clusters, seed=args.seed),
+            images_per_cluster=args.images_per_cluster,
+            warmup_epochs=warmup,
+            swap=BackgroundSwap(recipe.swap, cell_offset=views.cell_offset) if args.swap else None,
+            guard=args.guard,
+            checkpoint_every=args.checkpoint_every,
+            dataloader_num_workers=args.workers,
+        )
+        steps = epochs * trainer.iterations_per_epoch
+        trainer.lr_schedulers[defaults.SCHEDULE] = defaults.default_schedule(optimizer, steps)
+    seen = images.with_transform(plain)
+    if scratch and not run.begun:
+        trained_start = torch.utils.data.DataLoader(
+            seen, 64, shuffle=True, num_workers=args.workers
+        )
+        model.fit_projection(trained_start, progress=is_first())
+    run.open(config, free=("epochs", "warmup_epochs", "images", "eval_folder", "weights"))
+    if epochs:
+        rows = run.train(trainer, epochs, measure)
+    else:
+        rows = run.fit(model, seen, measure, num_workers=args.workers)
+    found = embed_together(model, seen, num_workers=args.workers)
+    if is_first():
+        assert found is not None
+        PictureIndex(found[0], images.names, images.root).save(run.folder)
+        run.draw(model, seen, found[0])
+        if labelled:
+            print(f"\n{runs.metrics_table(rows)}\n\nper cent, on {args.eval_folder}")
+        if epochs and trainer.verdict:
+            print(f"\n{trainer.verdict}")
+        print(f"\n{count} images indexed in {args.run}")
+
+
+def _settings_of_run(run: Path, known: set[str]) -> dict[str, Any]:
+    """Return the flags that a run was begun with; nothing if there is no run."""
+    path = run / "run.json"
+    if not path.is_file():
+        return {}
+    config = json.loads(path.read_text("utf-8"))
+    found = {name: value for name, value in config.items() if name in known}
+    size = found.get("image_size")
+    if isinstance(size, list):
+        found["image_size"] = size[0]
+    for name in ("images", "eval_folder"):
+        if found.get(name) is not None:
+            found[name] = Path(found[name])
+    return found
