@@ -47,8 +47,8 @@ class Recipe:
             "attention_loss": 3.0,
         }
     )
-    least_steps: int = 60
-    passes: float = 2.0
+    least_steps: int = 100
+    passes: float = 3.0
 
     def steps(self, count: int) -> int:
         """Return the number of optimizer steps for `count` images."""
@@ -73,7 +73,7 @@ class Recipe:
         return int(self.warmup * epochs)
 
 
-PRETRAINED = Recipe(learning_rate=1e-4)
+PRETRAINED = Recipe(learning_rate=2e-4)
 # Transformers and other networks of LayerNorm are trained at lower rates throughout the field.
 PRETRAINED_LAYERNORM = Recipe(learning_rate=2e-5)
 SCRATCH = Recipe(
