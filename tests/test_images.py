@@ -275,7 +275,7 @@ class TestWaysIn:
         ],
     )
     def test_models_of_four_channels_take_four(self, image):
-        model = AttentionEmbedder("test_resnet", 8, in_chans=4)
+        model = AttentionEmbedder("test_resnet", embedding_dim=8, in_chans=4)
         found = model.transform(image_size=8)(image)
         assert found.shape == (4, 8, 8)
         as_given = found * torch.tensor(model.data_config["std"])[:, None, None]
@@ -293,7 +293,9 @@ class TestWaysIn:
         ],
     )
     def test_models_of_four_channels_refuse_the_rest(self, image, message):
-        transform = AttentionEmbedder("test_resnet", 8, in_chans=4).transform(image_size=8)
+        transform = AttentionEmbedder("test_resnet", embedding_dim=8, in_chans=4).transform(
+            image_size=8
+        )
         with pytest.raises(ValueError, match=f"image must be .* the model's 4 channels.*{message}"):
             transform(image)
 

@@ -233,11 +233,11 @@ def test_files_that_do_not_fill_the_backbone_are_refused(tmp_path, nowhere, sour
 
 
 def test_our_saved_model_is_no_weights_file(tmp_path, nowhere):
-    AttentionEmbedder("test_resnet", 8).save_pretrained(tmp_path)
+    AttentionEmbedder("test_resnet", embedding_dim=8).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"from_pretrained\(FOLDER\) loads a saved model as it is"):
-        AttentionEmbedder("test_resnet", 8, pretrained=tmp_path / "model.safetensors")
+        AttentionEmbedder("test_resnet", embedding_dim=8, pretrained=tmp_path / "model.safetensors")
     with pytest.raises(IsADirectoryError, match="is a folder: give the file in it"):
-        AttentionEmbedder("test_resnet", 8, pretrained=tmp_path)
+        AttentionEmbedder("test_resnet", embedding_dim=8, pretrained=tmp_path)
 
 
 @pytest.mark.parametrize(
