@@ -61,7 +61,7 @@ class TestModules:
         tester = GlobalEmbeddingSpaceTester(dataloader_num_workers=0, batch_size=3)
         data = [(x, i % 2) for i, x in enumerate(images(6))]
         embeddings, labels = tester.get_all_embeddings(data, model.trunk, model.embedder)
-        assert embeddings.shape == (6, 64)
+        assert embeddings.shape == (6, 96)
         model.eval()
         torch.testing.assert_close(embeddings.cpu(), model(images(6)).detach())
         assert labels.flatten().tolist() == [0, 1] * 3
@@ -106,7 +106,7 @@ class TestModules:
 
     def test_empty_batch(self, model):
         out = model.eval().forward_features(images(0))
-        assert out.embeddings.shape == (0, 64)
+        assert out.embeddings.shape == (0, 96)
         assert out.attention.shape == (0, 4, 4)
 
     def test_gradient_checkpointing(self):
@@ -376,7 +376,7 @@ class TestErrors:
             AttentionEmbedder(3)
         with pytest.raises(ValueError, match="embedding_dim must be None or at least 1, got 0"):
             AttentionEmbedder("test_resnet", embedding_dim=0)
-        with pytest.raises(TypeError, match="pretrained must be .* given as embedding_dim=64"):
+        with pytest.raises(TypeError, match=r"pretrained must be .* given as embedding_dim=64"):
             AttentionEmbedder("test_resnet", 64)
         with pytest.raises(ValueError, match=r"pooling must be .*, got 'max'"):
             AttentionEmbedder("test_resnet", pooling="max")

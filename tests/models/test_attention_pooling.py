@@ -44,7 +44,7 @@ class TestPool:
     def test_embedding_from_the_formula(self):
         embedder = Embedder(6, 5, 4, pooling="average")
         nn.init.normal_(embedder.attention.score.weight, generator=torch.manual_seed(0))
-        features, feature_maps = self.output()
+        features, feature_maps, _ = self.output()
         out = embedder.forward_features(self.output())
         direction = embedder.attention.score.weight[0, :, 0, 0]
         for i in range(2):
@@ -59,7 +59,7 @@ class TestPool:
     def test_attention_does_not_depend_on_the_scale_of_the_maps(self):
         embedder = Embedder(6, 5, None, pooling="average")
         nn.init.normal_(embedder.attention.score.weight)
-        features, feature_maps = self.output()
+        features, feature_maps, _ = self.output()
         one = embedder.forward_features(TrunkOutput(features, feature_maps)).attention
         other = embedder.forward_features(TrunkOutput(features, 100 * feature_maps)).attention
         torch.testing.assert_close(one, other)
@@ -123,8 +123,8 @@ class TestBorder:
             embedder = Embedder(6, 5, None, name)
             even = embedder.forward_features(TrunkOutput(maps(1, 6, 3, 3), alike)).attention
             cut = embedder.forward_features(TrunkOutput(maps(1, 6, 3, 3), thing)).attention
-            assert (even.max() / even.min() < limit) is (name == "border")
-            assert cut[0, 3, 3] > 20 * cut[0, 0, 0]
+            assert bool(even.max() / even.min() < limit) is (name == "border")
+            assert cut[0, 3, 3] > 5 * cut[0, 0, 0]
 
     def test_it_is_the_default_of_the_backbones_own_pooling(self):
         assert Embedder(6, 5).attention_name == "border"

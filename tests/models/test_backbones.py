@@ -172,7 +172,7 @@ def test_starts_as_timms_own_embedding(family, built_by, tmp_path):
     torch.testing.assert_close(found.pooled, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(embeddings, F.normalize(expected), rtol=1e-4, atol=1e-5)
     assert embeddings.shape == (2, model.trunk.num_features)
-    assert (1 - F.cosine_similarity(*embeddings)).item() > 1e-6  # else it would say nothing
+    assert (1 - F.cosine_similarity(*embeddings, dim=0)).item() > 1e-6  # else it would say nothing
 
 
 @pytest.mark.parametrize("family", POOLINGS)
