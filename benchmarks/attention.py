@@ -87,6 +87,7 @@ def measured(run: Path, classes: int | None, seed: int) -> tuple[dict[str, dict[
     config = json.loads((run / "model" / "config.json").read_text("utf-8"))
     del config["format_version"]
     config.update(config.pop("timm_kwargs"))
+    config["attention"] = trained.embedder.attention_name  # older runs name it otherwise
     runs.seed_everything(seed)
     fresh = AttentionEmbedder(**config).eval()
     transform = trained.transform(image_size=SIZE)
@@ -136,7 +137,8 @@ def report(rows: dict[str, dict[str, float]], about: str) -> str:
         "- pointing game: how often the arg-max lies inside the box. Equal places count by their "
         "share, so that an even map scores what the box covers.",
         "- even: the same weight everywhere, as average pooling has it.",
-        "- border: the default of `AttentionEmbedder`; only the features under it are trained.",
+        "- border, relative_border: away from what looks like the picture's border; only the "
+        "features under it are trained.",
         f"- distinctive: the same trunk, no training of the attention; {REFERENCES} pictures of "
         "the training half as references, see `Embedder.set_attention_references`.",
     ]

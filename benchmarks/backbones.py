@@ -54,31 +54,36 @@ def own_module() -> nn.Module:
     return nn.Sequential(*list(torchvision.models.resnet18().children())[:-2])
 
 
-def given(backbone: str | nn.Module, pooling: str, kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """The stage of attention, shapes of its maps and of what is pooled, millions of parameters."""
+def given(
+    backbone: str | nn.Module, pooling: str, kwargs: dict[str, Any]
+) -> tuple[int | None, int, torch.Size, float]:
+    """The stage of attention, dimensions, shape of its maps, millions of parameters."""
     with torch.device("meta"):
-        model = AttentionEmbedder(backbone, DIMENSIONS, pooling=pooling, **kwargs).eval()
+        model = AttentionEmbedder(
+            backbone, embedding_dim=DIMENSIONS, pooling=pooling, **kwargs
+        ).eval()
         output = model.trunk(torch.empty(1, 3, SIDE, SIDE))
     # Autocast, which the pooling switches off for itself, knows no meta device.
     embedder = model.embedder.to_empty(device="cpu")
     for parameter in embedder.parameters():
         nn.init.ones_(parameter)
-    out = embedder.forward_features(type(output)(*(torch.ones(x.shape) for x in output)))
+    out = embedder.forward_features(
+        type(output)(*(None if x is None else torch.ones(x.shape) for x in output))
+    )
     assert out.attention.shape == (1, *out.feature_maps.shape[2:])
-    assert out.embeddings.shape == (1, DIMENSIONS)
     millions = sum(parameter.numel() for parameter in model.trunk.parameters()) / 1e6
-    return model.trunk.feature_index, out.feature_maps.shape, output.features.shape, millions
+    return model.trunk.feature_index, out.embeddings.shape[1], out.feature_maps.shape, millions
 
 
 def row(family: str, backbone: str | nn.Module, kwargs: dict[str, Any]) -> str:
-    index, maps, _, trunk = given(backbone, "covariance", kwargs)
-    *_, last, whole = given(backbone, "average", kwargs)
+    index, dimensions, maps, whole = given(backbone, "backbone", kwargs)
+    *_, cut = given(backbone, "covariance", kwargs)
     name = f"`{backbone}`" if isinstance(backbone, str) else "torchvision's `resnet18`, as a module"
     name += "".join(f", `{key}={value}`" for key, value in kwargs.items())
-    index = "" if index is None else index
+    shown = "" if index is None else index
     return (
-        f"| {family} | {name} | {index} | {maps[2]} x {maps[3]} | {maps[1]} | {trunk:.1f} M "
-        f"| {last[2]} x {last[3]} | {last[1]} | {whole:.1f} M |"
+        f"| {family} | {name} | {dimensions} | {whole:.1f} M | {shown} | {maps[2]} x {maps[3]} "
+        f"| {maps[1]} | {cut:.1f} M |"
     )
 
 
@@ -91,16 +96,16 @@ def report(rows: list[str]) -> str:
         f"{torchvision.__version__.partition('+')[0]}, timm {timm.__version__}, pml_tacl "
         f"{__version__}.",
         "",
-        f"`AttentionEmbedder(name, {DIMENSIONS})` for one picture of {SIDE} x {SIDE} pixels. "
-        "`feature_index` is the one taken by default: the last stage of stride 16 or finer, for a "
-        "plain ViT its last block. Its maps carry attention, and by default are pooled by it: the "
-        'trunk ends there. With `pooling="average"` the last stage\'s are pooled; where both are '
-        "the same, they are one tensor. Prefix tokens (class, registers) are no places and are "
-        "left out. Parameters are the trunk's, without its classifier.",
+        f"`AttentionEmbedder(name)` for one picture of {SIDE} x {SIDE} pixels. Dimensions are those "
+        "of the backbone's own embedding, which is what is trained; after `fit_projection` there "
+        f"are {DIMENSIONS} (`embedding_dim`). `feature_index` is the one taken by default: the last "
+        "stage of stride 16 or finer, for a plain ViT its last block. Its maps carry attention; "
+        'with `pooling="covariance"` the trunk ends there. Prefix tokens (class, registers) are no '
+        "places and are left out of the maps. Parameters are the trunk's, without its classifier.",
         "",
-        "| family | model | feature_index | grid of the maps | channels | parameters | "
-        "average: pooled grid | channels | parameters |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| family | model | dimensions | parameters | feature_index | grid of the maps | channels "
+        "| parameters, covariance |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         *rows,
         "",
         "The families are tested in `tests/models/test_backbones.py`, at a small size: forward, "

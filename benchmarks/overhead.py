@@ -81,7 +81,7 @@ def measure(arguments: argparse.Namespace) -> list[str]:
         AttentionConsistencyMiner(),
     )
     clustering = ContrastiveClusteringLoss()
-    clustering.set_centroids(torch.randn(CLUSTERS, 512, device=device))
+    clustering.set_centroids(torch.randn(CLUSTERS, ours.trunk.num_features, device=device))
 
     seen: list[Tensor] = []
 

@@ -110,7 +110,7 @@ def test_a_stopping_hook_in_a_chain_ends_a_training_of_pmls():
 
 def test_evaluating_keeps_the_best_and_the_last_apart(tmp_path, monkeypatch):
     values = iter([0.2, 0.6, 0.6, 0.4])
-    monkeypatch.setattr(cb, "evaluate", lambda *a, **k: {"recall_at_1": next(values)})
+    monkeypatch.setattr(cb.hooks, "evaluate", lambda *a, **k: {"recall_at_1": next(values)})
     logger, seen = Written(), []
     hook = cb.Evaluate(labelled(), folder=tmp_path, logger=logger)
     trainer = pmls(cb.chain(hook, lambda t: seen.append(t.models["trunk"].weight.clone()) or None))
@@ -141,7 +141,7 @@ def test_evaluating_measures_what_evaluate_does_every_so_many_epochs():
 
 def test_evaluating_searches_a_reference_and_loads_as_asked(monkeypatch):
     given = []
-    monkeypatch.setattr(cb, "evaluate", lambda *a, **k: given.append(k) or evaluate(*a, **k))
+    monkeypatch.setattr(cb.hooks, "evaluate", lambda *a, **k: given.append(k) or evaluate(*a, **k))
     hook = cb.Evaluate(labelled(), reference=labelled(), batch_size=5, num_workers=1)
     pmls(hook).train(num_epochs=1)
     assert (given[0]["batch_size"], given[0]["num_workers"]) == (5, 1)
@@ -162,7 +162,7 @@ def test_without_labels_the_last_is_kept_and_nothing_is_best(tmp_path):
 
 def test_our_trainer_remembers_the_best_when_it_is_resumed(tmp_path, monkeypatch):
     values = iter([0.5, 0.9, 0.7])
-    monkeypatch.setattr(cb, "evaluate", lambda *a, **k: {"recall_at_1": next(values)})
+    monkeypatch.setattr(cb.hooks, "evaluate", lambda *a, **k: {"recall_at_1": next(values)})
     trainer = ours(cb.Evaluate(labelled(), folder=tmp_path))
     trainer.train(num_epochs=2)
     again = ours(cb.Evaluate(labelled(), folder=tmp_path))
@@ -274,7 +274,7 @@ def test_wrong_arguments(monkeypatch):
         cb.Evaluate(every=0)
     with pytest.raises(TypeError, match="MetricLossOnly has no pseudo-labels to judge: give Early"):
         pmls(cb.EarlyStopping()).train()
-    monkeypatch.setattr(cb, "evaluate", lambda *a, **k: {"recall_at_1": 1.0})
+    monkeypatch.setattr(cb.hooks, "evaluate", lambda *a, **k: {"recall_at_1": 1.0})
     with pytest.raises(ValueError, match="metric must be one of recall_at_1, got 'recall'"):
         pmls(cb.Evaluate(labelled(), metric="recall")).train()
     with pytest.raises(ValueError, match="number of pictures must be an integer of at least 2"):

@@ -74,6 +74,25 @@ X = torch.ones(4)
 
 
 @pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (torch.ones(2, 2), r"must be \(1,\) or \(1, levels\) whole numbers, got shape \(1, 2, 2\)"),
+        ("cat", r"must be whole numbers, got 'cat' \(str\): number the classes"),
+        ({"id": 1}, r"must be whole numbers, got {'id': 1} \(dict\): number the classes"),
+    ],
+)
+def test_labels_that_are_no_whole_numbers_are_an_error(label, message):
+    with pytest.raises(ValueError, match=f"labels of dataset {message}"):
+        embed(nn.Identity(), Items((X, label)), progress=False)
+
+
+@pytest.mark.parametrize("label", [(1, 2), [1, 2], torch.tensor([1, 2])])
+def test_labels_of_two_levels(label):
+    _, labels = embed(nn.Identity(), Items((X, label), (X, label)), progress=False)
+    assert labels.tolist() == [[1, 2], [1, 2]]
+
+
+@pytest.mark.parametrize(
     ("items", "message"),
     [
         ([X, X], r"\(image, label\) pairs: wrap"),
@@ -81,10 +100,6 @@ X = torch.ones(4)
         ([{"image": X, "label": 0}], r"\(image, label\) pairs: wrap"),
         ([((X, X), 0)], "a batch of images came as list"),  # two views
         ([("a.png", 0)], "a batch of images came as tuple"),
-        ([(X, torch.ones(2, 2))], r"a batch of labels came as shape \(1, 2, 2\)"),
-        ([(X, "cat")], "a batch of labels came as tuple"),
-        ([(X, (1, 2))], "a batch of labels came as list"),  # 2 labels for 1 image, it was
-        ([(X, {"id": 1})], "a batch of labels came as dict"),
     ],
 )
 def test_items_of_another_form_are_an_error(items, message):

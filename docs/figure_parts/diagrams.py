@@ -18,15 +18,18 @@ def attention_embedder() -> Figure:
     box(axes, 3, 1.5, "trunk\n(any timm model)")
     box(axes, 6, 1.5, f"feature_maps\n{grid}", GREY)
     box(axes, 9, 0.3, "attention\n14x14, sums to 1", RED)
-    box(axes, 9, 2.7, f"covariance\n{model.embedder.projection.in_features}", BLUE)
-    box(axes, 12, 2.7, "projection:\n128, unit norm", GREEN)
+    box(axes, 9, 1.5, f"parts:\ncovariance, {len(model.embedder.projection.parts_mean)}", BLUE)
+    box(axes, 9, 2.7, f"whole:\npooled, {model.trunk.num_features}", BLUE)
+    box(axes, 12, 2.1, "fitted projection\n128, unit norm", GREEN)
     for start, end in (
         ((2.2, 1.5), (3, 1.5)),
         ((5.2, 1.5), (6, 1.5)),
-        ((8.2, 1.6), (9, 2.6)),
-        ((8.2, 1.4), (9, 0.4)),
-        ((10.1, 0.8), (10.1, 2.2)),
-        ((11.2, 2.7), (12, 2.7)),
+        ((5.2, 1.8), (9, 2.7)),
+        ((8.2, 1.5), (9, 1.5)),
+        ((8.2, 1.3), (9, 0.4)),
+        ((10.1, 0.75), (10.1, 1.05)),
+        ((11.2, 2.7), (12, 2.3)),
+        ((11.2, 1.5), (12, 1.9)),
     ):
         arrow(axes, start, end, INK)
     axes.set(xlim=(-0.2, 14.4), ylim=(-0.4, 3.4))

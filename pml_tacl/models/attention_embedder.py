@@ -214,14 +214,15 @@ class AttentionEmbedder(nn.Module):
 
         Args:
             batches: images (N, C, H, W) as the model takes them, or sequences that start with
-                them, such as a DataLoader. Read once, or twice for the other poolings.
+                them, such as a DataLoader. Read once, or twice for the covariance.
             max_images: the number of images that are used, the first ones: shuffle folders that
                 are in an order.
             progress: show a bar.
 
         Raises:
-            ValueError: without a projection, for fewer than 2 images, or for images that all look
-                the same.
+            ValueError: without a projection, for fewer than 2 images, NaN features, or images
+                that all look the same; the model then keeps the projection that it had. Also for
+                an iterator with `pooling="covariance"`.
         """
         if isinstance(self.embedder.projection, nn.Linear):
             whiten_linear(self, batches, max_images, progress=progress)
@@ -324,8 +325,10 @@ class AttentionEmbedder(nn.Module):
                 raise FileNotFoundError(f"folder={str(folder)!r} holds no {name}: no saved model")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         version = config.pop("format_version", None)
-        if version == 1 and config["attention"] == "border":
-            config["attention"] = "relative_border"
+        if version == 1:
+            config.setdefault("pooling", "average")  # all that there was before pooling was named
+            if config["attention"] == "border":
+                config["attention"] = "relative_border"
         if not isinstance(version, int) or version > _FORMAT_VERSION:
             raise InputError(
                 f"folder={str(folder)!r} has format version {version!r}, this pml_tacl reads up to "

@@ -1,6 +1,7 @@
 """The projection that searches: fitted to images without labels, never trained."""
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,7 +122,8 @@ def fit_projection(
     those images and no other.
 
     Args:
-        model: with `pooling="backbone"`; its projection is overwritten.
+        model: with `pooling="backbone"`; its projection is overwritten, or left as it is where
+            this raises.
         batches: images (N, C, H, W) as the model takes them, or sequences that start with them.
         max_images: the number of images that are used, the first ones; at least 2.
         progress: show a bar.
@@ -130,9 +132,10 @@ def fit_projection(
         ValueError: for fewer than 2 images, NaN features, or images that all look the same.
     """
     check_count("max_images", max_images, least=2)
-    projection = model.embedder.projection
-    if not isinstance(projection, Projection):
+    current = model.embedder.projection
+    if not isinstance(current, Projection):
         raise InputError("embedding_dim is None: there is no projection to fit")
+    projection = copy.deepcopy(current)  # whatever goes wrong, the model keeps the one that it has
     device = projection.whole_mean.device
     waiting: list[tuple[Tensor, Tensor, Tensor]] | None = []
     whole, parts = _Moments(), _Moments()
@@ -169,7 +172,7 @@ def fit_projection(
             take_those_waiting()
     if whole.count < 2:
         raise InputError(f"batches hold {whole.count} images: the projection needs at least 2")
-    fitted = False
+    projection.fitted = False
     for moments, shrinkage, mean, basis in (
         (whole, _WHOLE_SHRINKAGE, projection.whole_mean, projection.whole_basis),
         (parts, _PARTS_SHRINKAGE, projection.parts_mean, projection.parts_basis),
@@ -177,15 +180,14 @@ def fit_projection(
         centre, covariance = moments.covariance("batches")
         # The same image again and again differs by rounding alone.
         varies = float(covariance.trace()) > 1e-10 * float(centre.square().sum())
-        fitted = fitted or varies
+        projection.fitted = projection.fitted or varies
         mean.copy_(centre)
         basis.zero_()
         if varies:
             basis.copy_(whitening_basis(covariance, basis.shape[1], shrinkage, moments.count))
-    if not fitted:
-        projection.reset()
+    if not projection.fitted:
         raise InputError(f"batches hold {whole.count} images that all look the same")
-    projection.fitted = True
+    current.load_state_dict(projection.state_dict())
 
 
 def whitening_basis(covariance: Tensor, dimensions: int, shrinkage: float, count: int) -> Tensor:
@@ -237,20 +239,20 @@ def whiten_linear(
     With l and V the eigenvalues and eigenvectors of the covariance of the pooled features, the
     rows become `v / sqrt(l + shrinkage * mean(l))` for the largest l, and the bias takes their
     mean off. The reducing convolution of covariance pooling is set to the principal directions of
-    the maps before, in a pass of its own. Where D is more than there are directions, the last
-    rows are zero.
+    the maps before, in a pass of its own: batches are then read twice. Where D is more than there
+    are directions, the last rows are zero.
 
     Args:
         model: its projection is overwritten.
         batches: images (N, C, H, W) as the model takes them, or sequences that start with them;
-            read twice, so a list or a DataLoader, not a generator.
+            for the covariance a list or a DataLoader, not a generator.
         max_images: the number of images that are used, the first ones.
         shrinkage: above 0.
         progress: show a bar.
 
     Raises:
-        ValueError: without a projection or images, for images that look all the same, or for an
-            argument out of its range.
+        ValueError: without a projection or images, for images that look all the same, for an
+            iterator where they are read twice, or for an argument out of its range.
     """
     check_count("max_images", max_images, least=2)
     check_number("shrinkage", shrinkage, 0, above=True)
@@ -258,6 +260,11 @@ def whiten_linear(
     if not isinstance(projection, nn.Linear):
         raise InputError("embedding_dim is None: there is no projection to fit")
     device = projection.weight.device
+    if model.embedder.covariance is not None and isinstance(batches, Iterator):
+        raise InputError(
+            f"batches are read twice, which {type(batches).__name__} does not allow: give a list "
+            "or a DataLoader"
+        )
 
     def moments(features: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         found, images_seen = _Moments(), 0

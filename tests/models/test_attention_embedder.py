@@ -62,7 +62,7 @@ class TestModules:
         tester = GlobalEmbeddingSpaceTester(dataloader_num_workers=0, batch_size=3)
         data = [(x, i % 2) for i, x in enumerate(images(6))]
         embeddings, labels = tester.get_all_embeddings(data, model.trunk, model.embedder)
-        assert embeddings.shape == (6, 16)
+        assert embeddings.shape == (6, 96)
         model.eval()
         torch.testing.assert_close(embeddings.cpu(), model(images(6)).detach())
         assert labels.flatten().tolist() == [0, 1] * 3
@@ -107,7 +107,7 @@ class TestModules:
 
     def test_empty_batch(self, model):
         out = model.eval().forward_features(images(0))
-        assert out.embeddings.shape == (0, 16)
+        assert out.embeddings.shape == (0, 96)
         assert out.attention.shape == (0, 4, 4)
 
     def test_gradient_checkpointing(self):
@@ -127,7 +127,7 @@ class TestModules:
 
 class TestPrecision:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("pooling", ["average", "covariance"])
+    @pytest.mark.parametrize("pooling", ["backbone", "average", "covariance"])
     def test_autocast(self, pooling, dtype):
         torch.manual_seed(0)
         model = AttentionEmbedder("test_resnet", embedding_dim=16, pooling=pooling).eval()
@@ -141,12 +141,14 @@ class TestPrecision:
         torch.testing.assert_close(out.attention.sum((1, 2)), torch.ones(2))
         torch.testing.assert_close(out.embeddings, exact.embeddings, rtol=0, atol=0.05)
 
-    @pytest.mark.parametrize("attention", ["border", "pool", "none", "distinctive", Brightness()])
+    @pytest.mark.parametrize(
+        "attention", ["border", "relative_border", "pool", "none", "distinctive", Brightness()]
+    )
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
     def test_other_types(self, attention, dtype):
-        model = (
-            AttentionEmbedder("test_resnet", embedding_dim=16, attention=attention).eval().to(dtype)
-        )
+        pooling = "average" if attention == "pool" else "backbone"
+        model = AttentionEmbedder("test_resnet", attention=attention, pooling=pooling)
+        model = model.eval().to(dtype)
         out = model.forward_features(images().to(dtype))
         expected = torch.float64 if dtype == torch.float64 else torch.float32
         assert out.embeddings.dtype == out.attention.dtype == expected
@@ -157,7 +159,9 @@ class TestPrecision:
             def forward(self, trunk_output):
                 return super().forward(trunk_output.feature_maps)[:, 0]
 
-        model = AttentionEmbedder("test_resnet", embedding_dim=16, attention=Scored(192, 1, 1))
+        model = AttentionEmbedder(
+            "test_resnet", embedding_dim=16, attention=Scored(192, 1, 1), pooling="average"
+        )
         with torch.autocast("cpu", torch.bfloat16):
             model(images())[:, 0].sum().backward()
         assert model.embedder.attention.weight.grad.abs().sum() > 0
@@ -193,16 +197,22 @@ class TestBatchNorm:
 
 
 class TestParameterGroups:
-    def test_rates(self, model):
+    def test_rates(self):
+        model = AttentionEmbedder("test_resnet", embedding_dim=16, pooling="average")
         trunk, head = model.parameter_groups(0.1, head_lr=0.3)
         assert (trunk["lr"], head["lr"]) == (0.1, 0.3)
         assert len(trunk["params"]) == len(list(model.trunk.parameters()))
         assert {id(p) for p in head["params"]} == {id(p) for p in model.embedder.parameters()}
         assert model.parameter_groups(0.1)[1]["lr"] == 0.1
 
+    def test_nothing_but_the_trunk_is_trained_by_default(self, model):
+        (group,) = model.parameter_groups(0.1, head_lr=0.3)
+        assert (group["name"], group["lr"]) == ("trunk", 0.1)
+        assert len(group["params"]) == len(list(model.parameters()))
+
     @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
     def test_layer_decay(self, name):
-        model = AttentionEmbedder(name, embedding_dim=8)
+        model = AttentionEmbedder(name, embedding_dim=8, pooling="average")
         groups = model.parameter_groups(1.0, head_lr=2.0, layer_decay=0.5)
         given = [id(p) for group in groups for p in group["params"]]
         assert sorted(given) == sorted(id(p) for p in model.parameters() if p.requires_grad)
@@ -264,7 +274,7 @@ class TestTransform:
     def test_img_size_is_known(self):
         model = AttentionEmbedder("test_vit", embedding_dim=8, img_size=(64, 32))
         assert model.data_config["input_size"] == (3, 64, 32)
-        assert model(model.transform()(Image.new("RGB", (99, 99)))[None]).shape == (1, 8)
+        assert model(model.transform()(Image.new("RGB", (99, 99)))[None]).shape == (1, 64)
 
     def test_pickles_for_workers(self, model):
         transform = pickle.loads(pickle.dumps(model.transform(training=True)))
@@ -292,6 +302,7 @@ class TestSaving:
             "test_convnext",
             embedding_dim=embedding_dim,
             attention=attention,
+            pooling="average" if attention == "pool" else "backbone",
             feature_index=1,
             drop_path_rate=0.1,
         ).eval()
@@ -335,10 +346,10 @@ class TestSaving:
             AttentionEmbedder.from_pretrained(tmp_path)
         model.save_pretrained(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
-        assert config["format_version"] == 1
-        (tmp_path / "config.json").write_text(json.dumps({**config, "format_version": 2}))
+        assert config["format_version"] == 2
+        (tmp_path / "config.json").write_text(json.dumps({**config, "format_version": 3}))
         with pytest.raises(
-            ValueError, match="format version 2, this pml_tacl reads up to 1: upgrade"
+            ValueError, match="format version 3, this pml_tacl reads up to 2: upgrade"
         ):
             AttentionEmbedder.from_pretrained(tmp_path)
 
@@ -388,6 +399,10 @@ class TestErrors:
             AttentionEmbedder(3)
         with pytest.raises(ValueError, match="embedding_dim must be None or at least 1, got 0"):
             AttentionEmbedder("test_resnet", embedding_dim=0)
+        with pytest.raises(TypeError, match=r"pretrained must be .* given as embedding_dim=64"):
+            AttentionEmbedder("test_resnet", 64)
+        with pytest.raises(ValueError, match=r"pooling must be .*, got 'max'"):
+            AttentionEmbedder("test_resnet", pooling="max")
         with pytest.raises(ValueError, match=r"attention must be .*, got 'self'"):
             AttentionEmbedder("test_resnet", attention="self")
         with pytest.raises(ValueError, match="drop_rate needs a timm model name"):

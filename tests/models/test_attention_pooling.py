@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pml_tacl.functional import border_similarity
 from pml_tacl.models import Embedder, TrunkOutput
 from pml_tacl.models.attention_pooling import commonness_against, resample_attention
 
@@ -43,7 +44,7 @@ class TestPool:
     def test_embedding_from_the_formula(self):
         embedder = Embedder(6, 5, 4, pooling="average")
         nn.init.normal_(embedder.attention.score.weight, generator=torch.manual_seed(0))
-        features, feature_maps = self.output()
+        features, feature_maps, _ = self.output()
         out = embedder.forward_features(self.output())
         direction = embedder.attention.score.weight[0, :, 0, 0]
         for i in range(2):
@@ -56,15 +57,15 @@ class TestPool:
             torch.testing.assert_close(out.embeddings[i], pooled / pooled.norm())
 
     def test_attention_does_not_depend_on_the_scale_of_the_maps(self):
-        embedder = Embedder(6, 5, None)
+        embedder = Embedder(6, 5, None, pooling="average")
         nn.init.normal_(embedder.attention.score.weight)
-        features, feature_maps = self.output()
+        features, feature_maps, _ = self.output()
         one = embedder.forward_features(TrunkOutput(features, feature_maps)).attention
         other = embedder.forward_features(TrunkOutput(features, 100 * feature_maps)).attention
         torch.testing.assert_close(one, other)
 
     def test_pooling_is_exact_under_autocast(self):
-        embedder = Embedder(6, 5, None)
+        embedder = Embedder(6, 5, None, pooling="average")
         nn.init.normal_(embedder.attention.score.weight)
         expected = embedder.forward_features(self.output())
         with torch.autocast("cpu", torch.bfloat16):
@@ -72,14 +73,16 @@ class TestPool:
         torch.testing.assert_close(actual.attention, expected.attention, rtol=0, atol=0)
         torch.testing.assert_close(actual.embeddings, expected.embeddings, rtol=0, atol=0)
 
-    @pytest.mark.parametrize("pooling", ["average", "covariance"])
+    @pytest.mark.parametrize("pooling", ["backbone", "average", "covariance"])
     def test_dead_places_do_no_harm(self, pooling):
         embedder = Embedder(6, 5, 4, pooling=pooling)
-        out = TrunkOutput(torch.zeros(1, 6, 3, 3), torch.zeros(1, 5, 7, 7, requires_grad=True))
-        embeddings = embedder(out)
-        embeddings.sum().backward()
-        assert embeddings.isfinite().all()
-        assert out.feature_maps.grad.isfinite().all()
+        features = torch.zeros(1, 6, 3, 3, requires_grad=True)
+        feature_maps = torch.zeros(1, 5, 7, 7, requires_grad=True)
+        out = embedder.forward_features(TrunkOutput(features, feature_maps))
+        (out.embeddings.sum() + out.attention.square().sum()).backward()
+        assert out.embeddings.isfinite().all()
+        for given in (features, feature_maps):
+            assert given.grad is None or given.grad.isfinite().all()
 
     def test_it_learns_where_to_look(self):
         """One place tells the class, the others are noise: attention must go there."""
@@ -98,6 +101,35 @@ class TestPool:
         attention = embedder.forward_features(output).attention
         assert (attention.flatten(1).argmax(1) == 2 * 4 + 1).float().mean() > 0.8
         assert attention[:, 2, 1].mean() > 4 / 16
+
+
+class TestBorder:
+    def test_weights_from_the_formula(self):
+        feature_maps = maps(2, 5, 6, 7)
+        output = TrunkOutput(maps(2, 6, 3, 3), feature_maps)
+        similarity = border_similarity(feature_maps).double()
+        found = Embedder(6, 5, None).forward_features(output).attention
+        for i in range(2):
+            expected = (-6 * similarity[i]).exp() / (-6 * similarity[i]).exp().sum()
+            torch.testing.assert_close(found[i].double(), expected, rtol=1e-4, atol=1e-6)
+
+    def test_an_image_without_a_background_is_left_whole(self):
+        """The absolute scale: little contrast, little difference in weight."""
+        ground = maps(1, 5, 1, 1).expand(1, 5, 7, 7)
+        alike = ground + 0.01 * maps(1, 5, 7, 7, seed=1)
+        thing = ground.clone()
+        thing[..., 2:5, 2:5] *= -1
+        for name, limit in (("border", 1.05), ("relative_border", 100)):
+            embedder = Embedder(6, 5, None, name)
+            even = embedder.forward_features(TrunkOutput(maps(1, 6, 3, 3), alike)).attention
+            cut = embedder.forward_features(TrunkOutput(maps(1, 6, 3, 3), thing)).attention
+            assert bool(even.max() / even.min() < limit) is (name == "border")
+            assert cut[0, 3, 3] > 5 * cut[0, 0, 0]
+
+    def test_it_is_the_default_of_the_backbones_own_pooling(self):
+        assert Embedder(6, 5).attention_name == "border"
+        assert Embedder(6, 5, pooling="covariance").attention_name == "relative_border"
+        assert Embedder(6, 5, pooling="average").attention_name == "pool"
 
 
 class TestNone:
@@ -167,6 +199,8 @@ class TestDistinctive:
             Embedder(5, 5).set_attention_references(maps(3, 5, 2, 2))
         with pytest.raises(ValueError, match=r"must be \(M, 5, H, W\), got shape \(3, 6, 2, 2\)"):
             Embedder(5, 5, 4, "distinctive").set_attention_references(maps(3, 6, 2, 2))
+        with pytest.raises(ValueError, match="attention='pool' is learned, and the backbone's own"):
+            Embedder(5, 5, attention="pool")
 
 
 class TestOwnModule:
@@ -187,4 +221,4 @@ class TestOwnModule:
 
         output = TrunkOutput(maps(2, 6, 3, 3), maps(2, 5, 4, 7))
         with pytest.raises(ValueError, match=r"shape \(2, 4, 7\).*got \(2, 3, 3\)"):
-            Embedder(6, 5, None, Pooled())(output)
+            Embedder(6, 5, None, Pooled()).forward_features(output)

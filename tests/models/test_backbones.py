@@ -65,6 +65,17 @@ FAMILIES = {
 }
 
 
+# What the parts of a larger model have, in small: none of `test_*` pools like these.
+POOLINGS = {
+    "vit pooled, norm before": ("test_vit", {"img_size": 64, "global_pool": "avg"}),
+    "siglip": ("vit_base_patch16_siglip_224", {**_TINY_VIT, "img_size": 64}),
+    "deit distilled": ("deit_tiny_distilled_patch16_224", {**_TINY_VIT, "img_size": 64}),
+    "cait": ("cait_xxs24_224", {**_TINY_VIT, "img_size": 64}),
+    "eva": ("eva02_tiny_patch14_224", {**_TINY_VIT, "img_size": 56}),
+    "beit class token": ("beit_base_patch16_224", _TINY_VIT),
+}
+
+
 def build(family, embedding_dim=8, **overrides):
     name, kwargs, size, odd, grid = FAMILIES[family]
     torch.manual_seed(0)
@@ -80,9 +91,10 @@ def images(size, channels=3, n=2):
     return torch.randn(n, channels, *size, generator=torch.Generator().manual_seed(1))
 
 
-def check_output(model, x, dim=8):
+def check_output(model, x):
     out = model.forward_features(x)
-    assert out.embeddings.shape == (len(x), dim)
+    own = model.embedder.pooling == "backbone"
+    assert out.embeddings.shape == (len(x), model.trunk.num_features if own else 8)
     torch.testing.assert_close(out.embeddings.norm(dim=1), torch.ones(len(x)))
     assert out.feature_maps.shape[1] == model.trunk.map_channels
     assert out.attention.shape == (len(x), *out.feature_maps.shape[2:])
@@ -91,13 +103,17 @@ def check_output(model, x, dim=8):
     return out
 
 
-@pytest.mark.parametrize("pooling", ["average", "covariance"])
+@pytest.mark.parametrize("pooling", ["backbone", "average", "covariance"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shapes_and_gradients(family, pooling):
     model, size, _, grid = build(family, pooling=pooling)
     out = check_output(model, images(size))
     assert out.feature_maps.shape[2:] == grid
-    assert model.trunk.num_features == model.trunk(images(size)).features.shape[1]
+    output = model.trunk(images(size))
+    assert (
+        model.trunk.num_features
+        == (output.pooled if pooling == "backbone" else output.features).shape[1]
+    )
     (out.embeddings * torch.randn_like(out.embeddings)).sum().backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []
@@ -107,7 +123,7 @@ def test_shapes_and_gradients(family, pooling):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_starts_as_average_pooling_of_timms_features(family):
-    model, size, *_ = build(family, embedding_dim=None)
+    model, size, *_ = build(family, embedding_dim=None, pooling="average")
     model.eval()
     with torch.no_grad():
         embeddings = model(images(size))
@@ -122,25 +138,60 @@ def test_starts_as_average_pooling_of_timms_features(family):
     torch.testing.assert_close(embeddings, F.normalize(pooled), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["resnet", "convnext", "efficientnet", "regnet", "nfnet", "swin", "coatnet", "hiera"],
-)
-def test_starts_as_timms_own_embedding(family):
-    """Where timm's head is average pooling and a norm, the two agree to the last step."""
-    name, kwargs, size, *_ = FAMILIES[family]
-    timms = timm.create_model(name, num_classes=0, **kwargs).eval()
+def timms_own(name, kwargs):
+    """timm's model without a classifier, and its weights with one, all of them random."""
+    timms = timm.create_model(name, **kwargs).eval()
+    generator = torch.Generator().manual_seed(0)
     for parameter in timms.parameters():  # a fresh LayerNorm would hide a lost scale
-        nn.init.normal_(
-            parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel())
-        )
-    module = timm.create_model(name, num_classes=0, **kwargs)
-    module.load_state_dict(timms.state_dict())
-    hint = {"img_size": 64} if family in ("coatnet", "hiera") else {}
-    model = AttentionEmbedder(module, embedding_dim=None, **hint).eval()
+        nn.init.normal_(parameter, 0.02, 0.2, generator=generator)
+    for key, buffer in timms.named_buffers():
+        if key.endswith(("running_mean", "running_var")):
+            nn.init.uniform_(buffer, 0.5, 1.5, generator=generator)
+    state = {key: value.clone() for key, value in timms.state_dict().items()}
+    timms.reset_classifier(0)
+    return timms, state
+
+
+@pytest.mark.parametrize("built_by", ["name", "module"])
+@pytest.mark.parametrize("family", [*FAMILIES, *POOLINGS])
+def test_starts_as_timms_own_embedding(family, built_by, tmp_path):
+    name, kwargs, *sizes = (FAMILIES | POOLINGS)[family]
+    size = sizes[0] if sizes else (kwargs["img_size"],) * 2
+    timms, state = timms_own(name, kwargs)
+    if built_by == "name":
+        torch.save(state, tmp_path / "weights.pth")
+        model = AttentionEmbedder(name, tmp_path / "weights.pth", **kwargs).eval()
+    else:
+        module = timm.create_model(name, **kwargs)
+        module.load_state_dict(state)
+        hint = {"img_size": kwargs["img_size"]} if "img_size" in kwargs else {}
+        model = AttentionEmbedder(module, **hint).eval()
     with torch.no_grad():
-        expected = F.normalize(timms(images(size)))
-        torch.testing.assert_close(model(images(size)), expected, rtol=1e-4, atol=1e-5)
+        expected, found = timms(images(size)), model.trunk(images(size))
+        embeddings = model(images(size))
+    torch.testing.assert_close(found.pooled, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(embeddings, F.normalize(expected), rtol=1e-4, atol=1e-5)
+    assert embeddings.shape == (2, model.trunk.num_features)
+    assert (1 - F.cosine_similarity(*embeddings, dim=0)).item() > 1e-6  # else it would say nothing
+
+
+@pytest.mark.parametrize("family", POOLINGS)
+def test_every_parameter_learns_through_timms_own_pooling(family):
+    name, kwargs = POOLINGS[family]
+    model = AttentionEmbedder(name, **kwargs)
+    embeddings = model(images((kwargs["img_size"],) * 2))
+    (embeddings * torch.randn_like(embeddings)).sum().backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fitted_projection(family):
+    model, size, *_ = build(family)
+    model.eval().fit_projection([images(size, n=10)], progress=False)
+    with torch.no_grad():
+        embeddings = model(images(size))
+    assert embeddings.shape == (2, 8)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))
 
 
 @pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row[3]])
@@ -168,7 +219,7 @@ def test_channels(family, channels):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_frozen_trunk(family):
-    model, size, *_ = build(family)
+    model, size, *_ = build(family, pooling="average")
     model.trunk.requires_grad_(False)
     out = model.forward_features(images(size))
     assert not out.feature_maps.requires_grad
@@ -186,7 +237,7 @@ def test_maps_follow_the_picture(family):
     first, second = images(size, n=1), images(size, n=1)
     second[..., -16:, -16:] += 3
     with torch.no_grad():
-        for one, other in zip(model.trunk(first), model.trunk(second), strict=True):
+        for one, other in zip(model.trunk(first)[:2], model.trunk(second)[:2], strict=True):
             moved = (one - other).norm(dim=1)[0]
             assert moved.argmax() == moved.numel() - 1
 
@@ -315,7 +366,7 @@ def test_own_module_with_stages():
 
 @pytest.mark.parametrize("family", ["resnet", "efficientnet", "convnext", "swin"])
 def test_covariance_pooling_ends_the_backbone_at_its_maps(family):
-    model, size, *_ = build(family)
+    model, size, *_ = build(family, pooling="covariance")
     whole, *_ = build(family, pooling="average")
     with torch.no_grad():
         output = model.eval().trunk(images(size))

@@ -38,9 +38,13 @@ def images(n):
     return torch.randn(n, 3, 64, 64, generator=torch.Generator().manual_seed(n))
 
 
-def build(name, **kwargs):
+def build(name, pooling="average", **kwargs):
+    """With the pooling, or `"fitted"`: the default one with a fitted projection."""
     torch.manual_seed(0)
-    model = AttentionEmbedder(name, embedding_dim=8, **MODELS[name], **kwargs).eval()
+    kwargs |= {"pooling": "backbone" if pooling == "fitted" else pooling, **MODELS[name]}
+    model = AttentionEmbedder(name, embedding_dim=8, **kwargs).eval()
+    if pooling == "fitted":
+        model.fit_projection([images(12)], progress=False)
     if hasattr(model.embedder.attention, "score"):  # at the start it is the same everywhere
         nn.init.normal_(model.embedder.attention.score.weight)
     return model
@@ -56,7 +60,7 @@ def check(run, model, n):
         torch.testing.assert_close(torch.as_tensor(one), other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", ["average", "covariance"])
+@pytest.mark.parametrize("pooling", ["backbone", "fitted", "average", "covariance"])
 @pytest.mark.parametrize("name", MODELS)
 def test_torch_export(name, pooling):
     model = WithMaps(build(name, pooling=pooling))
@@ -75,7 +79,7 @@ def test_torch_export_of_distinctive_attention():
     check(torch.export.export(model, (images(2),)).module(), model, 2)
 
 
-@pytest.mark.parametrize("pooling", ["average", "covariance"])
+@pytest.mark.parametrize("pooling", ["backbone", "fitted", "average", "covariance"])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_onnx(name, pooling, tmp_path):
     pytest.importorskip("onnxscript", reason="torch.onnx.export needs it: pip install onnxscript")

@@ -218,16 +218,15 @@ def test_of_timm_models(backbone, low, high):
 
 @pytest.mark.parametrize("size", [1, 7, 16, (16, 9)])
 def test_sizes_of_one_cell_have_no_covariance(size):
-    model = AttentionEmbedder("test_resnet", embedding_dim=8)  # of stride 16
+    model = AttentionEmbedder("test_resnet", embedding_dim=8, pooling="covariance")  # stride 16
     for call in (model.grid, model.cell_offset, partial(SiameseTransform.for_model, model)):
         with pytest.raises(ValueError, match=r"^image_size=\(.* of 1 x 1 cells, .* least 2: "):
             call(size)
     assert model.grid((16, 17)) == (1, 2)
-    averaging = AttentionEmbedder(
-        "test_resnet", embedding_dim=8, pooling="average"
-    )  # for which one is enough
-    views = SiameseTransform.for_model(averaging, size, photometric=None)  # no blur of one pixel
-    assert averaging.grid(size) == views.grid == (1, 1)
+    for pooling in ("backbone", "average"):  # for which one is enough
+        other = AttentionEmbedder("test_resnet", embedding_dim=8, pooling=pooling)
+        views = SiameseTransform.for_model(other, size, photometric=None)  # no blur of one pixel
+        assert other.grid(size) == views.grid == (1, 1)
 
 
 def test_sizes_that_the_backbone_cannot_take():

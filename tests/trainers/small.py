@@ -34,7 +34,8 @@ class Pictures(Dataset):
 
 def make_model(seed=0, backbone="test_resnet"):
     torch.manual_seed(seed)
-    return AttentionEmbedder(backbone, embedding_dim=16)
+    # With something to train in the embedder too.
+    return AttentionEmbedder(backbone, embedding_dim=16, pooling="covariance")
 
 
 def make_trainer(model=None, dataset=None, transform=None, **kwargs):

@@ -38,7 +38,7 @@ class Plain(nn.Module):
 
 def plain_model(dropout=0.0):
     torch.manual_seed(0)
-    return AttentionEmbedder(Plain(dropout), embedding_dim=16)
+    return AttentionEmbedder(Plain(dropout), embedding_dim=16, pooling="covariance")
 
 
 def every_loss():
