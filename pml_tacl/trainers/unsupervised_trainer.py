@@ -321,7 +321,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
     def prepare_for(self, state: Mapping[str, Any]) -> None:
         """Make the schedule that a checkpoint's state is restored into."""
         saved = state["lr_schedulers"].get(defaults.SCHEDULE)
-        if saved is not None:
+        if saved is not None and self._schedule_is_open:
             self._make_schedule(saved["total_steps"] - 1)
 
     def _make_schedule(self, steps: int) -> None:

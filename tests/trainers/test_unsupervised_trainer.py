@@ -411,8 +411,8 @@ def test_the_clustering_is_logged(caplog):
         ({"loss_funcs": {}}, r"loss_funcs must be a dict of at least one loss, .* got \{\}"),
         ({"loss_funcs": losses.NTXentLoss()}, "loss_funcs must be a dict .* got NTXentLoss$"),
         ({"loss_weights": {"metric": 1.0}}, "loss_weights must be named as loss_funcs"),
-        ({"labeler": None}, "labeler must be a function or an object to call, got None"),
-        ({"eval_transform": None}, "eval_transform must be a function .* got None"),
+        ({"labeler": 3}, "labeler must be a function or an object to call, got 3"),
+        ({"eval_transform": 3}, "eval_transform must be a function .* got 3"),
         ({"labeler": KMeansPseudoLabeler(25)}, "num_clusters=25 is more than the 24 pictures"),
         ({"labeler": KMeansPseudoLabeler(3)}, "3 clusters are fewer than the 4 that a batch of 8"),
         (
