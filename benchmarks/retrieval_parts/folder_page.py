@@ -1,8 +1,124 @@
 """docs/results.md: retrieval on photographs, from the results of `retrieval.py folders`."""
 
+import json
 from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from pml_tacl.utils.errors import InputError
+from retrieval_parts.config import PHOTO_METHODS
+from retrieval_parts.page import rows
+
+R1 = "recall_at_1"
+Result = dict[str, Any]
+_INTRODUCTION = """# Retrieval on photographs
+
+Written by `python benchmarks/retrieval.py folders-page` from `benchmarks/photographs.json`, which \
+`python benchmarks/retrieval.py folders ROOT --json benchmarks/photographs.json` makes. The sets \
+are not part of the repository: *grocery* (81 products in shops, by phone; the queries were taken \
+in other shops; github.com/marcusklasson/GroceryStoreDataset, MIT), *clothing* (17 garments; the \
+queries are of other photographers; github.com/alexeygrigorev/clothing-dataset, CC0), *caltech101* \
+(100 kinds of objects, 40 images each) and *ucmerced* (21 kinds of land use from the air). Put \
+each as NAME/CLASS/FILE below ROOT, with the queries' paths in NAME/queries.txt.
+
+EfficientNet-Lite0 with ImageNet weights. Classes are cut in thirds that share none: a run trains \
+on the first, without its labels, choices were made on the second, and the numbers are of the \
+last, at the last step. All methods share network, views, batches, steps and seeds; there are \
+a tenth as many clusters as images. `zero_shot` is the backbone's own embedding. `+projection` \
+is what `fit_projection` fits afterwards, without labels, at most 512 numbers. `+whitened` is the \
+usual PCA-whitening of the embedding alone. `ms` is k-means with MultiSimilarityLoss. `full` is \
+`ms+ccl+tac+swap+projection` of the network that the guard keeps. `supervised` knows the labels.
+"""
 
 
 def write(results: Path, page: Path) -> None:
-    """Write the page."""
-    raise NotImplementedError
+    """Write the page.
+
+    Raises:
+        InputError: if there are no results.
+    """
+    if not results.is_file():
+        raise InputError(f"--json {results} is not there: run `retrieval.py folders ROOT --json`")
+    found: list[Result] = json.loads(results.read_text("utf-8"))
+    found = [one for one in found if one["config"]["split"] == "test"]
+    parts = [_INTRODUCTION]
+    for size in sorted({one["config"]["size"] for one in found}):
+        group = [one for one in found if one["config"]["size"] == size]
+        parts += [f"## R@1 at {size} px", _recalls(group), _answers(group), _guard(group)]
+    versions = sorted({", ".join(f"{k} {v}" for k, v in one["versions"].items()) for one in found})
+    parts.append("## Made with\n\n" + "\n".join(f"- {version}" for version in versions))
+    page.write_text("\n\n".join(part.strip("\n") for part in parts if part) + "\n", "utf-8")
+
+
+def _of(group: list[Result], method: str, name: str) -> list[float]:
+    return [
+        100 * one["metrics"][R1]
+        for one in group
+        if one["config"]["method"] == method and one["config"]["dataset"] == name
+    ]
+
+
+def _names(group: list[Result]) -> list[str]:
+    return sorted({one["config"]["dataset"] for one in group})
+
+
+def _recalls(group: list[Result]) -> str:
+    names, lines = _names(group), []
+    for method in PHOTO_METHODS:
+        values = [_of(group, method, name) for name in names]
+        if any(values):
+            means = [mean(v) for v in values if v]
+            overall = f"{mean(means):.1f}" if len(means) == len(names) else ""
+            seeds = max(len(v) for v in values)
+            texts = [f"{mean(v):.1f}" if v else "" for v in values]
+            lines.append([f"`{method}`", *texts, overall, str(seeds)])
+    return rows(["method", *names, "mean", "seeds"], lines)
+
+
+def _answers(group: list[Result]) -> str:
+    """What `full` gives over each of the others, and how much of the gap to labels it closes."""
+    names, lines = _names(group), []
+    for method in PHOTO_METHODS:
+        pairs = [(_of(group, "full", n), _of(group, method, n)) for n in names]
+        if method == "full" or not all(a and b for a, b in pairs):
+            continue
+        gains = [mean(a) - mean(b) for a, b in pairs]
+        lines.append([f"`{method}`", *(f"{gain:+.1f}" for gain in gains), f"{mean(gains):+.1f}"])
+    if not lines:
+        return ""
+    text = "What `full` gives more than each, in points:\n\n"
+    text += rows(["than", *names, "mean"], lines)
+    ends = [_of(group, m, n) for n in names for m in ("zero_shot", "full", "supervised+projection")]
+    if all(ends):
+        low, full, high = (mean(mean(v) for v in ends[i::3]) for i in range(3))
+        text += (
+            f"\n\nOn average `full` closes {100 * (full - low) / (high - low):.0f} % of the gap "
+            "between the backbone's own embedding and `supervised+projection`."
+        )
+    return text
+
+
+def _guard(group: list[Result]) -> str:
+    lines = [
+        [
+            one["config"]["dataset"],
+            str(one["config"]["seed"]),
+            *(f"{100 * at['mutual']:.1f}" for at in (one["history"][0], one["history"][-1])),
+            str(one["kept"]["step"]),
+            f"{100 * one['metrics'][R1]:.1f}",
+            *(
+                f"{mean(v):.1f}" if (v := _of(group, method, one["config"]["dataset"])) else ""
+                for method in ("ms+ccl+tac+swap+projection", "zero_shot+projection")
+            ),
+        ]
+        for one in sorted(group, key=lambda one: one["config"]["dataset"])
+        if "kept" in one
+    ]
+    if not lines:
+        return ""
+    heads = ["set", "seed", "mutual at the start", "at the end", "kept step", "R@1 kept"]
+    heads += ["R@1 last", "R@1 untrained"]
+    return (
+        "What the guard kept: per cent of mutual neighbours among the training images, and R@1 of "
+        "the network that was kept, of the last, and of the untrained one.\n\n" + rows(heads, lines)
+    )

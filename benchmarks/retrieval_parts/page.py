@@ -1,4 +1,4 @@
-"""docs/results.md and its figures, from the results alone."""
+"""docs/results_drawings.md and its figures, from the results alone."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,11 @@ from retrieval_parts.tables import (
 
 # Beside the results: [{"what": ..., "chosen": ..., "on": ..., "why": ...}, ...]
 CHOICES = "choices.json"
-INTRODUCTION = """# Retrieval without labels, beside what people would use instead
+INTRODUCTION = """# Retrieval on drawings
+
+For photographs, see [Retrieval on photographs](results.md): the defaults for pretrained networks \
+were chosen there. The runs below have a learning rate of 1e-3 for pretrained networks and learn \
+through the covariance head (`pooling="covariance"`), which is still what networks from scratch do.
 
 Written by `python benchmarks/retrieval.py page` from the files of `benchmarks/results/` alone; \
 `python benchmarks/retrieval.py all` makes those, and goes on where it was stopped.

@@ -20,22 +20,23 @@ if TYPE_CHECKING:
     from pml_tacl.models.attention_embedder import AttentionEmbedder
 
 # Chosen on validation, see docs/results.md.
-_WHOLE_SHRINKAGE, _PARTS_SHRINKAGE = 0.5, 0.1
+_PARTS_SHRINKAGE = 0.1
 _IMAGES_FOR_DIRECTIONS = 256
 
 
 class Projection(nn.Module):
-    """Whole image beside parts: two whitened descriptions of an image, concatenated.
+    """Whole image beside parts: two descriptions of an image, concatenated.
 
-    *Whole* is the backbone's own pooled feature. *Parts* is the covariance of the feature maps
-    under the attention weights, so that it says which details occur together. Each is centred,
-    projected on its principal directions, scaled to nearly equal variance and to unit length.
+    *Whole* is the backbone's own pooled feature, of unit length, centred and projected on its
+    principal directions. *Parts* is the covariance of the feature maps under the attention
+    weights, so that it says which details occur together; it is centred, projected and whitened:
+    scaled to nearly equal variance in every direction. Each is then scaled to unit length.
     Nothing here has a gradient-trained weight: :meth:`AttentionEmbedder.fit_projection` computes
     all of it from images. Before that, `fitted` is False and the embedder leaves it out.
 
     After Jégou and Chum 2012 (PCA whitening) and Lin et al. 2015 (bilinear CNN); the combination
-    is ours. The whole gets half of the dimensions, each whitened alone: whitening both together
-    retrieves worse.
+    is ours. The whole gets half of the dimensions and is not whitened, which retrieved worse on
+    photographs; whitening both together is worse still, see docs/results.md.
 
     Args:
         num_features: F of the pooled features.
@@ -76,7 +77,7 @@ class Projection(nn.Module):
             weights: (N, H, W), non-negative.
         """
         with without_autocast(pooled.device):
-            whole = at_least_float32(pooled)
+            whole = F.normalize(at_least_float32(pooled), dim=1)
             parts = self.parts(feature_maps, weights).to(whole.dtype)
             whole = (whole - self.whole_mean.to(whole)) @ self.whole_basis.to(whole)
             parts = (parts - self.parts_mean.to(parts)) @ self.parts_basis.to(parts)
@@ -141,7 +142,7 @@ def fit_projection(
     whole, parts = _Moments(), _Moments()
 
     def take(pooled: Tensor, maps: Tensor, weights: Tensor) -> None:
-        whole.add(pooled)
+        whole.add(F.normalize(at_least_float32(pooled), dim=1))
         parts.add(projection.parts(maps, weights))
 
     def take_those_waiting() -> None:
@@ -174,7 +175,7 @@ def fit_projection(
         raise InputError(f"batches hold {whole.count} images: the projection needs at least 2")
     projection.fitted = False
     for moments, shrinkage, mean, basis in (
-        (whole, _WHOLE_SHRINKAGE, projection.whole_mean, projection.whole_basis),
+        (whole, None, projection.whole_mean, projection.whole_basis),
         (parts, _PARTS_SHRINKAGE, projection.parts_mean, projection.parts_basis),
     ):
         centre, covariance = moments.covariance("batches")
@@ -184,35 +185,43 @@ def fit_projection(
         mean.copy_(centre)
         basis.zero_()
         if varies:
-            basis.copy_(whitening_basis(covariance, basis.shape[1], shrinkage, moments.count))
+            basis.copy_(principal_basis(covariance, basis.shape[1], moments.count, shrinkage))
     if not projection.fitted:
         raise InputError(f"batches hold {whole.count} images that all look the same")
     current.load_state_dict(projection.state_dict())
 
 
-def whitening_basis(covariance: Tensor, dimensions: int, shrinkage: float, count: int) -> Tensor:
-    """Return a basis (F, dimensions) on which features have nearly equal variance.
+def principal_basis(
+    covariance: Tensor, dimensions: int, count: int, shrinkage: float | None = None
+) -> Tensor:
+    """Return principal directions (F, dimensions), the largest first, whitened if asked for.
 
-    The columns are `v / sqrt(l + shrinkage * mean(l))` for eigenvalues l and eigenvectors v, the
-    largest first. Of `count` images at most `count - 1` directions are known. If that is less
-    than asked for, half of the dimensions (or all that are known) are principal directions; the
-    others are a fixed random orthonormal basis of the remaining space, scaled so that lengths are
-    kept on average.
+    Whitened columns are `v / sqrt(l + shrinkage * mean(l))` for eigenvalues l and eigenvectors v.
+    Of `count` images at most `count - 1` directions are known. If that is less than asked for,
+    half of the dimensions (or all that are known) are principal directions; the others are a
+    fixed random orthonormal basis of the remaining space, scaled so that lengths are kept on
+    average.
 
     Args:
         covariance: (F, F), symmetric, float64.
         dimensions: at most F.
-        shrinkage: added to each variance, as a fraction of the mean one; above 0.
         count: the number of samples that the covariance was computed from.
+        shrinkage: added to each variance, as a fraction of the mean one; above 0. None: not
+            whitened.
     """
     total = len(covariance)
-    mean = covariance.trace() / total
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.clamp_min(0).flip(0), vectors.flip(1)
+
+    def gain(variance: Tensor) -> Tensor:
+        if shrinkage is None:
+            return torch.ones_like(variance)
+        return (variance + shrinkage * covariance.trace() / total).rsqrt()
+
     known = min(dimensions, total, count - 1)
     if known < min(dimensions, total):
         known = min(known, -(-dimensions // 2))
-    basis: Tensor = vectors[:, :known] * (values[:known] + shrinkage * mean).rsqrt()
+    basis: Tensor = vectors[:, :known] * gain(values[:known])
     missing = dimensions - known
     if missing > 0:
         generator = torch.Generator().manual_seed(0)
@@ -221,8 +230,7 @@ def whitening_basis(covariance: Tensor, dimensions: int, shrinkage: float, count
         for _ in range(2):  # once leaves rounding
             rest = rest - vectors[:, :known] @ (vectors[:, :known].T @ rest)
         rest = torch.linalg.qr(rest).Q * ((total - known) / missing) ** 0.5
-        variance = values[known:].mean()
-        basis = torch.cat([basis, rest * (variance + shrinkage * mean).rsqrt()], dim=1)
+        basis = torch.cat([basis, rest * gain(values[known:].mean())], dim=1)
     return basis
 
 

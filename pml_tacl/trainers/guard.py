@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pml_tacl.distributed.session import on_first
 from pml_tacl.evaluation.label_free import mutual_neighbours
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from pml_tacl.trainers.unsupervised_trainer import UnsupervisedTrainer
 
 _FALL, _IN_A_ROW = 0.02, 2
+_COLLAPSED = 1e-5
 
 
 class Guard:
@@ -36,13 +38,17 @@ class Guard:
 
         def judge() -> float:
             assert embeddings is not None
-            return mutual_neighbours(embeddings)
+            return 0.0 if have_collapsed(embeddings) else mutual_neighbours(embeddings)
 
         value = on_first(judge, "comparing networks")
         self.values[trainer.ended] = value
         if self.best is None or value > self.values[self.best]:
             self.best = trainer.ended
             self._state = network_state(trainer)
+
+    def note_collapse(self, trainer: "UnsupervisedTrainer") -> None:
+        """Judge a network whose embeddings cannot be clustered: it is the worst."""
+        self.values.setdefault(trainer.ended, 0.0)
 
     @property
     def falls(self) -> bool:
@@ -85,6 +91,15 @@ class Guard:
         """Undo :meth:`state_dict`."""
         self.values, self.best = dict(state["values"]), state["best"]
         self._state = state["state"]
+
+
+def have_collapsed(embeddings: Tensor) -> bool:
+    """Whether all embeddings (N, D) are nearly the same: what tells them apart is rounding."""
+    unit = F.normalize(embeddings[embeddings.isfinite().all(1)].float(), dim=1)
+    if len(unit) < 2:
+        return True
+    distance = 1 - (unit @ F.normalize(unit.mean(0), dim=0)).mean()
+    return float(distance) < _COLLAPSED
 
 
 def network_state(trainer: "UnsupervisedTrainer") -> dict[str, Any]:

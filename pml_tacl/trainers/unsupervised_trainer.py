@@ -305,7 +305,16 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
                     _LOGGER.info("end_of_epoch_hook has ended the training in epoch %d", self.ended)
                     break
                 self.epoch = epoch
-                self._begin_epoch()
+                try:
+                    self._begin_epoch()
+                except InputError as error:
+                    # The clusters of an untrained network are the caller's to mend.
+                    if self.guard is None or not self.ended:
+                        raise
+                    _LOGGER.warning("the training ends before epoch %d: %s", epoch, error)
+                    self.guard.note_collapse(self)
+                    self.epoch, self.stopped = self.ended, True
+                    break
                 self._train_epoch(num_epochs)
                 self.step_lr_schedulers(end_of_epoch=True)
                 self.zero_losses()

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from pml_tacl import AttentionEmbedder
 from pml_tacl.functional import border_similarity, covariance_pooling
 from pml_tacl.models import Embedder, Projection, TrunkOutput
-from pml_tacl.models.projection import whiten_linear, whitening_basis
+from pml_tacl.models.projection import principal_basis, whiten_linear
 
 
 def images(n=24, seed=0):
@@ -43,14 +43,16 @@ def fitted(embedding_dim=16, n=24, **kwargs):
     return model
 
 
-def slow_whitening(rows, shrinkage, dimensions):
+def slow_basis(rows, shrinkage, dimensions):
     """The mean and the basis from the docstring, for more rows than dimensions."""
     mean = sum(rows) / len(rows)
     covariance = sum(np.outer(row - mean, row - mean) for row in rows) / len(rows)
     values, vectors = np.linalg.eigh(covariance)
     columns = []
     for i in range(1, dimensions + 1):
-        spread = values[-i] + shrinkage * np.trace(covariance) / len(covariance)
+        spread = 1.0
+        if shrinkage is not None:
+            spread = values[-i] + shrinkage * np.trace(covariance) / len(covariance)
         columns.append(vectors[:, -i] / np.sqrt(spread))
     return mean, np.stack(columns, axis=1)
 
@@ -61,7 +63,7 @@ def slow_projection(model, x, whole_dim, parts_dim):
         output = model.trunk(x)
         similarity = border_similarity(output.feature_maps).double().numpy()
         maps = output.feature_maps.double().numpy()
-        whole = list(output.pooled.double().numpy())
+        whole = [row / np.linalg.norm(row) for row in output.pooled.double().numpy()]
     cells = [image[:, y, x] for image in maps for y in range(4) for x in range(4)]
     centre = sum(cells) / len(cells)
     second = sum(np.outer(cell - centre, cell - centre) for cell in cells) / len(cells)
@@ -78,8 +80,8 @@ def slow_projection(model, x, whole_dim, parts_dim):
         triangle = np.array([matrix[i, j] for i in range(64) for j in range(i, 64)])
         parts.append(triangle / np.linalg.norm(triangle))
     projected = []
-    for rows, shrinkage, dimensions in ((whole, 0.5, whole_dim), (parts, 0.1, parts_dim)):
-        mean, basis = slow_whitening(rows, shrinkage, dimensions)
+    for rows, shrinkage, dimensions in ((whole, None, whole_dim), (parts, 0.1, parts_dim)):
+        mean, basis = slow_basis(rows, shrinkage, dimensions)
         short = [(row - mean) @ basis for row in rows]
         projected.append([row / np.linalg.norm(row) for row in short])
     both = [np.concatenate(pair) for pair in zip(*projected, strict=True)]
@@ -313,25 +315,30 @@ class TestProjection:
         assert model.trunk.model.conv1.weight.grad is not None
 
 
+@pytest.mark.parametrize("shrinkage", [None, 0.5])
 @pytest.mark.parametrize("count", [2, 4, 9, 50])
-def test_a_basis_for_few_samples(count):
+def test_a_basis_for_few_samples(count, shrinkage):
     """Half of the dimensions, or all that are known, are principal; the rest is orthogonal."""
     rows = torch.randn(count, 12, generator=torch.manual_seed(0), dtype=torch.float64)
     centred = rows - rows.mean(0)
     covariance = centred.T @ centred / count
-    basis = whitening_basis(covariance, 8, 0.5, count)
+    basis = principal_basis(covariance, 8, count, shrinkage)
     assert basis.shape == (12, 8)
-    assert torch.equal(basis, whitening_basis(covariance, 8, 0.5, count))  # no chance in it
+    assert torch.equal(basis, principal_basis(covariance, 8, count, shrinkage))  # no chance in it
     known = 8 if count > 8 else min(count - 1, 4)
     values, vectors = torch.linalg.eigh(covariance)
-    floor = 0.5 * covariance.trace() / 12
-    expected = vectors.flip(1)[:, :known] * (values.flip(0)[:known] + floor).rsqrt()
+
+    def gain(variance):
+        floor = 0.5 * covariance.trace() / 12
+        return torch.ones_like(variance) if shrinkage is None else (variance + floor).rsqrt()
+
+    expected = vectors.flip(1)[:, :known] * gain(values.flip(0)[:known])
     torch.testing.assert_close(basis[:, :known].abs(), expected.abs())
     inner = basis.T @ basis
     torch.testing.assert_close(inner, torch.diag(inner.diagonal()), atol=1e-9, rtol=0)
     if known < 8:
         left = values.flip(0)[known:].mean().clamp_min(0)
-        length = (12 - known) / (8 - known) / (left + floor)
+        length = (12 - known) / (8 - known) * gain(left).square()
         torch.testing.assert_close(inner.diagonal()[known:], length.expand(8 - known))
 
 

@@ -1,0 +1,226 @@
+"""A trainer that is given a model and a data set alone, and the guard that it has."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from pml_tacl import AttentionEmbedder, UnsupervisedTrainer
+from pml_tacl.evaluation.label_free import mutual_neighbours
+from pml_tacl.search import PictureIndex
+from pml_tacl.trainers.guard import Guard, have_collapsed, network_state
+from pml_tacl.trainers.recipe import PRETRAINED, PRETRAINED_LAYERNORM, SCRATCH, recipe_for
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images of six kinds, told apart by colour and place."""
+    root = tmp_path_factory.mktemp("data") / "photos"
+    root.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(48):
+        pixels = torch.rand(3, SIZE, SIZE, generator=generator) * 90
+        kind = i % 6
+        pixels[kind % 3, 10 * (kind // 3) : 30 + 10 * (kind // 3)] += 150
+        image = Image.fromarray(pixels.permute(1, 2, 0).to(torch.uint8).numpy())
+        image.save(root / f"{i:02}.png")
+    return root
+
+
+def pretrained_model(seed=0):
+    torch.manual_seed(seed)
+    model = AttentionEmbedder("test_resnet", embedding_dim=16, freeze_batchnorm=True)
+    model.from_scratch = False
+    return model
+
+
+def same(mine, theirs):
+    return all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+def trainer_of(model, folder, run, **kwargs):
+    return UnsupervisedTrainer(
+        model, dataset=folder, image_size=SIZE, run=run, progress=False, **kwargs
+    )
+
+
+def test_three_lines_end_with_a_model_an_index_and_a_verdict(folder, tmp_path, capsys):
+    model = pretrained_model()
+    trainer = UnsupervisedTrainer(model, dataset=str(folder), image_size=SIZE, run=tmp_path / "run")
+    trainer.train(num_epochs=2)
+    said = capsys.readouterr().out
+    assert "mutual neighbours" in said
+    assert "48 images indexed" in said
+    again = AttentionEmbedder.from_pretrained(tmp_path / "run" / "model")
+    assert again.embedder.is_fitted
+    index = PictureIndex.load(tmp_path / "run")
+    assert len(index) == 48
+    assert index.embeddings.shape[1] == again.embedder.embedding_dim <= 16
+
+
+def test_a_run_that_is_there_is_not_written_over(folder, tmp_path):
+    trainer_of(pretrained_model(), folder, tmp_path / "run").finish()
+    with pytest.raises(ValueError, match=r"run=.* holds another run"):
+        trainer_of(pretrained_model(), folder, tmp_path / "run")
+
+
+def test_resumed_with_defaults_it_ends_bit_for_bit_like_an_unbroken_one(folder, tmp_path):
+    def begin(name, checkpoints, seed):
+        torch.manual_seed(seed)
+        return trainer_of(
+            pretrained_model(seed), folder, tmp_path / name, checkpoint_folder=checkpoints
+        )
+
+    unbroken = begin("a", tmp_path / "c1", 0)
+    torch.manual_seed(5)
+    unbroken.train(num_epochs=3)
+    broken = begin("b", tmp_path / "c2", 0)
+
+    def stop(trainer):
+        if trainer.epoch == 2:
+            raise KeyboardInterrupt
+
+    broken.end_of_epoch_hook = stop
+    torch.manual_seed(5)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train(num_epochs=3)
+    resumed = begin("d", tmp_path / "c2", 3)  # of other weights, which the checkpoint replaces
+    resumed.load_checkpoint()
+    resumed.train(resumed.epoch + 1, 3)
+    assert resumed.guard.values == unbroken.guard.values
+    for mine, theirs in zip(
+        resumed.whole.state_dict().values(), unbroken.whole.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+class TestGuard:
+    def test_the_untrained_network_is_kept_if_training_does_harm(self, folder, tmp_path, capsys):
+        model = pretrained_model()
+        before = {name: value.clone() for name, value in model.trunk.state_dict().items()}
+        trainer = trainer_of(model, folder, tmp_path / "run")
+        for group in trainer.optimizers["trunk_optimizer"].param_groups:
+            group["lr"] = group["initial_lr"] = 3.0  # destroys it
+        trainer._schedule_is_open = False
+        trainer.train(num_epochs=2)
+        assert trainer.guard.best == 0
+        assert trainer.verdict.startswith("training did not help")
+        for name, value in model.trunk.state_dict().items():
+            torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+    def test_training_goes_on_from_the_last_network(self, folder, tmp_path):
+        model = pretrained_model()
+        trainer = trainer_of(model, folder, tmp_path / "run")
+        trainer.run = None
+        start = {k: v.clone() for k, v in model.trunk.state_dict().items()}
+        trainer.guard.look = lambda trainer, _: trainer.guard.values.update({trainer.ended: 0.1})
+        trainer.guard.best, trainer.guard.values = 0, {0: 0.9}
+        trainer.guard._state = network_state(trainer)
+        trainer.train(num_epochs=1)
+        assert same(model.trunk.state_dict(), start)  # the best
+        last = trainer._last["trunk"]
+        assert not same(last, start)
+        trainer.end_of_epoch_hook = lambda trainer: False
+        trainer.iterations_per_epoch = 0
+        trainer.train(2, 2)
+        assert same(trainer._last["trunk"], last)  # went on from there, by no step
+
+    def test_collapsed_embeddings_are_the_worst(self):
+        generator = torch.Generator().manual_seed(0)
+        same_for_all = torch.ones(50, 8) + 1e-7 * torch.randn(50, 8, generator=generator)
+        assert have_collapsed(same_for_all)
+        assert not have_collapsed(torch.randn(50, 8, generator=generator))
+        assert not have_collapsed(torch.ones(50, 8) + 0.1 * torch.randn(50, 8, generator=generator))
+
+    def test_falls_only_after_two_looks_clearly_below_the_best(self):
+        guard = Guard()
+        guard.best = 1
+        for values, expected in (
+            ({0: 0.5, 1: 0.6}, False),
+            ({0: 0.5, 1: 0.6, 2: 0.5}, False),
+            ({0: 0.5, 1: 0.6, 2: 0.5, 3: 0.57}, True),
+            ({0: 0.5, 1: 0.6, 2: 0.5, 3: 0.59}, False),
+        ):
+            guard.values = values
+            assert guard.falls is expected, values
+
+    def test_warm_up_and_guard_exclude_each_other(self, folder, tmp_path):
+        with pytest.raises(ValueError, match="guard compares with the untrained network"):
+            trainer_of(pretrained_model(), folder, tmp_path / "run", warmup_epochs=1)
+
+
+class TestRecipe:
+    def test_of_networks(self):
+        scratch = AttentionEmbedder("test_resnet")
+        assert recipe_for(scratch) is SCRATCH
+        assert recipe_for(pretrained_model()) is PRETRAINED
+        vit = AttentionEmbedder("test_vit", dynamic_img_size=True)
+        vit.from_scratch = False
+        assert recipe_for(vit) is PRETRAINED_LAYERNORM
+
+    @pytest.mark.parametrize("count", [8, 36, 63, 64, 600, 5000, 10**6])
+    def test_of_numbers_of_images(self, count):
+        batch = PRETRAINED.batch_size_for(count)
+        assert batch % PRETRAINED.images_per_cluster == 0
+        assert batch <= min(count, 64)
+        clusters = PRETRAINED.clusters(count)
+        assert batch // PRETRAINED.images_per_cluster <= clusters <= count
+        made = PRETRAINED.epochs(count) * (count // batch)
+        assert made >= PRETRAINED.steps(count)
+
+    def test_too_few_images(self, tmp_path):
+        (tmp_path / "few").mkdir()
+        for i in range(5):
+            Image.new("RGB", (SIZE, SIZE), (i * 40, 0, 0)).save(tmp_path / "few" / f"{i}.png")
+        with pytest.raises(ValueError, match="dataset holds 5 images"):
+            trainer_of(pretrained_model(), tmp_path / "few", tmp_path / "run")
+
+
+class TestMutualNeighbours:
+    def brute_force(self, embeddings, k):
+        unit = torch.nn.functional.normalize(embeddings.double(), dim=1)
+        near = []
+        for i in range(len(unit)):
+            order = sorted(
+                (j for j in range(len(unit)) if j != i), key=lambda j: -float(unit[i] @ unit[j])
+            )
+            near.append(set(order[:k]))
+        found = sum(i in near[j] for i in range(len(unit)) for j in near[i])
+        return found / (len(unit) * k)
+
+    @pytest.mark.parametrize("k", [1, 3, 10])
+    def test_against_brute_force(self, k):
+        embeddings = torch.randn(40, 5, generator=torch.Generator().manual_seed(k)) + 1
+        assert mutual_neighbours(embeddings, k) == pytest.approx(self.brute_force(embeddings, k))
+
+    def test_odd_inputs(self):
+        assert mutual_neighbours(torch.randn(2, 4)) == 0
+        embeddings = torch.randn(30, 4)
+        embeddings[3] = torch.nan
+        whole = torch.cat([embeddings[:3], embeddings[4:]])
+        assert mutual_neighbours(embeddings) == mutual_neighbours(whole)
+        assert mutual_neighbours(embeddings[:, ::2].half()) >= 0
+        for bad, message in (({"k": 0}, "k must"), ({"max_images": 0}, "max_images must")):
+            with pytest.raises(ValueError, match=message):
+                mutual_neighbours(torch.randn(5, 2), **bad)
+        with pytest.raises(ValueError, match=r"embeddings must be \(N, D\)"):
+            mutual_neighbours(torch.randn(5))
+
+
+def test_metrics_of_a_run_say_what_was_kept(folder, tmp_path):
+    from pml_tacl.cli.train import main
+
+    weights = tmp_path / "w.pth"
+    torch.save(AttentionEmbedder("test_resnet").trunk.model.state_dict(), weights)
+    run = tmp_path / "run"
+    flags = ["--backbone", "test_resnet", "--weights", str(weights), "--image-size", str(SIZE)]
+    main([str(folder), *flags, "--epochs", "1", "--run", str(run), "--workers", "0"])
+    guard = json.loads((run / "metrics.json").read_text())["guard"]
+    assert guard["kept_epoch"] in (0, 1)
+    assert set(guard["mutual_neighbours"]) == {"0", "1"}
+    config = json.loads((run / "run.json").read_text())
+    assert config["learning_rate"] == PRETRAINED.learning_rate
+    assert config["num_clusters"] == PRETRAINED.clusters(48)
