@@ -149,6 +149,30 @@ def add_device(parser: Any) -> None:
     )
 
 
+def add_model(parser: Any, default: str | None = None) -> None:
+    """Add --model, which is required without a default, --weights and --image-size."""
+    parser.add_argument(
+        "--model",
+        required=default is None,
+        default=default,
+        metavar="RUN_OR_NAME",
+        help="folder of a run, or any timm model",
+    )
+    parser.add_argument(
+        "--weights",
+        type=weights,
+        default="pretrained",
+        metavar="WHICH",
+        help="of a timm model: pretrained, none, or a local file",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=at_least(1),
+        metavar="N",
+        help="pixels of a side; left out: the run's, or the model's own",
+    )
+
+
 def add_common(parser: Any, json: bool = False) -> None:
     """Add the flags that commands share: --device, --workers, --json if asked, --quiet, --debug."""
     add_device(parser)

@@ -10,6 +10,13 @@ from pml_tacl.cli.flags import Parser
 
 COMMANDS = {
     "train": "train an embedding on a folder of images, and index them",
+    "embed": "write the embeddings of a folder of images",
+    "index": "index a folder of images without training",
+    "search": "find the images that are most like an image; follow a folder",
+    "duplicates": "find groups of images that are nearly the same",
+    "evaluate": "measure retrieval on labelled images",
+    "report": "write one HTML page of a run",
+    "export": "write a run's model as ONNX",
 }
 
 

@@ -90,7 +90,7 @@ def train(args: Any) -> None:
     run = TrainingRun(args.run, apart_from=[args.images, args.eval_folder], **begin)
     runs.seed_everything(args.seed)
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bars = {"progress": not args.quiet}
+    bars = not args.quiet
     scratch = args.weights is False
     rule = SCRATCH if scratch else PRETRAINED
     frozen = rule.freeze_batchnorm if args.freeze_batchnorm is None else args.freeze_batchnorm
@@ -108,10 +108,11 @@ def train(args: Any) -> None:
     plain = model.transform(image_size=size)
     views = SiameseTransform.for_model(model, size)
     images = on_first(
-        lambda: ImageFiles(args.images, strict=args.strict, **bars), "reading the images"
+        lambda: ImageFiles(args.images, strict=args.strict, progress=bars), "reading the images"
     )
     labelled = args.eval_folder and on_first(
-        lambda: images_to_test_on(args.eval_folder, images, plain, **bars), "reading the test"
+        lambda: images_to_test_on(args.eval_folder, images, plain, progress=bars),
+        "reading the test",
     )
     count = len(images)
     epochs = recipe.epochs(count) if args.epochs is None else args.epochs
@@ -134,7 +135,7 @@ def train(args: Any) -> None:
     def measure(epoch: int) -> dict[str, float]:
         if not labelled:
             return {}
-        return evaluate_together(model, labelled, num_workers=args.workers, **bars)
+        return evaluate_together(model, labelled, num_workers=args.workers, progress=bars)
 
     if epochs:
         groups = model.parameter_groups(rate, head_lr=recipe.head_rate * rate)
@@ -153,7 +154,7 @@ def train(args: Any) -> None:
             guard=args.guard,
             checkpoint_every=args.checkpoint_every,
             dataloader_num_workers=args.workers,
-            **bars,
+            progress=bars,
         )
         steps = epochs * trainer.iterations_per_epoch
         trainer.lr_schedulers[defaults.SCHEDULE] = defaults.default_schedule(optimizer, steps)
@@ -162,13 +163,13 @@ def train(args: Any) -> None:
         trained_start = torch.utils.data.DataLoader(
             seen, 64, shuffle=True, num_workers=args.workers
         )
-        model.fit_projection(trained_start, progress=is_first() and not args.quiet)
+        model.fit_projection(trained_start, progress=is_first() and bars)
     run.open(config, free=("epochs", "warmup_epochs", "images", "eval_folder", "weights"))
     if epochs:
         rows = run.train(trainer, epochs, measure)
     else:
-        rows = run.fit(model, seen, measure, num_workers=args.workers, **bars)
-    found = embed_together(model, seen, num_workers=args.workers, **bars)
+        rows = run.fit(model, seen, measure, num_workers=args.workers, progress=bars)
+    found = embed_together(model, seen, num_workers=args.workers, progress=bars)
     if is_first():
         assert found is not None
         PictureIndex(found[0], images.names, images.root).save(run.folder)
