@@ -3,7 +3,6 @@
 import argparse
 import ast
 import doctest
-import functools
 import importlib
 import inspect
 import re
@@ -17,6 +16,7 @@ import torch
 from torchvision.transforms import v2
 
 import pml_tacl
+from pml_tacl.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -108,11 +108,44 @@ def parses(script):
     """Whether it reads arguments, itself or by a script beside it."""
     code = script.read_text("utf-8")
     beside = (path for path in script.parent.glob("*.py") if f"\nfrom {path.stem} import" in code)
-    return "parse_args()" in code or any(map(parses, beside))
+    of_package = re.search(r"^from pml_tacl\.cli\.\w+ import .*\bmain$", code, re.M)
+    return "parse_args()" in code or bool(of_package) or any(map(parses, beside))
+
+
+def console_commands():
+    """Each line of a page's block that runs pml-tacl, or the module, and the examples of --help."""
+    texts = {}
+    for page in (*PAGES, *BESIDE):
+        texts[str(page.relative_to(ROOT))] = "".join(blocks(page, "bash"))
+    line = r"^(?:pml-tacl|(?:python|torchrun [^\n]*)-m pml_tacl) +([^\n`|&;>]*)"
+    return [
+        pytest.param(shlex.split(found, comments=True), id=f"{name}: {found}")
+        for name, text in texts.items()
+        for found in re.findall(line, text.replace("\\\n", " "), re.M)
+    ]
 
 
 class Parsed(BaseException):
     """Ends a script once its arguments are found good."""
+
+
+def parse_and_end(monkeypatch):
+    """Let every parser end the script once it has parsed in full, without abbreviations."""
+    parser = argparse.ArgumentParser
+    parse = parser.parse_args
+
+    def parse_args(self, words=None):
+        assert not self.allow_abbrev
+        parse(self, words)
+        raise Parsed
+
+    make = parser.__init__
+
+    def in_full(self, *arguments, **settings):
+        make(self, *arguments, **{**settings, "allow_abbrev": False})
+
+    monkeypatch.setattr(parser, "parse_args", parse_args)
+    monkeypatch.setattr(parser, "__init__", in_full)
 
 
 @pytest.mark.parametrize("words", commands())
@@ -121,20 +154,33 @@ def test_commands_that_are_shown_are_understood(words, monkeypatch):
     if not parses(script):  # it would run
         assert not words[1:]
         return
-    parser = argparse.ArgumentParser
-    parse = parser.parse_args
-
-    def parse_and_end(self):
-        parse(self)
-        raise Parsed
-
-    monkeypatch.setattr(parser, "parse_args", parse_and_end)
-    in_full = functools.partialmethod(parser.__init__, allow_abbrev=False)
-    monkeypatch.setattr(parser, "__init__", in_full)
+    parse_and_end(monkeypatch)
     monkeypatch.setattr("sys.argv", words)
     monkeypatch.syspath_prepend(script.parent)
     with pytest.raises(Parsed):
         runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.mark.parametrize("words", console_commands())
+def test_console_commands_that_are_shown_are_understood(words, monkeypatch):
+    parse_and_end(monkeypatch)
+    with pytest.raises(Parsed):
+        main(words)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_console_command_has_a_section_and_its_help_an_example_that_works(
+    name, monkeypatch, capsys
+):
+    page = ROOT / "docs" / "reference" / "command_line.md"
+    section = page.read_text("utf-8").partition(f"\n## {name}\n")[2].split("\n## ")[0]
+    assert f"\npml-tacl {name} " in section
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    example = capsys.readouterr().out.partition("\nexample: pml-tacl ")[2]
+    parse_and_end(monkeypatch)
+    with pytest.raises(Parsed):
+        main(shlex.split(example))
 
 
 def test_commands_are_found_where_they_stand():

@@ -1,13 +1,14 @@
 """train_folder.py and search.py, run as a user runs them."""
 
 import importlib.util
+import io
 import json
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +45,10 @@ def run_example(name, *arguments):
 
 def failure(name, *arguments):
     """The line that the example ends with."""
-    with pytest.raises(SystemExit) as stop:
+    said = io.StringIO()
+    with redirect_stderr(said), pytest.raises(SystemExit) as stop:
         run_example(name, *arguments)
-    return stop.value.code
+    return said.getvalue().strip() if stop.value.code == 2 else stop.value.code
 
 
 def in_a_process(name, *arguments, **environment):

@@ -70,8 +70,8 @@ def test_each_known_setting_is_explained(name, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--epochs=0"], "argument --epochs: must be a whole number of at least 1, got 0"),
-        (["--epochs=two"], "argument --epochs: must be a whole number of at least 1, got two"),
+        (["--epochs=-1"], "argument --epochs: must be a whole number of at least 0, got -1"),
+        (["--epochs=two"], "argument --epochs: must be a whole number of at least 0, got two"),
         (
             ["--image-size=-3"],
             "argument --image-size: must be a whole number of at least 1, got -3",
@@ -96,8 +96,8 @@ def test_each_known_setting_is_explained(name, capsys):
 def test_what_is_refused_ends_in_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop, runs.one_line_errors():
         parse(*arguments)
-    assert stop.value.code == f"error: {message} (flags: --help)"
-    assert capsys.readouterr() == ("", "")
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("", f"error: {message} (flags: --help)\n")
 
 
 def test_settings_are_what_a_run_is_begun_with(tmp_path, monkeypatch):

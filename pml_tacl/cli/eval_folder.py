@@ -16,6 +16,7 @@ def images_to_test_on(
     folder: str | Path,
     trained_on: ImageFiles | None = None,
     transform: Callable[[Image.Image], Any] | None = None,
+    progress: bool = True,
 ) -> ImageFiles:
     """Read a folder whose sub-folders are classes, and print how many classes and images it holds.
 
@@ -23,6 +24,7 @@ def images_to_test_on(
         folder: with a sub-folder for each class.
         trained_on: the training images, which must not be the same.
         transform: applied to the PIL RGB image.
+        progress: show a bar while the images are checked.
 
     Returns:
         The images, with labels.
@@ -32,7 +34,7 @@ def images_to_test_on(
             two classes, no class with two images, or none that is not trained on; and as of
             :class:`pml_tacl.datasets.ImageFiles`.
     """
-    images = ImageFiles(folder, labels="folder", transform=transform)
+    images = ImageFiles(folder, labels="folder", transform=transform, progress=progress)
     where = f"eval_folder={str(folder)!r}"
     sizes = np.bincount(images.labels)
     if len(sizes) < 2:

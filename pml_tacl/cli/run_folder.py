@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pml_tacl.cli.flags import by_flags
 from pml_tacl.utils.errors import InputError, PmlTaclError
 from pml_tacl.utils.files import write_json
 from pml_tacl.utils.plain import as_json
@@ -247,4 +248,4 @@ def one_line_errors() -> Iterator[None]:
         text = str(error)
         if "\nOriginal Traceback" in text:  # from a DataLoader's worker: what was raised there
             text = text.strip().rsplit("\n", 1)[-1].partition(": ")[2]
-        sys.exit(f"error: {' '.join(text.split())}")
+        sys.exit(f"error: {by_flags(' '.join(text.split()))}")

@@ -45,6 +45,7 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_every": 1000,
     "strict": False,
     "workers": 2,
+    "device": None,
     "seed": 0,
 }
 
@@ -62,15 +63,24 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     parser = flags.training_parser(__doc__, SETTINGS)
     if program is not None:
         parser.prog = program
-    parser.add_argument("images", type=Path, nargs="?", help="folder of images")
-    parser.add_argument("--eval-folder", type=Path, help="to test on: its subfolders are classes")
+    parser.usage = "%(prog)s FOLDER [flags]"
+    parser.epilog = f"example: {parser.prog} photos --backbone resnet50 --run runs/photos"
+    parser.add_argument("images", type=Path, nargs="?", metavar="FOLDER", help="folder of images")
+    parser.add_argument(
+        "--eval-folder",
+        type=Path,
+        metavar="DIR",
+        help="to test on: its subfolders are classes; left out: no test",
+    )
+    flags.add_quiet(parser.more)
     args = parser.parse_args(arguments)
     if args.resume:  # the run knows its settings; what is given here is newer
         parser.set_defaults(**_settings_of_run(Path(args.run), set(vars(args))))
         args = parser.parse_args(arguments)
     if args.images is None:
         parser.error("the folder of images is missing: give it first")
-    train(args)
+    with flags.output(args.quiet):
+        train(args)
 
 
 def train(args: Any) -> None:
@@ -79,7 +89,8 @@ def train(args: Any) -> None:
     begin = {"resume": args.resume, "overwrite": args.overwrite}
     run = TrainingRun(args.run, apart_from=[args.images, args.eval_folder], **begin)
     runs.seed_everything(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bars = not args.quiet
     scratch = args.weights is False
     rule = SCRATCH if scratch else PRETRAINED
     frozen = rule.freeze_batchnorm if args.freeze_batchnorm is None else args.freeze_batchnorm
@@ -96,9 +107,12 @@ def train(args: Any) -> None:
     size = (args.image_size,) * 2 if args.image_size else model.data_config["input_size"][1:]
     plain = model.transform(image_size=size)
     views = SiameseTransform.for_model(model, size)
-    images = on_first(lambda: ImageFiles(args.images, strict=args.strict), "reading the images")
+    images = on_first(
+        lambda: ImageFiles(args.images, strict=args.strict, progress=bars), "reading the images"
+    )
     labelled = args.eval_folder and on_first(
-        lambda: images_to_test_on(args.eval_folder, images, plain), "reading the test"
+        lambda: images_to_test_on(args.eval_folder, images, plain, progress=bars),
+        "reading the test",
     )
     count = len(images)
     epochs = recipe.epochs(count) if args.epochs is None else args.epochs
@@ -119,7 +133,9 @@ def train(args: Any) -> None:
             config[name] = on_first(digest, "reading the images")
 
     def measure(epoch: int) -> dict[str, float]:
-        return evaluate_together(model, labelled, num_workers=args.workers) if labelled else {}
+        if not labelled:
+            return {}
+        return evaluate_together(model, labelled, num_workers=args.workers, progress=bars)
 
     if epochs:
         groups = model.parameter_groups(rate, head_lr=recipe.head_rate * rate)
@@ -138,6 +154,7 @@ def train(args: Any) -> None:
             guard=args.guard,
             checkpoint_every=args.checkpoint_every,
             dataloader_num_workers=args.workers,
+            progress=bars,
         )
         steps = epochs * trainer.iterations_per_epoch
         trainer.lr_schedulers[defaults.SCHEDULE] = defaults.default_schedule(optimizer, steps)
@@ -146,13 +163,13 @@ def train(args: Any) -> None:
         trained_start = torch.utils.data.DataLoader(
             seen, 64, shuffle=True, num_workers=args.workers
         )
-        model.fit_projection(trained_start, progress=is_first())
+        model.fit_projection(trained_start, progress=is_first() and bars)
     run.open(config, free=("epochs", "warmup_epochs", "images", "eval_folder", "weights"))
     if epochs:
         rows = run.train(trainer, epochs, measure)
     else:
-        rows = run.fit(model, seen, measure, num_workers=args.workers)
-    found = embed_together(model, seen, num_workers=args.workers)
+        rows = run.fit(model, seen, measure, num_workers=args.workers, progress=bars)
+    found = embed_together(model, seen, num_workers=args.workers, progress=bars)
     if is_first():
         assert found is not None
         PictureIndex(found[0], images.names, images.root).save(run.folder)

@@ -198,6 +198,8 @@ class TrainingRun:
         test: Callable[[int], Metrics] | None = None,
         *,
         num_workers: int = 0,
+        progress: bool = True,
+        fitted: bool = False,
     ) -> Rows:
         """Fit the projection to images and write the model: a run without training.
 
@@ -206,6 +208,8 @@ class TrainingRun:
             dataset: items (image as the model takes it, anything).
             test: as of :meth:`train`, called with 0.
             num_workers: processes that read the images.
+            progress: show a bar.
+            fitted: leave the projection as it is.
 
         Returns:
             "before" and "after", which are the same.
@@ -215,7 +219,8 @@ class TrainingRun:
         """
         if self._config is None:
             raise RuntimeError("a run must be open to be written: call open(config) before")
-        fit_to(model, dataset, num_workers, progress=is_first())
+        if not fitted:
+            fit_to(model, dataset, num_workers, progress=progress and is_first())
         metrics = {} if test is None else _as_metrics(test(0), 0)
         rows: Rows = {"before": metrics, "after": metrics}
 

@@ -1,0 +1,137 @@
+"""Find groups of images that are nearly the same, by their embeddings."""
+
+import csv
+import io
+import json
+from argparse import ArgumentTypeError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pml_tacl.cli import flags
+from pml_tacl.cli.embed import embed_folder
+from pml_tacl.cli.models import load_model
+from pml_tacl.cli.search import thumbnail, write_gallery
+from pml_tacl.duplicates import Group, find_duplicates
+from pml_tacl.search import PictureIndex
+from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.files import written_whole
+
+SHOWN = 20  # groups in the gallery
+MEMBERS = 16  # of each in it, at most
+PRINTED = 10  # groups
+
+
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Run the command: print a summary, and write a table and a gallery.
+
+    Args:
+        arguments: of the command line; None takes the process's own.
+        program: its name in messages.
+    """
+    parser = flags.Parser(str(__doc__), None, program)
+    parser.epilog = f"example: {parser.prog} runs/photos --threshold 0.97"
+    parser.add_argument(
+        "folder", type=Path, metavar="RUN_OR_FOLDER", help="an indexed run, or a folder of images"
+    )
+    parser.add_argument(
+        "--threshold", type=_threshold, default=0.95, metavar="X",
+        help="cosine similarity from which two images are joined",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="for duplicates.csv and duplicates.png; left out: RUN/duplicates, or none",
+    )  # fmt: skip
+    flags.add_model(parser, default="resnet50")
+    flags.add_common(parser, json=True)
+    args = parser.parse_args(arguments)
+    with flags.output(args.quiet, args.json) as results:
+        _duplicates(args, results)
+
+
+def _duplicates(args: Any, results: Any) -> None:
+    folder: Path = args.folder
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: give a run, or a folder of images")
+    is_run = (folder / "run.json").is_file()
+    if is_run:
+        index = PictureIndex.load(folder)
+        embeddings: Any = index.embeddings
+    else:
+        loaded = load_model(args.model, args.weights, args.image_size, args.device)
+        images, embeddings = embed_folder(
+            loaded, folder, num_workers=args.workers, progress=not args.quiet
+        )
+        index = PictureIndex(embeddings, images.names, images.root)
+    groups = find_duplicates(embeddings, args.threshold)
+    listed = [
+        [
+            {"file": index.files[row], "similarity": round(float(value), 6)}
+            for row, value in zip(group.rows, group.similarities, strict=True)
+        ]
+        for group in groups
+    ]
+    inside = sum(map(len, listed))
+    if args.json:
+        made = {"root": str(index.root), "threshold": args.threshold, "groups": listed}
+        print(json.dumps(made, indent=1), file=results)
+    else:
+        print(
+            f"{len(groups)} groups of near-duplicates, {inside} of {len(index)} images, "
+            f"similarity of {args.threshold:g} or more",
+            file=results,
+        )
+        for number, group in enumerate(listed[:PRINTED], 1):
+            names = ", ".join(image["file"] for image in group[:4])
+            more = f", and {len(group) - 4} more" if len(group) > 4 else ""
+            print(f"{number:4}  {len(group):4} images  {names}{more}", file=results)
+        if len(groups) > PRINTED:
+            print(f"      and {len(groups) - PRINTED} more groups", file=results)
+    out = args.out or (folder / "duplicates" if is_run and not args.json else None)
+    if out is not None:
+        write_groups(out, index, groups)
+        print(f"table and gallery: {out}")
+
+
+def write_groups(out: str | Path, index: PictureIndex, groups: Sequence[Group]) -> None:
+    """Write ``duplicates.csv`` (group, file, similarity), and ``duplicates.png`` of the first.
+
+    Args:
+        out: a folder, which is made if need be.
+        index: whose rows the groups are of.
+        groups: of :func:`pml_tacl.duplicates.find_duplicates`.
+    """
+    out = Path(out)
+    with written_whole(out / "duplicates.csv") as file:
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        writer = csv.writer(text)
+        writer.writerow(["group", "file", "similarity"])
+        for number, group in enumerate(groups, 1):
+            for row, value in zip(group.rows, group.similarities, strict=True):
+                writer.writerow([number, index.files[row], f"{value:.6f}"])
+        text.flush()
+        text.detach()
+    shown = []
+    for group in groups[:SHOWN]:
+        try:
+            shown.append((group, thumbnail(index.paths(group.rows[:1])[0])))
+        except OSError:  # gone since it was indexed
+            continue
+    if shown:
+        write_gallery(
+            index,
+            [first for _, first in shown],
+            [group.rows[1:MEMBERS] for group, _ in shown],
+            [group.similarities[1:MEMBERS] for group, _ in shown],
+            out / "duplicates.png",
+        )
+
+
+def _threshold(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 1:
+        raise ArgumentTypeError(f"must be a number above 0 and at most 1, got {text}")
+    return value

@@ -1,0 +1,123 @@
+"""Embed a folder of images, by a run's model or by one of timm, without training."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pml_tacl.cli import flags
+from pml_tacl.cli.models import Loaded, load_model
+from pml_tacl.datasets import ImageFiles
+from pml_tacl.evaluation import embed
+from pml_tacl.trainers.fitting import fit_to
+from pml_tacl.utils.errors import InputError, MissingPackageError
+from pml_tacl.utils.files import write_json, written_whole
+
+ENDINGS = (".npy", ".csv", ".parquet")
+
+
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Run the command.
+
+    Args:
+        arguments: of the command line; None takes the process's own.
+        program: its name in messages.
+    """
+    parser = flags.Parser(str(__doc__), None, program)
+    parser.epilog = f"example: {parser.prog} photos --model resnet50 --out photos.npy"
+    parser.add_argument("images", type=Path, metavar="FOLDER", help="folder of images")
+    flags.add_model(parser)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE",
+        help=".npy (names in FILE.names.json beside it), .csv or .parquet (needs pyarrow)",
+    )  # fmt: skip
+    flags.add_common(parser)
+    args = parser.parse_args(arguments)
+    if args.out.suffix.lower() not in ENDINGS:
+        parser.error(f"argument --out: must end with .npy, .csv or .parquet, got {args.out}")
+    if args.out.suffix.lower() == ".parquet":
+        _pyarrow()  # better missed now than after hours
+    with flags.output(args.quiet):
+        loaded = load_model(args.model, args.weights, args.image_size, args.device)
+        images, embeddings = embed_folder(
+            loaded, args.images, num_workers=args.workers, progress=not args.quiet
+        )
+        write_embeddings(args.out, images.names, embeddings)
+        print(f"{len(images)} images, {embeddings.shape[1]} numbers each: {args.out}")
+
+
+def embed_folder(
+    loaded: Loaded, folder: str | Path, *, num_workers: int = 0, progress: bool = True
+) -> tuple[ImageFiles, Tensor]:
+    """Embed the images of a folder; the projection of a timm model is fitted to them.
+
+    Args:
+        loaded: of :func:`pml_tacl.cli.models.load_model`.
+        folder: of images.
+        num_workers: processes that read images.
+        progress: show bars.
+
+    Returns:
+        The images, and unit embeddings (N, D) in their order.
+
+    Raises:
+        InputError: if the folder holds no readable image.
+    """
+    images = ImageFiles(folder, transform=loaded.transform, progress=progress)
+    if not loaded.of_run:
+        fit_to(loaded.model, images, num_workers, progress=progress)
+    return images, embed(loaded.model, images, num_workers=num_workers, progress=progress)[0]
+
+
+def write_embeddings(path: str | Path, names: Sequence[str], embeddings: Tensor) -> None:
+    """Write embeddings with the names of their images.
+
+    Args:
+        path: ends with ``.npy`` (float32 (N, D), and the names as a JSON list in
+            ``<stem>.names.json`` beside it), ``.csv`` (columns name, 0, 1, ...) or ``.parquet``
+            (columns name and embedding, a list of float32).
+        names: N of them.
+        embeddings: (N, D).
+
+    Raises:
+        InputError: for another ending.
+        MissingPackageError: for ``.parquet`` without pyarrow.
+    """
+    path, rows = Path(path), embeddings.numpy()
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        raise InputError(f"path must end with .npy, .csv or .parquet, got {str(path)!r}")
+    if ending == ".npy":
+        write_json(path.with_suffix(".names.json"), list(names))
+        with written_whole(path) as file:
+            np.save(file, rows)
+    elif ending == ".csv":
+        with written_whole(path) as file:
+            text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+            writer = csv.writer(text)
+            writer.writerow(["name", *range(rows.shape[1])])
+            writer.writerows([name, *row] for name, row in zip(names, rows.tolist(), strict=True))
+            text.flush()
+            text.detach()
+    else:
+        arrow, parquet = _pyarrow()
+        values = arrow.FixedSizeListArray.from_arrays(rows.reshape(-1), rows.shape[1])
+        shown = [name.encode("utf-8", "backslashreplace").decode() for name in names]
+        table = arrow.table({"name": shown, "embedding": values})
+        with written_whole(path) as file:
+            parquet.write_table(table, file)
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingPackageError(
+            ".parquet needs pyarrow: pip install pyarrow, or give --out a .npy or .csv"
+        ) from error
+    return pyarrow, pyarrow.parquet

@@ -1,0 +1,93 @@
+"""Measure how well a run's model retrieves images of the same class."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pml_tacl.cli import flags
+from pml_tacl.cli.eval_folder import images_to_test_on
+from pml_tacl.cli.models import Loaded, load_model
+from pml_tacl.cli.run_folder import metrics_table
+from pml_tacl.datasets import ImageFiles
+from pml_tacl.evaluation import evaluate
+from pml_tacl.utils.errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Run the command: print a table of metrics in per cent.
+
+    Args:
+        arguments: of the command line; None takes the process's own.
+        program: its name in messages.
+    """
+    parser = flags.Parser(str(__doc__), None, program)
+    parser.epilog = f"example: {parser.prog} runs/photos labelled --json"
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="folder of a run")
+    add("images", type=Path, metavar="LABELLED_FOLDER", help="its sub-folders are classes")
+    add("--reference", type=Path, metavar="DIR",
+        help="labelled images to search in; left out: the same images")  # fmt: skip
+    flags.add_common(parser, json=True)
+    args = parser.parse_args(arguments)
+    if not args.run.is_dir():
+        raise InputError(f"{args.run} is no folder: give the folder of a run")
+    with flags.output(args.quiet, args.json) as results:
+        loaded = load_model(args.run, device=args.device)
+        metrics = evaluate_folder(
+            loaded, args.images, args.reference, num_workers=args.workers, progress=not args.quiet
+        )
+        if args.json:
+            print(json.dumps(metrics, indent=1), file=results)
+        else:
+            print(f"{metrics_table({str(args.run): metrics})}\n\nper cent", file=results)
+
+
+def evaluate_folder(
+    loaded: Loaded,
+    folder: str | Path,
+    reference: str | Path | None = None,
+    *,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Measure retrieval on a folder whose sub-folders are classes.
+
+    Args:
+        loaded: of :func:`pml_tacl.cli.models.load_model`.
+        folder: of the queries.
+        reference: of the images to search in; classes are matched by their names. None searches
+            in the same images, each without itself.
+        num_workers: processes that read images.
+        progress: show bars.
+
+    Returns:
+        Value in [0, 1] by name of metric.
+
+    Raises:
+        InputError: if retrieval cannot be measured on them.
+    """
+    settings: dict[str, Any] = {"num_workers": num_workers, "progress": progress}
+    if reference is None:
+        images = images_to_test_on(folder, transform=loaded.transform, progress=progress)
+        return evaluate(loaded.model, images, **settings)
+    images, others = (
+        ImageFiles(one, labels="folder", transform=loaded.transform, progress=progress)
+        for one in (folder, reference)
+    )
+    common = set(images.classes) & set(others.classes)
+    if not common:
+        raise InputError(
+            f"reference={str(reference)!r} has no sub-folder of a name that {str(folder)!r} has: "
+            "name the same class the same in both"
+        )
+    names = sorted({*images.classes, *others.classes})
+    for one in (images, others):
+        own = np.searchsorted(names, one.classes)
+        one.labels, one.classes = own[one.labels].astype(np.int64), names
+    print(
+        f"searching {len(others)} images for {len(images)} queries, {len(common)} classes in common"
+    )
+    return evaluate(loaded.model, images, reference=others, **settings)

@@ -1,0 +1,89 @@
+"""Write a run's model as ONNX, for any number of images."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pml_tacl.cli import flags
+from pml_tacl.cli.models import Loaded, load_model
+from pml_tacl.utils.errors import InputError, MissingPackageError
+from pml_tacl.utils.files import write_json
+
+OPSET = 20
+
+
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Run the command.
+
+    Args:
+        arguments: of the command line; None takes the process's own.
+        program: its name in messages.
+    """
+    parser = flags.Parser(str(__doc__), None, program)
+    parser.epilog = f"example: {parser.prog} runs/photos --onnx photos.onnx"
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--onnx", type=Path, required=True, metavar="FILE", help="the file")
+    flags.add_quiet(parser)
+    flags.add_debug(parser)
+    args = parser.parse_args(arguments)
+    if not args.run.is_dir():
+        raise InputError(f"{args.run} is no folder: give the folder of a run")
+    with flags.output(args.quiet):
+        loaded = load_model(args.run, device=torch.device("cpu"))
+        export_onnx(loaded, args.onnx)
+        height, width = loaded.image_size
+        print(
+            f"{args.onnx}: images (n, 3, {height}, {width}) -> embeddings; how images are prepared "
+            f"is in {args.onnx.with_suffix('.json')}"
+        )
+
+
+def export_onnx(loaded: Loaded, path: str | Path) -> None:
+    """Write a model as ONNX: ``images`` (n, C, H, W) float32 -> ``embeddings`` (n, D).
+
+    A JSON file of the same stem says how images are prepared: size, mean, std, and so on.
+
+    Args:
+        loaded: of :func:`pml_tacl.cli.models.load_model`, on the CPU.
+        path: of the file; its folder is made if need be.
+
+    Raises:
+        MissingPackageError: without onnx or onnxscript.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError(
+            "--onnx needs onnx and onnxscript: pip install onnx onnxscript"
+        ) from error
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = loaded.model.data_config
+    # Of another number than 1, which the exporter would take for a constant.
+    images = torch.zeros(2, int(config["input_size"][0]), *loaded.image_size)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the exporter, about its own parts
+        torch.onnx.export(
+            loaded.model.to(memory_format=torch.contiguous_format).eval(),
+            (images,),
+            path,
+            dynamo=True,
+            external_data=False,
+            opset_version=OPSET,
+            dynamic_shapes=({0: torch.export.Dim("n", min=1, max=4096)},),
+            input_names=["images"],
+            output_names=["embeddings"],
+            verbose=False,
+        )
+    write_json(
+        path.with_suffix(".json"),
+        {"input_size": [int(config["input_size"][0]), *loaded.image_size]}
+        | {
+            name: config[name] for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        },
+    )

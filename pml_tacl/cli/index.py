@@ -1,0 +1,54 @@
+"""Index a folder of images for a search, by a run's model or by one of timm, without training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pml_tacl.cli import flags
+from pml_tacl.cli.models import load_model
+from pml_tacl.cli.training_run import TrainingRun
+from pml_tacl.datasets import ImageFiles
+from pml_tacl.evaluation import embed
+from pml_tacl.search import PictureIndex
+
+
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Run the command: write the folder of a run that `search` and `report` read.
+
+    Args:
+        arguments: of the command line; None takes the process's own.
+        program: its name in messages.
+    """
+    parser = flags.Parser(str(__doc__), None, program)
+    parser.epilog = f"example: {parser.prog} photos --model resnet50 --run runs/index"
+    parser.add_argument("images", type=Path, metavar="FOLDER", help="folder of images")
+    flags.add_model(parser)
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/index"), metavar="DIR", help="folder for the index"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    flags.add_common(parser)
+    args = parser.parse_args(arguments)
+    with flags.output(args.quiet):
+        _index(args)
+
+
+def _index(args: Any) -> None:
+    run = TrainingRun(args.run, overwrite=args.overwrite, apart_from=[args.images])
+    settings = {"num_workers": args.workers, "progress": not args.quiet}
+    loaded = load_model(args.model, args.weights, args.image_size, args.device)
+    images = ImageFiles(args.images, transform=loaded.transform, progress=not args.quiet)
+    run.open(
+        {
+            "images": str(args.images.resolve()),
+            "backbone": str(args.model),
+            "weights": args.weights,
+            "image_size": loaded.image_size,
+            "epochs": 0,
+        }
+    )
+    run.fit(loaded.model, images, fitted=loaded.of_run, **settings)
+    embeddings, _ = embed(loaded.model, images, **settings)
+    PictureIndex(embeddings, images.names, images.root).save(run.folder)
+    run.draw(loaded.model, images, embeddings)
+    print(f"{len(images)} images indexed in {args.run}")

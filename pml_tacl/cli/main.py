@@ -1,0 +1,65 @@
+"""The console command `pml-tacl`: hand over to a sub-command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from pml_tacl import __version__
+from pml_tacl.cli.flags import Parser
+
+COMMANDS = {
+    "train": "train an embedding on a folder of images, and index them",
+    "embed": "write the embeddings of a folder of images",
+    "index": "index a folder of images without training",
+    "search": "find the images that are most like an image; follow a folder",
+    "duplicates": "find groups of images that are nearly the same",
+    "evaluate": "measure retrieval on labelled images",
+    "report": "write one HTML page of a run",
+    "export": "write a run's model as ONNX",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `pml-tacl`.
+
+    It ends with exit code 0, 1 for an error (one line on standard error), 2 for wrong usage, or
+    130 after Ctrl-C.
+
+    Args:
+        arguments: of the command line, the sub-command first; None takes the process's own.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] not in COMMANDS:
+        _parser().parse_args(words)
+    name, *rest = words
+    try:
+        # Not before it is known which is wanted: torch takes seconds to load.
+        command = import_module(f"pml_tacl.cli.{name}")
+        from pml_tacl.cli.run_folder import one_line_errors
+        from pml_tacl.distributed.session import session
+
+        with session(), one_line_errors():
+            command.main(rest, program=f"pml-tacl {name}")
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        "Image embeddings without labels: train, search, find duplicates.",
+        "pml-tacl train photos --run runs/photos",
+        "pml-tacl",
+    )
+    parser.usage = "pml-tacl COMMAND ... [flags]"
+    parser.add_argument("--version", action="version", version=f"pml_tacl {__version__}")
+    commands = parser.add_subparsers(
+        title="commands (pml-tacl COMMAND --help)",
+        metavar="COMMAND",
+        required=True,
+        parser_class=argparse.ArgumentParser,
+    )
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text)
+    return parser

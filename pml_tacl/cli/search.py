@@ -1,0 +1,187 @@
+"""Find the images of an indexed folder that are most like an image, or like each of several."""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pml_tacl.cli import flags
+from pml_tacl.cli.models import load_model
+from pml_tacl.cli.queries import PictureList, query_paths
+from pml_tacl.datasets.image_files import load_rgb
+from pml_tacl.evaluation import embed
+from pml_tacl.models import AttentionEmbedder
+from pml_tacl.search import PictureIndex
+from pml_tacl.utils.errors import InputError
+
+SHOWN = 20  # queries in the gallery
+NEIGHBOURS = 40  # of each query in it, at most
+SIDE = 224  # pixels of an image in it, at most
+
+
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Run the command: print a table and write one gallery.
+
+    Args:
+        arguments: of the command line; None takes the process's own.
+        program: its name in messages.
+    """
+    parser = flags.Parser(str(__doc__), None, program)
+    parser.epilog = f"example: {parser.prog} runs/photos new.jpg -k 20"
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="folder of a run that has ended")
+    add("queries", nargs="*", metavar="QUERY", help="images, folders of them, or - (a pipe)")
+    add("-k", type=flags.at_least(1), default=8, metavar="N", help="images to find for each")
+    add("--folder", metavar="DIR", help="find only below this sub-folder of the indexed images")
+    add("--update", action="store_true", help="first index what is new, changed or deleted")
+    add("--out", type=Path, metavar="FILE", help="the gallery; left out: RUN/search.png, or none")
+    add("--images", type=Path, metavar="DIR", help="where the indexed images are, if moved")
+    flags.add_common(parser, json=True)
+    args = parser.parse_args(arguments)
+    if not args.queries and not args.update:
+        parser.error("there is nothing to do: give a QUERY, or --update")
+    if args.out is not None and args.out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        parser.error(f"argument --out: must end with .png, .svg or .pdf, got {args.out}")
+    with flags.output(args.quiet, args.json) as results:
+        _search(args, results)
+
+
+def update_index(
+    index: PictureIndex,
+    model: AttentionEmbedder,
+    transform: Callable[[Image.Image], Any],
+    *,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> dict[str, int]:
+    """Make an index follow its folder; images that cannot be read are left out, with a warning.
+
+    Args:
+        index: changed here, not on the disk.
+        model: that made the index.
+        transform: from a PIL image to what the model takes.
+        num_workers: processes that read images.
+        progress: show a bar.
+
+    Returns:
+        How many images were ``embedded`` and ``removed``, and how many are ``indexed`` now.
+    """
+    added, changed, removed = index.changes()
+    paths = [index.root / file for file in (*added, *changed)]
+    images = PictureList(paths, transform, strict=False)
+    if len(images):
+        embeddings, _ = embed(model, images, num_workers=num_workers, progress=progress)
+        index.add(embeddings, [path.relative_to(index.root).as_posix() for path in images.paths])
+    read = set(images.paths)
+    index.remove([*removed, *(file for file in changed if index.root / file not in read)])
+    return {"embedded": len(images), "removed": len(removed), "indexed": len(index)}
+
+
+def _search(args: Any, results: Any) -> None:
+    index = PictureIndex.load(args.run)
+    index.root = args.images.absolute() if args.images else index.root
+    if not index.root.is_dir():
+        raise InputError(f"the indexed images are not in {index.root}: give --images FOLDER")
+    loaded = load_model(args.run, device=args.device)
+    settings = {"num_workers": args.workers, "progress": not args.quiet}
+    made: dict[str, Any] = {}
+    if args.update:
+        made["update"] = done = update_index(index, loaded.model, loaded.transform, **settings)
+        index.save(args.run)
+        print(
+            f"{done['embedded']} images embedded, {done['removed']} taken out, "
+            f"{done['indexed']} in the index"
+        )
+    if args.queries:
+        with tempfile.TemporaryDirectory() as scratch:
+            asked = [
+                path
+                for query in args.queries
+                for path in query_paths(query, sys.stdin.buffer, Path(scratch))
+            ]
+            embeddings, _ = embed(loaded.model, PictureList(asked, loaded.transform), **settings)
+            shown = [thumbnail(path) for path in asked[:SHOWN]]
+        similarities, rows = index.search(embeddings, args.k, folder=args.folder)
+        found = [
+            [
+                {"file": index.files[row], "similarity": round(float(value), 6)}
+                for value, row in zip(*pair, strict=True)
+            ]
+            for pair in zip(similarities, rows, strict=True)
+        ]
+        made["root"] = str(index.root)
+        made["queries"] = [
+            {"query": str(query), "found": images}
+            for query, images in zip(asked, found, strict=True)
+        ]
+        if not args.json:
+            for query, images in zip(asked, found, strict=True):
+                print(f"{query}\n{'rank':>4}  similarity  image", file=results)
+                for rank, image in enumerate(images, 1):
+                    print(f"{rank:4}  {image['similarity']:10.4f}  {image['file']}", file=results)
+    if args.json:
+        print(json.dumps(made, indent=1), file=results)
+    if args.queries and (args.out or not args.json):
+        out = args.out or args.run / "search.png"
+        rows, similarities = rows[:SHOWN, :NEIGHBOURS], similarities[:SHOWN, :NEIGHBOURS]
+        gone = write_gallery(index, shown, rows, similarities, out)
+        print(f"gallery of {min(SHOWN, len(asked))} of {len(asked)} queries: {out}")
+        if gone:
+            first, more = min(gone), len(gone) - 1
+            named = f"{first} and {more} more are" if more else f"{first} is"
+            print(f"{named} indexed and can no longer be read: give --update", file=sys.stderr)
+
+
+def write_gallery(
+    index: PictureIndex,
+    queries: Sequence[Image.Image],
+    rows: Sequence[Sequence[int]] | Any,
+    similarities: Sequence[Sequence[float]] | Any,
+    out: Path,
+) -> set[Path]:
+    """Draw images beside the rows of an index that were found for them.
+
+    Args:
+        index: of the images found.
+        queries: Q images.
+        rows: for each query, rows of the index; their counts may differ.
+        similarities: as many, written below the images.
+        out: a .png, .svg or .pdf.
+
+    Returns:
+        Indexed images that can no longer be read, and are grey in the gallery.
+    """
+    from pml_tacl import visualize as vis
+
+    gone: set[Path] = set()
+    figure = vis.retrieval_gallery(
+        queries,
+        [_thumbnails(index.paths(found), gone) for found in rows],
+        distances=similarities,
+        captions=[[index.files[row] for row in found] for found in rows],
+    )
+    vis.save_figure(figure, out)
+    return gone
+
+
+def thumbnail(path: Path) -> Image.Image:
+    """Return a small version of an image."""
+    image = load_rgb(path)
+    image.thumbnail((SIDE, SIDE))
+    return image
+
+
+def _thumbnails(paths: list[Path], gone: set[Path]) -> list[Image.Image]:
+    """Of indexed images: grey, and added to ``gone``, where one can no longer be read."""
+    images = []
+    for path in paths:
+        try:
+            images.append(thumbnail(path))
+        except OSError:
+            gone.add(path)
+            images.append(Image.new("RGB", (SIDE, SIDE), "grey"))
+    return images

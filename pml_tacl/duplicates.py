@@ -1,0 +1,91 @@
+"""Groups of images that are nearly the same, by their embeddings."""
+
+from typing import NamedTuple
+
+import faiss
+import numpy as np
+
+from pml_tacl.clustering.unit_embeddings import Embeddings, FloatArray, IntArray, UnitRows
+from pml_tacl.utils.copies import first_copies
+from pml_tacl.utils.errors import InputError
+
+_PAIRS = 2**24  # that one step can find at most, so that memory stays bounded
+_QUERIES = 1024
+_CHUNK = 16384
+_ROUNDING = 1e-6  # of a similarity in float32
+
+
+class Group(NamedTuple):
+    """Rows (M,) of images that are nearly the same, in ascending order, at least two.
+
+    ``similarities`` (M,) holds for each the highest cosine similarity to another of the group.
+    """
+
+    rows: IntArray
+    similarities: FloatArray
+
+
+def find_duplicates(embeddings: Embeddings, threshold: float = 0.95) -> list[Group]:
+    """Find groups of near-duplicates.
+
+    Two images are joined if their cosine similarity reaches the threshold; a group is all that
+    is joined directly or through others. Pairs are found by faiss in steps, so that no matrix of
+    all pairs is held. The time grows with the square of the number of different embeddings.
+
+    Args:
+        embeddings: (N, D), array or tensor on any device; L2-normalised here.
+        threshold: cosine similarity, above 0 and at most 1; 1 finds what is equal up to rounding.
+
+    Returns:
+        The groups, the largest first; of equal size, the one with the earliest row first.
+
+    Raises:
+        InputError: for another threshold, or embeddings that are NaN, infinite or zero.
+
+    Example:
+        >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]])
+        >>> [group.rows.tolist() for group in find_duplicates(rows)]
+        [[0, 2]]
+    """
+    if not 0 < threshold <= 1:
+        raise InputError(f"threshold must be above 0 and at most 1, got {threshold}")
+    rows = UnitRows("embeddings", embeddings, _CHUNK).hold()
+    firsts = first_copies(rows)
+    different = np.unique(firsts)
+    parents = _joined(rows[different], threshold - _ROUNDING)
+    group = parents[np.searchsorted(different, firsts)]
+    order = np.argsort(group, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
+    found = sorted((part for part in parts if len(part) > 1), key=lambda p: (-len(p), p[0]))
+    return [Group(part, _nearest(rows[part])) for part in found]
+
+
+def _joined(rows: FloatArray, radius: float) -> IntArray:
+    """Give each row the first row of its group."""
+    index = faiss.IndexFlatIP(rows.shape[1])
+    index.add(rows)  # type: ignore[call-arg]
+    parents = np.arange(len(rows))
+    step = max(1, min(_QUERIES, _PAIRS // len(rows)))
+    for start in range(0, len(rows), step):
+        ends, _, found = index.range_search(rows[start : start + step], radius)  # type: ignore
+        for at in np.flatnonzero(np.diff(ends.astype(np.int64)) > 1):
+            roots = _roots(parents, found[int(ends[at]) : int(ends[at + 1])])
+            roots = np.append(roots, _roots(parents, np.array([start + at])))
+            parents[roots] = roots.min()
+    return _roots(parents, np.arange(len(rows)))
+
+
+def _roots(parents: IntArray, rows: IntArray) -> IntArray:
+    while True:
+        above = parents[rows]
+        if (above == rows).all():
+            return above
+        rows = above
+
+
+def _nearest(rows: FloatArray) -> FloatArray:
+    """Give each row's highest similarity to another."""
+    index = faiss.IndexFlatIP(rows.shape[1])
+    index.add(rows)  # type: ignore[call-arg]
+    similarities, _ = index.search(rows, 2)  # type: ignore[call-arg]
+    return np.clip(similarities[:, 1], -1.0, 1.0)  # the first is the row itself, or its copy

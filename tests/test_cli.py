@@ -1,0 +1,417 @@
+"""The command pml-tacl: each sub-command as a user gives it."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pml_tacl import AttentionEmbedder
+from pml_tacl.cli.flags import by_flags
+from pml_tacl.cli.main import COMMANDS, main
+from pml_tacl.cli.search import NEIGHBOURS, SHOWN
+from pml_tacl.datasets import ImageFiles
+from pml_tacl.duplicates import find_duplicates
+from pml_tacl.evaluation import embed, evaluate
+from pml_tacl.search import PictureIndex
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parents[1]
+TIMM = ["--model=test_resnet", "--weights=none", "--image-size=32", "--workers=0", "--quiet"]
+TINY = ["--backbone=test_resnet", "--weights=none", "--image-size=32", "--embedding-dim=8"]
+TINY += ["--workers=0", "--batch-size=8", "--epochs=1", "--quiet"]
+
+
+def call(*arguments):
+    main([str(argument) for argument in arguments])
+
+
+def said(capsys, *arguments):
+    """Standard output of a command that ends well, and of one with --json what it holds."""
+    capsys.readouterr()
+    call(*arguments)
+    printed = capsys.readouterr().out
+    return json.loads(printed) if "--json" in arguments else printed
+
+
+def draw(folder, count=24, seed=0):
+    """Images in three classes, of which one in b is nearly one in a."""
+    rng = np.random.default_rng(seed)
+    for number, cells in enumerate(rng.integers(0, 256, (count, 5, 4, 3), dtype=np.uint8)):
+        path = folder / "abc"[number % 3] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(cells).resize((40, 50), Image.Resampling.BICUBIC).save(path)
+    with Image.open(folder / "a" / "00.png") as image:
+        image.save(folder / "b" / "again.jpg", quality=98)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "photos"
+    draw(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(photos):
+    folder = photos.parent / "run"
+    call("train", photos, *TINY, "--run", folder)
+    return folder
+
+
+def embedded(run, folder):
+    model = AttentionEmbedder.from_pretrained(run / "model")
+    transform = model.transform(image_size=32)
+    images = ImageFiles(folder, labels="folder", transform=transform, progress=False)
+    return model, images, embed(model, images, progress=False)[0].numpy()
+
+
+def test_train_writes_a_run_and_quiet_says_nothing(run, photos, capfd):
+    assert {"model", "index.faiss", "metrics.json"} <= {path.name for path in run.iterdir()}
+    assert len(PictureIndex.load(run)) == 25
+    call("train", photos, *TINY, "--run", run, "--resume")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_help_of_train_shows_what_matters_first(capsys):
+    with pytest.raises(SystemExit) as stop:
+        call("train", "--help")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    first, more = shown.split("\nmore:\n")
+    wanted = "run backbone weights image-size epochs eval-folder resume overwrite batch-size"
+    for name in wanted.split():
+        assert f"  --{name}" in first
+    assert "  FOLDER " in first
+    assert first.count("\n  --") == len(wanted.split())
+    for name in ("--learning-rate", "--device", "--quiet", "--debug", "--no-guard"):
+        assert name in more
+    assert first.count("\n") <= 30
+    assert "None" not in shown
+    assert "default: False" not in shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help_with_one_example(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(name, "--help")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: pml-tacl {name} ")
+    assert shown.count(f"\nexample: pml-tacl {name} ") == 1
+    assert "None" not in shown
+    assert "--debug" in shown
+    assert "--quiet" in shown
+
+
+def in_a_process(*arguments):
+    command = [sys.executable, "-m", "pml_tacl", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_is_declared_and_runs_as_a_module():
+    declared = '[project.scripts]\npml-tacl = "pml_tacl.cli.main:main"\n'
+    assert declared in (ROOT / "pyproject.toml").read_text("utf-8")
+    done = in_a_process("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for name, text in COMMANDS.items():
+        assert f"    {name}" in done.stdout
+        assert text.split(",")[0] in " ".join(done.stdout.split())
+    done = in_a_process("search", "nowhere", "x.png")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [
+        "error: nowhere holds no index.faiss: give the folder of a training that has ended"
+    ]
+
+
+def test_embed_of_a_run_is_what_its_index_holds(run, photos, tmp_path):
+    out = tmp_path / "new" / "photos.npy"
+    call("embed", photos, "--model", run, "--out", out, "--workers=0", "--quiet")
+    index = PictureIndex.load(run)
+    assert json.loads((out.parent / "photos.names.json").read_text()) == index.files
+    rows = np.load(out)
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(rows, index.embeddings, atol=1e-5)
+
+
+def test_embed_without_training_fits_the_projection(photos, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    call("embed", photos, *TIMM, "--out", tmp_path / "a.csv")
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    assert head[:2] == ["name", "0"]
+    assert [row[0] for row in rows] == ImageFiles(photos, progress=False).names
+    values = np.array([row[1:] for row in rows], dtype=np.float64)
+    np.testing.assert_allclose(np.linalg.norm(values, axis=1), 1, atol=1e-5)
+    # Centred by the fit: a raw network's embeddings all point to one side.
+    assert np.linalg.norm(values.mean(axis=0)) < 0.3
+
+
+def test_parquet_without_pyarrow_is_one_line_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    message = r"^error: \.parquet needs pyarrow: pip install pyarrow, or give --out a .npy or .csv$"
+    with pytest.raises(SystemExit, match=message):
+        call("embed", tmp_path / "nothing", *TIMM, "--out", tmp_path / "a.parquet")
+
+
+def test_parquet_holds_names_and_embeddings(run, photos, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install pyarrow")
+    out = tmp_path / "a.parquet"
+    call("embed", photos, "--model", run, "--out", out, "--workers=0", "--quiet")
+    table, index = parquet.read_table(out).to_pydict(), PictureIndex.load(run)
+    assert table["name"] == index.files
+    np.testing.assert_allclose(table["embedding"], index.embeddings, atol=1e-5)
+
+
+def test_index_by_a_run_and_by_a_timm_model(run, photos, tmp_path, capsys):
+    made = tmp_path / "by run"
+    settings = ["--workers=0", "--device=cpu"]
+    printed = said(capsys, "index", photos / "b", "--model", run, "--run", made, *settings)
+    assert f"9 images indexed in {made}" in printed
+    index = PictureIndex.load(made)
+    np.testing.assert_allclose(index.embeddings, embedded(run, photos)[2][8:17], atol=1e-5)
+    assert said(capsys, "search", made, photos / "b" / "01.png", "-k1", "--json", *settings)[
+        "queries"
+    ][0]["found"] == [{"file": "01.png", "similarity": pytest.approx(1, abs=1e-5)}]
+    call("index", photos, *TIMM, "--run", tmp_path / "by timm")
+    config = json.loads((tmp_path / "by timm" / "run.json").read_text())
+    assert (config["backbone"], config["image_size"]) == ("test_resnet", [32, 32])
+    with pytest.raises(SystemExit, match="holds another run: give --resume"):
+        call("index", photos, *TIMM, "--run", tmp_path / "by timm")
+    call("report", tmp_path / "by timm", "--points=30", "--queries=1", "--quiet")
+    assert (tmp_path / "by timm" / "report.html").stat().st_size > 10_000
+
+
+def test_search_takes_several_queries(run, photos, tmp_path, capsys):
+    asked = [photos / "a" / "00.png", photos / "c" / "02.png"]
+    found = said(capsys, "search", run, *asked, "-k", "3", "--json", "--workers=0")
+    assert found["root"] == str(photos)
+    assert [one["query"] for one in found["queries"]] == [str(path) for path in asked]
+    _, images, rows = embedded(run, photos)
+    for one, path in zip(found["queries"], asked, strict=True):
+        row = images.paths.index(path)
+        nearest = np.argsort(-rows @ rows[row])[:3]
+        assert [image["file"] for image in one["found"]] == [images.names[i] for i in nearest]
+        similarities = [image["similarity"] for image in one["found"]]
+        np.testing.assert_allclose(similarities, (rows @ rows[row])[nearest], atol=1e-5)
+    assert not (run / "search.png").exists()
+    printed = said(capsys, "search", run, *asked, "-k2", "--out", tmp_path / "a.png", "--workers=0")
+    assert printed.count("rank  similarity  image") == 2
+    assert printed.endswith(f"gallery of 2 of 2 queries: {tmp_path / 'a.png'}\n")
+    with Image.open(tmp_path / "a.png") as image:
+        assert np.asarray(image.convert("L")).std() > 20
+    assert SHOWN * NEIGHBOURS <= 1000
+
+
+def test_search_updates_without_a_query(run, photos, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "a" / "00.png").unlink()
+    shutil.copy(photos / "a" / "03.png", tmp_path / "photos" / "new.png")
+    moved = ["--images", tmp_path / "photos", "--workers=0"]
+    printed = said(capsys, "search", tmp_path / "run", "--update", *moved)
+    assert printed == "1 images embedded, 1 taken out, 25 in the index\n"
+    done = said(capsys, "search", tmp_path / "run", "--update", "--json", *moved)
+    assert done == {"update": {"embedded": 0, "removed": 0, "indexed": 25}}
+    assert PictureIndex.load(tmp_path / "run").changes() == ([], [], [])
+
+
+def groups_by_brute_force(rows, threshold):
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    linked = unit @ unit.T >= threshold
+    for _ in range(len(rows)):
+        linked = linked @ linked
+    groups = {tuple(np.flatnonzero(row).tolist()) for row in linked if row.sum() > 1}
+    return sorted(groups, key=lambda group: (-len(group), group[0]))
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6, 0.8, 0.95])
+@pytest.mark.parametrize("pairs", [2**24, 50])
+def test_groups_are_those_of_brute_force(threshold, pairs, monkeypatch):
+    monkeypatch.setattr("pml_tacl.duplicates._PAIRS", pairs)
+    rng = np.random.default_rng(int(100 * threshold))
+    rows = rng.standard_normal((40, 6))[rng.integers(0, 40, 90)] * rng.uniform(1, 5, (90, 1))
+    rows[::2] += 0.4 * rng.standard_normal((45, 6))
+    rows = rows.astype(np.float32)
+    found = find_duplicates(torch.from_numpy(rows), threshold)
+    wanted = groups_by_brute_force(rows.astype(np.float64), threshold)
+    assert len(wanted) >= 1
+    assert [tuple(group.rows.tolist()) for group in found] == wanted
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    for rows_of, similarities in found:
+        among = unit[rows_of] @ unit[rows_of].T
+        np.fill_diagonal(among, -1)
+        np.testing.assert_allclose(similarities, among.max(axis=1), atol=1e-5)
+
+
+def test_duplicates_joined_through_others_and_equal_ones():
+    angles = np.deg2rad([0, 15, 30, 120, 121, 120, 240])
+    rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    groups = [group.rows.tolist() for group in find_duplicates(rows, np.cos(np.deg2rad(16)))]
+    assert groups == [[0, 1, 2], [3, 4, 5]]
+    assert [group.rows.tolist() for group in find_duplicates(rows, 1)] == [[3, 5]]
+    assert find_duplicates(rows[:1]) == []
+    with pytest.raises(ValueError, match=r"threshold must be above 0 and at most 1, got 1\.5"):
+        find_duplicates(rows, 1.5)
+
+
+def test_duplicates_of_a_run_are_a_table_a_summary_and_a_gallery(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    printed = said(capsys, "duplicates", run, "--threshold=0.99", "--out", out)
+    assert printed.splitlines()[:2] == [
+        "1 groups of near-duplicates, 2 of 25 images, similarity of 0.99 or more",
+        "   1     2 images  a/00.png, b/again.jpg",
+    ]
+    with (out / "duplicates.csv").open(newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["group", "file", "similarity"]
+    assert [row[:2] for row in rows] == [["1", "a/00.png"], ["1", "b/again.jpg"]]
+    with Image.open(out / "duplicates.png") as image:
+        assert np.asarray(image.convert("L")).std() > 20
+    found = said(capsys, "duplicates", run, "--threshold=0.99", "--json")
+    assert [[image["file"] for image in group] for group in found["groups"]] == [
+        ["a/00.png", "b/again.jpg"]
+    ]
+
+
+def test_duplicates_of_a_folder_need_no_run(photos, tmp_path, capsys):
+    torch.manual_seed(0)
+    shutil.copytree(photos, tmp_path / "photos")
+    shutil.copy(photos / "c" / "05.png", tmp_path / "photos" / "copy.png")
+    before = sorted(tmp_path.rglob("*"))
+    found = said(capsys, "duplicates", tmp_path / "photos", *TIMM, "--json", "--threshold=0.999")
+    assert [[image["file"] for image in group] for group in found["groups"]] == [
+        ["c/05.png", "copy.png"]
+    ]
+    assert found["root"] == str(tmp_path / "photos")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_evaluate_gives_what_python_gives(run, photos, tmp_path, capsys):
+    found = said(capsys, "evaluate", run, photos, "--json", "--workers=0")
+    model, images, _ = embedded(run, photos)
+    assert found == pytest.approx(evaluate(model, images, progress=False), abs=1e-6)
+    printed = said(capsys, "evaluate", run, photos, "--workers=0")
+    assert f"{100 * found['recall_at_1']:8.1f}" in printed
+    # The same classes at other numbers, and one of the reference alone.
+    shutil.copytree(photos / "b", tmp_path / "query" / "b")
+    shutil.copytree(photos / "c", tmp_path / "query" / "c")
+    reference = ["--reference", photos, "--json", "--workers=0"]
+    assert said(capsys, "evaluate", run, tmp_path / "query", *reference)["recall_at_1"] == 1
+
+
+def test_export_gives_the_same_embeddings(run, photos, tmp_path, capsys):
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason=f"needs it: pip install {package}")
+    runtime = pytest.importorskip("onnxruntime", reason="needs it: pip install onnxruntime")
+    path = tmp_path / "made" / "model.onnx"
+    printed = said(capsys, "export", run, "--onnx", path)
+    assert "images (n, 3, 32, 32) -> embeddings" in printed
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    _, images, rows = embedded(run, photos)
+    for count in (1, 5):
+        batch = torch.stack([images[row][0] for row in range(count)]).numpy()
+        (found,) = session.run(["embeddings"], {"images": batch})
+        np.testing.assert_allclose(found, rows[:count], atol=1e-4)
+    assert json.loads(path.with_suffix(".json").read_text())["input_size"] == [3, 32, 32]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["model.json", "model.onnx"]
+
+
+def test_report_is_written_where_it_is_asked_for(run, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    printed = said(capsys, "report", run, "--out", out, "--points=30", "--queries=1")
+    assert printed.startswith(f"{out}: 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["embed", "{no}", *TIMM, "--out=a.npy"], "must be a folder of "),
+        (["embed", "{photos}", "--model=resnet51", "--weights=none", "--out=a.npy"], "'resnet51'"),
+        (["embed", "{photos}", "--model={photos}", "--out=a.npy"], "{photos} holds no model: give"),
+        (["search", "{photos}", "a.png"], "{photos} holds no index.faiss"),
+        (["search", "{run}", "{no}.png"], "{no}.png"),
+        (["search", "{run}", "--images={no}", "--update"], "give --images"),
+        (["duplicates", "{no}"], "{no} is no folder: give a run, or a folder of images"),
+        (["evaluate", "{no}", "{photos}"], "{no} is no folder: give the folder of a run"),
+        (["evaluate", "{run}", "{photos}/a"], "lie in no folder"),
+        (["evaluate", "{run}", "{photos}", "--reference={run}/.."], "--reference '{run}/..' has"),
+        (["report", "{photos}"], "{photos} is no run's folder"),
+        (["export", "{no}", "--onnx=a.onnx"], "{no} is no folder: give the folder of a run"),
+        (["train", "{photos}", *TINY, "--run={run}"], "holds another run: give --resume"),
+        (["train", "{photos}", *TINY, "--run={new}", "--eval-folder={photos}"], "--eval-folder '"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_code_1(arguments, line, run, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"photos": photos, "run": run, "no": tmp_path / "no", "new": tmp_path / "new"}
+    with pytest.raises(SystemExit) as stop:
+        call(*(argument.format(**places) for argument in arguments))
+    assert stop.value.code.startswith("error: ")
+    assert line.format(**places) in stop.value.code
+    assert "\n" not in stop.value.code
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["serve"], "argument COMMAND: invalid choice: 'serve'"),
+        (["train"], "the folder of images is missing: give it first"),
+        (["train", "x", "--epochs=-1"], "argument --epochs: must be a whole number of at least 0"),
+        (["train", "x", "--device=cuda:77"], "argument --device: 'cuda:77' is not there: give cpu"),
+        (["embed", "x", "--out=a.npy"], "the following arguments are required: --model"),
+        (["embed", "x", "--model=y", "--out=a.txt"], "--out: must end with .npy, .csv or .parquet"),
+        (["search", "x"], "there is nothing to do: give a QUERY, or --update"),
+        (["search", "x", "y", "-k0"], "argument -k: must be a whole number of at least 1, got 0"),
+        (["search", "x", "y", "--out=a.gif"], "argument --out: must end with .png, .svg or .pdf"),
+        (["duplicates", "x", "--threshold=2"], "--threshold: must be a number above 0 and at most"),
+        (["export", "x"], "the following arguments are required: --onnx"),
+        (["report", "x", "--points=0"], "argument --points: must be a whole number of at least 1"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(arguments, line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(*arguments)
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    assert printed.err.startswith("error: ")
+    assert line in printed.err
+
+
+def test_ctrl_c_ends_with_130_and_debug_shows_where(monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pml_tacl.cli.report.main", stop)
+    with pytest.raises(SystemExit) as ended:
+        call("report", "x")
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "stopped by SIGINT\n"
+    monkeypatch.setattr("sys.argv", ["pml-tacl", "duplicates", "nowhere", "--debug"])
+    with pytest.raises(ValueError, match="nowhere is no folder"):
+        main()
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("batch_size must be at least 2, got 1", "--batch-size must be at least 2, got 1"),
+        ("eval_folder='a=b' holds one class", "--eval-folder 'a=b' holds one class"),
+        ("dataset must have a length", "dataset must have a length"),
+        ("epochs are many", "epochs are many"),
+    ],
+)
+def test_messages_name_the_flag(message, line):
+    assert by_flags(message) == line
