@@ -185,7 +185,8 @@ def test_every_parameter_learns_through_timms_own_pooling(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fitted_projection(family):
+def test_a_fitted_projection(family, monkeypatch):
+    monkeypatch.setattr("pml_tacl.models.projection.CHANNELS", 8)  # quickly
     model, size, *_ = build(family)
     model.eval().fit_projection([images(size, n=10)], progress=False)
     with torch.no_grad():
