@@ -142,11 +142,13 @@ def timms_own(name, kwargs):
     """timm's model without a classifier, and its weights with one, all of them random."""
     timms = timm.create_model(name, **kwargs).eval()
     generator = torch.Generator().manual_seed(0)
-    for parameter in timms.parameters():  # a fresh LayerNorm would hide a lost scale
-        nn.init.normal_(parameter, 0.02, 0.2, generator=generator)
-    for key, buffer in timms.named_buffers():
-        if key.endswith(("running_mean", "running_var")):
-            nn.init.uniform_(buffer, 0.5, 1.5, generator=generator)
+    for module in timms.modules():  # a fresh norm would hide that it was lost
+        for name, parameter in module.named_parameters(recurse=False):
+            scale = torch.empty_like(parameter).uniform_(0.5, 1.5, generator=generator)
+            # Scales of 1e-5, as some layers have at the start, would hide the image.
+            parameter.data = scale if name.startswith("gamma") else parameter.data * scale
+            if isinstance(module, nn.LayerNorm) and name == "bias":
+                parameter.data += scale - 1
     state = {key: value.clone() for key, value in timms.state_dict().items()}
     timms.reset_classifier(0)
     return timms, state
