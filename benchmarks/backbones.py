@@ -101,8 +101,8 @@ def report(rows: list[str]) -> str:
         f"there are {DIMENSIONS} (`embedding_dim`). `feature_index` is the one taken by default: "
         "the last stage of stride 16 or finer, for a plain ViT its last block. Its maps carry "
         'attention; with `pooling="covariance"` the trunk ends there. Prefix tokens (class, '
-        "registers) are no places and are left out of the maps. Parameters are the trunk's, without "
-        "its classifier.",
+        "registers) are no places and are left out of the maps. Parameters are the trunk's, "
+        "without its classifier.",
         "",
         "| family | model | dimensions | parameters | feature_index | grid of the maps | channels "
         "| parameters, covariance |",

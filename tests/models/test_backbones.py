@@ -310,6 +310,11 @@ def test_a_model_that_reads_its_grid_off_its_data(name):
         assert model.trunk(images(size)).features.shape == (2, 32, *grid)
     out.embeddings.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    if name.endswith("_enc"):  # it has no head to pool by
+        output = model.trunk(images((96, 96)))
+        assert output.pooled is None
+        expected = F.normalize(output.features.mean((2, 3)))
+        torch.testing.assert_close(model(images((96, 96))), expected)
 
 
 def test_a_timm_too_old_for_a_model(monkeypatch):
