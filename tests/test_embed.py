@@ -99,7 +99,7 @@ def test_labels_of_two_levels(label):
         ([(X, 0, 0), (X, 1, 1)], r"\(image, label\) pairs: wrap"),
         ([{"image": X, "label": 0}], r"\(image, label\) pairs: wrap"),
         ([((X, X), 0)], "a batch of images came as list"),  # two views
-        ([("a.png", 0)], "a batch of images came as tuple"),
+        ([("a.png", 0)], "a batch of images came as list"),
     ],
 )
 def test_items_of_another_form_are_an_error(items, message):

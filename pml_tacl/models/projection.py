@@ -337,6 +337,8 @@ def _first(batches: Batches, max_images: int, progress: bool) -> Iterable[Tensor
         for batch in batches:
             images: Tensor = batch if isinstance(batch, Tensor) else batch[0]
             images = images[: max_images - seen]
+            if not len(images):
+                continue
             seen += len(images)
             bar.update(len(images))
             yield images

@@ -54,7 +54,8 @@ class Trunk(nn.Module):
             comes after them is removed from a timm model.
         own_pooling: also give `pooled`, by timm's own pooling (average, class token, attention
             pool) and the norms that belong to it. For a module that is not of timm: the mean of
-            its last maps.
+            its last maps. None for encoders of timm that have no head to pool by; an `Embedder`
+            then takes the mean of the last maps.
         **timm_kwargs: passed to `timm.create_model`: `in_chans`, `img_size`, `dynamic_img_size`,
             `output_stride`, `drop_path_rate` and so on. With a module only `in_chans` and
             `img_size`: they say what it takes, where that can not be read off it.
@@ -156,7 +157,7 @@ class Trunk(nn.Module):
         if self.stop_at_maps:
             return TrunkOutput(found[0], found[0])
         final, maps = found
-        pooled = cast(Any, self.model).forward_head(final) if self.own_pooling else None
+        pooled = self._pool(final) if self.own_pooling else None
         features = self._as_maps(final, maps[-1])
         if self.own_pooling and self._isotropic:
             # These models normalise after pooling; their cells need it to be compared.
@@ -213,6 +214,12 @@ class Trunk(nn.Module):
             )
         last = stages[index if self.stop_at_maps else -1]
         return TrunkOutput(last, stages[index], last.mean((2, 3)) if self.own_pooling else None)
+
+    def _pool(self, final: Any) -> Tensor | None:
+        try:
+            return cast(Tensor, cast(Any, self.model).forward_head(final))
+        except NotImplementedError:  # so say timm's encoders that are not for classification
+            return None
 
     def _as_maps(self, final: Any, last: Tensor) -> Tensor:
         """timm's final features, which are (N, C, H, W), (N, H, W, C) or (N, L, C), as maps."""

@@ -142,11 +142,13 @@ def timms_own(name, kwargs):
     """timm's model without a classifier, and its weights with one, all of them random."""
     timms = timm.create_model(name, **kwargs).eval()
     generator = torch.Generator().manual_seed(0)
-    for parameter in timms.parameters():  # a fresh LayerNorm would hide a lost scale
-        nn.init.normal_(parameter, 0.02, 0.2, generator=generator)
-    for key, buffer in timms.named_buffers():
-        if key.endswith(("running_mean", "running_var")):
-            nn.init.uniform_(buffer, 0.5, 1.5, generator=generator)
+    for module in timms.modules():  # a fresh norm would hide that it was lost
+        for name, parameter in module.named_parameters(recurse=False):
+            scale = torch.empty_like(parameter).uniform_(0.5, 1.5, generator=generator)
+            # Scales of 1e-5, as some layers have at the start, would hide the image.
+            parameter.data = scale if name.startswith("gamma") else parameter.data * scale
+            if isinstance(module, nn.LayerNorm) and name == "bias":
+                parameter.data += scale - 1
     state = {key: value.clone() for key, value in timms.state_dict().items()}
     timms.reset_classifier(0)
     return timms, state
@@ -185,7 +187,8 @@ def test_every_parameter_learns_through_timms_own_pooling(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fitted_projection(family):
+def test_a_fitted_projection(family, monkeypatch):
+    monkeypatch.setattr("pml_tacl.models.projection.CHANNELS", 8)  # quickly
     model, size, *_ = build(family)
     model.eval().fit_projection([images(size, n=10)], progress=False)
     with torch.no_grad():
@@ -307,6 +310,11 @@ def test_a_model_that_reads_its_grid_off_its_data(name):
         assert model.trunk(images(size)).features.shape == (2, 32, *grid)
     out.embeddings.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    if name.endswith("_enc"):  # it has no head to pool by
+        output = model.trunk(images((96, 96)))
+        assert output.pooled is None
+        expected = F.normalize(output.features.mean((2, 3)))
+        torch.testing.assert_close(model(images((96, 96))), expected)
 
 
 def test_a_timm_too_old_for_a_model(monkeypatch):

@@ -38,6 +38,11 @@ def images(n):
     return torch.randn(n, 3, 64, 64, generator=torch.Generator().manual_seed(n))
 
 
+@pytest.fixture(autouse=True)
+def few_parts(monkeypatch):
+    monkeypatch.setattr("pml_tacl.models.projection.CHANNELS", 8)  # to fit quickly
+
+
 def build(name, pooling="average", **kwargs):
     """With the pooling, or `"fitted"`: the default one with a fitted projection."""
     torch.manual_seed(0)
