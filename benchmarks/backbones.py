@@ -97,20 +97,12 @@ def report(rows: list[str]) -> str:
         f"{__version__}.",
         "",
         f"`AttentionEmbedder(name)` for one picture of {SIDE} x {SIDE} pixels. Dimensions are "
-<<<<<<< HEAD
-        "those of the backbone's own embedding, which is what is trained; after "
-        f"`fit_projection` there are {DIMENSIONS} (`embedding_dim`). `feature_index` is the one taken by default: the "
-        "last stage of stride 16 or finer, for a plain ViT its last block. Its maps carry "
-        'attention; with `pooling="covariance"` the trunk ends there. Prefix tokens (class, registers) are no '
-        "places and are left out of the maps. Parameters are the trunk's, without its classifier.",
-=======
         "those of the backbone's own embedding, which is what is trained; after `fit_projection` "
         f"there are {DIMENSIONS} (`embedding_dim`). `feature_index` is the one taken by default: "
         "the last stage of stride 16 or finer, for a plain ViT its last block. Its maps carry "
         'attention; with `pooling="covariance"` the trunk ends there. Prefix tokens (class, '
         "registers) are no places and are left out of the maps. Parameters are the trunk's, "
         "without its classifier.",
->>>>>>> head
         "",
         "| family | model | dimensions | parameters | feature_index | grid of the maps | channels "
         "| parameters, covariance |",

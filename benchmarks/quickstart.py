@@ -108,8 +108,8 @@ In mixed precision (`--amp bfloat16`: the backbone in bf16, losses and weights i
 The learning rate was chosen with the halves exchanged: trained on the test half, measured on the
 training half. The size of the network and the number of epochs were set by the two minutes, with
 results on the test half in view; no epoch was chosen by them. The head and the weights of the
-losses are those of [the benchmark](results_drawings.md), whose validation third shares characters with
-this test half.
+losses are those of [the benchmark](results_drawings.md), whose validation third shares characters
+with this test half.
 """
 
 
