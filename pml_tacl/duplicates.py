@@ -69,8 +69,7 @@ def _joined(rows: FloatArray, radius: float) -> IntArray:
     for start in range(0, len(rows), step):
         ends, _, found = index.range_search(rows[start : start + step], radius)  # type: ignore
         for at in np.flatnonzero(np.diff(ends.astype(np.int64)) > 1):
-            roots = _roots(parents, found[int(ends[at]) : int(ends[at + 1])])
-            roots = np.append(roots, _roots(parents, np.array([start + at])))
+            roots = _roots(parents, found[int(ends[at]) : int(ends[at + 1])])  # itself among them
             parents[roots] = roots.min()
     return _roots(parents, np.arange(len(rows)))
 
