@@ -44,8 +44,8 @@ def find_duplicates(embeddings: Embeddings, threshold: float = 0.95) -> list[Gro
 
     Example:
         >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]])
-        >>> [group.rows.tolist() for group in find_duplicates(rows)]
-        [[0, 2]]
+        >>> find_duplicates(rows)[0].rows.tolist()
+        [0, 2]
     """
     if not 0 < threshold <= 1:
         raise InputError(f"threshold must be above 0 and at most 1, got {threshold}")
