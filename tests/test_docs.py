@@ -63,7 +63,7 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
         exec(compile(block, str(page), "exec"), names)
     if page.name == "README.md":
         assert names["loss"].isfinite()
-        assert names["embeddings"].shape == (16, 64)
+        assert names["embeddings"].shape == (16, 512)
 
 
 @pytest.mark.parametrize("file", sorted(file for file in SOURCES if ">>>" in SOURCES[file]))

@@ -53,6 +53,7 @@ class AttentionEmbedder(nn.Module):
             that carry attention, at which the backbone then ends, or `"average"` of the last
             stage; both with a projection that is trained.
         freeze_batchnorm: BatchNorm of the trunk keeps its statistics and weights in training.
+            None: where `pretrained` is given.
             None: if it is pretrained.
         **timm_kwargs: passed to `timm.create_model`, such as `in_chans` or `drop_path_rate`.
             With a module, `in_chans` and `img_size` say what it takes where that is not plain.

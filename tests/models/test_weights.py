@@ -232,8 +232,16 @@ def test_files_that_do_not_fill_the_backbone_are_refused(tmp_path, nowhere, sour
     assert "\n" not in str(info.value)
 
 
-def test_our_saved_model_is_no_weights_file(tmp_path, nowhere):
-    AttentionEmbedder("test_resnet", embedding_dim=8).save_pretrained(tmp_path)
+def test_our_saved_model_gives_its_backbone_where_that_is_whole(tmp_path, nowhere):
+    model = AttentionEmbedder("test_resnet", embedding_dim=8)
+    model.save_pretrained(tmp_path)
+    again = AttentionEmbedder("test_resnet", tmp_path / "model.safetensors", embedding_dim=8)
+    for key, value in model.trunk.state_dict().items():
+        assert torch.equal(again.trunk.state_dict()[key], value), key
+
+
+def test_our_saved_model_is_no_weights_file_where_its_backbone_was_cut(tmp_path, nowhere):
+    AttentionEmbedder("test_resnet", pooling="covariance").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"from_pretrained\(FOLDER\) loads a saved model as it is"):
         AttentionEmbedder("test_resnet", embedding_dim=8, pretrained=tmp_path / "model.safetensors")
     with pytest.raises(IsADirectoryError, match="is a folder: give the file in it"):
