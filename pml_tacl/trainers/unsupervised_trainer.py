@@ -115,7 +115,8 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             refused.
         guard: keep the best network by a criterion without labels, the untrained one included,
             and end early where it falls (:class:`pml_tacl.trainers.guard.Guard`). Needs a
-            clustering before the first epoch, so no warm-up. None: as the recipe says.
+            clustering before the first epoch, so no warm-up. None: as the recipe says, where there
+            is no warm-up.
 
     Attributes:
         labels: pseudo-labels (N,), -1 for noise. Each picture's own before the first clustering.
@@ -201,7 +202,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         if optimizers is None:
             optimizers = defaults.default_optimizer(whole, recipe)
         if guard is None:
-            guard = recipe.guard and not plain_pml
+            guard = recipe.guard and not plain_pml and not warmup_epochs
         self.guard = Guard() if guard else None
         if self.guard is not None and warmup_epochs:
             raise InputError(
