@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from pml_tacl.cli import run_folder as runs
+from pml_tacl.models.projection import principal_basis
 from retrieval_parts import data
 from retrieval_parts.config import Config, of_one_training
 from retrieval_parts.scoring import forget_peak, measure, peak_bytes
@@ -78,7 +80,7 @@ def run(
         if one.after != "none":
             model.fit_projection(normalised(training, pictures), progress=False)
         if one.after == "whitened":
-            model.embedder.projection.parts_basis.zero_()
+            whiten_whole(training, pictures)
         result = {
             "key": one.key,
             "config": asdict(one),
@@ -99,6 +101,21 @@ def run(
             runs.write_json(results / f"{one.key}.json", result)
         found.append(result)
     return found[0]
+
+
+@torch.no_grad()
+def whiten_whole(training: Training, pictures: data.Pictures) -> None:
+    """Turn a fitted projection into the usual one: the pooled feature alone, PCA-whitened."""
+    model = training.result
+    pooled = [F.normalize(model.trunk(x).pooled).double() for x in normalised(training, pictures)]
+    features = torch.cat(pooled)
+    centred = features - features.mean(0)
+    projection = model.embedder.projection
+    basis = principal_basis(
+        centred.T @ centred / len(centred), projection.whole_basis.shape[1], len(centred), 0.5
+    )
+    projection.whole_basis.copy_(basis)
+    projection.parts_basis.zero_()
 
 
 def normalised(training: Training, pictures: data.Pictures) -> Iterator[torch.Tensor]:
