@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pml_tacl.cli import run_folder as runs
 from pml_tacl.models.projection import principal_basis
+from pml_tacl.utils.modes import evaluating
 from retrieval_parts import data
 from retrieval_parts.config import Config, of_one_training
 from retrieval_parts.scoring import forget_peak, measure, peak_bytes
@@ -107,7 +108,9 @@ def run(
 def whiten_whole(training: Training, pictures: data.Pictures) -> None:
     """Turn a fitted projection into the usual one: the pooled feature alone, PCA-whitened."""
     model = training.result
-    pooled = [F.normalize(model.trunk(x).pooled).double() for x in normalised(training, pictures)]
+    with evaluating(model):
+        found = [model.trunk(x).pooled for x in normalised(training, pictures)]
+    pooled = [F.normalize(part).double() for part in found]
     features = torch.cat(pooled)
     centred = features - features.mean(0)
     projection = model.embedder.projection
