@@ -82,7 +82,9 @@ def train(
     train_half, test_half = halves
     # As train_folder.py: from a checkpoint the network is built without its weights.
     weights = False if resume else folder.with_name(WEIGHTS)
-    model = AttentionEmbedder("test_resnet", weights, embedding_dim=16)
+    frozen = {"freeze_batchnorm": True}  # as of a network with weights, which resuming has not
+    model = AttentionEmbedder("test_resnet", weights, embedding_dim=16, **frozen)
+    model.from_scratch = False
     test_half.transform = model.transform(image_size=SIZE)
     hooks = runs.make_hooks(folder / "records", log_freq=2)
     tester = make_tester(

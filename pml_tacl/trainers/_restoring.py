@@ -121,7 +121,7 @@ def load_parts(trainer: Any, state: dict[str, Any], schedules: dict[str, Any]) -
         for name, optimizer in trainer.optimizers.items():
             for group, rates in zip(optimizer.param_groups, schedules["rates"][name], strict=True):
                 group.update(copy.deepcopy(rates))
-        _replay(trainer, state["epoch"], state["iteration"], others)
+        replay(trainer, state["epoch"], state["iteration"], others)
 
 
 def load_module(name: str, module: nn.Module, state: dict[str, Any]) -> None:
@@ -180,7 +180,7 @@ def _is_of_another_function(schedule: Any, state: dict[str, Any]) -> bool:
     return not all(map(math.isclose, now, map(float, state["_last_lr"])))
 
 
-def _replay(trainer: Any, epochs: int, iterations: int, others: list[str]) -> None:
+def replay(trainer: Any, epochs: int, iterations: int, others: list[str]) -> None:
     """Make the steps of new schedulers, in the order of a training."""
     every, at_end = (
         [schedule for name, schedule in trainer.lr_schedulers.items() if name.endswith(ending)]

@@ -262,6 +262,7 @@ def trainer_state(trainer: Any, others: Sequence[dict[str, Any]] = ()) -> dict[s
         "versions": versions(),
         "kinds": kinds_of(trainer),
         "schedules": trainer.schedules,
+        "network": _network_of(trainer),
         "guard": trainer.guard and trainer.guard.state_dict(),
     }
     return state
@@ -316,6 +317,16 @@ def restore_trainer(trainer: Any, state: dict[str, Any]) -> None:
         _LOGGER.warning("the checkpoint was written with %s", ", ".join(changed.values()))
 
 
+def _network_of(trainer: Any) -> dict[str, bool]:
+    """What decides how a network is trained and is in none of its weights."""
+    trunk = trainer.models["trunk"]
+    found = {
+        "from_scratch": getattr(trainer.whole, "from_scratch", None),
+        "freeze_batchnorm": getattr(trunk, "freeze_batchnorm", None),
+    }
+    return {name: value for name, value in found.items() if isinstance(value, bool)}
+
+
 def _check_fit(trainer: Any, state: dict[str, Any]) -> None:
     if len(state["labels"]) != len(trainer.labels):
         raise InputError(
@@ -326,6 +337,14 @@ def _check_fit(trainer: Any, state: dict[str, Any]) -> None:
     if (state["ema"] is None) != (trainer.average is None):
         had = "without" if state["ema"] is None else "with"
         raise InputError(f"checkpoint is {had} averaged weights: resume with the same ema_decay")
+    now = _network_of(trainer)
+    for name, value in (state.get("network") or {}).items():
+        if now.get(name, value) != value:
+            how = "set model.from_scratch" if name == "from_scratch" else f"build it with {name}"
+            raise InputError(
+                f"checkpoint is of a model with {name}={value} and the trainer's has "
+                f"{now[name]}, by which it would be trained otherwise: {how}={value}"
+            )
     for name in _ORDER:
         value = state["config"][name]
         if state["order"] is not None and value != getattr(trainer, name):

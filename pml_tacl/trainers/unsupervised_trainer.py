@@ -29,6 +29,7 @@ from pml_tacl.trainers._parts import (
     plain_number,
     within,
 )
+from pml_tacl.trainers._restoring import fresh_schedules, replay
 from pml_tacl.trainers._resumable import Resumable
 from pml_tacl.trainers._training_step import TrainingStep
 from pml_tacl.trainers._unreadable import Unreadable
@@ -198,7 +199,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         # Of networks from scratch half of the epochs, whose number `train` is told.
         self._warmup_is_open = warmup_epochs is None and not plain_pml and recipe.warmup > 0
         warmup_epochs = warmup_epochs or 0
-        self._schedule_is_open = optimizers is None and not kwargs.get("lr_schedulers")
+        self._schedule_is_own = optimizers is None and not kwargs.get("lr_schedulers")
         if optimizers is None:
             optimizers = defaults.default_optimizer(whole, recipe)
         if guard is None:
@@ -331,15 +332,23 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
     def prepare_for(self, state: Mapping[str, Any]) -> None:
         """Make the schedule that a checkpoint's state is restored into."""
         saved = state["lr_schedulers"].get(defaults.SCHEDULE)
-        if saved is not None and self._schedule_is_open:
+        if saved is not None and self._schedule_is_own and not self.lr_schedulers:
             self._make_schedule(saved["total_steps"] - 1)
 
     def _make_schedule(self, steps: int) -> None:
-        if not self._schedule_is_open:
+        """Make the default schedule of a training of so many steps, where this one stands."""
+        made: dict[str, Any] = self.lr_schedulers
+        earlier = made.get(defaults.SCHEDULE) if self._schedule_is_own else None
+        if not self._schedule_is_own or (earlier and earlier.total_steps == steps + 1):
             return
         (optimizer,) = self.optimizers.values()
-        self.lr_schedulers = {defaults.SCHEDULE: defaults.default_schedule(optimizer, steps)}
-        self._schedule_is_open = False
+        if earlier is not None:  # more epochs, or fewer, than when it was made
+            for group in optimizer.param_groups:
+                group["lr"] = group["max_lr"]
+        made[defaults.SCHEDULE] = defaults.default_schedule(optimizer, steps)
+        self.schedules = fresh_schedules(self) if earlier is not None else self.schedules
+        if self.ended or self.done:
+            replay(self, self.ended, self.done, [defaults.SCHEDULE])
 
     def _keep_best(self, guard: Guard) -> None:
         """Compare the last network too, and go on with the best."""

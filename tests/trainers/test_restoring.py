@@ -8,10 +8,10 @@ import torch
 from pytorch_metric_learning import losses
 from torch.optim import lr_scheduler as schedules
 
-from pml_tacl import ContrastiveClusteringLoss
+from pml_tacl import AttentionEmbedder, ContrastiveClusteringLoss, UnsupervisedTrainer
 from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
 
-from .small import make_model, make_trainer, same, state_of
+from .small import Pictures, make_model, make_trainer, same, state_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -101,6 +101,40 @@ def test_a_schedule_for_more_epochs_goes_on_as_if_planned_so(tmp_path, kind, wit
     assert same(state_of(last), state_of(again))
 
 
+def test_the_trainer_s_own_schedule_goes_on_for_more_epochs(tmp_path):
+    def own(folder=None):
+        model = make_model()
+        settings = {"checkpoint_folder": folder, "iterations_per_epoch": STEPS, "progress": False}
+        return UnsupervisedTrainer(model, dataset=Pictures(), image_size=32, **settings)
+
+    def rates(trainer, first, last):
+        seen = []
+        (optimizer,) = trainer.optimizers.values()
+        trainer.end_of_iteration_hook = lambda _: seen.append(optimizer.param_groups[0]["lr"])
+        trainer.train(first, last)
+        return seen
+
+    expected = rates(own(), 1, 4)
+    first = own(tmp_path)
+    assert rates(first, 1, 2) != expected[: 2 * STEPS]
+    again = own(tmp_path)
+    again.load_checkpoint()
+    assert rates(again, 3, 4) == pytest.approx(expected[2 * STEPS :], rel=1e-6)
+    assert rates(first, 3, 4) == pytest.approx(expected[2 * STEPS :], rel=1e-6)  # without a file
+
+
+def test_a_model_that_would_be_trained_otherwise_is_refused(tmp_path):
+    new(tmp_path).train(1, 1)
+    for name, message in (
+        ("from_scratch", "from_scratch=True and the trainer's has False.*: set model.from_scratch"),
+        ("freeze_batchnorm", "freeze_batchnorm=False and the trainer's has True.*: build it with"),
+    ):
+        model = make_model()
+        setattr(model if name == "from_scratch" else model.trunk, name, name != "from_scratch")
+        with pytest.raises(ValueError, match=message):
+            new(model=model).load_checkpoint(tmp_path)
+
+
 def test_a_schedule_that_ends_too_soon_is_named(tmp_path):
     rates_of(new(tmp_path, MADE["one cycle"](3)), 3)
     trainer = new(None, MADE["one cycle"](2))
@@ -171,7 +205,7 @@ PARTS = {
         r"trunk does not fit the trainer's \(model\.conv1\.0\.weight: \(16, 3, 3, 3\) in the "
         "checkpoint, not there in the trainer",
     ),
-    "dimension": ({"model": 32}, r"projection\.weight: \(16, \d+\) in .*, \(32, \d+\) in the"),
+    "dimension": ({"model": 32}, r"projection\.\w+: .* in the checkpoint, .* in the"),
     "loss": (
         {"loss_funcs": {"metric_loss": losses.ProxyAnchorLoss(4, 16)}},
         r"metric_loss does not fit .*\(proxies: not there in the checkpoint, \(4, 16\) in",
@@ -188,15 +222,11 @@ PARTS = {
 
 @pytest.mark.parametrize("part", PARTS)
 def test_what_differs_is_named_in_one_line_and_nothing_is_changed(tmp_path, part):
-    from .small import Pictures
-
     cosine = MADE["cosine by epoch"](3)
     new(tmp_path, cosine).train(1, 1)
     change, message = PARTS[part]
     change = {"make": cosine} | change
     if change.get("model") == 32:
-        from pml_tacl import AttentionEmbedder
-
         change["model"] = AttentionEmbedder("test_resnet", embedding_dim=32)
     elif "model" in change:
         change["model"] = make_model(backbone=change["model"])
