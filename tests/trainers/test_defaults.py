@@ -9,6 +9,7 @@ from PIL import Image
 from pml_tacl import AttentionEmbedder, UnsupervisedTrainer
 from pml_tacl.evaluation.label_free import mutual_neighbours
 from pml_tacl.search import PictureIndex
+from pml_tacl.trainers.defaults import default_schedule
 from pml_tacl.trainers.guard import Guard, have_collapsed, network_state
 from pml_tacl.trainers.recipe import PRETRAINED, PRETRAINED_LAYERNORM, SCRATCH, recipe_for
 
