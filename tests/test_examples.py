@@ -265,7 +265,7 @@ def unbroken(few, labelled, tmp_path_factory):
 
     class Unbroken:
         # From weights of a file, which a resumed run does not read again.
-        settings = (*SMALL, "--epochs=3", "--warmup-epochs=1", "--batch-size=8",
+        settings = (*SMALL, "--epochs=3", "--warmup-epochs=0", "--batch-size=8",
                     "--eval-folder", labelled, "--weights", weights)  # fmt: skip
         run = tmp_path_factory.mktemp("unbroken") / "run"
 

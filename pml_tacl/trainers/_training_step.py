@@ -61,36 +61,41 @@ class TrainingStep(BaseTrainer):
         averaged: nn.Module = self.average.module
         return averaged
 
-    def hand_over_centroids(self) -> None:
+    def hand_over_centroids(self, new: bool = True) -> None:
         """Give the centres to every loss and miner that holds some, also within others.
 
-        The trainer is their one owner: all hold what it holds.
+        The trainer is their one owner. What the losses hold is of unit norm and shared.
+
+        Args:
+            new: all get them; else those that have none, as after a checkpoint that knew no
+                centres of theirs. The others have them to the last bit, which scaling would change.
         """
-        own = None
-        for holder in within({**self.loss_funcs, **self.mining_funcs}, "set_centroids"):
-            if not isinstance(holder, Centroids):
-                holder.set_centroids(self.centroids)
-            elif own is None:
-                holder.set_centroids(self.centroids)
-                own = holder
-            else:
-                holder.centroids = own.centroids
+        ours, others = self._holders()
+        if ours and (new or ours[0].centroids is None):
+            ours[0].set_centroids(self.centroids)
+        for holder in ours:
+            if new or holder.centroids is None:
+                holder.centroids = ours[0].centroids
+        for other in others:
+            other.set_centroids(self.centroids)
 
     def _move_centroids(self) -> None:
         """Let the centres follow the batch, if any loss or miner holds them."""
-        if self.centroids is None or self.centroid_momentum == 1:
+        ours, others = self._holders()
+        if not ours or ours[0].centroids is None or self.centroid_momentum == 1:
             return
-        holders = within({**self.loss_funcs, **self.mining_funcs}, "set_centroids")
-        own = next((holder for holder in holders if isinstance(holder, Centroids)), None)
-        if own is None or own.centroids is None:
-            return
-        own.move_centroids(*self._embedded, self.centroid_momentum)
-        self.centroids = own.centroids  # where the next clustering begins
-        for holder in holders:
-            if isinstance(holder, Centroids):
-                holder.centroids = own.centroids
-            else:
-                holder.set_centroids(own.centroids)
+        ours[0].move_centroids(*self._embedded, self.centroid_momentum)
+        self.centroids = ours[0].centroids  # where the next clustering begins
+        for holder in ours:
+            holder.centroids = self.centroids
+        for other in others:
+            other.set_centroids(self.centroids)
+
+    def _holders(self) -> tuple[list[Centroids], list[Any]]:
+        """Our losses and miners that hold centres, and what else takes some."""
+        found = within({**self.loss_funcs, **self.mining_funcs}, "set_centroids")
+        ours = [holder for holder in found if isinstance(holder, Centroids)]
+        return ours, [holder for holder in found if not isinstance(holder, Centroids)]
 
     def calculate_loss(self, curr_batch: Batch) -> None:
         views, transformed, _, labels = curr_batch

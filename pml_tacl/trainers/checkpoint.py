@@ -248,6 +248,7 @@ def trainer_state(trainer: Any, others: Sequence[dict[str, Any]] = ()) -> dict[s
         "stopped": trainer.stopped,
         "labels": trainer.labels,
         "cells": cells_of(trainer),
+        "freeze_batchnorm": getattr(trainer.models["trunk"], "freeze_batchnorm", None),
         "centroids": trainer.centroids,
         "moved_from": trainer.moved_from,
         "unreadable": sorted(unreadable),
@@ -323,6 +324,13 @@ def _check_fit(trainer: Any, state: dict[str, Any]) -> None:
             f"{len(trainer.labels)}: resume on the same pictures"
         )
     check_kinds(trainer, state)
+    had = state.get("freeze_batchnorm")
+    has = getattr(trainer.models["trunk"], "freeze_batchnorm", None)
+    if had is not None and had != has:  # left out, it depends on whether weights were given
+        raise InputError(
+            f"checkpoint is of a model with freeze_batchnorm={had}, and this one has {has}: build "
+            f"it with freeze_batchnorm={had}"
+        )
     if (state["ema"] is None) != (trainer.average is None):
         had = "without" if state["ema"] is None else "with"
         raise InputError(f"checkpoint is {had} averaged weights: resume with the same ema_decay")

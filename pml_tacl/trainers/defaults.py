@@ -43,7 +43,8 @@ def default_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
 def default_schedule(optimizer: torch.optim.Optimizer, steps: int) -> OneCycleLR:
     """Return one cycle of learning rates over `steps`, the highest as the optimizer has them."""
     rates = [group["lr"] for group in optimizer.param_groups]
-    return OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.1)
+    rises = 0.1 if steps > 9 else 2 / (steps + 1)  # at least one step, or torch divides by zero
+    return OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=rises)
 
 
 def default_losses(recipe: Recipe) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:

@@ -406,7 +406,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             with self._signals.at_once(f"saved at the end of epoch {self.ended}"):
                 if clustering_is_due(self):
                     self.relabel()
-        self.hand_over_centroids()
+        self.hand_over_centroids(new=False)
         self.initialize_dataloader()
         self.set_to_train()
 

@@ -9,6 +9,7 @@ from PIL import Image
 from pml_tacl import AttentionEmbedder, UnsupervisedTrainer
 from pml_tacl.evaluation.label_free import mutual_neighbours
 from pml_tacl.search import PictureIndex
+from pml_tacl.trainers.defaults import default_schedule
 from pml_tacl.trainers.guard import Guard, have_collapsed, network_state
 from pml_tacl.trainers.recipe import PRETRAINED, PRETRAINED_LAYERNORM, SCRATCH, recipe_for
 
@@ -224,3 +225,18 @@ def test_metrics_of_a_run_say_what_was_kept(folder, tmp_path):
     config = json.loads((run / "run.json").read_text())
     assert config["learning_rate"] == PRETRAINED.learning_rate
     assert config["num_clusters"] == PRETRAINED.clusters(48)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 9, 10, 19, 100])
+def test_the_schedule_of_few_steps_rises_and_falls(steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 2.0)
+    schedule = default_schedule(optimizer, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(2.0 / 25)
+    top = rates.index(max(rates))
+    assert rates == sorted(rates[:top]) + sorted(rates[top:], reverse=True)
+    assert steps == 1 or 1.9 < rates[top] <= 2.0

@@ -16,7 +16,12 @@ import pytest
 import torch
 from pytorch_metric_learning import losses
 
-from pml_tacl import BackgroundSwap, SiameseTransform
+from pml_tacl import (
+    AttentionEmbedder,
+    BackgroundSwap,
+    ContrastiveClusteringLoss,
+    SiameseTransform,
+)
 from pml_tacl.cli.run_folder import make_hooks, seed_everything
 from pml_tacl.trainers import checkpoint
 from pml_tacl.trainers._order import draw_order, make_loader
@@ -159,6 +164,10 @@ def fresh(folder, workers=0, epochs=3, **kwargs):
         },
         "loss_funcs": {
             "metric_loss": losses.ProxyAnchorLoss(COUNT, 16),
+            # Centres within another loss, which move in each iteration.
+            "clustering_loss": losses.MultipleLosses(
+                {"centres": ContrastiveClusteringLoss(margin=1.0)}
+            ),
             # Once its queue has gone round, where it stands decides what it holds.
             "memory_loss": losses.CrossBatchMemory(losses.NTXentLoss(), 16, memory_size=40),
         },
@@ -422,6 +431,16 @@ def test_a_resumed_training_looks_where_it_looked(tmp_path, caplog):
     resumed, *same_others = outcome(part, tmp_path / "part")
     assert same(tensors, resumed)
     assert others == same_others
+
+
+def test_a_model_that_is_frozen_otherwise_is_refused(tmp_path):
+    make_trainer(checkpoint_folder=tmp_path).train()
+    frozen = AttentionEmbedder(
+        "test_resnet", embedding_dim=16, pooling="covariance", freeze_batchnorm=True
+    )
+    message = "^checkpoint is of a model with freeze_batchnorm=False, and this one has True: build"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(frozen).load_checkpoint(tmp_path)
 
 
 def test_views_of_another_grid_keep_their_own_cells(tmp_path, caplog):
