@@ -80,10 +80,10 @@ def train(
     runs.open_run(folder, {"epochs": EPOCHS}, resume=folder.exists())
     runs.seed_everything(0)
     train_half, test_half = halves
-    # As train_folder.py: from a checkpoint the network is built without its weights.
+    # As train_folder.py: from a checkpoint the network is built without its weights, of which
+    # nothing else may depend on them. With statistics of BatchNorm, so that more could differ.
     weights = False if resume else folder.with_name(WEIGHTS)
-    frozen = {"freeze_batchnorm": True}  # as of a network with weights, which resuming has not
-    model = AttentionEmbedder("test_resnet", weights, embedding_dim=16, **frozen)
+    model = AttentionEmbedder("test_resnet", weights, embedding_dim=16, freeze_batchnorm=False)
     model.from_scratch = False
     test_half.transform = model.transform(image_size=SIZE)
     hooks = runs.make_hooks(folder / "records", log_freq=2)
