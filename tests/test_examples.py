@@ -203,7 +203,7 @@ def test_search_takes_a_folder_and_a_moved_collection(trained, pictures, few, tm
     index.save(moved)
     query = pictures / "level 1"
     message = failure("search", moved, query)
-    assert message == f"error: the indexed pictures are not in {index.root}: give --images FOLDER"
+    assert message == f"error: the indexed images are not in {index.root}: give --images FOLDER"
     capsys.readouterr()
     run_example("search", moved, query, "--images", pictures)
     asked = ImageFiles(query, progress=False).paths
@@ -219,7 +219,7 @@ def test_search_says_what_is_missing(trained, pictures, tmp_path):
     run, _ = trained
     query = pictures / BROKEN[1]
     good = next((pictures / "level 2").rglob("*.jpg"))
-    assert failure("search", tmp_path, good).endswith("it holds no readable run.json")
+    assert "holds no index.faiss" in failure("search", tmp_path, good)
     assert "text.jpg: not a picture of a known format" in failure("search", run, query)
     assert "No such file" in failure("search", run, tmp_path / "none.jpg")
     assert "k must be at least 1" in failure("search", run, good, "-k", 0)
@@ -284,15 +284,15 @@ def test_resuming_an_ended_run_changes_nothing(few, unbroken):
     [
         (["{empty}"], "no picture in '{empty}' or below it"),
         (["{empty}/none"], "root must be a folder of pictures; '{empty}/none' is none"),
-        (["{few}", "--num-clusters=25"], "num_clusters=25 is more than the 24 pictures"),
+        (["{few}", "--num-clusters=25"], "--num-clusters 25 is more than the 24 pictures"),
         (["{few}", "--num-clusters=3"], "3 clusters are fewer than the 4 that a batch of 16"),
-        (["{few}", "--batch-size=28"], "batch_size must be from 1 to the number of pictures, 24"),
+        (["{few}", "--batch-size=28"], "--batch-size must be from 1 to the number of pictures, 24"),
         (["{few}", "--batch-size=0"], "--batch-size: must be a whole number of at least 1, got 0"),
-        (["{few}", "--batch-size=6"], "images_per_cluster must divide batch_size=6"),
-        (["{few}", "--backbone=resnet5O"], "backbone='resnet5O' is no timm model: did you mean"),
+        (["{few}", "--batch-size=6"], "--images-per-cluster must divide batch_size=6"),
+        (["{few}", "--backbone=resnet5O"], "--backbone 'resnet5O' is no timm model: did you mean"),
         (["{few}", "--weights=pretrained"], "(in the examples: --weights FILE, or --weights none)"),
         (["{few}", "--weights={empty}/none.pth"], "pretrained='{empty}/none.pth': no such file"),
-        (["{few}", "--epochs=0"], "--epochs: must be a whole number of at least 1, got 0"),
+        (["{few}", "--epochs=-1"], "--epochs: must be a whole number of at least 0, got -1"),
         (["{few}", "--num-clusters=few"], "--num-clusters: must be a number or auto, got 'few'"),
         (["{few}", "--images-per-cluster=0"], "--images-per-cluster: must be a whole number"),
         (["{few}", "--epoch-count=3"], "unrecognized arguments: --epoch-count=3"),
@@ -365,7 +365,8 @@ def test_more_epochs_and_moved_pictures_go_on(few, labelled, unbroken, tmp_path)
     shutil.copytree(unbroken.run, run)
     shutil.copytree(few, moved)
     shutil.copytree(labelled, tested)
-    settings = [*unbroken.settings[:-1], tested, "--epochs=5", "--resume"]
+    given = [tested if value == labelled else value for value in unbroken.settings]
+    settings = [*given, "--epochs=5", "--resume"]
     run_example("train_folder", moved, "--run", run, *settings)
     config = json.loads((run / "run.json").read_text())
     assert (config["epochs"], config["images"]) == (5, str(moved))
@@ -376,7 +377,9 @@ def test_more_epochs_and_moved_pictures_go_on(few, labelled, unbroken, tmp_path)
     # The schedule is that of five epochs from the fourth on, and ends as one does.
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 1e-3)
     steps = len(ImageFiles(few, progress=False)) // 8
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=5 * steps + 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1e-3, total_steps=5 * steps + 1, pct_start=0.1
+    )
     made = []
     for _ in range(5 * steps):
         made.append(optimizer.param_groups[0]["lr"])
