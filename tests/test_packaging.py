@@ -50,7 +50,7 @@ def imported_by(code):
         ("AttentionEmbedder", {"torch", "timm"}),
         ("KMeansPseudoLabeler", {"torch", "faiss"}),
         ("RetrievalCalculator", {"torch", "faiss", "pytorch_metric_learning"}),
-        ("UnsupervisedTrainer", {"torch", "faiss", "pytorch_metric_learning"}),
+        ("UnsupervisedTrainer", {"torch", "faiss", "pytorch_metric_learning", "timm"}),
     ],
 )
 def test_a_name_imports_no_more_than_it_needs(names, expected):

@@ -30,7 +30,7 @@ def duration(seconds: float) -> str:
 def weights() -> int:
     """Bytes of the network's."""
     with torch.device("meta"):
-        model = AttentionEmbedder(BACKBONE, D)
+        model = AttentionEmbedder(BACKBONE, embedding_dim=D)
     return sum(4 * parameter.numel() for parameter in model.parameters())
 
 

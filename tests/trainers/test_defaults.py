@@ -10,7 +10,7 @@ from pml_tacl import AttentionEmbedder, UnsupervisedTrainer
 from pml_tacl.evaluation.label_free import mutual_neighbours
 from pml_tacl.search import PictureIndex
 from pml_tacl.trainers.defaults import default_schedule
-from pml_tacl.trainers.guard import Guard, have_collapsed, network_state
+from pml_tacl.trainers.guard import Guard, have_collapsed, load_network, network_state
 from pml_tacl.trainers.recipe import PRETRAINED, PRETRAINED_LAYERNORM, SCRATCH, recipe_for
 
 SIZE = 64
@@ -124,10 +124,8 @@ class TestGuard:
         assert same(model.trunk.state_dict(), start)  # the best
         last = trainer._last["trunk"]
         assert not same(last, start)
-        trainer.end_of_epoch_hook = lambda trainer: False
-        trainer.iterations_per_epoch = 0
-        trainer.train(2, 2)
-        assert same(trainer._last["trunk"], last)  # went on from there, by no step
+        load_network(trainer, trainer._last)
+        assert same(model.trunk.state_dict(), last)
 
     def test_collapsed_embeddings_are_the_worst(self):
         generator = torch.Generator().manual_seed(0)

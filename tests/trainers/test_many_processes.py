@@ -191,7 +191,7 @@ def test_what_processes_exchange(world, tmp_path):
         assert "gone" in one["FileNotFoundError"]
         assert one["FileNotFoundError"].startswith("FileNotFoundError" if number == 0 else "OSErr")
         assert one["KeyError"].startswith("KeyError" if number == 0 else "RuntimeError")
-        assert one["odd"] == "ValueError: labels of process 1 differ from process 0's: look"
+        assert one["odd"] == "InputError: labels of process 1 differ from process 0's: look"
         assert one["used"] == [True, True, False, True]
         first, second, nobodys, everyones = one["summed"]
         assert first.tolist() == [[1.0, 1.0]]  # zero where it was not used
@@ -509,7 +509,7 @@ def test_torchrun_trains_a_folder_and_writes_it_once(tmp_path):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("24 pictures indexed") == 1
+    assert done.stdout.count("24 images indexed") == 1
     assert done.stdout.count("testing on 12 images of 4 classes\n") == 1
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert 0 < metrics["after"]["recall_at_1"] <= 1
