@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pml_tacl.functional.attention import check_options, cross_attention, soft_maximum, unit_rows
 from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.labels import pseudo_labels
 from pml_tacl.utils.precision import wide_dtype, without_autocast
 
 
@@ -281,6 +282,8 @@ def _others(
 ) -> Tensor:
     """(N, M) bool: which references are of another cluster than each image."""
     if labels is not None and reference_labels is not None:
+        labels = pseudo_labels(labels)
+        reference_labels = pseudo_labels(reference_labels, "reference_labels")
         return (labels[:, None] != reference_labels) & (reference_labels >= 0)
     other = torch.ones(n, m, dtype=torch.bool, device=device)
     return other.fill_diagonal_(False) if own_batch else other
