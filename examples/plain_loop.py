@@ -18,16 +18,15 @@ from pml_tacl.evaluation import embed, evaluate
 
 SEED, EPOCHS, WARMUP_EPOCHS, BATCH_SIZE, PER_CLUSTER, LEARNING_RATE = 0, 6, 3, 64, 4, 5e-3
 BACKBONE = {"channels": [32, 64, 128, 256], "stem_width": 16, "output_stride": 16}
-BACKBONE["feature_index"] = 2  # the stage of attention: 8 x 8 places of a 64-pixel picture
+# The stage of attention (8 x 8 places of a 64-pixel picture), and a head for learning from scratch.
+BACKBONE |= {"feature_index": 2, "pooling": "covariance"}
 CLASSES = None  # characters of each half; None for all 280
 
 
 def main():
     runs.seed_everything(SEED)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = pml_tacl.AttentionEmbedder(
-        "resnet10t", embedding_dim=128, pooling="covariance", **BACKBONE
-    )
+    model = pml_tacl.AttentionEmbedder("resnet10t", embedding_dim=128, **BACKBONE)
     model = model.to(device, memory_format=torch.channels_last)
     train, seen, test = (Glyphs(half, num_classes=CLASSES) for half in ("train", "train", "test"))
     seen.transform = test.transform = model.transform(image_size=64)
