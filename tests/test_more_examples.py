@@ -20,6 +20,7 @@ from tests.layouts import make_cars, make_cub, make_inshop, make_sop
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NETWORK = {"channels": [8, 16, 32, 64], "stem_width": 8, "output_stride": 16}
+HEAD = {"feature_index": 2, "pooling": "covariance"}
 BENCHMARK = {"backbone": "test_resnet", "embedding_dim": 16, "image_size": 32, "batch_size": 8}
 BENCHMARK |= {"num_clusters": 6, "images_per_cluster": 2, "freeze_batchnorm": False, "epochs": 2}
 
@@ -53,7 +54,7 @@ def picture(path, least=20):
 
 class TestPlainLoop:
     def test_unseen_characters_are_retrieved_better(self, capsys):
-        network = {**NETWORK, "channels": [16, 32, 64, 128], "feature_index": 2}
+        network = {**NETWORK, "channels": [16, 32, 64, 128], **HEAD}
         rows = script("plain_loop", BACKBONE=network, CLASSES=40, BATCH_SIZE=32).main()
         before, after = rows["before"]["recall_at_1"], rows["after"]["recall_at_1"]
         assert 0 <= before < 0.2
@@ -68,7 +69,7 @@ class TestPlainLoop:
 
     def test_training_labels_are_never_read(self, monkeypatch):
         settings = {"CLASSES": 8, "EPOCHS": 2, "WARMUP_EPOCHS": 1, "BATCH_SIZE": 32}
-        small = script("plain_loop", BACKBONE={**NETWORK, "feature_index": 2}, **settings)
+        small = script("plain_loop", BACKBONE={**NETWORK, **HEAD}, **settings)
         with_labels = small.main()
 
         def without_labels(split, **settings):
