@@ -148,7 +148,9 @@ class TestGuard:
 
     def test_warm_up_and_guard_exclude_each_other(self, folder, tmp_path):
         with pytest.raises(ValueError, match="guard compares with the untrained network"):
-            trainer_of(pretrained_model(), folder, tmp_path / "run", warmup_epochs=1)
+            trainer_of(pretrained_model(), folder, tmp_path / "run", warmup_epochs=1, guard=True)
+        alone = trainer_of(pretrained_model(), folder, tmp_path / "run", warmup_epochs=1)
+        assert alone.guard is None
 
 
 class TestRecipe:

@@ -227,7 +227,7 @@ def test_what_differs_is_named_in_one_line_and_nothing_is_changed(tmp_path, part
     change, message = PARTS[part]
     change = {"make": cosine} | change
     if change.get("model") == 32:
-        change["model"] = AttentionEmbedder("test_resnet", embedding_dim=32)
+        change["model"] = AttentionEmbedder("test_resnet", embedding_dim=32, pooling="covariance")
     elif "model" in change:
         change["model"] = make_model(backbone=change["model"])
     if "groups" in change:
