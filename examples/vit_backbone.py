@@ -32,7 +32,9 @@ OUT = Path("runs/vit")
 
 def main() -> dict[str, float]:
     runs.seed_everything(0)
-    model = pml_tacl.AttentionEmbedder(BACKBONE, embedding_dim=64, dynamic_img_size=True, **TIMM)
+    model = pml_tacl.AttentionEmbedder(
+        BACKBONE, embedding_dim=64, pooling="average", dynamic_img_size=True, **TIMM
+    )
     train, test = Glyphs("train", num_classes=CLASSES), Glyphs("test", num_classes=CLASSES)
     views = {size: model.transform(image_size=size) for size in SIZES}
     train.transform = views[SIZES[0]]
