@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from pml_tacl.models import AttentionEmbedder
 from pml_tacl.search import PictureIndex
 from pml_tacl.trainers import UnsupervisedTrainer, defaults
 from pml_tacl.trainers.recipe import PRETRAINED, SCRATCH, recipe_for
-from pml_tacl.transforms import BackgroundSwap, SiameseTransform
+from pml_tacl.transforms import SiameseTransform
 
 # None: as the recipe of the model says, see `pml_tacl.trainers.recipe`.
 SETTINGS: dict[str, Any] = {
@@ -138,8 +139,7 @@ def train(args: Any) -> None:
         return evaluate_together(model, labelled, num_workers=args.workers, progress=bars)
 
     if epochs:
-        groups = model.parameter_groups(rate, head_lr=recipe.head_rate * rate)
-        optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+        optimizer = defaults.default_optimizer(model, replace(recipe, learning_rate=rate))
         trainer = UnsupervisedTrainer(
             model,
             optimizer,
@@ -150,7 +150,7 @@ def train(args: Any) -> None:
             labeler=KMeansPseudoLabeler(clusters, seed=args.seed),
             images_per_cluster=args.images_per_cluster,
             warmup_epochs=warmup,
-            swap=BackgroundSwap(recipe.swap, cell_offset=views.cell_offset) if args.swap else None,
+            swap="default" if args.swap else None,
             guard=args.guard,
             checkpoint_every=args.checkpoint_every,
             dataloader_num_workers=args.workers,

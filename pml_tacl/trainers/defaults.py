@@ -47,7 +47,7 @@ def default_schedule(optimizer: torch.optim.Optimizer, steps: int) -> OneCycleLR
     return OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=rises)
 
 
-def default_losses(recipe: Recipe) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+def default_losses() -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """Return the losses of the method, and the miner of matched pairs."""
     losses = {
         "metric_loss": MultiSimilarityLoss(),
