@@ -160,6 +160,9 @@ class SiameseTransform:
     ) -> SiameseTransform:
         """Views as a model takes them: its mean and std, its grid, and where its cells look.
 
+        The cell offset of a pretrained model is measured through its weights, which can move it
+        by a third of a cell; that of a model from scratch follows from its layers.
+
         Args:
             model: whose maps the points are meant for.
             size: height and width of both views, in pixels; an int makes them square.
@@ -176,7 +179,8 @@ class SiameseTransform:
                 f"views have 3 channels and the model takes {channels}: build it with in_chans=3"
             )
         own = {name: model.data_config[name] for name in ("mean", "std")}
-        own |= {"grid": model.grid(shape), "cell_offset": model.cell_offset(shape)}
+        offset = model.cell_offset(shape, through_weights=not model.from_scratch)
+        own |= {"grid": model.grid(shape), "cell_offset": offset}
         return cls(shape, **(own | kwargs))
 
     def __call__(self, image: AnyImage) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pml_tacl import AttentionEmbedder
+from pml_tacl import AttentionEmbedder, SiameseTransform
 
 NAME = "tf_efficientnet_lite0"
 # Pictures of scikit-image and the ImageNet classes that are right for them.
@@ -76,3 +76,6 @@ def test_the_cell_offset_is_the_architecture_s_and_what_training_made_of_it_can_
     # As maps of mirrored images say too: they agree best with the mirrored maps at 0.1 to 0.15.
     seen = trained.cell_offset(224, through_weights=True)
     assert all(0.05 < value < 0.25 for value in seen)
+    for model, measured in ((trained, True), (new, False)):
+        expected = model.cell_offset(96, through_weights=measured)
+        assert SiameseTransform.for_model(model, 96).cell_offset == pytest.approx(expected)
