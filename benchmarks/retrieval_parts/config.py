@@ -55,8 +55,10 @@ METHODS: dict[str, dict[str, Any]] = {
 # What the questions of the benchmark need: measured before the others, for every seed.
 FIRST = tuple(METHODS)[: tuple(METHODS).index("ms+ccl+tac+swap")]
 REGIMES = ("scratch", "pretrained")
-# Photographs: the package's own recipe. `+projection` fits it after training, `full` also keeps
-# the network that the guard chooses. Methods that differ in these two alone share a training.
+# Photographs: the package's own recipe. `+averaged` measures the mean of trained and untrained
+# weights, `+projection` fits it after training, `full` does both for what the guard keeps. Methods
+# that differ in these alone share a training.
+_AFTERWARDS = ("after", "averaged", "guard")
 _WEIGHTS = PRETRAINED.loss_weights
 _CCL = {"ccl": _WEIGHTS["clustering_loss"], "ccl_momentum": PRETRAINED.centroid_momentum}
 _TAC = {"tac": _WEIGHTS["attention_loss"]}
@@ -77,8 +79,18 @@ PHOTO_METHODS: dict[str, dict[str, Any]] = {
     "zero_shot": _TRAINED["zero_shot"],
     "zero_shot+whitened": {"steps": 0, "after": "whitened"},
     **{f"{name}+projection": {**s, "after": "projection"} for name, s in _TRAINED.items()},
+    **{
+        f"{name}+averaged+projection": {**s, "after": "projection", "averaged": True}
+        for name, s in _TRAINED.items()
+        if name != "zero_shot"
+    },
     **{name: settings for name, settings in _TRAINED.items() if name != "zero_shot"},
-    "full": {**_TRAINED["ms+ccl+tac+swap"], "after": "projection", "guard": True},
+    "full": {
+        **_TRAINED["ms+ccl+tac+swap"],
+        "after": "projection",
+        "averaged": True,
+        "guard": True,
+    },
 }
 RECIPES = ("drawings", "photographs")
 
@@ -91,7 +103,8 @@ class Config:
     regime: str = "pretrained"
     recipe: str = "drawings"  # photographs: the package's defaults
     after: str = "none"  # fitted after training: projection, whitened (its whole alone)
-    guard: bool = False  # the network with the most mutual neighbours, the untrained one included
+    averaged: bool = False  # measured at the mean of the trained and the untrained weights
+    guard: bool = False  # of what the package's guard keeps, the untrained network included
     method: str = "ms"
     split: str = "validation"
     seed: int = 0
@@ -222,21 +235,21 @@ def make(method: str, **changes: Any) -> Config:
 def of_one_training(config: Config) -> list[Config]:
     """Return the configurations of photographs that share the training of `config`, itself first.
 
-    They differ in what is fitted afterwards and in the guard alone.
+    They differ in what is done afterwards alone.
     """
     if config.recipe != "photographs":
         return [config]
 
     def trained(settings: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in settings.items() if k not in ("after", "guard")}
+        return {k: v for k, v in settings.items() if k not in _AFTERWARDS}
 
+    defaults = {field.name: field.default for field in fields(Config) if field.name in _AFTERWARDS}
     own = trained(PHOTO_METHODS[config.method])
     others = [
         replace(
             config,
             method=name,
-            after=settings.get("after", "none"),
-            guard=settings.get("guard", False),
+            **(defaults | {k: v for k, v in settings.items() if k in _AFTERWARDS}),
         )
         for name, settings in PHOTO_METHODS.items()
         if name != config.method and trained(settings) == own

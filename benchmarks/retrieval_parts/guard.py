@@ -1,4 +1,4 @@
-"""The guard of the package: keep the network with the most mutual neighbours."""
+"""The guard of the package: keep the last network that is not clearly below the best."""
 
 import copy
 
@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from pml_tacl.evaluation.label_free import mutual_neighbours
+from pml_tacl.trainers.guard import TOLERANCE
 from retrieval_parts.scoring import embed_pictures
 from retrieval_parts.state import Training
 
 
 @torch.no_grad()
 def look(run: Training, embeddings: Tensor | None) -> None:
-    """Compute the criterion, and keep the network if it is the best so far, the start included.
+    """Compute the criterion, and keep the network as `pml_tacl.trainers.guard.Guard` does.
 
     Args:
         run: of photographs; nothing is done for others.
@@ -28,6 +29,6 @@ def look(run: Training, embeddings: Tensor | None) -> None:
         run.history[-1]["mutual"] = found
     else:
         run.history.append({"step": run.step, "mutual": found, "purity": float("nan")})
-    if run.kept is None or found > run.kept["mutual"]:
+    if found >= max(at["mutual"] for at in run.history if "mutual" in at) - TOLERANCE:
         state = copy.deepcopy(run.model.state_dict())
         run.kept = {"step": run.step, "mutual": found, "state": state}

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from pml_tacl.cli import run_folder as runs
 from pml_tacl.models.projection import principal_basis
+from pml_tacl.trainers.guard import mean_state
+from pml_tacl.trainers.recipe import PRETRAINED
 from pml_tacl.utils.modes import evaluating
 from retrieval_parts import data
 from retrieval_parts.config import Config, of_one_training
@@ -72,11 +74,14 @@ def run(
     begin = time.perf_counter()
     training = train(config, pictures, cache, watch)
     seconds = time.perf_counter() - begin
-    last = copy.deepcopy(training.model.state_dict())
+    last = copy.deepcopy(training.result.state_dict())
     found = []
     for one in of_one_training(config):
         model = training.result
-        model.load_state_dict(training.kept["state"] if one.guard and training.kept else last)
+        state = training.kept["state"] if one.guard and training.kept else last
+        if one.averaged:
+            state = mean_state(training.untrained, state, PRETRAINED.trained_share)
+        model.load_state_dict(state)
         model.reset_projection()
         if one.after != "none":
             model.fit_projection(normalised(training, pictures), progress=False)

@@ -37,6 +37,7 @@ class Training:
     centroids: Tensor | None = None
     embeddings: Tensor | None = None
     background: Tensor | None = None
+    untrained: dict[str, Any] = field(default_factory=dict)  # state of the network at the start
     kept: dict[str, Any] | None = None  # the guard's choice: step, criterion, state of the model
     step: int = 0
     losses: list[float] = field(default_factory=list)
@@ -69,7 +70,8 @@ def start(config: Config, pictures: Pictures, cache: Path = DEFAULT_CACHE) -> Tr
     teacher = copy.deepcopy(model).requires_grad_(False) if needs_teacher else model
     labels = pictures.labels if config.labels == "true" else torch.arange(len(pictures.labels))
     generator = torch.Generator().manual_seed(config.seed)
-    return Training(config, pictures, model, teacher, views, labels, generator)
+    untrained = copy.deepcopy(model.state_dict())
+    return Training(config, pictures, model, teacher, views, labels, generator, untrained=untrained)
 
 
 @torch.no_grad()

@@ -181,11 +181,9 @@ class TrainingRun:
         measure(trainer)  # if a hook has ended the training at an epoch that was not due
         trainer.fit_projection()
         after = recalls[trainer.epoch]
-        if trainer.guard is not None and trainer.guard.best is not None:
-            kept = trainer.guard.best
-            if kept not in recalls:
-                recalls[kept] = _as_metrics({} if test is None else test(kept), kept)
-            after = recalls[kept]
+        if test is not None and trainer.guard is not None and trainer.guard.kept is not None:
+            # The network that is kept is none of those that were tested on the way.
+            after = _as_metrics(test(trainer.epoch), trainer.guard.kept)
         beside = {name: _as_metrics(row, None) for name, row in (rows or {}).items()}
         found = {**beside, "before": recalls.get(0, {}), "after": after}
         on_first(lambda: self._write(trainer, found), "writing the run")

@@ -1,34 +1,50 @@
-"""A guard without labels: a training keeps the best network, the untrained start included."""
+"""A guard without labels: a training keeps what is better, the untrained start included."""
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pml_tacl.distributed.session import on_first
 from pml_tacl.evaluation.label_free import mutual_neighbours
+from pml_tacl.utils.checks import check_number
 
 if TYPE_CHECKING:
     from pml_tacl.trainers.unsupervised_trainer import UnsupervisedTrainer
 
-_FALL, _IN_A_ROW = 0.02, 2
+Weights = dict[str, Any]
+# Shares that differ by less are taken for equal: see the table of docs/results.md.
+TOLERANCE = 0.02
+_IN_A_ROW = 2
 _COLLAPSED = 1e-5
 
 
 class Guard:
-    """Compares the networks of a training by :func:`mutual_neighbours`, and remembers the best.
+    """Compares the networks of a training by :func:`mutual_neighbours`, and keeps a good one.
 
     It looks at the embeddings of each clustering, of which the first are those of the untrained
-    network, and once more at the end. What it remembers is part of the checkpoints.
+    network, and once more at the end. The last network whose share is at most 0.02 below the
+    highest is kept, the untrained one included. Of a trained one, the weights that are kept are
+    the mean of its own and the untrained ones: that retrieves about as well where training helps,
+    and better where it does harm. What it remembers is part of the checkpoints.
+
+    After Wortsman et al. 2022 (robust fine-tuning by the mean of weights); the criterion is ours.
+
+    Args:
+        share: of the trained weights in that mean, in (0, 1]; 1 keeps the trained network itself.
 
     Attributes:
         values: epochs that had ended -> share of mutual neighbours.
-        best: the epochs after which it was highest; None before the first look.
+        kept: the epochs after which the network that is kept was seen; None before the first look.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = 1.0) -> None:
+        check_number("share", share, 0, most=1, above=True)
+        self.share = share
         self.values: dict[int, float] = {}
-        self.best: int | None = None
+        self.kept: int | None = None
+        self._start: dict[str, Any] = {}
         self._state: dict[str, Any] = {}
 
     def look(self, trainer: "UnsupervisedTrainer", embeddings: Tensor | None) -> None:
@@ -42,9 +58,11 @@ class Guard:
 
         value = on_first(judge, "comparing networks")
         self.values[trainer.ended] = value
-        if self.best is None or value > self.values[self.best]:
-            self.best = trainer.ended
+        if value >= max(self.values.values()) - TOLERANCE:
+            self.kept = trainer.ended
             self._state = network_state(trainer)
+            if len(self.values) == 1:
+                self._start = self._state
 
     def note_collapse(self, trainer: "UnsupervisedTrainer") -> None:
         """Judge a network whose embeddings cannot be clustered: it is the worst."""
@@ -52,45 +70,56 @@ class Guard:
 
     @property
     def falls(self) -> bool:
-        """Whether the last looks were clearly below the best: training has begun to do harm."""
-        if self.best is None:
-            return False
+        """Whether the last looks were clearly below the highest: training has begun to do harm."""
         last = [self.values[epoch] for epoch in sorted(self.values)][-_IN_A_ROW:]
-        return len(last) == _IN_A_ROW and max(last) < self.values[self.best] - _FALL
+        return len(last) == _IN_A_ROW and max(last) < max(self.values.values()) - TOLERANCE
 
-    def restore_best(self, trainer: "UnsupervisedTrainer") -> None:
-        """Give the models of a trainer the weights that were best."""
-        load_network(trainer, self._state)
+    def restore_kept(self, trainer: "UnsupervisedTrainer") -> None:
+        """Give the models of a trainer the weights that are kept."""
+        load_network(trainer, mean_state(self._start, self._state, self.share))
+
+    @property
+    def start_is_kept(self) -> bool:
+        """Whether the untrained network is kept."""
+        return self.kept is not None and self.kept == min(self.values)
 
     def verdict(self) -> str:
         """Say in one line which network was kept, and why."""
-        if self.best is None:
+        if self.kept is None:
             return "nothing was compared: the last network is kept"
-        start, best = self.values[min(self.values)], self.values[self.best]
+        start, kept = self.values[min(self.values)], self.values[self.kept]
         last = self.values[max(self.values)]
-        if self.best == min(self.values):
+        if self.start_is_kept:
             return (
                 "training did not help: the untrained network is kept (mutual neighbours "
                 f"{100 * start:.1f} % before, {100 * last:.1f} % at the end)"
             )
+        how = "" if self.share == 1 else f", averaged {self.share:.0%} with the untrained one"
         return (
-            f"training helped: the network of epoch {self.best} is kept (mutual neighbours "
-            f"{100 * start:.1f} % before, {100 * best:.1f} % then)"
+            f"{'training helped' if kept >= start else 'training changed little'}: the network of "
+            f"epoch {self.kept} is kept{how} (mutual neighbours {100 * start:.1f} % before, "
+            f"{100 * kept:.1f} % then)"
         )
 
     def summary(self) -> dict[str, Any]:
         """Return what a run's metrics.json tells of it."""
         values = {str(epoch): value for epoch, value in sorted(self.values.items())}
-        return {"mutual_neighbours": values, "kept_epoch": self.best, "verdict": self.verdict()}
+        return {
+            "mutual_neighbours": values,
+            "kept_epoch": self.kept,
+            "share": self.share,
+            "verdict": self.verdict(),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return what checkpoints hold."""
-        return {"values": dict(self.values), "best": self.best, "state": self._state}
+        states = {"state": self._state, "start": self._start}
+        return {"values": dict(self.values), "kept": self.kept, **states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo :meth:`state_dict`."""
-        self.values, self.best = dict(state["values"]), state["best"]
-        self._state = state["state"]
+        self.values, self.kept = dict(state["values"]), state["kept"]
+        self._state, self._start = state["state"], state["start"]
 
 
 def have_collapsed(embeddings: Tensor) -> bool:
@@ -119,3 +148,19 @@ def load_network(trainer: "UnsupervisedTrainer", state: dict[str, Any]) -> None:
         model = trainer.average if name == "average" else trainer.models[name]
         assert model is not None
         model.load_state_dict(weights)
+
+
+def mean_state(start: Weights, end: Weights, share: float) -> Weights:
+    """Return the weights `share` of the way from one network to another.
+
+    Numbers that are counted, such as BatchNorm's steps, are taken from the end.
+    """
+
+    def between(first: Any, last: Any) -> Any:
+        if isinstance(last, dict):
+            return {key: between(first[key], value) for key, value in last.items()}
+        if not isinstance(last, Tensor) or not last.is_floating_point():
+            return last
+        return torch.lerp(first.float(), last.float(), share).to(last.dtype)
+
+    return end if share == 1 else between(start, end)

@@ -23,7 +23,9 @@ class Recipe:
         freeze_batchnorm: BatchNorm keeps its statistics and weights.
         centroid_momentum: of the centroids, which follow the batches; 1 keeps them.
         swap: share of the views whose background is swapped.
-        guard: keep the best network by a criterion without labels, the untrained one included.
+        guard: keep the better network by a criterion without labels, the untrained one included.
+        trained_share: of the trained weights in the mean with the untrained ones that the guard
+            keeps.
         loss_weights: of the metric loss, the clustering loss and the attention loss.
         least_steps: fewest optimizer steps.
         passes: passes over the images, where those are more steps.
@@ -40,6 +42,7 @@ class Recipe:
     centroid_momentum: float = 0.0
     swap: float = 0.7
     guard: bool = True
+    trained_share: float = 0.5
     loss_weights: dict[str, float] = field(
         default_factory=lambda: {
             "metric_loss": 1.0,
@@ -73,15 +76,16 @@ class Recipe:
         return int(self.warmup * epochs)
 
 
-PRETRAINED = Recipe(learning_rate=2e-4)
+PRETRAINED = Recipe(learning_rate=3e-4)
 # Transformers and other networks of LayerNorm are trained at lower rates throughout the field.
-PRETRAINED_LAYERNORM = Recipe(learning_rate=2e-5)
+PRETRAINED_LAYERNORM = Recipe(learning_rate=3e-5)
 SCRATCH = Recipe(
     learning_rate=1e-3,
     pooling="covariance",
     warmup=0.5,
     freeze_batchnorm=False,
     guard=False,
+    trained_share=1.0,
     least_steps=300,
     passes=10.0,
 )

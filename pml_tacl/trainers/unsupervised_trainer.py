@@ -114,7 +114,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             gradient_clippers, freeze_these, dataloader_num_workers, end_of_epoch_hook, ...),
             but for those about labels of the data set (sampler, dataset_labels, ...), which are
             refused.
-        guard: keep the best network by a criterion without labels, the untrained one included,
+        guard: keep the better network by a criterion without labels, the untrained one included,
             and end early where it falls (:class:`pml_tacl.trainers.guard.Guard`). Needs a
             clustering before the first epoch, so no warm-up. None: as the recipe says, where there
             is no warm-up.
@@ -204,7 +204,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             optimizers = defaults.default_optimizer(whole, recipe)
         if guard is None:
             guard = recipe.guard and not plain_pml and not warmup_epochs
-        self.guard = Guard() if guard else None
+        self.guard = Guard(recipe.trained_share) if guard else None
         if self.guard is not None and warmup_epochs:
             raise InputError(
                 "guard compares with the untrained network, which warm-up epochs leave before the "
@@ -324,7 +324,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
                 self.stopped = end_of_epoch(self) or (self.guard is not None and self.guard.falls)
                 self._between_iterations(due=True)
             if self.guard is not None and (self.stopped or self.ended >= num_epochs):
-                self._keep_best(self.guard)
+                self._keep_better(self.guard)
         self.stopped = False
         if self.run is not None:
             self.finish()
@@ -350,13 +350,12 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         if self.ended or self.done:
             replay(self, self.ended, self.done, [defaults.SCHEDULE])
 
-    def _keep_best(self, guard: Guard) -> None:
-        """Compare the last network too, and go on with the best."""
+    def _keep_better(self, guard: Guard) -> None:
+        """Compare the last network too, and go on with what the guard keeps."""
         found = embed_pictures(self)
         guard.look(self, None if found is None else found[0])
-        if guard.best != self.ended:
-            self._last = network_state(self)
-            guard.restore_best(self)
+        self._last = network_state(self)
+        guard.restore_kept(self)
         _LOGGER.info("%s", guard.verdict())
 
     @property

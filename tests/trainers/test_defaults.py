@@ -1,12 +1,14 @@
 """A trainer that is given a model and a data set alone, and the guard that it has."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from pml_tacl import AttentionEmbedder, UnsupervisedTrainer
+from pml_tacl.cli.run_folder import seed_everything
 from pml_tacl.evaluation.label_free import mutual_neighbours
 from pml_tacl.search import PictureIndex
 from pml_tacl.trainers.defaults import default_schedule
@@ -76,7 +78,7 @@ def test_resumed_with_defaults_it_ends_bit_for_bit_like_an_unbroken_one(folder, 
         )
 
     unbroken = begin("a", tmp_path / "c1", 0)
-    torch.manual_seed(5)
+    seed_everything(5)
     unbroken.train(num_epochs=3)
     broken = begin("b", tmp_path / "c2", 0)
 
@@ -85,7 +87,7 @@ def test_resumed_with_defaults_it_ends_bit_for_bit_like_an_unbroken_one(folder, 
             raise KeyboardInterrupt
 
     broken.end_of_epoch_hook = stop
-    torch.manual_seed(5)
+    seed_everything(5)
     with pytest.raises(KeyboardInterrupt):
         broken.train(num_epochs=3)
     resumed = begin("d", tmp_path / "c2", 3)  # of other weights, which the checkpoint replaces
@@ -107,7 +109,8 @@ class TestGuard:
             group["lr"] = group["initial_lr"] = 3.0  # destroys it
         trainer._schedule_is_open = False
         trainer.train(num_epochs=2)
-        assert trainer.guard.best == 0
+        assert trainer.guard.kept == 0
+        assert trainer.guard.start_is_kept
         assert trainer.verdict.startswith("training did not help")
         for name, value in model.trunk.state_dict().items():
             torch.testing.assert_close(value, before[name], rtol=0, atol=0)
@@ -118,10 +121,10 @@ class TestGuard:
         trainer.run = None
         start = {k: v.clone() for k, v in model.trunk.state_dict().items()}
         trainer.guard.look = lambda trainer, _: trainer.guard.values.update({trainer.ended: 0.1})
-        trainer.guard.best, trainer.guard.values = 0, {0: 0.9}
-        trainer.guard._state = network_state(trainer)
+        trainer.guard.kept, trainer.guard.values = 0, {0: 0.9}
+        trainer.guard._state = trainer.guard._start = network_state(trainer)
         trainer.train(num_epochs=1)
-        assert same(model.trunk.state_dict(), start)  # the best
+        assert same(model.trunk.state_dict(), start)  # what is kept
         last = trainer._last["trunk"]
         assert not same(last, start)
         load_network(trainer, trainer._last)
@@ -136,7 +139,6 @@ class TestGuard:
 
     def test_falls_only_after_two_looks_clearly_below_the_best(self):
         guard = Guard()
-        guard.best = 1
         for values, expected in (
             ({0: 0.5, 1: 0.6}, False),
             ({0: 0.5, 1: 0.6, 2: 0.5}, False),
@@ -145,6 +147,47 @@ class TestGuard:
         ):
             guard.values = values
             assert guard.falls is expected, values
+
+    def test_the_last_network_that_is_not_clearly_below_the_highest_is_kept(self, monkeypatch):
+        trainer = SimpleNamespace(ended=0, models={"trunk": torch.nn.Linear(1, 1)}, average=None)
+        guard, embeddings = Guard(), torch.randn(5, 2)
+        for ended, value, kept in (
+            (0, 0.55, 0),
+            (1, 0.54, 1),
+            (2, 0.60, 2),
+            (3, 0.579, 2),
+            (4, 0.581, 4),
+            (5, 0.3, 4),
+        ):
+            trainer.ended = ended
+            monkeypatch.setattr("pml_tacl.trainers.guard.mutual_neighbours", lambda _, v=value: v)
+            guard.look(trainer, embeddings)
+            assert guard.kept == kept
+        assert "epoch 4 is kept" in guard.verdict()
+
+    @pytest.mark.parametrize("share", [0.25, 1.0])
+    def test_the_kept_weights_are_the_mean_with_the_untrained_ones(self, folder, tmp_path, share):
+        model = pretrained_model()
+        start = {k: v.clone() for k, v in model.trunk.state_dict().items()}
+        trainer = trainer_of(model, folder, tmp_path / "run")
+        trainer.guard.share = share
+        trainer.run = None
+        trainer.train(num_epochs=1)
+        trainer.guard.kept, trainer.guard._state = 1, trainer._last
+        trainer.guard.restore_kept(trainer)
+        for key, now in model.trunk.state_dict().items():
+            last = trainer._last["trunk"][key]
+            if now.is_floating_point():
+                expected = (1 - share) * start[key] + share * last
+                torch.testing.assert_close(now, expected, rtol=1e-5, atol=1e-7)
+            else:
+                assert torch.equal(now, last)
+        assert not same(model.trunk.state_dict(), start)
+
+    @pytest.mark.parametrize("share", [0, 1.5, float("nan")])
+    def test_a_share_out_of_its_range_is_refused(self, share):
+        with pytest.raises(ValueError, match="share"):
+            Guard(share)
 
     def test_warm_up_and_guard_exclude_each_other(self, folder, tmp_path):
         with pytest.raises(ValueError, match="guard compares with the untrained network"):
