@@ -2,8 +2,8 @@
 
     python benchmarks/photographs_gallery.py ROOT
 
-Trains `full` on the training part of ROOT/grocery, as `retrieval.py folders ROOT` does (seed 0), and
-draws queries of the test part, which are chosen at random. Writes docs/images/photographs.png.
+Trains `full` on the training part of ROOT/grocery, as `retrieval.py folders ROOT` does (seed 0).
+Draws queries of the test part, which are chosen at random. Writes docs/images/photographs.png.
 """
 
 import argparse
@@ -11,6 +11,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from retrieval_parts import data, folders
+from retrieval_parts.config import make
+from retrieval_parts.running import normalised
+from retrieval_parts.scoring import embed_pictures
+from retrieval_parts.training import train
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -18,11 +23,6 @@ from pml_tacl.datasets import load_rgb
 from pml_tacl.trainers.guard import mean_state
 from pml_tacl.trainers.recipe import PRETRAINED
 from pml_tacl.visualize import retrieval_gallery, save_figure
-from retrieval_parts import data, folders
-from retrieval_parts.config import make
-from retrieval_parts.running import normalised
-from retrieval_parts.scoring import embed_pictures
-from retrieval_parts.training import train
 
 SHOWN, NEAREST, PIXELS = 4, 8, 160
 

@@ -208,7 +208,7 @@ class AttentionEmbedder(nn.Module):
         """Fit the projection to images, without labels, in evaluation mode.
 
         Afterwards the embeddings have at most `embedding_dim` dimensions: half for the whole
-        image, half for its parts, which are whitened; see :class:`pml_tacl.models.Projection`.
+        image, half for its parts, both whitened; see :class:`pml_tacl.models.Projection`.
         Call it before the first search and again after training. With `pooling="covariance"` or
         `"average"` it sets the start of the projection, which training then changes: call it once,
         before training.

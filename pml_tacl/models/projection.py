@@ -20,23 +20,25 @@ if TYPE_CHECKING:
     from pml_tacl.models.attention_embedder import AttentionEmbedder
 
 # Chosen on validation, see docs/results.md.
+_WHOLE_SHRINKAGE = 0.5
 _PARTS_SHRINKAGE = 0.1
+_FEW_IMAGES = 1000
 _IMAGES_FOR_DIRECTIONS = 256
 
 
 class Projection(nn.Module):
     """Whole image beside parts: two descriptions of an image, concatenated.
 
-    *Whole* is the backbone's own pooled feature, of unit length, centred and projected on its
-    principal directions. *Parts* is the covariance of the feature maps under the attention
-    weights, so that it says which details occur together; it is centred, projected and whitened:
-    scaled to nearly equal variance in every direction. Each is then scaled to unit length.
-    Nothing here has a gradient-trained weight: :meth:`AttentionEmbedder.fit_projection` computes
-    all of it from images. Before that, `fitted` is False and the embedder leaves it out.
+    *Whole* is the backbone's own pooled feature, of unit length. *Parts* is the covariance of the
+    feature maps under the attention weights, so that it says which details occur together. Each
+    is centred, projected on its principal directions and whitened, that is, scaled to nearly
+    equal variance in every direction; then it is scaled to unit length. Each gets half of the
+    dimensions. Nothing here has a gradient-trained weight:
+    :meth:`AttentionEmbedder.fit_projection` computes all of it from images. Before that, `fitted`
+    is False and the embedder leaves it out.
 
     After Jégou and Chum 2012 (PCA whitening) and Lin et al. 2015 (bilinear CNN); the combination
-    is ours. The whole gets half of the dimensions and is not whitened, which retrieved worse on
-    photographs; whitening both together is worse still, see docs/results.md.
+    is ours. Whitening both together retrieves worse, see docs/results.md.
 
     Args:
         num_features: F of the pooled features.
@@ -118,7 +120,8 @@ def fit_projection(
     """Fit the :class:`Projection` of a model to images, in one pass and without labels.
 
     The principal directions of the maps come from the first 256 images. Moments are summed in
-    float64. Where images are fewer than dimensions, the missing directions are a fixed random
+    float64. For fewer than 1000 images the whole is whitened less: its small variances are then
+    poorly known. Where images are fewer than dimensions, the missing directions are a fixed random
     basis of the remaining space: principal directions of a few images alone would describe
     those images and no other.
 
@@ -175,7 +178,7 @@ def fit_projection(
         raise InputError(f"batches hold {whole.count} images: the projection needs at least 2")
     projection.fitted = False
     for moments, shrinkage, mean, basis in (
-        (whole, None, projection.whole_mean, projection.whole_basis),
+        (whole, whole_shrinkage(whole.count), projection.whole_mean, projection.whole_basis),
         (parts, _PARTS_SHRINKAGE, projection.parts_mean, projection.parts_basis),
     ):
         centre, covariance = moments.covariance("batches")
@@ -191,12 +194,15 @@ def fit_projection(
     current.load_state_dict(projection.state_dict())
 
 
-def principal_basis(
-    covariance: Tensor, dimensions: int, count: int, shrinkage: float | None = None
-) -> Tensor:
-    """Return principal directions (F, dimensions), the largest first, whitened if asked for.
+def whole_shrinkage(count: int) -> float:
+    """Return the shrinkage of the whole for `count` images, chosen on validation."""
+    return _WHOLE_SHRINKAGE * max(1.0, (_FEW_IMAGES / count) ** 2)
 
-    Whitened columns are `v / sqrt(l + shrinkage * mean(l))` for eigenvalues l and eigenvectors v.
+
+def principal_basis(covariance: Tensor, dimensions: int, count: int, shrinkage: float) -> Tensor:
+    """Return whitened principal directions (F, dimensions), the largest variance first.
+
+    Columns are `v / sqrt(l + shrinkage * mean(l))` for eigenvalues l and eigenvectors v.
     Of `count` images at most `count - 1` directions are known. If that is less than asked for,
     half of the dimensions (or all that are known) are principal directions; the others are a
     fixed random orthonormal basis of the remaining space, scaled so that lengths are kept on
@@ -206,16 +212,13 @@ def principal_basis(
         covariance: (F, F), symmetric, float64.
         dimensions: at most F.
         count: the number of samples that the covariance was computed from.
-        shrinkage: added to each variance, as a fraction of the mean one; above 0. None: not
-            whitened.
+        shrinkage: added to each variance, as a fraction of the mean one; above 0.
     """
     total = len(covariance)
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.clamp_min(0).flip(0), vectors.flip(1)
 
     def gain(variance: Tensor) -> Tensor:
-        if shrinkage is None:
-            return torch.ones_like(variance)
         return (variance + shrinkage * covariance.trace() / total).rsqrt()
 
     known = min(dimensions, total, count - 1)

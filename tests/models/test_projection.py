@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from pml_tacl import AttentionEmbedder
 from pml_tacl.functional import border_similarity, covariance_pooling
 from pml_tacl.models import Embedder, Projection, TrunkOutput
-from pml_tacl.models.projection import principal_basis, whiten_linear
+from pml_tacl.models.projection import principal_basis, whiten_linear, whole_shrinkage
 
 
 def images(n=24, seed=0):
@@ -54,9 +54,7 @@ def slow_basis(rows, shrinkage, dimensions):
     values, vectors = np.linalg.eigh(covariance)
     columns = []
     for i in range(1, dimensions + 1):
-        spread = 1.0
-        if shrinkage is not None:
-            spread = values[-i] + shrinkage * np.trace(covariance) / len(covariance)
+        spread = values[-i] + shrinkage * np.trace(covariance) / len(covariance)
         columns.append(vectors[:, -i] / np.sqrt(spread))
     return mean, np.stack(columns, axis=1)
 
@@ -84,7 +82,8 @@ def slow_projection(model, x, whole_dim, parts_dim, channels):
         triangle = np.array([matrix[i, j] for i in range(channels) for j in range(i, channels)])
         parts.append(triangle / np.linalg.norm(triangle))
     projected = []
-    for rows, shrinkage, dimensions in ((whole, None, whole_dim), (parts, 0.1, parts_dim)):
+    more = 0.5 * (1000 / len(x)) ** 2  # for so few images
+    for rows, shrinkage, dimensions in ((whole, more, whole_dim), (parts, 0.1, parts_dim)):
         mean, basis = slow_basis(rows, shrinkage, dimensions)
         short = [(row - mean) @ basis for row in rows]
         projected.append([row / np.linalg.norm(row) for row in short])
@@ -322,7 +321,14 @@ class TestProjection:
         assert next(model.trunk.parameters()).grad is not None
 
 
-@pytest.mark.parametrize("shrinkage", [None, 0.5])
+@pytest.mark.parametrize(
+    ("count", "expected"), [(2, 125_000), (100, 50), (500, 2), (1000, 0.5), (5000, 0.5)]
+)
+def test_the_whole_is_whitened_less_for_few_images(count, expected):
+    assert whole_shrinkage(count) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shrinkage", [0.1, 0.5])
 @pytest.mark.parametrize("count", [2, 4, 9, 50])
 def test_a_basis_for_few_samples(count, shrinkage):
     """Half of the dimensions, or all that are known, are principal; the rest is orthogonal."""
@@ -336,8 +342,7 @@ def test_a_basis_for_few_samples(count, shrinkage):
     values, vectors = torch.linalg.eigh(covariance)
 
     def gain(variance):
-        floor = 0.5 * covariance.trace() / 12
-        return torch.ones_like(variance) if shrinkage is None else (variance + floor).rsqrt()
+        return (variance + shrinkage * covariance.trace() / 12).rsqrt()
 
     expected = vectors.flip(1)[:, :known] * gain(values.flip(0)[:known])
     torch.testing.assert_close(basis[:, :known].abs(), expected.abs())
