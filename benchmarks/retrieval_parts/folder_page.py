@@ -25,9 +25,10 @@ EfficientNet-Lite0 with ImageNet weights. Classes are cut in thirds that share n
 on the first, without its labels, choices were made on the second, and the numbers are of the \
 last, at the last step. All methods share network, views, batches, steps and seeds; there are \
 a tenth as many clusters as images. `zero_shot` is the backbone's own embedding. `+projection` \
-is what `fit_projection` fits afterwards, without labels, at most 512 numbers. `+whitened` is the \
-usual PCA-whitening of the embedding alone. `ms` is k-means with MultiSimilarityLoss. `full` is \
-`ms+ccl+tac+swap+projection` of the network that the guard keeps. `supervised` knows the labels.
+is what `fit_projection` fits afterwards, without labels, at most 512 numbers. `+averaged` takes \
+the mean of the trained and the untrained weights before that. `+whitened` is the usual \
+PCA-whitening of the embedding alone. `ms` is k-means with MultiSimilarityLoss. `full` is \
+`ms+ccl+tac+swap+averaged+projection` of what the guard keeps. `supervised` knows the labels.
 """
 
 
@@ -39,12 +40,16 @@ def write(results: Path, page: Path) -> None:
     """
     if not results.is_file():
         raise InputError(f"--json {results} is not there: run `retrieval.py folders ROOT --json`")
-    found: list[Result] = json.loads(results.read_text("utf-8"))
-    found = [one for one in found if one["config"]["split"] == "test"]
+    every: list[Result] = json.loads(results.read_text("utf-8"))
+    found = [one for one in every if one["config"]["split"] == "test"]
+    chosen = [one for one in every if one["config"]["split"] == "validation"]
     parts = [_INTRODUCTION]
     for size in sorted({one["config"]["size"] for one in found}):
         group = [one for one in found if one["config"]["size"] == size]
         parts += [f"## R@1 at {size} px", _recalls(group), _answers(group), _guard(group)]
+    if chosen:
+        parts += ["## What the choices were made on: validation, 96 px", _recalls(chosen)]
+        parts.append(_guard(chosen))
     versions = sorted({", ".join(f"{k} {v}" for k, v in one["versions"].items()) for one in found})
     parts.append("## Made with\n\n" + "\n".join(f"- {version}" for version in versions))
     page.write_text("\n\n".join(part.strip("\n") for part in parts if part) + "\n", "utf-8")
@@ -56,6 +61,11 @@ def _of(group: list[Result], method: str, name: str) -> list[float]:
         for one in group
         if one["config"]["method"] == method and one["config"]["dataset"] == name
     ]
+
+
+def _seed(one: Result) -> int:
+    seed: int = one["config"]["seed"]
+    return seed
 
 
 def _names(group: list[Result]) -> list[str]:
@@ -102,23 +112,30 @@ def _guard(group: list[Result]) -> str:
     lines = [
         [
             one["config"]["dataset"],
-            str(one["config"]["seed"]),
+            str(_seed(one)),
             *(f"{100 * at['mutual']:.1f}" for at in (one["history"][0], one["history"][-1])),
             str(one["kept"]["step"]),
             f"{100 * one['metrics'][R1]:.1f}",
             *(
-                f"{mean(v):.1f}" if (v := _of(group, method, one["config"]["dataset"])) else ""
-                for method in ("ms+ccl+tac+swap+projection", "zero_shot+projection")
+                f"{mean(v):.1f}" if (v := _of(others, method, one["config"]["dataset"])) else ""
+                for others, method in (
+                    (
+                        [other for other in group if _seed(other) == _seed(one)],
+                        "ms+ccl+tac+swap+projection",
+                    ),
+                    (group, "zero_shot+projection"),
+                )
             ),
         ]
-        for one in sorted(group, key=lambda one: one["config"]["dataset"])
+        for one in sorted(group, key=lambda one: (one["config"]["dataset"], _seed(one)))
         if "kept" in one
     ]
     if not lines:
         return ""
-    heads = ["set", "seed", "mutual at the start", "at the end", "kept step", "R@1 kept"]
-    heads += ["R@1 last", "R@1 untrained"]
+    heads = ["set", "seed", "mutual at the start", "at the end", "kept step", "R@1 `full`"]
+    heads += ["R@1 of the last weights", "R@1 untrained"]
     return (
         "What the guard kept: per cent of mutual neighbours among the training images, and R@1 of "
-        "the network that was kept, of the last, and of the untrained one.\n\n" + rows(heads, lines)
+        "`full`, of the last weights and of the untrained ones, all with their projection.\n\n"
+        + rows(heads, lines)
     )
