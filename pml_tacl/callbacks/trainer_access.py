@@ -8,11 +8,14 @@ from torch import Tensor, nn
 
 from pml_tacl.clustering import pseudo_labels_from
 from pml_tacl.evaluation.mutual_information import adjusted_mutual_information
-from pml_tacl.trainers._restoring import PARTS, load_module, unchanged_on_error
-from pml_tacl.trainers.checkpoint import checkpoints
-from pml_tacl.utils.errors import InputError, InputTypeError
-from pml_tacl.utils.files import written_whole
-from pml_tacl.utils.plain import plain
+from pml_tacl.trainers.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    parts_state,
+    restore_parts,
+    save_checkpoint,
+)
+from pml_tacl.utils.errors import InputTypeError
 
 _CHUNK = 4096
 
@@ -58,13 +61,7 @@ def keep(trainer: Any, folder: Path) -> Path:
     if hasattr(trainer, "save_checkpoint"):
         path: Path = trainer.save_checkpoint(folder)
     else:
-        state: dict[str, Any] = {
-            part: {k: v.state_dict() for k, v in (getattr(trainer, part) or {}).items()}
-            for part in PARTS
-        }
-        path = folder / f"epoch_{trainer.epoch:04d}.pt"
-        with written_whole(path) as file:
-            torch.save(plain({"epoch": trainer.epoch, **state}, "the trainer's state"), file)
+        path = save_checkpoint(folder, parts_state(trainer, trainer.epoch))
     for other in checkpoints(folder):
         if other.name != path.name:
             other.unlink()
@@ -89,29 +86,15 @@ def restore(trainer: Any, folder: str | Path) -> int:
     if hasattr(trainer, "load_checkpoint"):
         trainer.load_checkpoint(folder)
         return int(trainer.epoch)
-    there = checkpoints(folder)
-    if not there:
+    if not checkpoints(folder):
         raise FileNotFoundError(
             f"folder={str(folder)!r} holds no state of a trainer: give 'best' or 'last' in the "
             "folder that Evaluate kept them in"
         )
-    state = torch.load(there[-1], map_location="cpu", weights_only=True)
-    for part in PARTS:
-        mine = getattr(trainer, part) or {}
-        if set(mine) != set(state[part]):
-            raise InputError(
-                f"{there[-1]} holds {part} {sorted(state[part])} and the trainer has "
-                f"{sorted(mine)}: restore into the same"
-            )
-    with unchanged_on_error(trainer):
-        for part in PARTS:
-            for name, thing in (getattr(trainer, part) or {}).items():
-                if isinstance(thing, nn.Module):
-                    load_module(name, thing, state[part][name])
-                else:
-                    thing.load_state_dict(state[part][name])
+    state = load_checkpoint(folder)
+    restore_parts(trainer, state)
     trainer.epoch = state["epoch"]
-    return int(state["epoch"])
+    return state["epoch"]
 
 
 def stability(trainer: Any, memory: dict[str, Any]) -> float | None:

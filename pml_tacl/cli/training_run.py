@@ -17,9 +17,9 @@ from pml_tacl.cli import run_folder as runs
 from pml_tacl.distributed.session import is_first, on_first
 from pml_tacl.models import AttentionEmbedder
 from pml_tacl.models.preprocessing import as_seen
-from pml_tacl.trainers._records import LossesFile, read_losses
 from pml_tacl.trainers.checkpoint import checkpoints
 from pml_tacl.trainers.fitting import fit_to
+from pml_tacl.trainers.records import LossesFile, read_losses
 from pml_tacl.utils.checks import check_count
 from pml_tacl.utils.errors import InputError, InputTypeError
 from pml_tacl.utils.files import write_json

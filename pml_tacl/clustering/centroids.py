@@ -8,9 +8,11 @@ from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, Do
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pml_tacl.utils.checks import check_number
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.labels import pseudo_labels
-from pml_tacl.utils.precision import wide_dtype, without_autocast
+from pml_tacl.utils.pml_compat import Needs
+from pml_tacl.utils.precision import at_least_float32, without_autocast
 
 
 class NearestCentres(NamedTuple):
@@ -27,19 +29,21 @@ class NearestCentres(NamedTuple):
     has_own: Tensor  # (N,) bool, False for noise and for labels that the reference lacks
 
 
-class Centroids:
-    """Mixin: centres that are set, or else averaged over the labels of a batch.
+class CentroidTable:
+    """The one owner of centroids (K, D): losses and miners hold a reference to it.
 
-    A plain attribute, kept by ``state_dict`` as extra state: record-keeper would dump a buffer
-    at every step, and the number of centres changes with each clustering.
+    All that share a table see each change of it. In a training the trainer's table is shared by
+    every loss and miner that compares with centroids.
+
+    Attributes:
+        values: (K, D), of unit norm; None where nothing is set.
     """
 
-    centroids: Tensor | None = None
-    distance: BaseDistance
-    collect_stats: bool
+    def __init__(self) -> None:
+        self.values: Tensor | None = None
 
-    def set_centroids(self, centroids: Tensor | None) -> None:
-        """Set the centres that pseudo-labels index; None goes back to means of the batch.
+    def set(self, centroids: Tensor | None) -> None:
+        """Set centroids, or none.
 
         Args:
             centroids: (K, D), scaled to unit norm here.
@@ -48,12 +52,12 @@ class Centroids:
             ValueError: if the shape is not (K, D) or a row is zero or not finite.
         """
         if centroids is None:
-            self.centroids = None
+            self.values = None
             return
         centroids = torch.as_tensor(centroids).detach()
         if centroids.ndim != 2 or len(centroids) == 0:
             raise InputError(f"centroids must be (K, D) with K >= 1, got {tuple(centroids.shape)}")
-        centroids = centroids.to(wide_dtype(centroids))
+        centroids = at_least_float32(centroids)
         norms = centroids.norm(dim=1)
         bad = ~(norms.isfinite() & (norms > 0))
         if bad.any():
@@ -61,51 +65,121 @@ class Centroids:
                 f"centroids must be finite and not zero, got {int(bad.sum())} bad rows of "
                 f"{len(centroids)}"
             )
-        self.centroids = F.normalize(centroids, dim=1)
+        self.values = F.normalize(centroids, dim=1)
 
     @torch.no_grad()
-    def move_centroids(self, embeddings: Tensor, labels: Tensor, momentum: float = 0.0) -> None:
-        """Let the centres that are set follow the embeddings of a training step, in place.
+    def move(self, embeddings: Tensor, labels: Tensor, momentum: float = 0.0) -> None:
+        """Move the centroids towards the embeddings of a training step, in place.
 
-        A network in training leaves the centres of its last clustering behind. Each centre named
-        by a label becomes ``normalize(momentum * c + (1 - momentum) * normalize(sum of its e))``;
-        the others stay. For after ``backward``, which still needs the centres as they were.
-        Without set centres nothing is done: means of a batch follow by themselves. Of many
-        processes each must give the embeddings and labels of all, or their centres part.
-
-        Args:
-            embeddings: (N, D), scaled to unit norm here.
-            labels: (N,) whole numbers, which index the centres; -1 is noise, which moves none.
-            momentum: in [0, 1]: 0 makes a centre that of its last batch, 1 leaves it be.
-
-        Raises:
-            ValueError: if the momentum is out of range, or embeddings or labels do not fit the
-                centres or each other.
+        See :meth:`Centroids.move_centroids`.
         """
         labels = pseudo_labels(labels)
-        if not 0 <= momentum <= 1:
-            raise InputError(f"momentum must be in [0, 1], got {momentum}")
+        check_number("momentum", momentum, 0, 1)
         if labels.shape != embeddings.shape[:1]:
             raise InputError(
                 f"labels {tuple(labels.shape)} do not fit embeddings {tuple(embeddings.shape)}: "
                 "give one for each"
             )
-        if self.centroids is None or momentum == 1 or len(embeddings) == 0:
+        if self.values is None or momentum == 1 or len(embeddings) == 0:
             return
-        self._set_centres(embeddings, labels)
+        self.beside(embeddings, labels)
         with without_autocast(embeddings.device):
             own = labels.clamp(min=0)
-            unit = F.normalize(embeddings.to(self.centroids.dtype), dim=1)
+            unit = F.normalize(embeddings.to(self.values.dtype), dim=1)
             same = (labels[:, None] == labels) & (labels >= 0)
-            before = self.centroids[own]
+            before = self.values[own]
             mean = F.normalize(same.to(unit.dtype) @ unit, dim=1)
             moved = F.normalize(momentum * before + (1 - momentum) * mean, dim=1)
             first = same.byte().argmax(dim=1) == torch.arange(len(labels), device=labels.device)
             # The mean of nothing, of opposites or of NaN says nothing about where to go.
             moves = first & (labels >= 0) & (moved.norm(dim=1) > 0.5)
-            # One row for each centre is not zero, so the order of the sum does not matter.
+            # One row for each centroid is not zero, so the order of the sum does not matter.
             steps = torch.where(moves[:, None], moved - before, torch.zeros_like(moved))
-            self.centroids.index_add_(0, own, steps)
+            self.values.index_add_(0, own, steps)
+
+    def beside(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Return the centroids on the device and in the dtype of embeddings.
+
+        Raises:
+            ValueError: if dimensions disagree, or a label has no centroid.
+        """
+        assert self.values is not None
+        if self.values.device != embeddings.device:
+            self.values = self.values.to(embeddings.device)
+        if self.values.shape[1] != embeddings.shape[1]:
+            raise InputError(
+                f"embeddings have {embeddings.shape[1]} dimensions and the centroids "
+                f"{self.values.shape[1]}: call set_centroids with centres of this model"
+            )
+        # On a GPU the question would stall the queue; there the indexing itself complains.
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            largest = int(labels.max())
+            if largest >= len(self.values):
+                raise InputError(
+                    f"labels must index the {len(self.values)} centroids, got label {largest}: "
+                    "set the centroids and the labels of the same clustering"
+                )
+        return self.values.to(embeddings.dtype)
+
+
+class Centroids:
+    """Mixin of losses and miners: centroids that are set, or else averaged over a batch's labels.
+
+    The table is a plain attribute, kept by ``state_dict`` as extra state: record-keeper would
+    dump a buffer at every step, and the number of centroids changes with each clustering.
+    """
+
+    needs: Needs = "labels"  # centroids decide what is hard, not a miner's pairs
+    distance: BaseDistance
+    collect_stats: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.centroid_table = CentroidTable()
+
+    @property
+    def centroids(self) -> Tensor | None:
+        """The centroids (K, D) of unit norm; None for means of the batch."""
+        return self.centroid_table.values
+
+    @centroids.setter
+    def centroids(self, values: Tensor | None) -> None:
+        self.centroid_table.values = values
+
+    def share_centroids(self, table: CentroidTable) -> None:
+        """Compare with the centroids of a table from now on, whatever becomes of them."""
+        self.centroid_table = table
+
+    def set_centroids(self, centroids: Tensor | None) -> None:
+        """Set the centroids that pseudo-labels index; None goes back to means of the batch.
+
+        Args:
+            centroids: (K, D), scaled to unit norm here.
+
+        Raises:
+            ValueError: if the shape is not (K, D) or a row is zero or not finite.
+        """
+        self.centroid_table.set(centroids)
+
+    def move_centroids(self, embeddings: Tensor, labels: Tensor, momentum: float = 0.0) -> None:
+        """Move the centroids towards the embeddings of a training step, in place.
+
+        A network in training leaves the centroids of its last clustering behind. Each one named
+        by a label becomes ``normalize(momentum * c + (1 - momentum) * normalize(sum of its e))``;
+        the others stay. Call it after ``backward``, which still needs the centroids as they were.
+        Without set centroids nothing is done. In distributed training each rank must give the
+        embeddings and labels of all ranks, or their centroids differ.
+
+        Args:
+            embeddings: (N, D), scaled to unit norm here.
+            labels: (N,) whole numbers, which index the centroids; -1 is noise, which moves none.
+            momentum: in [0, 1]: 0 makes a centroid that of its last batch, 1 leaves it.
+
+        Raises:
+            ValueError: if the momentum is out of range, or embeddings or labels do not fit the
+                centroids or each other.
+        """
+        self.centroid_table.move(embeddings, labels, momentum)
 
     def get_extra_state(self) -> dict[str, Tensor | None]:
         return {"centroids": self.centroids}
@@ -115,7 +189,7 @@ class Centroids:
         if centroids is not None:
             device = centroids.device if self.centroids is None else self.centroids.device
             centroids = centroids.to(device, copy=True)  # the state's own must not move with ours
-        self.centroids = centroids
+        self.centroid_table.values = centroids
 
     def nearest_centres(
         self,
@@ -131,7 +205,7 @@ class Centroids:
             ValueError: if a label has no centroid or the dimensions disagree.
         """
         with without_autocast(embeddings.device):
-            embeddings = embeddings.to(wide_dtype(embeddings))
+            embeddings = at_least_float32(embeddings)
             if self.centroids is None:
                 reference = ref_emb.to(embeddings.dtype), ref_labels
                 return self._nearest_means(embeddings, labels, reference, num_negatives)
@@ -140,7 +214,7 @@ class Centroids:
     def _nearest_centroids(
         self, embeddings: Tensor, labels: Tensor, ref_labels: Tensor, num_negatives: int
     ) -> NearestCentres:
-        centres = self._set_centres(embeddings, labels)
+        centres = self.centroid_table.beside(embeddings, labels)
         own = labels.clamp(min=0)
         num_negatives = min(num_negatives, len(centres) - 1)
         if self._is_plain_similarity():
@@ -196,25 +270,6 @@ class Centroids:
             and distance.p == 2
             and not distance.collect_stats  # its records are made in its own forward
         )
-
-    def _set_centres(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        assert self.centroids is not None
-        if self.centroids.device != embeddings.device:
-            self.centroids = self.centroids.to(embeddings.device)
-        if self.centroids.shape[1] != embeddings.shape[1]:
-            raise InputError(
-                f"embeddings have {embeddings.shape[1]} dimensions and the centroids "
-                f"{self.centroids.shape[1]}: call set_centroids with centres of this model"
-            )
-        # On a GPU the question would stall the queue; there the indexing itself complains.
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            largest = int(labels.max())
-            if largest >= len(self.centroids):
-                raise InputError(
-                    f"labels must index the {len(self.centroids)} centroids, got label {largest}: "
-                    "set the centroids and the labels of the same clustering"
-                )
-        return self.centroids.to(embeddings.dtype)
 
 
 class _NearestSimilarities(torch.autograd.Function):

@@ -15,6 +15,7 @@ from pml_tacl.utils.errors import InputError
 
 # Mean cosine distance to the common direction below which rows differ by rounding alone.
 COLLAPSED = 1e-6
+_MOST_CLUSTERS = 10_000
 
 
 class PseudoLabels(NamedTuple):
@@ -185,7 +186,12 @@ class KMeansPseudoLabeler:
                 than half of the images.
         """
         rows = UnitRows("embeddings", embeddings, self.chunk_size)
-        number = self._number_for(len(rows))
+        number = self.number_for(len(rows))
+        if number > len(rows):
+            raise InputError(
+                f"num_clusters={number} is more than the {len(rows)} embeddings: lower it or add "
+                "images"
+            )
         if rows.spread < COLLAPSED:
             raise InputError(
                 f"all {len(rows)} embeddings are nearly identical (mean cosine distance to their "
@@ -198,13 +204,12 @@ class KMeansPseudoLabeler:
         _check_use(np.bincount(labels, minlength=number))
         return _summarise(labels, rows, self.min_cluster_size)
 
-    def _number_for(self, count: int) -> int:
-        wanted = _number_of_clusters(self, count)
-        if wanted > count:
-            raise InputError(
-                f"num_clusters={wanted} is more than the {count} embeddings: lower it or add images"
-            )
-        return wanted
+    def number_for(self, count: int) -> int:
+        """Return how many clusters are asked of `count` images."""
+        if self.num_clusters != "auto":
+            return int(self.num_clusters)
+        wanted = auto_clusters(count)
+        return wanted if self.max_points is None else min(wanted, self.max_points)
 
     def _start(
         self, rows: UnitRows, initial_centroids: Embeddings | None, number: int
@@ -244,12 +249,14 @@ class KMeansPseudoLabeler:
         return np.asarray(kmeans.centroids, dtype=np.float32)
 
 
-def _number_of_clusters(labeler: KMeansPseudoLabeler, count: int) -> int:
-    """How many clusters k-means asks of so many rows: "auto" is a tenth, from 2 to 10 000."""
-    if labeler.num_clusters != "auto":
-        return int(labeler.num_clusters)
-    wanted = max(2, min(count // 10, 10_000))
-    return wanted if labeler.max_points is None else min(wanted, labeler.max_points)
+def auto_clusters(count: int, least: int = 2) -> int:
+    """Return the number of clusters that "auto" stands for: a tenth of `count` images.
+
+    Args:
+        count: images.
+        least: fewest clusters; 10 000 are the most, unless `least` is more.
+    """
+    return max(2, min(count // 10, _MOST_CLUSTERS), least)
 
 
 def _check_use(members: IntArray) -> None:

@@ -10,6 +10,7 @@ from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.labels import pseudo_labels
 from pml_tacl.utils.pml_compat import (
     BaseMetricLossFunction,
+    Needs,
     loss_dict,
     positive_pairs,
     reduce_without_noise,
@@ -53,6 +54,8 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
         >>> points = torch.rand(4, 49, 2) * 2 - 1
         >>> loss = AttentionConsistencyLoss()(maps, flipped, points, torch.tensor([0, 0, 1, 1]))
     """
+
+    needs: Needs = "feature_maps"
 
     def __init__(
         self,

@@ -1,17 +1,15 @@
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
 from pml_tacl.utils.checks import check_count
 from pml_tacl.utils.errors import InputError
-from pml_tacl.utils.labels import pseudo_labels
-from pml_tacl.utils.pml_compat import BaseMiner
+from pml_tacl.utils.pml_compat import Needs, PairMiner, Pairs
 from pml_tacl.utils.precision import wide_dtype, without_autocast
 
 
-class AttentionConsistencyMiner(BaseMiner):
+class AttentionConsistencyMiner(PairMiner):
     """Matched pairs for :class:`AttentionConsistencyLoss`: the most alike of each cluster.
 
     For every image, the ``pairs_per_anchor`` images of the same pseudo-label whose average
@@ -29,44 +27,24 @@ class AttentionConsistencyMiner(BaseMiner):
             maps are not (N, C, H, W).
     """
 
+    needs: Needs = "feature_maps"
+
     def __init__(self, pairs_per_anchor: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_count("pairs_per_anchor", pairs_per_anchor, 1)
         self.pairs_per_anchor = pairs_per_anchor
         self.add_to_recordable_attributes(name="pairs_per_anchor", is_stat=False)
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Any,
-        ref_emb: Tensor | None = None,
-        ref_labels: Any = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pairs (anchors, positives, anchors, negatives).
-
-        Args:
-            embeddings: (N, C, H, W) feature maps.
-            labels: (N,) pseudo-labels, whole numbers of any type; -1 is noise.
-            ref_emb: (M, ...), where positives and negatives are from; None for the batch itself.
-            ref_labels: (M,) of them.
-        """
-        ref_labels = None if ref_labels is None else pseudo_labels(ref_labels, "ref_labels")
-        pairs: tuple[Tensor, Tensor, Tensor, Tensor] = super().forward(
-            embeddings, pseudo_labels(labels), ref_emb, ref_labels
-        )
-        return pairs
-
-    def mine(
-        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def check_input(self, embeddings: Tensor, ref_emb: Tensor) -> None:
         if embeddings.ndim != 4 or ref_emb.ndim != 4:
             raise InputError(
                 f"feature_maps must be (N, C, H, W), got {tuple(embeddings.shape)} and, as "
                 f"reference, {tuple(ref_emb.shape)}"
             )
-        empty = torch.empty(0, dtype=torch.long, device=embeddings.device)
-        if len(embeddings) == 0 or len(ref_emb) == 0:
-            return empty, empty.clone(), empty.clone(), empty.clone()
+
+    def pairs(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
+    ) -> Pairs:
         same_set = ref_emb is embeddings
         with without_autocast(embeddings.device):
             pooled = _pool(embeddings)
@@ -77,12 +55,9 @@ class AttentionConsistencyMiner(BaseMiner):
         mat = torch.where(matched, -mat if self.distance.is_inverted else mat, torch.inf)
         nearest, columns = mat.topk(min(self.pairs_per_anchor, mat.shape[1]), largest=False)
         anchors, rank = torch.where(nearest.isfinite())
+        empty = anchors.new_empty(0)
         return anchors, columns[anchors, rank], empty, empty.clone()
-
-    def get_default_distance(self) -> CosineSimilarity:
-        return CosineSimilarity()
 
 
 def _pool(feature_maps: Tensor) -> Tensor:
-    wide = wide_dtype(feature_maps)
-    return feature_maps.mean(dim=(2, 3), dtype=wide)
+    return feature_maps.mean(dim=(2, 3), dtype=wide_dtype(feature_maps))

@@ -1,17 +1,15 @@
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
 from pml_tacl.clustering.centroids import Centroids
 from pml_tacl.utils.checks import check_count, check_number
 from pml_tacl.utils.errors import InputError
-from pml_tacl.utils.labels import pseudo_labels
-from pml_tacl.utils.pml_compat import BaseMiner
+from pml_tacl.utils.pml_compat import PairMiner, Pairs
 
 
-class ContrastiveClusteringMiner(Centroids, BaseMiner):
+class ContrastiveClusteringMiner(Centroids, PairMiner):
     """Pairs that cluster centres call hard, of images whose cluster is sure.
 
     Positives are images of the same cluster, negatives those of the ``num_negatives`` other
@@ -48,33 +46,9 @@ class ContrastiveClusteringMiner(Centroids, BaseMiner):
         )
         self.add_to_recordable_attributes(name="num_ambiguous", is_stat=True)
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Any,
-        ref_emb: Tensor | None = None,
-        ref_labels: Any = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pairs (anchors, positives, anchors, negatives).
-
-        Args:
-            embeddings: (N, D).
-            labels: (N,) pseudo-labels, whole numbers of any type; -1 is noise.
-            ref_emb: (M, ...), where positives and negatives are from; None for the batch itself.
-            ref_labels: (M,) of them.
-        """
-        ref_labels = None if ref_labels is None else pseudo_labels(ref_labels, "ref_labels")
-        pairs: tuple[Tensor, Tensor, Tensor, Tensor] = super().forward(
-            embeddings, pseudo_labels(labels), ref_emb, ref_labels
-        )
-        return pairs
-
-    def mine(
+    def pairs(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if len(embeddings) == 0 or len(ref_emb) == 0:
-            empty = torch.empty(0, dtype=torch.long, device=embeddings.device)
-            return empty, empty.clone(), empty.clone(), empty.clone()
+    ) -> Pairs:
         near = self.nearest_centres(embeddings, labels, ref_emb, ref_labels, self.num_negatives)
         own, others = near.own, near.others
         if self.distance.is_inverted:
@@ -98,6 +72,3 @@ class ContrastiveClusteringMiner(Centroids, BaseMiner):
         a1, p = torch.where(matched)
         a2, n = torch.where(hard & both & ~same)
         return a1, p, a2, n
-
-    def get_default_distance(self) -> CosineSimilarity:
-        return CosineSimilarity()

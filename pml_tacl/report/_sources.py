@@ -21,8 +21,8 @@ from pml_tacl.datasets.image_files import load_rgb
 from pml_tacl.evaluation import embed
 from pml_tacl.models import AttentionEmbedder
 from pml_tacl.search import PictureIndex
-from pml_tacl.trainers._records import read_losses
 from pml_tacl.trainers.checkpoint import checkpoints
+from pml_tacl.trainers.records import read_losses
 from pml_tacl.utils.errors import InputError
 
 Curve = tuple[list[float], list[float]]

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from pml_tacl.clustering.kmeans import auto_clusters
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -69,7 +71,7 @@ class Recipe:
     def clusters(self, count: int) -> int:
         """Return the number of clusters for `count` images: a tenth, as many as a batch needs."""
         needed = self.batch_size_for(count) // self.images_per_cluster
-        return max(2, min(count // 10, 10_000), needed)
+        return auto_clusters(count, least=needed)
 
     def warmup_epochs(self, epochs: int) -> int:
         """Return how many of `epochs` pass before the first clustering."""

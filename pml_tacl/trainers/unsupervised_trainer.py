@@ -1,52 +1,95 @@
+"""A trainer of PML that needs no labels: its loop and its step."""
+
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_metric_learning.trainers import BaseTrainer
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from pml_tacl.clustering import PseudoLabeler
 from pml_tacl.datasets import ImageFiles
+from pml_tacl.distributed.collectives import from_first, gather_batch, mean_loss
+from pml_tacl.distributed.gradients import equalise, start_alike, sum_gradients
 from pml_tacl.distributed.inference import embed_together
-from pml_tacl.distributed.session import is_first, on_first, world_size
-from pml_tacl.distributed.training import draw_together, end_of_epoch, share_of
+from pml_tacl.distributed.session import check_same, highest, is_first, on_first, world_size
 from pml_tacl.models import AttentionEmbedder
+from pml_tacl.models.receptive_field import measure_grid
 from pml_tacl.search import PictureIndex
 from pml_tacl.trainers import defaults
-from pml_tacl.trainers._arguments import check_arguments, check_clusters
-from pml_tacl.trainers._clusters import clustering_is_due, embed_pictures, relabel
-from pml_tacl.trainers._order import make_loader
-from pml_tacl.trainers._parts import (
+from pml_tacl.trainers.arguments import (
     as_models,
+    check_arguments,
     check_classes,
     check_losses,
     check_pml_arguments,
     check_warm_up,
     device_of,
     plain_number,
-    within,
 )
-from pml_tacl.trainers._restoring import fresh_schedules, replay
-from pml_tacl.trainers._resumable import Resumable
-from pml_tacl.trainers._training_step import TrainingStep
-from pml_tacl.trainers._unreadable import Unreadable
-from pml_tacl.trainers._views import Batch, OneView, TwoViews
-from pml_tacl.trainers._workers import lost_workers_named
+from pml_tacl.trainers.checkpoint import (
+    OtherRank,
+    Saved,
+    fresh_schedules,
+    load_checkpoint,
+    open_folder,
+    replay,
+    restore_random,
+    restore_trainer,
+    save_checkpoint,
+    states_of_others,
+    trainer_state,
+)
+from pml_tacl.trainers.data import (
+    Batch,
+    Images,
+    OneView,
+    TwoViews,
+    Unreadable,
+    Views,
+    draw_epoch,
+    lost_workers_named,
+    make_loader,
+    share_of,
+)
 from pml_tacl.trainers.fitting import fit_to
+from pml_tacl.trainers.forward import (
+    forward_in_chunks,
+    forward_of,
+    in_precision,
+    swap_background,
+)
 from pml_tacl.trainers.guard import Guard, load_network, network_state
+from pml_tacl.trainers.pseudo_labeling import (
+    EmbeddingPass,
+    check_clusters,
+    cluster,
+    distance_moved,
+    forget_labels,
+    sample,
+    share_centroids,
+)
 from pml_tacl.trainers.recipe import recipe_for
+from pml_tacl.trainers.records import LossesFile
+from pml_tacl.trainers.state import StateDict, TrainingState
 from pml_tacl.transforms import BackgroundSwap
-from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.errors import DivergedError, InputError
 from pml_tacl.utils.labels import pseudo_labels
-from pml_tacl.utils.signals import Signals
+from pml_tacl.utils.pml_compat import called_by_step, needs_of
+from pml_tacl.utils.precision import at_least_float32
+from pml_tacl.utils.signals import Interrupted, Signals
 
 _LOGGER = logging.getLogger(__name__)
+_LOOK_EVERY = 10  # iterations: reading a loss makes the CPU wait for a GPU
 
 
-class UnsupervisedTrainer(Resumable, TrainingStep):
+class UnsupervisedTrainer(BaseTrainer):
     """Train an embedding on pictures without labels: cluster, then learn from the clusters.
 
     A trainer of PML: models, loss_funcs, mining_funcs, optimizers, hooks and records are as
@@ -120,8 +163,10 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             is no warm-up.
 
     Attributes:
+        state: where the training stands (:class:`pml_tacl.trainers.state.TrainingState`).
         labels: pseudo-labels (N,), -1 for noise. Each picture's own before the first clustering.
-        centroids: (K, D), moved with the losses' own; None before the first clustering.
+        centroids: (K, D) of unit norm, which losses and miners share; None before the first
+            clustering.
         embeddings: (N, D) of the last embedding pass, NaN for unreadable pictures; not kept in
             checkpoints, and only on the first of many processes.
         extra: a dict of the user's tensors, numbers, strings and containers, in checkpoints too.
@@ -134,18 +179,37 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             checkpoint that cannot be written, or for a loader's process that was killed.
     """
 
+    # Of PML's BaseTrainer, which has no types.
+    models: dict[str, nn.Module]
+    loss_funcs: dict[str, nn.Module]
+    mining_funcs: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+    lr_schedulers: dict[str, LRScheduler]
+    gradient_clippers: dict[str, Callable[[], object]] | None
+    dataset: Images
+    batch_size: int
+    iterations_per_epoch: int
+    dataloader_num_workers: int
+    data_device: torch.device | str
+    loss_weights: dict[str, float]
+    losses: dict[str, Any]
+    freeze_these: Collection[str]
+    end_of_iteration_hook: Callable[["UnsupervisedTrainer"], object]
+    end_of_epoch_hook: Callable[["UnsupervisedTrainer"], object]
+    iteration: int
+
     def __init__(
         self,
         models: nn.Module | dict[str, nn.Module],
         optimizers: torch.optim.Optimizer | dict[str, torch.optim.Optimizer] | None = None,
         batch_size: int | None = None,
         loss_funcs: dict[str, nn.Module] | None = None,
-        dataset: Dataset[Any] | str | Path | None = None,
+        dataset: Images | str | Path | None = None,
         *,
         image_size: int | tuple[int, int] | None = None,
         run: str | Path | None = None,
         guard: bool | None = None,
-        transform: Callable[[Any], tuple[Tensor, Tensor, Tensor]] | None = None,
+        transform: Callable[[Any], Views] | None = None,
         eval_transform: Callable[[Any], Tensor] | None = None,
         labeler: PseudoLabeler | None = None,
         mining_funcs: dict[str, nn.Module] | None = None,
@@ -210,7 +274,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
                 "guard compares with the untrained network, which warm-up epochs leave before the "
                 "first clustering: give warmup_epochs=0, or guard=False"
             )
-        self._last: dict[str, Any] | None = None  # the network that was trained last
+        self._last: dict[str, dict[str, Tensor]] | None = None  # the network that was trained last
         compile = compile or compiled
         kwargs = {name: plain_number(value) for name, value in kwargs.items()}
         check_pml_arguments(kwargs)
@@ -253,12 +317,15 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         self.centroid_momentum = float(centroid_momentum)
         self.checkpoint_every, self.keep = plain_number(checkpoint_every), int(keep)
         self.record_keeper = record_keeper
-        self.labels = torch.arange(count)
-        self.centroids: Tensor | None = None
-        self.embeddings: Tensor | None = None
-        self.moved_from: Tensor | None = None
-        self.unreadable = Unreadable(int(max_unreadable))
-        self.stand_at_start()
+        self.state = TrainingState(torch.arange(count), Unreadable(int(max_unreadable)))
+        self.epoch = 0
+        self.test_hook: Callable[[UnsupervisedTrainer], object] | None = None  # on every rank
+        self.test_epochs: Collection[int] = ()  # at whose end all is saved before the test
+        self.losses_file: LossesFile | None = None
+        self._others: list[OtherRank] | None = None  # of the other ranks, in a hook
+        self._within_step = False
+        self._own_folder: Path | None = None
+        self._signals = Signals(active=False)
         kwargs.setdefault("data_device", device_of(models["trunk"]))
         kwargs.setdefault("iterations_per_epoch", max(1, count // batch_size))
         kwargs.setdefault("dataloader_num_workers", 0)
@@ -272,10 +339,77 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             loss_weights={name: weights.get(name, 1.0) for name in loss_funcs},
             **kwargs,
         )
-        self.set_up_step(whole, compile, None if ema_decay is None else float(ema_decay))
+        self.whole = whole
+        device = torch.device(self.data_device)
+        settings = (count, self.batch_size, self.iterations_per_epoch, self.loss_weights)
+        start_alike(self.models, self.loss_funcs, settings, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype is torch.float16)
+        self.look_every = 1 if device.type == "cpu" else _LOOK_EVERY
+        self.forward_features = forward_of(self.models)
+        if compile:
+            self.forward_features = torch.compile(self.forward_features)
+        self.average: AveragedModel | None = None
+        if ema_decay is not None:
+            averaged = get_ema_multi_avg_fn(float(ema_decay))
+            self.average = AveragedModel(whole, multi_avg_fn=averaged, use_buffers=True)
+        self._grids: dict[tuple[int, int], tuple[int, int]] = {}  # by size of the views
+        self._skipped: set[str] = set()  # optimizers whose last step GradScaler has left out
+        self._share_centroids()
+
+    @property
+    def labels(self) -> Tensor:
+        """Pseudo-labels (N,), -1 for noise."""
+        return self.state.labels
+
+    @labels.setter
+    def labels(self, labels: Tensor) -> None:
+        self.state.labels = labels
+
+    @property
+    def centroids(self) -> Tensor | None:
+        """Centroids (K, D) of unit norm; None before the first clustering."""
+        return self.state.table.values
+
+    @centroids.setter
+    def centroids(self, centroids: Tensor | None) -> None:
+        self.state.table.values = centroids
+
+    @property
+    def embeddings(self) -> Tensor | None:
+        """Embeddings (N, D) of the last embedding pass."""
+        return self.state.embeddings
+
+    @property
+    def extra(self) -> StateDict:
+        """What the user keeps in the checkpoints."""
+        return self.state.extra
+
+    @property
+    def ended(self) -> int:
+        """Epochs that have ended."""
+        return self.state.ended
+
+    @property
+    def ema_model(self) -> nn.Module:
+        """The model with averaged weights: evaluate and export it like the other.
+
+        An AttentionEmbedder if that is what is trained, else trunk and embedder as a Sequential.
+
+        Raises:
+            ValueError: without ``ema_decay``.
+        """
+        if self.average is None:
+            raise InputError("ema_model needs averaged weights: give the trainer an ema_decay")
+        averaged: nn.Module = self.average.module
+        return averaged
+
+    @property
+    def verdict(self) -> str:
+        """Whether the training was worth it, in one line; "" without a guard."""
+        return "" if self.guard is None else self.guard.verdict()
 
     def modify_schema(self) -> None:
-        """Any names of losses; PML's checker would also pass names that only begin right."""
+        """Allow any names of losses; PML's checker would pass names that only begin right."""
         self.schema["loss_funcs"].keys = [name for name in self.loss_names if name != "total_loss"]
         self.schema["mining_funcs"].keys = ["tuple_miner", "attention_miner"]
         self.schema["optimizers"].important = []
@@ -291,6 +425,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
                 holds checkpoints of a training that was not loaded.
             Interrupted: after SIGINT or SIGTERM, with a checkpoint_folder.
         """
+        state = self.state
         start_epoch, num_epochs = plain_number(start_epoch), plain_number(num_epochs)
         if self._last is not None:
             load_network(self, self._last)
@@ -303,41 +438,496 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         with Signals(self.checkpoint_folder is not None) as self._signals, lost_workers_named():
             self._begin(start_epoch)
             for epoch in range(start_epoch, num_epochs + 1):
-                if self.stopped:
-                    _LOGGER.info("end_of_epoch_hook has ended the training in epoch %d", self.ended)
+                if state.stopped:
+                    _LOGGER.info(
+                        "end_of_epoch_hook has ended the training in epoch %d", state.ended
+                    )
                     break
                 self.epoch = epoch
                 try:
                     self._begin_epoch()
                 except InputError as error:
                     # The clusters of an untrained network are the caller's to mend.
-                    if self.guard is None or not self.ended:
+                    if self.guard is None or not state.ended:
                         raise
                     _LOGGER.warning("the training ends before epoch %d: %s", epoch, error)
                     self.guard.note_collapse(self)
-                    self.epoch, self.stopped = self.ended, True
+                    self.epoch, state.stopped = state.ended, True
                     break
                 self._train_epoch(num_epochs)
                 self.step_lr_schedulers(end_of_epoch=True)
                 self.zero_losses()
-                self.ended, self.done, self.order = epoch, 0, None
-                self.stopped = end_of_epoch(self) or (self.guard is not None and self.guard.falls)
+                state.ended, state.done, state.order = epoch, 0, None
+                stops = self._call_end_of_epoch_hooks()
+                state.stopped = stops or (self.guard is not None and self.guard.falls)
                 self._between_iterations(due=True)
-            if self.guard is not None and (self.stopped or self.ended >= num_epochs):
+            if self.guard is not None and (state.stopped or state.ended >= num_epochs):
                 self._keep_better(self.guard)
-        self.stopped = False
+        state.stopped = False
         if self.run is not None:
             self.finish()
 
-    def prepare_for(self, state: Mapping[str, Any]) -> None:
+    def _begin(self, start_epoch: int) -> None:
+        """Make sure that a training which is killed from here on can be resumed."""
+        state = self.state
+        if state.loaded_within_epoch and start_epoch != state.ended + 1:
+            raise InputError(
+                f"the checkpoint is from within epoch {state.ended + 1}, got start_epoch="
+                f"{start_epoch}: train with start_epoch=trainer.epoch + 1"
+            )
+        if not state.loaded_within_epoch:
+            state.ended, state.done, state.order = start_epoch - 1, 0, None
+        state.schedules = state.schedules or fresh_schedules(self)
+        folder = self.checkpoint_folder
+        place = (state.ended, state.done)
+        if folder is not None and on_first(
+            lambda: open_folder(folder, self._own_folder, place), "opening checkpoint_folder"
+        ):
+            self._save()  # or a crash in the first epoch would leave records without a checkpoint
+
+    def _begin_epoch(self) -> None:
+        if not self.state.loaded_within_epoch:
+            with self._signals.at_once(f"saved at the end of epoch {self.state.ended}"):
+                if self._clustering_is_due():
+                    self.relabel()
+        self._share_centroids()
+        self.initialize_dataloader()
+        self.set_to_train()
+
+    def _train_epoch(self, num_epochs: int) -> None:
+        state = self.state
+        with tqdm(
+            total=self.iterations_per_epoch * self.batch_size,
+            initial=state.done * self.batch_size,
+            desc=f"epoch {self.epoch}/{num_epochs}",
+            unit="img",
+            disable=not (self.progress and is_first()),
+        ) as bar:
+            for iteration in range(state.done, self.iterations_per_epoch):
+                self.iteration = iteration
+                self._within_step = True
+                self.forward_and_backward()
+                if is_first():
+                    self.end_of_iteration_hook(self)
+                self.step_lr_schedulers(end_of_epoch=False)
+                self._within_step = False
+                state.done = iteration + 1
+                made = self.get_global_iteration() + 1
+                due = self.checkpoint_every is not None and made % self.checkpoint_every == 0
+                ends = state.done == self.iterations_per_epoch
+                if ends or made % self.look_every == 0:
+                    bar.set_postfix_str(self.look_at_losses(), refresh=False)
+                bar.update(self.batch_size)
+                # A test that fails must not cost the epoch: it is whole but for its end.
+                self._between_iterations(self.epoch in self.test_epochs if ends else due)
+        del self.dataloader_iter  # its processes end, and leave the memory to the hook
+
+    def forward_and_backward(self) -> None:
+        """Make one training step: from two views of each image of a batch to new weights."""
+        self.zero_losses()
+        self.zero_grad()
+        self.update_loss_weights()
+        warming_up = self.centroids is None  # every image is a cluster of its own
+        losses = {
+            name: called_by_step(loss)
+            for name, loss in self.loss_funcs.items()
+            if self.loss_weights[name] != 0
+        }
+
+        # Views: of each image, with where the cells of the first lie in the second.
+        batch = self.get_batch()
+        views, transformed, weights = batch.views, batch.transformed, None
+
+        # Swap: other backgrounds, and how far both views kept each cell.
+        if self.swap is not None:
+            views, transformed, weights = swap_background(
+                self.swap,
+                self.models["trunk"],
+                batch,
+                self._grid_of(views),
+                self.accumulation_steps,
+                self.amp_dtype,
+            )
+
+        # Forward: both views at once.
+        images = torch.cat([views, transformed])
+        if images.device.type == "cpu":
+            images = images.contiguous(memory_format=torch.channels_last)
+        with in_precision(images.device, self.amp_dtype):
+            embeddings, maps = forward_in_chunks(
+                self.forward_features, images, self.accumulation_steps, list(self.models.values())
+            )
+        # Outside of autocast: PML's losses would round similarities to half precision, of which
+        # they then take exponentials. Of all ranks, whose losses see the whole batch.
+        embeddings = gather_batch(at_least_float32(embeddings), 2)
+        labels = gather_batch(batch.labels)
+        labels = torch.cat([labels, labels])
+
+        # Mine: pairs of embeddings, and images that are matched by their feature maps.
+        pairs, matched = self.maybe_mine_embeddings(embeddings, labels), None
+        if any(needs == "feature_maps" for _, needs in losses.values()):
+            if maps is None:
+                raise InputError(
+                    "AttentionConsistencyLoss needs a trunk with feature_maps: use "
+                    "AttentionEmbedder"
+                )
+            if warming_up:  # an image is matched with itself, seen through the transform
+                index = torch.arange(len(batch.labels), device=batch.labels.device)
+                matched = (index, index, index[:0], index[:0])
+            elif "attention_miner" in self.mining_funcs:
+                first = maps.detach().chunk(2)[0]
+                matched = self.mining_funcs["attention_miner"](first, batch.labels)
+
+        # Losses: each is called with what it needs.
+        for name, (loss, needs) in losses.items():
+            if needs == "feature_maps" and maps is not None:
+                each = (*maps.chunk(2), batch.points, batch.labels, matched, weights)
+                self.losses[name] = mean_loss(loss(*each))
+            elif needs == "views":
+                self.losses[name] = loss(*embeddings.chunk(2))
+            else:
+                self.losses[name] = loss(embeddings, labels, pairs if needs == "pairs" else None)
+        self.loss_tracker.update(self.loss_weights)
+
+        # Backward: gradients of all ranks.
+        self.scaler.scale(self.losses["total_loss"]).backward()
+        sum_gradients(self.models, self.loss_funcs)
+        for name, value in self.losses.items():  # the graph has done its work
+            self.losses[name] = value.detach() if isinstance(value, Tensor) else value
+        if self.look_every == 1:  # else a GPU would have to be waited for
+            self.look_at_losses()
+
+        # Step: of the weights, then of what follows them.
+        self.clip_gradients()
+        if not self.step_optimizers():
+            return
+        if self._centroids_are_used and self.centroid_momentum != 1 and not warming_up:
+            self.state.table.move(embeddings.detach(), labels, self.centroid_momentum)
+            self._share_centroids()
+        if self.average is not None:
+            self.average.update_parameters(self.whole)
+
+    def _grid_of(self, views: Tensor) -> tuple[int, int] | None:
+        """Return rows and columns of the maps that losses read; None if no loss reads maps.
+
+        As the transform says; one of the user's own may not, and then the trunk does.
+        """
+        if all(needs_of(loss) != "feature_maps" for loss in self.loss_funcs.values()):
+            return None
+        grid: tuple[int, int] | None = getattr(self.transform, "grid", None)
+        if grid is not None:
+            return grid
+        channels, height, width = views.shape[1:]
+        if (height, width) not in self._grids:
+            found = measure_grid(self.models["trunk"], (height, width), channels)
+            self._grids[height, width] = found
+        return self._grids[height, width]
+
+    def clip_gradients(self) -> None:
+        if self.gradient_clippers:
+            for optimizer in self.optimizers.values():
+                self.scaler.unscale_(optimizer)
+        super().clip_gradients()
+
+    def step_optimizers(self) -> bool:
+        """Make a step of each optimizer; False if all were left out for an overflow."""
+        due = {
+            name: optimizer
+            for name, optimizer in self.optimizers.items()
+            if name.removesuffix("_optimizer") not in self.freeze_these
+        }
+        self._skipped = set()
+        for name, optimizer in due.items():
+            if self.scaler.is_enabled() and not self._steps(optimizer):
+                self._skipped.add(name)
+            elif not self.scaler.is_enabled():
+                optimizer.step()
+        self.scaler.update()
+        return not due or self._skipped != set(due)
+
+    def _steps(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Make a scaled step; False if the scaler has left it out."""
+        made: list[bool] = []
+        noted = optimizer.register_step_post_hook(lambda *_: made.append(True))
+        try:
+            self.scaler.step(optimizer)
+        finally:
+            noted.remove()
+        return bool(made)
+
+    def step_lr_schedulers(self, end_of_epoch: bool = False) -> None:
+        """As in PML, but a schedule by iteration waits for an optimizer whose step was left out."""
+        waiting = {id(self.optimizers[name]) for name in self._skipped}
+        if end_of_epoch or not waiting:
+            super().step_lr_schedulers(end_of_epoch)
+            return
+        suffix = self.allowed_lr_scheduler_key_suffixes["iteration"]
+        for name, schedule in self.lr_schedulers.items():
+            if name.endswith(suffix) and id(getattr(schedule, "optimizer", None)) not in waiting:
+                schedule.step()
+
+    def look_at_losses(self) -> str:
+        """The losses for the progress bar; FloatingPointError if they are not finite."""
+        device = torch.device(self.data_device)
+        values = [
+            torch.as_tensor(v, dtype=torch.float32, device=device) for v in self.losses.values()
+        ]
+        # Together, so that a GPU is waited for once.
+        shown = dict(zip(self.losses, torch.stack(values).tolist(), strict=True))
+        if not math.isfinite(shown["total_loss"]):
+            parts = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            raise DivergedError(
+                f"loss is not finite in epoch {self.epoch}, iteration {self.iteration} ({parts}): "
+                "lower the learning rate or resume from the last checkpoint"
+            )
+        return ", ".join(f"{name.removesuffix('_loss')} {v:.3f}" for name, v in shown.items())
+
+    def relabel(self) -> None:
+        """Embed the whole data set, cluster it, and set the pseudo-labels and centroids found.
+
+        In distributed training the first rank clusters; all end with its labels and centroids.
+
+        Raises:
+            ValueError: if the clusters cannot fill a batch, or what the labeler raises.
+        """
+        state, embed_images = self.state, self._embedding_pass()
+        found = embed_images()
+        made: list[Tensor | None] = [None, None, None]
+        seen: list[Tensor] = []
+
+        def find() -> None:
+            embeddings, readable = embed_images.readable(found, state.unreadable)
+            seen.append(embeddings if readable.all() else embeddings[readable])
+            labels, centroids = cluster(self.labeler, embeddings, readable, self.centroids)
+            state.embeddings = embeddings
+            made[:] = labels, centroids, embeddings[sample(len(labels))].clone()
+
+        on_first(find, "clustering")
+        if self.guard is not None:
+            self.guard.look(self, seen[0] if seen else None)
+        labels, centroids, moved_from = from_first(made)
+        assert labels is not None
+        assert centroids is not None
+        check_same("pseudo-labels", [labels, centroids], "a network or memory is at fault, resume")
+        self.set_pseudo_labels(labels, centroids)
+        state.moved_from = moved_from
+        if is_first():
+            noise = int((labels < 0).sum())
+            _LOGGER.info(
+                "epoch %d: %d clusters, %d pictures are noise", self.epoch, len(centroids), noise
+            )
+
+    def set_pseudo_labels(self, labels: Tensor, centroids: Tensor | None) -> None:
+        """Set the pseudo-labels (N,), -1 for noise, and the centroids (K, D) that they index.
+
+        Every loss and miner that compares with centroids, also one within another, compares with
+        these, and every memory of earlier labels is emptied (``reset_queue``, of PML's
+        CrossBatchMemory).
+
+        Raises:
+            ValueError: if there are fewer clusters than a batch needs or more than a loss has
+                classes for, or labels and centroids do not fit each other or the images.
+        """
+        labels = pseudo_labels(labels).cpu()
+        if labels.shape != self.labels.shape:
+            raise InputError(
+                f"labels must be one for each of the {len(self.labels)} images, got shape "
+                f"{tuple(labels.shape)}"
+            )
+        needed = int(labels.max()) + 1
+        if centroids is not None and needed > len(centroids):
+            raise InputError(
+                f"labels must index the {len(centroids)} centroids, got label {needed - 1}: give "
+                "those of the same clustering"
+            )
+        there = int(labels[labels >= 0].unique().numel())
+        check_clusters(there, self.batch_size, self.images_per_cluster)
+        check_classes(self.loss_funcs, needed, "clusters: give as many classes, or fewer clusters")
+        self.state.table.set(centroids)
+        self.state.labels = labels
+        self._share_centroids()
+        forget_labels(self.loss_funcs, self.mining_funcs)
+
+    def _share_centroids(self) -> None:
+        """Let all losses and miners compare with the centroids of this training."""
+        self._centroids_are_used = share_centroids(
+            self.state.table, self.loss_funcs, self.mining_funcs
+        )
+
+    def _clustering_is_due(self) -> bool:
+        """Whether the epoch that begins needs another clustering."""
+        since, state = self.epoch - self.warmup_epochs - 1, self.state
+        if since < 0 or self.centroids is None:
+            return since >= 0
+        if since % self.recluster_every:
+            return False
+        threshold, before = self.recluster_when_moved, state.moved_from
+        if threshold is None or before is None:
+            return True
+        embed_images = self._embedding_pass()
+        found = embed_images(sample(len(state.labels)))
+
+        def have_moved() -> bool:
+            moved = distance_moved(*embed_images.readable(found, state.unreadable), before)
+            _LOGGER.info("epoch %d: embeddings have moved by %.4f", self.epoch, moved)
+            return not moved < threshold
+
+        return on_first(have_moved, "comparing embeddings")
+
+    def _embedding_pass(self) -> EmbeddingPass:
+        """Return what embeds the data set, with one set of statistics on all ranks. Collective."""
+        equalise([*self.models.values(), self.average])
+        return EmbeddingPass(
+            self.models,
+            OneView(self.dataset, self.eval_transform),
+            self.amp_dtype,
+            batch_size=max(64, self.batch_size),
+            num_workers=self.dataloader_num_workers,
+            progress=self.progress,
+        )
+
+    def initialize_dataloader(self) -> None:
+        """Draw an epoch, or take what is left of a loaded one, for a new loader.
+
+        A loader already running would hand out old pseudo-labels.
+        """
+        state = self.state
+        if not state.loaded_within_epoch or state.order is None:
+            state.order, state.done = (
+                draw_epoch(
+                    state.labels,
+                    self.centroids is not None,
+                    self.iterations_per_epoch * self.batch_size,
+                    self.images_per_cluster,
+                    self.batch_size,
+                ),
+                0,
+            )
+        state.loaded_within_epoch = False
+        self.dataloader = make_loader(
+            TwoViews(self.dataset, self.transform, state.labels),
+            share_of(state.order[state.done * self.batch_size :], self.batch_size),
+            self.batch_size // world_size(),
+            num_workers=self.dataloader_num_workers,
+            collate_fn=self.collate_fn,
+            pin_memory=torch.device(self.data_device).type == "cuda",
+        )
+        self.dataloader_iter = iter(self.dataloader)
+
+    def get_batch(self) -> Batch:
+        """Return the next batch, with the pseudo-labels of its images."""
+        *tensors, index, troubles = next(self.dataloader_iter)
+        for trouble in filter(None, troubles):
+            self.state.unreadable.add(trouble)
+        views, transformed, points = (t.to(self.data_device, non_blocking=True) for t in tensors)
+        return Batch(views, transformed, points, self.labels[index].to(self.data_device))
+
+    def _call_end_of_epoch_hooks(self) -> bool:
+        """Call test_hook, then end_of_epoch_hook on the first rank alone; whether that ends it.
+
+        All else that a checkpoint needs is gathered before: the hook may save one.
+        """
+        equalise([*self.models.values(), self.average])
+        if self.test_hook is not None:
+            self.test_hook(self)
+        self._others = states_of_others(self.state.unreadable)
+        try:
+            return on_first(lambda: self.end_of_epoch_hook(self) is False, "end_of_epoch_hook")
+        finally:
+            self._others = None
+
+    def save_checkpoint(
+        self, folder: str | Path, keep: int = 2, extra: Mapping[str, object] | None = None
+    ) -> Path:
+        """Write everything that :meth:`load_checkpoint` needs to go on as if never stopped.
+
+        In many processes all must call it, or a hook; the first writes.
+
+        Args:
+            folder: the file is ``epoch_NNNN.pt`` in it, named by the epochs that have ended, or
+                ``epoch_NNNN_iteration_NNNNNN.pt`` within the next one.
+            keep: how many of the last checkpoints stay.
+            extra: added to ``trainer.extra``.
+
+        Raises:
+            InputTypeError: if the state, or what is in ``trainer.extra``, holds what could not be
+                read again; the message says where and what it is.
+            OSError: if it cannot be written; earlier ones are left.
+            ValueError: in an end_of_iteration_hook, where an iteration is not quite done.
+        """
+        if self._within_step:
+            raise InputError(
+                "a checkpoint within an iteration would not be whole: set checkpoint_every, or "
+                "save in end_of_epoch_hook"
+            )
+        self.extra.update(extra or {})
+        if self.losses_file is not None:
+            self.losses_file.flush()
+        if self._others is not None:  # in a hook of the first rank
+            return save_checkpoint(folder, trainer_state(self, self._others), keep)
+        equalise([*self.models.values(), self.average])
+        others = states_of_others(self.state.unreadable)
+        return on_first(
+            lambda: save_checkpoint(folder, trainer_state(self, others), keep),
+            "writing a checkpoint",
+        )
+
+    def load_checkpoint(self, path: str | Path | None = None) -> StateDict:
+        """Restore a checkpoint (a folder: its last readable one); train on from ``epoch + 1``.
+
+        Args:
+            path: a file or folder; None for ``checkpoint_folder``, which must be set then.
+
+        Returns:
+            ``trainer.extra``, as it was saved.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            InputError: if it is damaged, or does not fit this trainer and its data set; the
+                trainer is as it was then.
+        """
+        path = self.checkpoint_folder if path is None else path
+        if path is None:
+            raise InputError("load_checkpoint needs a path: the trainer has no checkpoint_folder")
+        found = Path(path)
+        state = on_first(lambda: load_checkpoint(found), "reading a checkpoint")
+        self._prepare_schedule(state)
+        restore_trainer(self, state)
+        restore_random(state, self.batch_size)
+        self._own_folder = found if found.is_dir() else found.parent
+        return self.extra
+
+    def _between_iterations(self, due: bool) -> None:
+        """Save if it is time to, or if the training is asked to end; then end it."""
+        if self.checkpoint_folder is None:
+            return
+        signum = highest(self._signals.received or 0)  # all processes stop after one iteration
+        if not (due or signum):
+            return
+        self.look_at_losses()  # a model that has diverged must not take the place of a sound one
+        path = self._save()
+        if signum:
+            where = (
+                f"epoch {self.epoch}, iteration {self.state.done} of {self.iterations_per_epoch}"
+            )
+            if self.state.order is None:
+                where = f"the end of epoch {self.state.ended}"
+            raise Interrupted(signum, f"saved at {where}, in {path}")
+
+    def _save(self) -> Path:
+        assert self.checkpoint_folder is not None
+        self._own_folder = self.checkpoint_folder
+        return self.save_checkpoint(self.checkpoint_folder, self.keep)
+
+    def _prepare_schedule(self, state: Saved) -> None:
         """Make the schedule that a checkpoint's state is restored into."""
-        saved = state["lr_schedulers"].get(defaults.SCHEDULE)
+        saved = state["parts"]["lr_schedulers"].get(defaults.SCHEDULE)
         if saved is not None and self._schedule_is_own and not self.lr_schedulers:
-            self._make_schedule(saved["total_steps"] - 1)
+            self._make_schedule(int(saved["total_steps"]) - 1)
 
     def _make_schedule(self, steps: int) -> None:
         """Make the default schedule of a training of so many steps, where this one stands."""
-        made: dict[str, Any] = self.lr_schedulers
+        state, made = self.state, self.lr_schedulers
         earlier = made.get(defaults.SCHEDULE) if self._schedule_is_own else None
         if not self._schedule_is_own or (earlier and earlier.total_steps == steps + 1):
             return
@@ -346,22 +936,19 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
             for group in optimizer.param_groups:
                 group["lr"] = group["max_lr"]
         made[defaults.SCHEDULE] = defaults.default_schedule(optimizer, steps)
-        self.schedules = fresh_schedules(self) if earlier is not None else self.schedules
-        if self.ended or self.done:
-            replay(self, self.ended, self.done, [defaults.SCHEDULE])
+        if earlier is not None:
+            state.schedules = fresh_schedules(self)
+        if state.ended or state.done:
+            iterations = self.iterations_per_epoch
+            replay(made, iterations, state.ended, state.done, [defaults.SCHEDULE])
 
     def _keep_better(self, guard: Guard) -> None:
         """Compare the last network too, and go on with what the guard keeps."""
-        found = embed_pictures(self)
+        found = self._embedding_pass()()
         guard.look(self, None if found is None else found[0])
         self._last = network_state(self)
         guard.restore_kept(self)
         _LOGGER.info("%s", guard.verdict())
-
-    @property
-    def verdict(self) -> str:
-        """Whether the training was worth it, in one line; "" without a guard."""
-        return "" if self.guard is None else self.guard.verdict()
 
     def fit_projection(self, max_images: int = 10_000) -> None:
         """Fit the projection of an :class:`AttentionEmbedder` to the images that are trained on.
@@ -409,105 +996,6 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         on_first(write, "writing the run")
         if self.progress and is_first():
             print(f"{self.verdict}\n{len(dataset)} images indexed in {run}".strip())
-
-    def _begin_epoch(self) -> None:
-        if not self._loaded_within_epoch:
-            with self._signals.at_once(f"saved at the end of epoch {self.ended}"):
-                if clustering_is_due(self):
-                    self.relabel()
-        self.hand_over_centroids(new=False)
-        self.initialize_dataloader()
-        self.set_to_train()
-
-    def _train_epoch(self, num_epochs: int) -> None:
-        with tqdm(
-            total=self.iterations_per_epoch * self.batch_size,
-            initial=self.done * self.batch_size,
-            desc=f"epoch {self.epoch}/{num_epochs}",
-            unit="img",
-            disable=not (self.progress and is_first()),
-        ) as bar:
-            for iteration in range(self.done, self.iterations_per_epoch):
-                self.iteration = iteration
-                self._within_step = True
-                self.forward_and_backward()
-                if is_first():
-                    self.end_of_iteration_hook(self)
-                self.step_lr_schedulers(end_of_epoch=False)
-                self._within_step = False
-                self.done = iteration + 1
-                made = self.get_global_iteration() + 1
-                due = self.checkpoint_every is not None and made % self.checkpoint_every == 0
-                ends = self.done == self.iterations_per_epoch
-                if ends or made % self.look_every == 0:
-                    bar.set_postfix_str(self.look_at_losses(), refresh=False)
-                bar.update(self.batch_size)
-                # A test that fails must not cost the epoch: it is whole but for its end.
-                self._between_iterations(self.epoch in self.test_epochs if ends else due)
-        del self.dataloader_iter  # its processes end, and leave the memory to the hook
-
-    def relabel(self) -> None:
-        """Embed the whole data set, cluster it, and set the pseudo-labels and centres found.
-
-        Raises:
-            ValueError: if the clusters cannot fill a batch, or what the labeler raises.
-        """
-        relabel(self)
-
-    def set_pseudo_labels(self, labels: Tensor, centroids: Tensor | None) -> None:
-        """Set the pseudo-labels (N,), -1 for noise, and the centres (K, D) that they index.
-
-        Every loss and miner that holds centres gets them, also one within another, and every
-        memory of earlier labels is emptied (``reset_queue``, of PML's CrossBatchMemory).
-
-        Raises:
-            ValueError: if there are fewer clusters than a batch needs or more than a loss has
-                classes for, or labels and centres do not fit each other or the images.
-        """
-        labels = pseudo_labels(labels).cpu()
-        if labels.shape != self.labels.shape:
-            raise InputError(
-                f"labels must be one for each of the {len(self.labels)} images, got shape "
-                f"{tuple(labels.shape)}"
-            )
-        needed = int(labels.max()) + 1
-        if centroids is not None and needed > len(centroids):
-            raise InputError(
-                f"labels must index the {len(centroids)} centroids, got label {needed - 1}: give "
-                "those of the same clustering"
-            )
-        there = int(labels[labels >= 0].unique().numel())
-        check_clusters(there, self.batch_size, self.images_per_cluster)
-        check_classes(self.loss_funcs, needed, "clusters: give as many classes, or fewer clusters")
-        self.labels, self.centroids = labels, centroids
-        self.hand_over_centroids()
-        for memory in within({**self.loss_funcs, **self.mining_funcs}, "reset_queue"):
-            memory.reset_queue()
-
-    def initialize_dataloader(self) -> None:
-        """Draw an epoch, or take what is left of a loaded one, for a new loader.
-
-        A loader already running would hand out old pseudo-labels.
-        """
-        if not self._loaded_within_epoch or self.order is None:
-            self.order, self.done = draw_together(self), 0
-        self._loaded_within_epoch = False
-        self.dataloader = make_loader(
-            TwoViews(self.dataset, self.transform, self.labels),
-            share_of(self.order[self.done * self.batch_size :], self.batch_size),
-            self.batch_size // world_size(),
-            num_workers=self.dataloader_num_workers,
-            collate_fn=self.collate_fn,
-            pin_memory=torch.device(self.data_device).type == "cuda",
-        )
-        self.dataloader_iter = iter(self.dataloader)
-
-    def get_batch(self) -> Batch:
-        *tensors, index, troubles = next(self.dataloader_iter)
-        for trouble in filter(None, troubles):
-            self.unreadable.add(trouble)
-        views, transformed, points = (t.to(self.data_device, non_blocking=True) for t in tensors)
-        return Batch(views, transformed, points, self.labels[index].to(self.data_device))
 
 
 def _check_unused(run: Path) -> None:

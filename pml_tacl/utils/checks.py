@@ -41,15 +41,28 @@ def check_number(
     *,
     alternative: str = "",
     above: bool = False,
+    below: bool = False,
     finite: bool = True,
 ) -> None:
-    """Raise ValueError unless `value` is a number of at least (or `above`) `least`, and not NaN."""
+    """Raise ValueError unless `value` is a number in a range, and not NaN.
+
+    Args:
+        name: of the argument, for the message.
+        value: to check.
+        least: the smallest that fits; one that is `above` it does not include it.
+        most: the largest that fits; one that is `below` it does not include it.
+        alternative: what else is taken, such as "or None".
+        above: leave `least` out.
+        below: leave `most` out.
+        finite: refuse infinity.
+    """
     # NaN is neither above nor below anything, so it never fits.
-    fits = is_number(value) and (value > least if above else value >= least) and value <= most
+    fits = is_number(value) and (value > least if above else value >= least)
+    fits = fits and is_number(value) and (value < most if below else value <= most)
     if fits and not (finite and value == inf):
         return
     if most < inf:
-        wanted = f"a number in {'(' if above else '['}{least:g}, {most:g}]"
+        wanted = f"a number in {'(' if above else '['}{least:g}, {most:g}{')' if below else ']'}"
     else:
         where = "above" if above else "of at least"
         wanted = f"a {'finite ' if finite else ''}number {where} {least:g}"

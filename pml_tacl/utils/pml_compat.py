@@ -1,8 +1,9 @@
 """All that is used of PML's internals: a move to another PML version changes this file alone."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.losses import CrossBatchMemory, MarginLoss, SelfSupervisedLoss
 from pytorch_metric_learning.losses.base_metric_loss_function import BaseMetricLossFunction
 from pytorch_metric_learning.miners.base_miner import BaseMiner
@@ -13,29 +14,116 @@ from pytorch_metric_learning.reducers import (
     MultipleReducers,
 )
 from pytorch_metric_learning.utils import common_functions as c_f
-from torch import Tensor
+from torch import Tensor, nn
 
 from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.labels import pseudo_labels
 
 __all__ = [
     "BaseMetricLossFunction",
     "BaseMiner",
     "CrossBatchMemory",
+    "Needs",
+    "PairMiner",
+    "Pairs",
     "SelfSupervisedLoss",
     "as_pml_gives",
+    "called_by_step",
     "classes_of",
     "gathers_itself",
     "loss_dict",
     "miner_weights",
+    "needs_of",
     "positive_pairs",
     "reduce_without_noise",
     "to_device",
 ]
 
 to_device = c_f.to_device
+Pairs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+Needs = Literal["pairs", "labels", "views", "feature_maps"]
+"""What a training step calls a loss with, as the loss's class attribute ``needs`` says.
+
+- "pairs": embeddings of both views, their labels, and the tuple miner's pairs or None. Losses
+  without the attribute are called so, as PML's metric losses are.
+- "labels": the same without pairs, where the loss itself finds what is hard.
+- "views": embeddings of the views, and those of the transformed views, in the same order.
+- "feature_maps": feature maps of both views, points, labels, matched pairs of the attention miner
+  or None, and weights of the cells or None: as of :class:`AttentionConsistencyLoss`. A miner with
+  this value is called with feature maps and labels of the first views.
+"""
 
 
-def classes_of(module: torch.nn.Module) -> int | None:
+def needs_of(module: nn.Module) -> Needs:
+    """Return what a loss or miner is called with."""
+    needs: Needs = "views" if isinstance(module, SelfSupervisedLoss) else "pairs"
+    return getattr(module, "needs", needs)
+
+
+def called_by_step(loss: nn.Module) -> tuple[nn.Module, Needs]:
+    """Return the loss that a training step calls, and what with.
+
+    A loss that has centroids of all images is called itself, not PML's wrapper around it: a
+    SelfSupervisedLoss numbers the batch anew and a CrossBatchMemory gives what it remembers as
+    reference, and neither fits the centroids.
+    """
+    inner = loss
+    while isinstance(inner, SelfSupervisedLoss | CrossBatchMemory):
+        inner = inner.loss
+    has_centroids = getattr(inner, "centroids", None) is not None and hasattr(inner, "needs")
+    found = inner if has_centroids else loss
+    return found, needs_of(found)
+
+
+class PairMiner(BaseMiner):
+    """A miner of pairs that takes labels of any type and gives none for an empty batch.
+
+    Subclasses find the pairs in ``pairs``; there both sets hold at least one element.
+    """
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Any,
+        ref_emb: Tensor | None = None,
+        ref_labels: Any = None,
+    ) -> Pairs:
+        """Return pairs (anchors, positives, anchors, negatives).
+
+        Args:
+            embeddings: (N, D), or (N, C, H, W) of a miner that reads feature maps.
+            labels: (N,) pseudo-labels, whole numbers of any type; -1 is noise.
+            ref_emb: (M, ...), where positives and negatives are from; None for the batch itself.
+            ref_labels: (M,) of them.
+        """
+        ref_labels = None if ref_labels is None else pseudo_labels(ref_labels, "ref_labels")
+        found: Pairs = super().forward(embeddings, pseudo_labels(labels), ref_emb, ref_labels)
+        return found
+
+    def mine(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
+    ) -> Pairs:
+        self.check_input(embeddings, ref_emb)
+        if len(embeddings) == 0 or len(ref_emb) == 0:
+            empty = torch.empty(0, dtype=torch.long, device=embeddings.device)
+            return empty, empty.clone(), empty.clone(), empty.clone()
+        return self.pairs(embeddings, labels, ref_emb, ref_labels)
+
+    def check_input(self, embeddings: Tensor, ref_emb: Tensor) -> None:
+        """Raise InputError for shapes that the miner cannot read."""
+
+    def pairs(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
+    ) -> Pairs:
+        """Return the pairs of a batch and a reference, which are the same tensor by default."""
+        raise NotImplementedError
+
+    def get_default_distance(self) -> CosineSimilarity:
+        return CosineSimilarity()
+
+
+def classes_of(module: nn.Module) -> int | None:
     """How many classes a loss or reducer has something for; None where it takes any label."""
     if isinstance(module, ClassWeightedReducer):
         return len(module.weights)
@@ -51,7 +139,7 @@ def classes_of(module: torch.nn.Module) -> int | None:
     return int(columns.shape[1]) if number == 0 and isinstance(columns, Tensor) else None
 
 
-def gathers_itself(module: torch.nn.Module) -> bool:
+def gathers_itself(module: nn.Module) -> bool:
     """Whether a loss or miner joins the batches of all processes by itself."""
     from pytorch_metric_learning.utils import distributed
 
@@ -104,7 +192,7 @@ def loss_dict(
     indices: Tensor | list[Tensor],
     reduction_type: str,
     valid: Tensor,
-    reducer: torch.nn.Module,
+    reducer: nn.Module,
 ) -> dict[str, dict[str, Any]] | None:
     """PML's loss dictionary of the valid losses alone; None if there is none.
 
@@ -136,7 +224,7 @@ def loss_dict(
 
 
 def reduce_without_noise(
-    reducer: torch.nn.Module,
+    reducer: nn.Module,
     losses: dict[str, dict[str, Any]],
     feature_maps: Tensor,
     labels: Tensor | None,

@@ -1,16 +1,23 @@
-"""A batch through the model, whole or in chunks that need less memory and learn the same."""
+"""A batch through the model: in which precision, in how many chunks, on which background."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from pml_tacl.functional import border_similarity, commonness, sample_at_points
+from pml_tacl.trainers.data import Batch
+from pml_tacl.transforms import BackgroundSwap, cell_weights
+from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.modes import evaluating
+from pml_tacl.utils.precision import at_least_float32
 
-def in_precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+
+def in_precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
     """Autocast to a trainer's amp_dtype; None is none."""
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
@@ -50,7 +57,7 @@ def forward_in_chunks(
     if chunks == 1:
         return forward(images)
 
-    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
         return nullcontext(), _kept_statistics(models)
 
     parts = [
@@ -75,3 +82,46 @@ def _kept_statistics(models: list[nn.Module]) -> Iterator[None]:
             norm.momentum = momentum
             if tracked is not None and count is not None:
                 tracked.copy_(count)
+
+
+@torch.no_grad()
+def swap_background(
+    swap: BackgroundSwap,
+    trunk: nn.Module,
+    batch: Batch,
+    grid: tuple[int, int] | None,
+    chunks: int = 1,
+    amp_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Swap the background of both views.
+
+    A mask from maps takes a pass of the trunk over the unswapped views, in evaluation mode, in so
+    many chunks and in the precision of the training.
+
+    Returns:
+        Both views (N, 3, S, S), and how far both kept each cell of the first: (N, H*W) in [0, 1],
+        None without a grid.
+
+    Raises:
+        ValueError: for a mask from maps, if the trunk gives none.
+    """
+    ground: list[Tensor | None] = [None, None]
+    if swap.mask != "centred":
+        images = torch.cat([batch.views, batch.transformed])
+        with evaluating(trunk), in_precision(images.device, amp_dtype):
+            outputs = [trunk(part) for part in images.chunk(chunks)]
+        if not hasattr(outputs[0], "feature_maps"):
+            raise InputError(
+                f"BackgroundSwap(mask={swap.mask!r}) needs a trunk with feature_maps: use "
+                "AttentionEmbedder, or mask='centred'"
+            )
+        maps = at_least_float32(torch.cat([output.feature_maps for output in outputs]))
+        for view, part in enumerate(maps.chunk(2)):
+            border = swap.mask == "border"
+            ground[view] = border_similarity(part) if border else commonness(part, batch.labels)
+    first = swap(batch.views, ground[0])
+    second = swap(batch.transformed, ground[1])
+    if grid is None:
+        return first.images, second.images, None
+    kept, _ = sample_at_points(second.masks, batch.points)
+    return first.images, second.images, cell_weights(first.masks, grid) * kept

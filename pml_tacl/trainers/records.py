@@ -10,7 +10,7 @@ import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,6 +19,17 @@ from pml_tacl.utils.plain import plain
 
 _LOGGER = logging.getLogger(__name__)
 _TOGETHER = 100  # iterations
+
+
+class RecordsState(TypedDict):
+    """Where record-keeper's records were when a checkpoint was written."""
+
+    csv: dict[str, int]
+    """Bytes of each file."""
+    rows: dict[str, int]
+    """Last row of each table."""
+    waiting: dict[str, dict[str, dict[int, object]]]
+    """What is not written yet: iteration -> value, by group and name."""
 
 
 class LossesFile:
@@ -33,9 +44,9 @@ class LossesFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._waiting: list[tuple[int, dict[str, Any]]] = []
+        self._waiting: list[tuple[int, dict[str, float | Tensor]]] = []
 
-    def add(self, iteration: int, losses: dict[str, Any]) -> None:
+    def add(self, iteration: int, losses: dict[str, float | Tensor]) -> None:
         """Note the losses of an iteration: numbers, or 0-d tensors without a graph."""
         self._waiting.append((iteration, dict(losses)))
         if len(self._waiting) >= _TOGETHER:
@@ -70,7 +81,7 @@ def read_losses(path: str | Path) -> dict[str, list[float]]:
     }
 
 
-def _numbers(values: list[Any]) -> list[float]:
+def _numbers(values: list[float | Tensor]) -> list[float]:
     """Numbers and 0-d tensors as floats; the device is waited for once."""
     tensors = [value.detach() for value in values if isinstance(value, Tensor)]
     if not tensors:
@@ -80,7 +91,7 @@ def _numbers(values: list[Any]) -> list[float]:
     return [next(read) if isinstance(value, Tensor) else float(value) for value in values]
 
 
-def records_state(keeper: Any) -> dict[str, Any]:
+def records_state(keeper: Any) -> RecordsState:
     """Where the records of a RecordKeeper are: on the disk, and still in memory.
 
     Args:
@@ -104,7 +115,7 @@ def records_state(keeper: Any) -> dict[str, Any]:
     return {"csv": sizes, "rows": rows, "waiting": waiting}
 
 
-def restore_records(keeper: Any, state: dict[str, Any]) -> None:
+def restore_records(keeper: Any, state: RecordsState) -> None:
     """Undo what was recorded since :func:`records_state`."""
     writer = keeper.record_writer
     for path in sorted(Path(writer.folder).glob("*.csv")):
