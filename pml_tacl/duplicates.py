@@ -2,12 +2,12 @@
 
 from typing import NamedTuple
 
-import faiss
 import numpy as np
 
 from pml_tacl.clustering.unit_embeddings import Embeddings, FloatArray, IntArray, UnitRows
+from pml_tacl.utils.checks import check_number
 from pml_tacl.utils.copies import first_copies
-from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.neighbours import flat_index, nearest_others
 
 _PAIRS = 2**24  # that one step can find at most, so that memory stays bounded
 _QUERIES = 1024
@@ -47,8 +47,7 @@ def find_duplicates(embeddings: Embeddings, threshold: float = 0.95) -> list[Gro
         >>> find_duplicates(rows)[0].rows.tolist()
         [0, 2]
     """
-    if not 0 < threshold <= 1:
-        raise InputError(f"threshold must be above 0 and at most 1, got {threshold}")
+    check_number("threshold", threshold, 0, 1, above=True)
     rows = UnitRows("embeddings", embeddings, _CHUNK).hold()
     firsts = first_copies(rows)
     different = np.unique(firsts)
@@ -57,17 +56,22 @@ def find_duplicates(embeddings: Embeddings, threshold: float = 0.95) -> list[Gro
     order = np.argsort(group, kind="stable")
     parts = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
     found = sorted((part for part in parts if len(part) > 1), key=lambda p: (-len(p), p[0]))
-    return [Group(part, _nearest(rows[part])) for part in found]
+    return [Group(part, _highest(rows[part])) for part in found]
+
+
+def _highest(rows: FloatArray) -> FloatArray:
+    """Return each row's highest similarity to another."""
+    similarities, _ = nearest_others(rows, np.arange(len(rows)), 1)
+    return np.clip(similarities[:, 0], -1.0, 1.0)
 
 
 def _joined(rows: FloatArray, radius: float) -> IntArray:
     """Give each row the first row of its group."""
-    index = faiss.IndexFlatIP(rows.shape[1])
-    index.add(rows)  # type: ignore[call-arg]
+    index = flat_index(rows)
     parents = np.arange(len(rows))
     step = max(1, min(_QUERIES, _PAIRS // len(rows)))
     for start in range(0, len(rows), step):
-        ends, _, found = index.range_search(rows[start : start + step], radius)  # type: ignore
+        ends, _, found = index.range_search(rows[start : start + step], radius)
         for at in np.flatnonzero(np.diff(ends.astype(np.int64)) > 1):
             roots = _roots(parents, found[int(ends[at]) : int(ends[at + 1])])  # itself among them
             parents[roots] = roots.min()
@@ -80,11 +84,3 @@ def _roots(parents: IntArray, rows: IntArray) -> IntArray:
         if (above == rows).all():
             return above
         rows = above
-
-
-def _nearest(rows: FloatArray) -> FloatArray:
-    """Give each row's highest similarity to another."""
-    index = faiss.IndexFlatIP(rows.shape[1])
-    index.add(rows)  # type: ignore[call-arg]
-    similarities, _ = index.search(rows, 2)  # type: ignore[call-arg]
-    return np.clip(similarities[:, 1], -1.0, 1.0)  # the first is the row itself, or its copy

@@ -259,7 +259,7 @@ def test_duplicates_joined_through_others_and_equal_ones():
     assert groups == [[0, 1, 2], [3, 4, 5]]
     assert [group.rows.tolist() for group in find_duplicates(rows, 1)] == [[3, 5]]
     assert find_duplicates(rows[:1]) == []
-    with pytest.raises(ValueError, match=r"threshold must be above 0 and at most 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"threshold must be a number in \(0, 1\], got 1\.5"):
         find_duplicates(rows, 1.5)
 
 

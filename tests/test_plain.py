@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision import tv_tensors
 
-from pml_tacl.trainers._arguments import check_loss_names
+from pml_tacl.trainers.arguments import check_loss_names
 from pml_tacl.utils.plain import as_json, number, plain
 
 

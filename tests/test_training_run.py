@@ -11,7 +11,7 @@ from torch import nn
 from pml_tacl import AttentionEmbedder
 from pml_tacl.cli.run_folder import seed_everything
 from pml_tacl.cli.training_run import TrainingRun
-from pml_tacl.trainers._records import LossesFile, read_losses
+from pml_tacl.trainers.records import LossesFile, read_losses
 from tests.trainers.small import Pictures, make_model, make_trainer
 
 pytestmark = [

@@ -18,7 +18,7 @@ from pml_tacl import (
     ContrastiveClusteringLoss,
     SiameseTransform,
 )
-from pml_tacl.trainers._order import draw_order
+from pml_tacl.trainers.data import draw_order
 from scaling_parts.clusters import rows, two_level
 from scaling_parts.config import BACKBONE, ITERATIONS, NPROBE, SIDE, D
 

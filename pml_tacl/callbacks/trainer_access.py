@@ -16,6 +16,7 @@ from pml_tacl.trainers.checkpoint import (
     save_checkpoint,
 )
 from pml_tacl.utils.errors import InputTypeError
+from pml_tacl.utils.neighbours import nearest_others
 
 _CHUNK = 4096
 
@@ -51,9 +52,8 @@ def shown_and_nearest(embeddings: Tensor, count: int, neighbours: int) -> tuple[
     """Rows (Q,) taken evenly from unit embeddings (N, D), and the nearest others of each (Q, K)."""
     rows = len(embeddings)
     shown = torch.linspace(0, rows - 1, min(count, rows)).long()
-    similar = embeddings[shown] @ embeddings.T
-    similar[torch.arange(len(shown)), shown] = -torch.inf
-    return shown, similar.topk(min(neighbours, rows - 1), dim=1).indices
+    unit = embeddings.detach().float().cpu().numpy()
+    return shown, torch.from_numpy(nearest_others(unit, shown.numpy(), neighbours)[1])
 
 
 def keep(trainer: Any, folder: Path) -> Path:

@@ -14,8 +14,9 @@ from pml_tacl.utils.checks import check_count
 from pml_tacl.utils.errors import InputError
 
 # Mean cosine distance to the common direction below which rows differ by rounding alone.
-COLLAPSED = 1e-6
+_COLLAPSED = 1e-6
 _MOST_CLUSTERS = 10_000
+_CHUNK = 16384  # rows in memory at once
 
 
 class PseudoLabels(NamedTuple):
@@ -66,7 +67,7 @@ def pseudo_labels_from(
     embeddings: Embeddings,
     *,
     min_cluster_size: int = 1,
-    chunk_size: int = 16384,
+    chunk_size: int = _CHUNK,
 ) -> PseudoLabels:
     """Turn the integer labels of any clusterer into `PseudoLabels`.
 
@@ -141,7 +142,7 @@ class KMeansPseudoLabeler:
         seed: int = 0,
         max_points: int | None = None,
         min_cluster_size: int = 1,
-        chunk_size: int = 16384,
+        chunk_size: int = _CHUNK,
     ) -> None:
         if num_clusters != "auto":
             check_count("num_clusters", num_clusters, 2, 'or "auto"')
@@ -192,7 +193,7 @@ class KMeansPseudoLabeler:
                 f"num_clusters={number} is more than the {len(rows)} embeddings: lower it or add "
                 "images"
             )
-        if rows.spread < COLLAPSED:
+        if rows.spread < _COLLAPSED:
             raise InputError(
                 f"all {len(rows)} embeddings are nearly identical (mean cosine distance to their "
                 f"mean {rows.spread:.1e}): the images are copies of one another, or the model has "
@@ -247,6 +248,16 @@ class KMeansPseudoLabeler:
         )
         kmeans.train(points, init_centroids=start)
         return np.asarray(kmeans.centroids, dtype=np.float32)
+
+
+def have_collapsed(embeddings: Embeddings) -> bool:
+    """Whether all embeddings (N, D) are nearly the same, so that only rounding tells them apart.
+
+    Those that are NaN, infinite or zero are left out; fewer than two have collapsed.
+    """
+    rows = torch.as_tensor(embeddings)
+    rows = rows[rows.isfinite().all(dim=1) & rows.any(dim=1)]
+    return len(rows) < 2 or UnitRows("embeddings", rows, _CHUNK).spread < _COLLAPSED
 
 
 def auto_clusters(count: int, least: int = 2) -> int:

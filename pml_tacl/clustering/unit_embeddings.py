@@ -4,16 +4,16 @@ import mmap
 from collections.abc import Iterator
 from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pml_tacl.utils.errors import InputError, InputTypeError
+from pml_tacl.utils.neighbours import FloatArray, IntArray, flat_index
 
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
+__all__ = ["Embeddings", "FloatArray", "IntArray", "UnitRows"]
+
 Embeddings = Tensor | npt.NDArray[Any]
 
 
@@ -92,8 +92,7 @@ class UnitRows:
 
     def nearest(self, centroids: FloatArray) -> IntArray:
         """Give the index (N,) of each row's nearest centroid."""
-        index = faiss.IndexFlatIP(self.dim)
-        index.add(centroids)
+        index = flat_index(centroids)
         labels = np.empty(len(self), dtype=np.int64)
         for chunk in self.chunks():
             labels[chunk] = index.search(self[chunk], 1)[1][:, 0]

@@ -2,12 +2,12 @@
 
 from typing import NamedTuple
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
 from pml_tacl.clustering.unit_embeddings import FloatArray, IntArray
 from pml_tacl.report._sources import PictureSet
+from pml_tacl.utils.neighbours import nearest_others
 
 NEIGHBOURS = 8
 _QUERIES = 4000  # more than enough to find the extremes among, and a second's search
@@ -65,7 +65,7 @@ def best_and_worst(
     k = min(NEIGHBOURS, len(pictures) - 1)
     if not len(queries) or k < 1:
         return [], [], 0
-    similarities, rows = _nearest(pictures.embeddings, queries, k)
+    similarities, rows = nearest_others(pictures.embeddings, queries, k)
     right: npt.NDArray[np.bool_] | None = None
     score = similarities.mean(axis=1)
     if pictures.labels is not None:
@@ -92,17 +92,6 @@ def best_and_worst(
         return taken
 
     return chosen(best_order), chosen(worst_order), len(queries)
-
-
-def _nearest(embeddings: FloatArray, queries: IntArray, k: int) -> tuple[FloatArray, IntArray]:
-    index = faiss.IndexFlatIP(embeddings.shape[1])
-    index.add(embeddings)
-    similarities, rows = index.search(embeddings[queries], k + 1)
-    # The query itself is left out; among identical pictures it need not come first.
-    own = rows == queries[:, None]
-    own[~own.any(axis=1), -1] = True
-    shape = (len(queries), k)
-    return similarities[~own].reshape(shape), rows[~own].reshape(shape)
 
 
 def clusters_of(pictures: PictureSet) -> list[Cluster]:

@@ -156,13 +156,13 @@ def check_loss_names(names: Iterable[object]) -> None:
         if wrong:
             shown = repr(name) if len(repr(name)) < _LONGEST else f"{name!r:.40}..."
             raise InputError(f"loss_funcs: name {shown} {wrong}: give another, as metric_loss")
-        same = unicodedata.normalize("NFKC", name).casefold()
+        same = unicodedata.normalize("NFKC", str(name)).casefold()
         if same in seen:
             raise InputError(
                 f"loss_funcs: names {seen[same]!r} and {name!r} differ by case alone, which their "
                 "records cannot tell apart: give another"
             )
-        seen[same] = name
+        seen[same] = str(name)
 
 
 def check_pml_arguments(settings: Mapping[str, object]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypedDict, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
@@ -31,6 +32,7 @@ from pml_tacl.utils.files import written_whole
 from pml_tacl.utils.plain import plain
 from pml_tacl.utils.versions import versions
 
+_NumPyState = tuple[str, npt.NDArray[np.uint32], int, int, float]
 _LOGGER = logging.getLogger(__name__)
 _FORMAT = 3
 _COUNTERS = ("queue_idx", "has_been_filled")  # of PML's CrossBatchMemory, not in its state_dict
@@ -294,7 +296,8 @@ def open_folder(folder: Path, own: Path | None, place: tuple[int, int]) -> bool:
 
 def random_state() -> RandomState:
     """The state of Python's, NumPy's and torch's generators."""
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    legacy = np.random.get_state(legacy=True)  # noqa: NPY002
+    name, keys, position, has_gauss, cached = cast(_NumPyState, legacy)
     state: RandomState = {
         "python": random.getstate(),
         "numpy": (
@@ -626,7 +629,7 @@ def fresh_schedules(trainer: Parts) -> Schedules:
     NumPy's numbers in optimizers and schedulers become plain ones, in place: a checkpoint gives
     plain ones back, and a resumed training must compute with the same types.
     """
-    rates = {}
+    rates: dict[str, list[StateDict]] = {}
     for name, optimizer in trainer.optimizers.items():
         for group in optimizer.param_groups:
             group.update({k: plain(group[k], f"{name}: {k}") for k in _RATES if k in group})
@@ -637,7 +640,8 @@ def fresh_schedules(trainer: Parts) -> Schedules:
     states = {
         name: plain(schedule.state_dict(), name) for name, schedule in trainer.lr_schedulers.items()
     }
-    return copy.deepcopy({"states": states, "rates": rates})
+    made: Schedules = {"states": states, "rates": rates}
+    return copy.deepcopy(made)
 
 
 def _load_schedules(trainer: Trainer, state: Saved, schedules: Schedules) -> None:

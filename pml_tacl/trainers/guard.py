@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from pml_tacl.clustering.kmeans import have_collapsed
 from pml_tacl.distributed.session import on_first
 from pml_tacl.evaluation.label_free import mutual_neighbours
 from pml_tacl.utils.checks import check_number
@@ -17,7 +17,6 @@ Weights = dict[str, Any]
 # Shares that differ by less are taken for equal: see the table of docs/results.md.
 TOLERANCE = 0.02
 _IN_A_ROW = 2
-_COLLAPSED = 1e-5
 
 
 class Guard:
@@ -120,15 +119,6 @@ class Guard:
         """Undo :meth:`state_dict`."""
         self.values, self.kept = dict(state["values"]), state["kept"]
         self._state, self._start = state["state"], state["start"]
-
-
-def have_collapsed(embeddings: Tensor) -> bool:
-    """Whether all embeddings (N, D) are nearly the same: what tells them apart is rounding."""
-    unit = F.normalize(embeddings[embeddings.isfinite().all(1)].float(), dim=1)
-    if len(unit) < 2:
-        return True
-    distance = 1 - (unit @ F.normalize(unit.mean(0), dim=0)).mean()
-    return float(distance) < _COLLAPSED
 
 
 def network_state(trainer: "UnsupervisedTrainer") -> dict[str, Any]:

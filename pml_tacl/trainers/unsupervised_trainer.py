@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pytorch_metric_learning.trainers import BaseTrainer
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -793,15 +793,13 @@ class UnsupervisedTrainer(BaseTrainer):
         """
         state = self.state
         if not state.loaded_within_epoch or state.order is None:
-            state.order, state.done = (
-                draw_epoch(
-                    state.labels,
-                    self.centroids is not None,
-                    self.iterations_per_epoch * self.batch_size,
-                    self.images_per_cluster,
-                    self.batch_size,
-                ),
-                0,
+            state.done = 0
+            state.order = draw_epoch(
+                state.labels,
+                self.centroids is not None,
+                self.iterations_per_epoch * self.batch_size,
+                self.images_per_cluster,
+                self.batch_size,
             )
         state.loaded_within_epoch = False
         self.dataloader = make_loader(
@@ -922,14 +920,17 @@ class UnsupervisedTrainer(BaseTrainer):
     def _prepare_schedule(self, state: Saved) -> None:
         """Make the schedule that a checkpoint's state is restored into."""
         saved = state["parts"]["lr_schedulers"].get(defaults.SCHEDULE)
-        if saved is not None and self._schedule_is_own and not self.lr_schedulers:
-            self._make_schedule(int(saved["total_steps"]) - 1)
+        steps = None if saved is None else saved.get("total_steps")
+        if isinstance(steps, int) and self._schedule_is_own and not self.lr_schedulers:
+            self._make_schedule(steps - 1)
 
     def _make_schedule(self, steps: int) -> None:
         """Make the default schedule of a training of so many steps, where this one stands."""
         state, made = self.state, self.lr_schedulers
-        earlier = made.get(defaults.SCHEDULE) if self._schedule_is_own else None
-        if not self._schedule_is_own or (earlier and earlier.total_steps == steps + 1):
+        earlier = made.get(defaults.SCHEDULE)
+        if not self._schedule_is_own:
+            return
+        if isinstance(earlier, OneCycleLR) and earlier.total_steps == steps + 1:
             return
         (optimizer,) = self.optimizers.values()
         if earlier is not None:  # more epochs, or fewer, than when it was made

@@ -23,9 +23,8 @@ from pml_tacl import KMeansPseudoLabeler
 from pml_tacl.cli.run_folder import one_line_errors, seed_everything
 from pml_tacl.clustering import pseudo_labels_from
 from pml_tacl.datasets import ImageFiles
-from pml_tacl.trainers._views import OneView, TwoViews
-from pml_tacl.trainers._workers import lost_workers_named
 from pml_tacl.trainers.checkpoint import checkpoints
+from pml_tacl.trainers.data import OneView, TwoViews, lost_workers_named
 from pml_tacl.utils.signals import Interrupted, ShieldedLoader, Signals
 from tests.trainers.small import COUNT, Pictures, make_trainer, same, state_of
 
@@ -143,7 +142,7 @@ def test_a_read_error_that_passes_is_told_and_costs_no_image(caplog):
     trainer.epoch = 1
     with caplog.at_level("WARNING", "pml_tacl"):
         trainer.relabel()
-    assert trainer.unreadable.known == set()
+    assert trainer.state.unreadable.known == set()
     torch.testing.assert_close(trainer.embeddings, sound.embeddings)
     assert torch.equal(trainer.labels, sound.labels)
     assert sorted(caplog.messages) == [
@@ -159,7 +158,7 @@ def test_a_read_error_that_comes_again_is_told_and_counted(caplog, times):
         trainer.relabel()
     assert trainer.labels[3] == -1
     assert (trainer.labels >= 0).sum() == COUNT - 1
-    (trouble,) = trainer.unreadable.known
+    (trouble,) = trainer.state.unreadable.known
     assert trouble.startswith("picture 3: ")
     assert trouble in caplog.text
     trainer = make_trainer(dataset=Hiccuping({3: times, 5: times}), max_unreadable=1)

@@ -1,7 +1,5 @@
 """Batches in chunks, clipped gradients, averaged weights, compiled models, moved embeddings."""
 
-import functools
-
 import pytest
 import torch
 from pytorch_metric_learning import losses, miners
@@ -18,7 +16,8 @@ from pml_tacl import (
 from pml_tacl.cli.run_folder import seed_everything
 from pml_tacl.clustering import PseudoLabels
 from pml_tacl.evaluation import embed
-from pml_tacl.trainers._forward import Features, forward_in_chunks
+from pml_tacl.trainers.forward import Features, forward_in_chunks
+from pml_tacl.trainers.pseudo_labeling import EmbeddingPass
 from tests.trainers.small import COUNT, SIZE, Pictures, make_model, make_trainer, state_of
 
 
@@ -229,12 +228,10 @@ def test_centres_follow_the_batches_until_the_next_clustering(momentum):
     last.move_centroids(*moved[1][1:], momentum)
     assert begun[0] is None
     torch.testing.assert_close(begun[1], last.centroids)
-    if momentum == 1:  # in every bit; the loss has scaled its own copy to unit norm
-        assert torch.equal(trainer.centroids, made[-1])
+    if momentum == 1:
         last.set_centroids(made[-1])
         assert torch.equal(loss.centroids, last.centroids)
-    else:
-        assert torch.equal(trainer.centroids, loss.centroids)
+    assert loss.centroids is trainer.centroids
 
 
 def test_averaged_weights_are_evaluated_and_exported(tmp_path):
@@ -309,20 +306,16 @@ def test_how_far_embeddings_have_moved_is_the_mean_cosine_distance(monkeypatch):
     trainer.relabel()
     trainer.epoch = 2
     kept = trainer.embeddings
-    assert torch.equal(trainer.moved_from, kept)  # fewer pictures than the sample
-    clusters = "pml_tacl.trainers._clusters"
-    due = functools.partial(
-        __import__(clusters, fromlist=["clustering_is_due"]).clustering_is_due, trainer
-    )
+    assert torch.equal(trainer.state.moved_from, kept)  # fewer pictures than the sample
     everything = torch.arange(COUNT)
     half = kept.clone()
     half[: COUNT // 2] *= -1  # cosine distance 2 for half of them: 1 on average
-    monkeypatch.setattr(f"{clusters}.embed_pictures", lambda *_: (half, everything))
-    assert due()
+    monkeypatch.setattr(EmbeddingPass, "__call__", lambda *_: (half, everything))
+    assert trainer._clustering_is_due()
     few = kept.clone()
     few[:4] *= -1  # 2 * 4 / 24
-    monkeypatch.setattr(f"{clusters}.embed_pictures", lambda *_: (few, everything))
-    assert not due()
+    monkeypatch.setattr(EmbeddingPass, "__call__", lambda *_: (few, everything))
+    assert not trainer._clustering_is_due()
 
 
 def test_the_embedding_pass_is_in_the_trainer_s_precision_without_gradients():

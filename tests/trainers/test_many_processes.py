@@ -8,7 +8,6 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ from pml_tacl.distributed.collectives import (
     total,
     used_anywhere,
 )
+from pml_tacl.distributed.gradients import start_alike, sum_gradients
 from pml_tacl.distributed.inference import evaluate_together
 from pml_tacl.distributed.session import (
     ProcessLost,
@@ -41,7 +41,6 @@ from pml_tacl.distributed.session import (
     session,
     world_size,
 )
-from pml_tacl.distributed.training import begin_together, sum_gradients
 from pml_tacl.evaluation import evaluate
 from pml_tacl.search import PictureIndex
 from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
@@ -122,8 +121,7 @@ def sum_of_unlike_gradients(number):
     layers = nn.ModuleList(nn.Linear(2, 1, bias=False) for _ in range(4))
     loss = layers[min(number, 1)](torch.full((1, 2), number + 1.0)).sum()
     (loss + layers[3](torch.ones(1, 2)).sum()).backward()
-    trainer = SimpleNamespace(models={"trunk": layers}, loss_funcs={})
-    sum_gradients(trainer)
+    sum_gradients({"trunk": layers}, {})
     return [layer.weight.grad for layer in layers]
 
 
@@ -570,21 +568,13 @@ def test_what_follows_a_session_runs(store, processes, tmp_path, how):
 
 
 def test_batchnorm_is_synchronised_on_gpus_with_its_activation_and_weights(monkeypatch):
-    monkeypatch.setattr("pml_tacl.distributed.training.world_size", lambda: 2)
+    monkeypatch.setattr("pml_tacl.distributed.gradients.world_size", lambda: 2)
     model = make_model(backbone="test_efficientnet")  # BatchNorm and activation in one layer
     model.eval()
     images = torch.randn(2, 3, 32, 32)
     before, parameters = model(images), list(model.parameters())
-    trainer = SimpleNamespace(
-        models={"trunk": model.trunk, "embedder": model.embedder},
-        loss_funcs={},
-        loss_weights={},
-        labels=torch.arange(8),
-        batch_size=4,
-        iterations_per_epoch=2,
-        data_device="cuda",
-    )
-    begin_together(trainer)
+    models = {"trunk": model.trunk, "embedder": model.embedder}
+    start_alike(models, {}, [8, 4], torch.device("cuda"))
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert norms
     assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)

@@ -16,7 +16,7 @@ from pml_tacl import (
     SiameseTransform,
 )
 from pml_tacl.clustering import pseudo_labels_from
-from pml_tacl.trainers._parts import check_losses, within
+from pml_tacl.trainers.arguments import check_losses
 from pml_tacl.utils.pml_compat import classes_of
 
 from .small import BATCH, COUNT, SIZE, Pictures, make_model, make_trainer
@@ -107,10 +107,10 @@ def test_all_holders_share_what_the_trainer_holds_while_it_moves():
         end_of_iteration_hook=lambda t: starts.append(t.centroids.clone()),
     )
     trainer.train(num_epochs=1)
-    assert len(within(trainer.loss_funcs, "set_centroids")) == 3
     assert not torch.equal(starts[0], starts[1])  # they follow the batches
     for holder in (inner, miner, tuple_miner):
-        assert torch.equal(holder.centroids, trainer.centroids)
+        assert holder.centroid_table is trainer.state.table
+        assert holder.centroids is trainer.centroids
     assert torch.equal(foreign.given, trainer.centroids)
 
 
@@ -129,7 +129,7 @@ def test_a_memory_is_emptied_at_each_relabelling_and_only_there(wrap):
     def look(trainer):
         count = memory.queue_idx
         held.append(count)
-        batch = trainer.order[: (trainer.iteration + 1) * BATCH, 0].view(-1, BATCH)
+        batch = trainer.state.order[: (trainer.iteration + 1) * BATCH, 0].view(-1, BATCH)
         index = torch.cat([row.repeat(2) for row in batch])
         if trainer.epoch % 2:  # of this clustering alone
             stale.append(int((memory.label_memory[:count] != trainer.labels[index]).sum()))
@@ -249,7 +249,7 @@ def test_numbers_of_numpy_are_as_good_as_others():
         if name != "max_unreadable":
             assert type(getattr(trainer, name)) in (int, float), name
     assert type(trainer.loss_weights["metric_loss"]) is float
-    assert type(trainer.ended) is int
+    assert type(trainer.state.ended) is int
 
 
 CLASSIFIERS = {

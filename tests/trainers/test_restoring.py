@@ -261,7 +261,7 @@ def test_a_failure_half_way_leaves_the_trainer_as_it_was(tmp_path, broken, monke
     new(tmp_path, MADE["cosine by epoch"](3)).train(1, 1)
     state = load_checkpoint(tmp_path)
     if broken == "optimizers":
-        state["optimizers"]["trunk_optimizer"]["param_groups"] = None
+        state["parts"]["optimizers"]["trunk_optimizer"]["param_groups"] = None
     elif broken == "counters":
         state["counters"]["metric_loss"] = {"no.such.module": {"queue_idx": 1}}
     else:

@@ -22,10 +22,9 @@ from pml_tacl import (
     SiameseTransform,
 )
 from pml_tacl.cli.run_folder import make_hooks, seed_everything
-from pml_tacl.trainers import checkpoint
-from pml_tacl.trainers._order import draw_order, make_loader
-from pml_tacl.trainers._views import TwoViews, drawing_from
+from pml_tacl.trainers import checkpoint, records
 from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
+from pml_tacl.trainers.data import TwoViews, draw_order, drawing_from, make_loader
 
 from .small import BATCH, COUNT, SIZE, Pictures, make_model, make_trainer, same, state_of
 
@@ -232,7 +231,7 @@ def test_a_checkpoint_within_an_epoch_is_of_that_epoch(tmp_path):
     path = checkpoints(tmp_path / "checkpoints")[2]
     trainer = fresh(tmp_path, checkpoint_folder=None)
     trainer.load_checkpoint(path)
-    assert (trainer.epoch, trainer.done) == (0, 2)
+    assert (trainer.epoch, trainer.state.done) == (0, 2)
     with pytest.raises(ValueError, match="from within epoch 1, got start_epoch=2: train with"):
         trainer.train(start_epoch=2, num_epochs=2)
     again = trainer.save_checkpoint(tmp_path / "again")
@@ -318,7 +317,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, damage, c
     trainer = fresh(tmp_path)
     trainer.load_checkpoint()
     assert f"{last.name} is damaged: going on from the one before it" in caplog.text
-    assert (trainer.epoch, trainer.done) == (0, 2)
+    assert (trainer.epoch, trainer.state.done) == (0, 2)
     assert checkpoints(folder)[-1] == before
     assert last.with_suffix(".pt.damaged").exists()
     trainer.train(start_epoch=1, num_epochs=1)
@@ -370,14 +369,14 @@ def test_records_made_after_the_checkpoint_are_taken_back(tmp_path):
     keeper.update_records({"a": 1.5, "name": "x"}, 0, parent_name="old")
     keeper.save_records()
     keeper.update_records({"a": np.float64(2.5), "name": "y"}, 1, parent_name="old")
-    state = checkpoint.records_state(keeper)
+    state = records.records_state(keeper)
     torch.save(state, tmp_path / "state.pt")
     keeper.save_records()
     keeper.update_records({"a": 3.5, "b": 1.0}, 2, parent_name="old")
     keeper.update_records({"c": 1.0}, 2, parent_name="new")
     keeper.save_records()
     resumed = make_hooks(tmp_path).record_keeper
-    checkpoint.restore_records(resumed, torch.load(tmp_path / "state.pt", weights_only=True))
+    records.restore_records(resumed, torch.load(tmp_path / "state.pt", weights_only=True))
     assert not (tmp_path / "new.csv").exists()
     assert not resumed.table_exists("new")
     assert [row["a"] for row in resumed.query("SELECT * FROM old")] == [1.5]
@@ -396,9 +395,9 @@ def test_records_that_are_gone_are_told(tmp_path, caplog):
     keeper = make_hooks(tmp_path).record_keeper
     keeper.update_records({"a": 1.5}, 0, parent_name="old")
     keeper.save_records()
-    state = checkpoint.records_state(keeper)
+    state = records.records_state(keeper)
     (tmp_path / "old.csv").write_text("")
-    checkpoint.restore_records(keeper, state)
+    records.restore_records(keeper, state)
     assert "old.csv has lost records" in caplog.text
 
 

@@ -18,8 +18,9 @@ from pml_tacl import (
 )
 from pml_tacl.cli.run_folder import seed_everything
 from pml_tacl.clustering import PseudoLabels, pseudo_labels_from
-from pml_tacl.trainers._views import Batch, swap_background
 from pml_tacl.trainers.checkpoint import checkpoints
+from pml_tacl.trainers.data import Batch
+from pml_tacl.trainers.forward import swap_background
 
 from .small import BATCH, COUNT, SIZE, Pictures, make_model, make_trainer, same, state_of
 
@@ -252,7 +253,7 @@ def test_resumed_training_ends_bit_for_bit_like_an_unbroken_one(tmp_path):
 def test_checkpoints_keep_the_last_and_survive_a_failed_write(tmp_path, monkeypatch):
     trainer = make_trainer()
     for epoch in range(1, 5):
-        trainer.ended = epoch
+        trainer.state.ended = epoch
         trainer.save_checkpoint(tmp_path, keep=2)
     assert [p.name for p in checkpoints(tmp_path)] == ["epoch_0003.pt", "epoch_0004.pt"]
     content = checkpoints(tmp_path)[-1].read_bytes()
@@ -402,8 +403,8 @@ def test_the_clustering_is_logged(caplog):
         ({"accumulation_steps": 2.5}, "accumulation_steps must be an integer .* got 2.5"),
         ({"accumulation_steps": 9}, "accumulation_steps must be from 1 to batch_size=8, got 9"),
         ({"centroid_momentum": 1.5}, r"centroid_momentum must be a number in \[0, 1\], got 1.5"),
-        ({"ema_decay": 1.0}, "ema_decay must be above 0 and below 1, or None, got 1"),
-        ({"ema_decay": "a"}, "ema_decay must be above 0 and below 1, or None, got 'a'"),
+        ({"ema_decay": 1.0}, r"ema_decay must be a number in \(0, 1\) or None, got 1"),
+        ({"ema_decay": "a"}, r"ema_decay must be a number in \(0, 1\) or None, got 'a'"),
         ({"max_unreadable": -1}, "max_unreadable must be an integer of at least 0, got -1"),
         ({"checkpoint_every": 0}, "checkpoint_every must be an integer of at least 1 or None"),
         ({"keep": 0}, "keep must be an integer of at least 1, got 0"),
@@ -472,6 +473,6 @@ def test_sampler_is_pmls_own(monkeypatch):
             used.append(args)
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr("pml_tacl.trainers._order.MPerClassSampler", Watched)
+    monkeypatch.setattr("pml_tacl.trainers.data.MPerClassSampler", Watched)
     make_trainer().train(num_epochs=1)
     assert len(used) == 1
