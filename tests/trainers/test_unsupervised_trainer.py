@@ -20,7 +20,7 @@ from pml_tacl.cli.run_folder import seed_everything
 from pml_tacl.clustering import PseudoLabels, pseudo_labels_from
 from pml_tacl.trainers.checkpoint import checkpoints
 from pml_tacl.trainers.data import Batch
-from pml_tacl.trainers.forward import swap_background
+from pml_tacl.trainers.forward import forward_of, swap_background
 
 from .small import BATCH, COUNT, SIZE, Pictures, make_model, make_trainer, same, state_of
 
@@ -208,7 +208,7 @@ def test_losses_are_summed_in_single_precision():
     # A head of the user's gives what autocast gives.
     trainer.models["trunk"] = torch.nn.Flatten()
     trainer.models["embedder"] = torch.nn.Linear(3 * SIZE * SIZE, 16)
-    trainer.set_up_step(torch.nn.Sequential(*trainer.models.values()), False, None)
+    trainer.forward_features = forward_of(trainer.models)
     trainer.train(num_epochs=1)
     assert seen == {(torch.float32, torch.float32)}
 
