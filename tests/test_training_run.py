@@ -310,11 +310,11 @@ def test_every_loss_is_in_a_file_that_checkpoints_do_not_hold(tmp_path):
 
 
 def test_losses_are_read_many_together(tmp_path, monkeypatch):
-    from pml_tacl.trainers import _records
+    from pml_tacl.trainers import records
 
     reads = []
-    numbers = _records._numbers
-    monkeypatch.setattr(_records, "_numbers", lambda v: reads.append(len(v)) or numbers(v))
+    numbers = records._numbers
+    monkeypatch.setattr(records, "_numbers", lambda v: reads.append(len(v)) or numbers(v))
     file = LossesFile(tmp_path / "records" / "every_loss.csv")
     assert read_losses(file.path) == {}
     values = torch.rand(250, dtype=torch.float64)

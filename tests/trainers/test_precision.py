@@ -5,7 +5,7 @@ import torch
 from pytorch_metric_learning import losses
 
 from pml_tacl import AttentionConsistencyLoss, BackgroundSwap, ContrastiveClusteringLoss
-from pml_tacl.trainers import _views
+from pml_tacl.trainers import forward
 
 from .small import make_model, make_trainer, same, state_of
 
@@ -21,13 +21,13 @@ def test_the_swap_s_own_pass_is_in_the_trainer_s_precision(amp_dtype, monkeypatc
     seen, scored = [], []
     conv = next(m for m in model.trunk.modules() if isinstance(m, torch.nn.Conv2d))
     conv.register_forward_hook(lambda m, i, o: seen.append((model.trunk.training, o.dtype)))
-    commonness = _views.commonness
+    commonness = forward.commonness
 
     def noted(maps, labels):
         scored.append(maps.dtype)
         return commonness(maps, labels)
 
-    monkeypatch.setattr(_views, "commonness", noted)
+    monkeypatch.setattr(forward, "commonness", noted)
     trainer.train()
     swaps = [dtype for training, dtype in seen if not training][1:]  # the first embeds
     wanted = torch.float32 if amp_dtype is None else amp_dtype
