@@ -13,6 +13,8 @@ from pml_tacl.clustering import (
     PseudoLabels,
     pseudo_labels_from,
 )
+from pml_tacl.clustering.kmeans import auto_clusters
+from pml_tacl.utils.neighbours import nearest_others
 
 
 def blobs(groups=5, members=30, dim=16, noise=0.1, seed=0):
@@ -223,11 +225,6 @@ def test_auto_is_a_tenth(count, expected):
     assert len(KMeansPseudoLabeler("auto")(embeddings).centroids) == expected
 
 
-def test_auto_is_bounded():
-    assert KMeansPseudoLabeler("auto")._number_for(1_000_000) == 10_000
-    assert KMeansPseudoLabeler("auto", max_points=500)._number_for(1_000_000) == 500
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -332,3 +329,20 @@ def test_hdbscan_as_pseudo_labeler():
     clustered = result.labels[:90] >= 0
     assert adjusted_rand_score(truth[clustered.numpy()], result.labels[:90][clustered]) == 1
     check_consistent(result, embeddings)
+
+
+@pytest.mark.parametrize(
+    ("count", "least", "expected"), [(15, 2, 2), (300, 2, 30), (300, 40, 40), (10**6, 2, 10_000)]
+)
+def test_auto_is_a_tenth_of_the_images(count, least, expected):
+    assert auto_clusters(count, least) == expected
+    if least == 2:
+        assert KMeansPseudoLabeler("auto").number_for(count) == expected
+
+
+def test_nearest_others_leave_the_own_row_out_even_among_copies():
+    rows = np.float32([[1, 0], [1, 0], [0.6, 0.8], [0, 1]])
+    similarities, found = nearest_others(rows, np.array([0, 3]), 2)
+    assert found.tolist() == [[1, 2], [2, 0]] or found.tolist() == [[1, 2], [2, 1]]
+    np.testing.assert_allclose(similarities, [[1, 0.6], [0.8, 0]], atol=1e-6)
+    assert nearest_others(rows[:2], np.array([0]), 5)[1].tolist() == [[1]]

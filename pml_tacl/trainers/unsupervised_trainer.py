@@ -523,7 +523,11 @@ class UnsupervisedTrainer(BaseTrainer):
         del self.dataloader_iter  # its processes end, and leave the memory to the hook
 
     def forward_and_backward(self) -> None:
-        """Make one training step: from two views of each image of a batch to new weights."""
+        """Make one training step: from two views of each image of a batch to new weights.
+
+        Everything between PML's hooks is here: ``calculate_loss`` and ``backward`` of PML's
+        trainers are not called, so override this method instead.
+        """
         self.zero_losses()
         self.zero_grad()
         self.update_loss_weights()

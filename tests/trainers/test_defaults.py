@@ -138,6 +138,7 @@ class TestGuard:
         generator = torch.Generator().manual_seed(0)
         same_for_all = torch.ones(50, 8) + 1e-7 * torch.randn(50, 8, generator=generator)
         assert have_collapsed(same_for_all)
+        assert have_collapsed(torch.zeros(50, 8))  # no direction at all
         assert not have_collapsed(torch.randn(50, 8, generator=generator))
         assert not have_collapsed(torch.ones(50, 8) + 0.1 * torch.randn(50, 8, generator=generator))
 

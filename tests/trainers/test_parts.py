@@ -9,6 +9,7 @@ from torch import nn
 
 from pml_tacl import (
     AttentionConsistencyLoss,
+    AttentionConsistencyMiner,
     BackgroundSwap,
     ContrastiveClusteringLoss,
     ContrastiveClusteringMiner,
@@ -373,3 +374,61 @@ def test_copies_of_one_image_are_not_called_a_collapse_alone():
 
     with pytest.raises(ValueError, match="the images are copies of one another, or the model"):
         make_trainer(dataset=Copies()).train()
+
+
+def test_all_share_one_table_of_centroids_through_a_checkpoint_too(tmp_path):
+    def begin():
+        given = {"a": ContrastiveClusteringLoss(), "b": Own(ContrastiveClusteringLoss())}
+        miner = {"tuple_miner": ContrastiveClusteringMiner()}
+        return make_trainer(loss_funcs=given, mining_funcs=miner)
+
+    trainer = begin()
+    trainer.train(num_epochs=1)
+    trainer.save_checkpoint(tmp_path)
+    again = begin()
+    again.load_checkpoint(tmp_path)
+    assert torch.equal(again.centroids, trainer.centroids)
+    for each in (trainer, again):
+        inner = each.loss_funcs["b"].parts["deep"][0]
+        for holder in (each.loss_funcs["a"], inner, each.mining_funcs["tuple_miner"]):
+            assert holder.centroid_table is each.state.table
+    # A move through one of them is seen by all.
+    embeddings, before = torch.randn(2, 16), again.centroids.clone()
+    again.loss_funcs["a"].move_centroids(embeddings, torch.tensor([0, 1]))
+    expected = nn.functional.normalize(embeddings, dim=1)
+    torch.testing.assert_close(again.mining_funcs["tuple_miner"].centroids[:2], expected)
+    assert torch.equal(again.centroids[2:], before[2:])
+
+
+@pytest.mark.parametrize("needs", ["pairs", "labels", "views", "feature_maps", None])
+def test_a_loss_is_called_with_what_it_says_that_it_needs(needs):
+    calls = []
+
+    class Noting(nn.Module):
+        def forward(self, *given):
+            calls.append(given)
+            return sum(x.sum() for x in given if torch.is_tensor(x) and x.requires_grad) * 0
+
+    if needs is not None:
+        Noting.needs = needs
+    miner = {"tuple_miner": ContrastiveClusteringMiner()}
+    make_trainer(loss_funcs={"a": Noting()}, mining_funcs=miner).train()
+    shapes = [tuple(x.shape) if torch.is_tensor(x) else x for x in calls[0]]
+    both = [(2 * BATCH, 16), (2 * BATCH,)]
+    if needs == "views":
+        assert shapes == [(BATCH, 16)] * 2
+    elif needs == "labels":
+        assert shapes == [*both, None]
+    elif needs == "feature_maps":
+        first, second, points, labels, matched, weights = shapes
+        assert first == second
+        assert first[0] == BATCH
+        assert (points, labels, matched, weights) == ((BATCH, 4, 2), (BATCH,), None, None)
+    else:
+        assert shapes[:2] == both
+        assert len(shapes[2]) == 4
+
+
+def test_a_miner_of_feature_maps_is_no_tuple_miner():
+    with pytest.raises(ValueError, match=r"^mining_funcs\['tuple_miner'\]: Attention.*attention_m"):
+        make_trainer(mining_funcs={"tuple_miner": AttentionConsistencyMiner()})

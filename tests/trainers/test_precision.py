@@ -39,17 +39,17 @@ def test_the_swap_s_own_pass_is_in_the_trainer_s_precision(amp_dtype, monkeypatc
 def overflowing(trainer, iterations):
     """Let gradients of the iterations, counted from 0, be infinite."""
     number = [0]
-    train = trainer.backward
+    clip = trainer.clip_gradients
 
-    def backward():
-        train()
+    def overflow():
         if number[0] in iterations:
             next(p for p in trainer.models["trunk"].parameters() if p.grad is not None).grad[:] = (
                 torch.inf
             )
         number[0] += 1
+        clip()
 
-    trainer.backward = backward
+    trainer.clip_gradients = overflow
 
 
 @pytest.mark.parametrize("clipped", [False, True])
