@@ -338,6 +338,7 @@ def test_auto_is_a_tenth_of_the_images(count, least, expected):
     assert auto_clusters(count, least) == expected
     if least == 2:
         assert KMeansPseudoLabeler("auto").number_for(count) == expected
+        assert KMeansPseudoLabeler("auto", max_points=20).number_for(count) == min(expected, 20)
 
 
 def test_nearest_others_leave_the_own_row_out_even_among_copies():

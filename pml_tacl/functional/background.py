@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from pml_tacl.utils.errors import InputError
-from pml_tacl.utils.precision import wide_dtype, without_autocast
+from pml_tacl.utils.precision import at_least_float32, without_autocast
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def border_similarity(feature_maps: Tensor) -> Tensor:
     """
     if feature_maps.ndim != 4:
         raise InputError(f"feature_maps must be (N, C, H, W), got {tuple(feature_maps.shape)}")
-    cells = nnf.normalize(feature_maps.to(wide_dtype(feature_maps)), dim=1)  # (N, C, H, W)
+    cells = nnf.normalize(at_least_float32(feature_maps), dim=1)  # (N, C, H, W)
     inner = cells[:, :, 1:-1, 1:-1]
     height, width = cells.shape[-2:]
     count = height * width - inner.shape[-2] * inner.shape[-1]
@@ -39,7 +39,7 @@ def border_similarity(feature_maps: Tensor) -> Tensor:
 
 def figure_scores(background: Tensor) -> Tensor:
     """(N, H, W) background-ness, negated and standardised within each image: high is figure."""
-    rare = -background.detach().to(wide_dtype(background))
+    rare = -at_least_float32(background.detach())
     rare = rare - rare.mean(dim=(1, 2), keepdim=True)
     deviation = rare.square().mean(dim=(1, 2), keepdim=True).sqrt()
     # Made of cosines: what differs by less than this is rounding, nothing that was seen.
@@ -70,7 +70,7 @@ def covariance_pooling(feature_maps: Tensor, weights: Tensor | None = None) -> T
             f"weights must have the shape {(n, height, width)}, got {tuple(weights.shape)}"
         )
     with without_autocast(feature_maps.device):
-        cells = feature_maps.to(wide_dtype(feature_maps)).flatten(2)  # (N, C, H * W)
+        cells = at_least_float32(feature_maps).flatten(2)  # (N, C, H * W)
         share = cells.new_ones(n, 1, height * width)
         if weights is not None:
             share = weights.flatten(1)[:, None].to(cells.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvf
 
+from pml_tacl.utils.checks import as_pair
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.images import to_rgb, upright
 
@@ -75,10 +76,7 @@ def size_in_pixels(config: dict[str, Any], image_size: Any = None) -> tuple[int,
         ValueError: if `image_size` is no side and no pair of at least 1 pixel.
     """
     size = config["input_size"][1:] if image_size is None else image_size
-    pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise InputError(f"image_size must be pixels or (height, width), got {image_size!r}")
-    return pair
+    return as_pair("image_size", size)
 
 
 def image_transform(

@@ -11,20 +11,8 @@ from torch import Tensor, nn
 
 from pml_tacl.functional import to_picture
 from pml_tacl.functional.background import figure_scores
-from pml_tacl.utils.checks import as_numbers, check_number
+from pml_tacl.utils.checks import as_numbers, as_pair, check_number
 from pml_tacl.utils.errors import InputError, InputTypeError
-
-
-def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """An int, or a pair of ints, as a pair (rows, columns); ValueError if it is neither."""
-    pair = (value, value) if isinstance(value, int) else value
-    if isinstance(pair, Sequence) and len(pair) == 2:
-        rows, columns = pair
-        if isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0:
-            return rows, columns
-    raise InputError(
-        f"{name} must be an int above 0 or a pair (rows, columns) of them, got {value!r}"
-    )
 
 
 def as_offset(cell_offset: Sequence[float]) -> tuple[float, float]:

@@ -17,10 +17,9 @@ from torchvision.transforms.v2 import functional as tvf
 
 from pml_tacl.transforms.background_swap import (
     as_offset,
-    as_pair,
 )
 from pml_tacl.transforms.keypoints import CellPoints
-from pml_tacl.utils.checks import as_numbers, is_number
+from pml_tacl.utils.checks import as_numbers, as_pair, is_number
 from pml_tacl.utils.errors import InputError, InputTypeError
 from pml_tacl.utils.images import AnyImage, to_rgb
 

@@ -1,5 +1,6 @@
 """Arguments that are counts or numbers, checked in one voice."""
 
+from collections.abc import Sequence
 from math import inf
 from numbers import Real
 from typing import Any, TypeGuard
@@ -20,6 +21,18 @@ def as_numbers(values: Any) -> list[float]:
         return [float(value) for value in values]
     except (TypeError, ValueError):
         return []
+
+
+def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """Return an int, or a pair of ints, as (rows, columns); ValueError if it is neither."""
+    pair = (value, value) if isinstance(value, int) else value
+    if isinstance(pair, Sequence) and len(pair) == 2:
+        rows, columns = pair
+        if isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0:
+            return rows, columns
+    raise InputError(
+        f"{name} must be an int above 0 or a pair (rows, columns) of them, got {value!r}"
+    )
 
 
 def check_count(

@@ -290,7 +290,7 @@ class TestTransform:
         ],
     )
     def test_wrong_size(self, model, call, size):
-        with pytest.raises(ValueError, match="image_size must be pixels or"):
+        with pytest.raises(ValueError, match="image_size must be an int above 0 or"):
             call(model, size)
 
 
