@@ -8,11 +8,8 @@ import torch
 from PIL import Image
 
 from pml_tacl import AttentionEmbedder, UnsupervisedTrainer
-<<<<<<< HEAD
 from pml_tacl.cli.run_folder import seed_everything
-=======
 from pml_tacl.clustering.kmeans import have_collapsed
->>>>>>> 649ce1f (Put nearest neighbours, the collapse check and the rule of auto in one place each; adapt tests)
 from pml_tacl.evaluation.label_free import mutual_neighbours
 from pml_tacl.search import PictureIndex
 from pml_tacl.trainers.defaults import default_schedule
