@@ -79,7 +79,7 @@ def train(processes: int, seed: int, folder: Path, pictures: Path, labelled: Pat
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     weights = [
         value.double().flatten()
-        for part in states[0]["models"].values()
+        for part in states[0]["parts"]["models"].values()
         for name, value in part.items()
         if "running_" not in name  # large, and frozen
     ]

@@ -280,7 +280,7 @@ def test_a_loss_that_is_nan_is_not_saved(tmp_path):
     assert line.startswith("error: loss is not finite in epoch 2, iteration 1 (metric_loss nan")
     assert line.endswith("lower the learning rate or resume from the last checkpoint")
     assert names(tmp_path)[-1] == "epoch_0001_iteration_000001.pt"
-    weights = torch.load(checkpoints(tmp_path)[-1], weights_only=True)["models"]["trunk"]
+    weights = torch.load(checkpoints(tmp_path)[-1], weights_only=True)["parts"]["models"]["trunk"]
     assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
     assert goes_on(tmp_path, loss_funcs={"metric_loss": losses.MultiSimilarityLoss()})
 
