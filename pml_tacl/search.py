@@ -99,6 +99,10 @@ class PictureIndex:
         """(N, D) float32, unit norm."""
         return np.asarray(self._index.reconstruct_n(0, self._index.ntotal))[self._entries]
 
+    def embeddings_of(self, rows: Sequence[int] | IntArray) -> FloatArray:
+        """Return the embeddings (M, D) of some rows, unit norm."""
+        return np.asarray(self._index.reconstruct_batch(self._entries[np.asarray(rows)]))
+
     def search(
         self, embeddings: Embeddings, k: int = 8, *, folder: str | None = None
     ) -> tuple[FloatArray, IntArray]:

@@ -433,15 +433,20 @@ def test_a_line_has_a_gap_where_a_loss_was_not_finite():
 # In a browser, which continuous integration must have.
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+def browser_or_skip(profile):
+    """A browser; where there is none, the test is left out, or fails where it is required."""
     programs = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
     missing = [name for name, path in programs.items() if not path]
     missing += [] if importlib.util.find_spec("selenium") else ["selenium"]
     if missing:
         say = pytest.fail if os.environ.get("PML_TACL_BROWSER") == "required" else pytest.skip
         say(f"needs {', '.join(missing)}: apt-get install chromium chromium-driver, and pip's test")
-    driver = drawing.open_browser(tmp_path_factory.mktemp("browser"))
+    return drawing.open_browser(profile)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    driver = browser_or_skip(tmp_path_factory.mktemp("browser"))
     yield driver
     driver.quit()
 

@@ -15,7 +15,7 @@ from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import embed
 from pml_tacl.trainers.fitting import fit_to
 from pml_tacl.utils.errors import InputError, MissingPackageError
-from pml_tacl.utils.files import write_json, written_whole
+from pml_tacl.utils.files import shown_name, write_json, written_whole
 
 ENDINGS = (".npy", ".csv", ".parquet")
 
@@ -106,8 +106,7 @@ def write_embeddings(path: str | Path, names: Sequence[str], embeddings: Tensor)
     else:
         arrow, parquet = _pyarrow()
         values = arrow.FixedSizeListArray.from_arrays(rows.reshape(-1), rows.shape[1])
-        shown = [name.encode("utf-8", "backslashreplace").decode() for name in names]
-        table = arrow.table({"name": shown, "embedding": values})
+        table = arrow.table({"name": list(map(shown_name, names)), "embedding": values})
         with written_whole(path) as file:
             parquet.write_table(table, file)
 

@@ -310,4 +310,12 @@ _METAVARS: dict[Any, str] = {
     _number_or_auto: "N",
     device: "NAME",
 }
-_NAMES = frozenset(_FLAGS) | {"eval_folder", "threshold", "reference", "model", "out", "onnx"}
+_NAMES = frozenset(_FLAGS) | {
+    "eval_folder",
+    "threshold",
+    "reference",
+    "model",
+    "out",
+    "onnx",
+    "port",
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import warnings
@@ -173,12 +174,28 @@ def load_rgb(path: str | Path) -> Image.Image:
     try:
         if os.path.getsize(path) == 0:
             raise OSError("empty file")
-        with Image.open(path, formats=_formats()) as image:
-            rgb = to_rgb(image)
-            return rgb.copy() if rgb is image else rgb
+        return _decode(path)
     # Pillow's decoders raise nearly anything on damaged bytes (SyntaxError, struct.error, ...).
     except Exception as error:
         raise OSError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def rgb_of_bytes(content: bytes) -> Image.Image:
+    """Decode the bytes of an image file, as :func:`load_rgb` does a file.
+
+    Raises:
+        OSError: If they cannot be decoded; the message is the reason.
+    """
+    try:
+        return _decode(io.BytesIO(content))
+    except Exception as error:  # as above
+        raise OSError(_reason(error)) from error
+
+
+def _decode(source: str | Path | io.BytesIO) -> Image.Image:
+    with Image.open(source, formats=_formats()) as image:
+        rgb = to_rgb(image)
+        return rgb.copy() if rgb is image else rgb
 
 
 def _reason(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from pml_tacl.report import _charts as charts
 from pml_tacl.report import _images as images
 from pml_tacl.report._choices import Cluster, Query
 from pml_tacl.report._sources import PictureSet, Run
+from pml_tacl.utils.files import shown_name
 
 _SHOWN_IN_CLUSTER = 12
 _ROW_NAMES = {"raw_pixels": "raw pixels", "before": "before training", "after": "after training"}
@@ -221,8 +222,7 @@ def _tag(image: Image.Image, said: str, side: int = 128) -> str:
 
 
 def named(pictures: PictureSet, row: int) -> str:
-    # What is no text in any encoding, as a file name may be, is shown by its bytes.
-    return pictures.names[row].encode("utf-8", "backslashreplace").decode("utf-8")
+    return shown_name(pictures.names[row])
 
 
 def _cell(value: float | None, best: float, compared: bool) -> str:
