@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pml_tacl.cli import flags
-from pml_tacl.cli.models import load_model
-from pml_tacl.search import PictureIndex
+from pml_tacl.cli.models import given_index, load_model
 from pml_tacl.utils.errors import InputError
 
 
@@ -42,11 +41,10 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
 def _serve(args: Any, results: Any) -> None:
     from pml_tacl.serve import RunSearcher, SearchServer
 
-    index = PictureIndex.load(args.run)
-    index.root = args.images.absolute() if args.images else index.root
-    for folder in (index.root, *args.also):
+    for folder in args.also:
         if not folder.is_dir():
-            raise InputError(f"the indexed images are not in {folder}: give --images FOLDER")
+            raise InputError(f"--also {folder} is no folder: give one that links lead to")
+    index = given_index(args)
     loaded = load_model(args.run, device=args.device)
     searcher = RunSearcher(
         loaded.model, loaded.image_size, index, args.also, args.run.resolve().name
