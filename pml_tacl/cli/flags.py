@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -137,6 +138,11 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 def flag_of(name: str) -> str:
     """Return the flag of a setting: ``batch_size`` -> ``--batch-size``."""
     return f"--{name.replace('_', '-')}"
+
+
+def command_line(*words: Any) -> str:
+    """Return a command line that can be pasted into a shell: ``pml-tacl search 'my run' QUERY``."""
+    return " ".join(w if w.isupper() else shlex.quote(w) for w in map(str, ("pml-tacl", *words)))
 
 
 def by_flags(message: str) -> str:

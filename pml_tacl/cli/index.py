@@ -52,4 +52,7 @@ def _index(args: Any) -> None:
     embeddings, _ = embed(loaded.model, images, **settings)
     PictureIndex.of(images, embeddings).save(run.folder)
     run.draw(loaded.model, images, embeddings)
-    print(f"{len(images)} images indexed in {args.run}")
+    print(
+        f"{len(images)} images indexed in {args.run}: "
+        f"{flags.command_line('search', args.run, 'QUERY')} finds what is like an image"
+    )

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     add("--folder", metavar="DIR", help="find only below this sub-folder of the indexed images")
     add("--update", action="store_true", help="first index what is new, changed or deleted")
     add("--out", type=Path, metavar="FILE",
-        help="the gallery; left out: RUN/search.png, search-2.png, ...; none with --json")  # fmt: skip
+        help="the gallery; left out: RUN/search.png, search-2.png, ...")  # fmt: skip
     add("--images", type=Path, metavar="DIR", help="where the indexed images are, if moved")
     flags.add_common(parser, json=True)
     args = parser.parse_args(arguments)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -30,6 +31,7 @@ from pml_tacl.trainers import UnsupervisedTrainer, defaults
 from pml_tacl.trainers.checkpoint import checkpoints
 from pml_tacl.trainers.recipe import recipe_for
 from pml_tacl.transforms import SiameseTransform
+from pml_tacl.utils.errors import MissingPackageError
 
 # None: as the recipe of the model says, see `pml_tacl.trainers.recipe`.
 SETTINGS: dict[str, Any] = {
@@ -93,6 +95,8 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
 def train(args: Any) -> None:
     """Train as parsed arguments say."""
     # open() may delete an earlier run, so validate all arguments first.
+    if args.tensorboard and find_spec("tensorboard") is None:
+        raise MissingPackageError("--tensorboard needs tensorboard: pip install tensorboard")
     begin = {"resume": args.resume, "overwrite": args.overwrite}
     run = TrainingRun(args.run, apart_from=[args.images, args.eval_folder], **begin)
     runs.seed_everything(args.seed)
@@ -167,12 +171,19 @@ def train(args: Any) -> None:
     run.open(config, free=free)
     tell_start(args, run, images, config, device, trainer if epochs else None)
     if epochs:
-        if not (bars or args.quiet):
-            trainer.end_of_epoch_hook = partial(_tell_epoch, epochs=epochs, clock=[perf_counter()])
+        hooks: list[Any] = [trainer.end_of_iteration_hook]
+        if not (bars or args.quiet) and is_first():
+            lines = _EpochLines(epochs)
+            hooks.append(lines.note)
+            trainer.end_of_epoch_hook = chain(trainer.end_of_epoch_hook, lines.tell)
+        logger = None
         if args.tensorboard and is_first():
             logger = TensorBoardLogger(run.folder / "tensorboard")
-            trainer.end_of_iteration_hook = chain(trainer.end_of_iteration_hook, LogLosses(logger))
+            hooks.append(LogLosses(logger))
+        trainer.end_of_iteration_hook = chain(*hooks)
         rows = run.train(trainer, epochs, measure)
+        if logger is not None:
+            logger.close()
     else:
         rows = run.fit(model, seen, measure, num_workers=args.workers, progress=bars)
     found = embed_together(model, seen, num_workers=args.workers, progress=bars)
@@ -185,8 +196,9 @@ def train(args: Any) -> None:
         if epochs and trainer.verdict:
             print(f"\n{trainer.verdict}")
         print(
-            f"\n{count} images indexed in {args.run}: search with pml-tacl search {args.run} "
-            f"QUERY, or look with pml-tacl serve {args.run}"
+            f"\n{count} images indexed in {args.run}: "
+            f"{flags.command_line('search', args.run, 'QUERY')} finds what is like an image, "
+            f"{flags.command_line('serve', args.run)} shows a page"
         )
 
 
@@ -230,15 +242,27 @@ def tell_start(
         )
 
 
-def _tell_epoch(trainer: Any, *, epochs: int, clock: list[float]) -> None:
-    """A line at the end of an epoch, for a log file, which has no use for bars."""
-    if is_first():
-        now = perf_counter()
-        print(
-            f"epoch {trainer.epoch}/{epochs}: {trainer.look_at_losses()}, {now - clock[0]:.0f} s",
-            flush=True,
-        )
-        clock[0] = now
+class _EpochLines:
+    """A line at the end of each epoch, for a log file, which has no use for bars."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+        self._begin()
+
+    def _begin(self) -> None:
+        self._losses: list[torch.Tensor] = []
+        self._began = perf_counter()
+
+    def note(self, trainer: Any) -> None:
+        """Remember the loss of an iteration."""
+        self._losses.append(torch.as_tensor(trainer.losses["total_loss"]).detach().float())
+
+    def tell(self, trainer: Any) -> None:
+        """Print the mean loss of an epoch, and its time."""
+        loss = float(torch.stack(self._losses).mean()) if self._losses else float("nan")
+        seconds = perf_counter() - self._began
+        print(f"epoch {trainer.epoch}/{self.epochs}: loss {loss:.3f}, {seconds:.0f} s", flush=True)
+        self._begin()
 
 
 def _settings_of_run(run: Path, known: set[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from pml_tacl.cli import flags
 from pml_tacl.cli.building import training_model
 from pml_tacl.cli.run_folder import read_config, write_json
 from pml_tacl.datasets import ImageFiles
@@ -51,7 +52,7 @@ def index_stopped(
     known = place == saved[-1].name and (run / "index.faiss").is_file()
     print(
         f"{run} has not ended: {'searching' if known else 'indexing its images'} with the model "
-        f"of {saved[-1].name}; pml-tacl train --resume --run {run} goes on",
+        f"of {saved[-1].name}; {flags.command_line('train', '--resume', '--run', run)} goes on",
         file=sys.stderr,
     )
     if known:
