@@ -504,7 +504,7 @@ def test_the_start_says_what_is_trained_and_a_log_file_gets_lines(photos, tmp_pa
     printed = said(capsys, "train", photos, *loud, "--epochs=2", "--warmup-epochs=1", "--run", run)
     lines = printed.splitlines()
     assert "training: 25 images, test_resnet at 32 px, on cpu" in lines
-    steps = "2 epochs of 3 steps, batches of 8; 2 clusters, from epoch 2 on"
+    steps = "2 epochs of 3 steps, batches of 8; 6 clusters, from epoch 2 on"
     assert steps in lines
     values = read_losses(run / "records" / "every_loss.csv")["total_loss"]
     for epoch in (1, 2):

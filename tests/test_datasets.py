@@ -828,7 +828,7 @@ def test_a_list_of_files_is_taken_alone(tmp_path, caplog):
     assert "no.png" in caplog.text
     assert "list.txt" not in caplog.text  # which was not asked for
     for wrong in (["no.png"], ["../a.png"], ["/etc/a.png"], [], tmp_path / "none.txt"):
-        with pytest.raises(ValueError, match="^files"):
+        with pytest.raises(ValueError, match=r"^files"):
             ImageFiles(tmp_path, files=wrong, progress=False)
-    with pytest.raises(ValueError, match="^exclude"):
+    with pytest.raises(ValueError, match=r"^exclude"):
         ImageFiles(tmp_path, exclude=["*"], progress=False)
