@@ -559,11 +559,17 @@ def test_a_transformer_takes_any_size(photos, tmp_path):
     model = ["--model=vit_tiny_patch16_224", "--weights=none", "--image-size=64"]
     call("embed", photos, *model, "--out", tmp_path / "a.npy", "--workers=0", "--quiet")
     assert len(np.load(tmp_path / "a.npy")) == 25
-    assert sized_model("test_vit", False, 32).data_config["input_size"] == (3, 32, 32)
-    assert sized_model("test_resnet", False, 32).data_config["input_size"] != (3, 32, 32)
+    images = torch.rand(2, 3, 32, 32)
+    for name in ("vit_tiny_patch16_224", "test_vit", "test_resnet"):
+        assert sized_model(name, False, 32, embedding_dim=8)(images).shape[0] == 2
 
 
-def test_a_training_begins_from_what_a_run_has_learnt(run, photos, tmp_path):
+def test_a_training_begins_from_what_a_run_has_learnt(photos, tmp_path):
+    run = tmp_path / "run"
+    model = AttentionEmbedder("test_resnet", embedding_dim=8)
+    torch.save(model.trunk.model.state_dict(), tmp_path / "a.pth")
+    given = [*TINY, "--weights", tmp_path / "a.pth", "--run", run]
+    call("train", photos, *given)
     weights = run / "model" / "model.safetensors"
     begun = sized_model("test_resnet", str(weights)).trunk.model.state_dict()
     learnt = AttentionEmbedder.from_pretrained(run / "model").trunk.model.state_dict()
@@ -572,4 +578,4 @@ def test_a_training_begins_from_what_a_run_has_learnt(run, photos, tmp_path):
     shutil.copytree(photos, tmp_path / "grown")
     shutil.copy(photos / "a" / "00.png", tmp_path / "grown" / "new.png")
     with pytest.raises(SystemExit, match=f"pml-tacl search {run} --update .* --weights {weights}"):
-        call("train", tmp_path / "grown", *TINY, "--run", run, "--resume")
+        call("train", tmp_path / "grown", *given, "--resume")

@@ -180,12 +180,12 @@ def test_what_lies_outside_the_folders_is_never_shown(server, photos, name, kind
         "/image/-1",
         "/image/99",
         "/image/1e0",
-        "/image/٣",
+        "/image/%D9%A3",
         "/image/0?x=../secret.png&file=/etc/passwd/../1%00/" + "a" * 3000,
     ],
 )
 def test_no_path_reaches_a_file(server, photos, path):
-    status, _, content = ask(server, path.encode().decode("latin-1"))
+    status, _, content = ask(server, path)
     if "?" in path:
         assert (status, content) == (200, ask(server, "/image/0")[2])
     else:

@@ -330,7 +330,7 @@ def weights(text: str) -> bool | str:
 _FLAGS: dict[str, tuple[Any, str]] = {
     "run": (Path, "folder for the results"),
     "backbone": (str, "any timm model"),
-    "weights": (weights, "pretrained (through timm), none, or a local file"),
+    "weights": (weights, "pretrained, none, or a local file"),
     "embedding_dim": (at_least(1), "numbers in an embedding"),
     "image_size": (at_least(1), "pixels of a side; left out: the backbone's own"),
     "freeze_batchnorm": (bool, "keep its statistics; left out: if pretrained"),
@@ -339,10 +339,10 @@ _FLAGS: dict[str, tuple[Any, str]] = {
         "a number; auto: a tenth of the images, or what a batch needs if that is more",
     ),
     "images_per_cluster": (at_least(1), "images of one cluster in a batch; left out: 4"),
-    "batch_size": (at_least(1), "images (of all processes), in two views each; left out: 64"),
+    "batch_size": (at_least(1), "images in a batch, of all processes; left out: 64"),
     "epochs": (
         at_least(0),
-        "passes over the images; 0 only indexes; left out: by the number of images",
+        "passes; 0 only indexes; left out: by the number of images",
     ),
     "warmup_epochs": (
         at_least(0),

@@ -121,7 +121,8 @@ def check_run(
         if changed := [name for name in changed if name not in free]:
             shown = [f"{name}={earlier.get(name)!r}" for name in changed if name in earlier]
             same = ", ".join(text for text in shown if len(text) < 60)
-            grown = "pictures" in changed and (folder / "model").is_dir()
+            learnt = (folder / "model").is_dir() and earlier.get("weights") is not False
+            grown = "pictures" in changed and learnt
             raise InputError(
                 f"run folder {folder} was begun with other settings ({', '.join(changed)}): "
                 f"resume with the same{f' ({same})' if same else ''}, or give another folder"
