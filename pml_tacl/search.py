@@ -266,7 +266,8 @@ class PictureIndex:
         with written_whole(folder / _EMBEDDINGS) as file:
             np.save(file, self.embeddings)
         # As ASCII, which keeps also names that are no text in any encoding.
-        listed = {"root": str(self.root), "kind": self._asked, "files": self.files}
+        listed: dict[str, Any] = {"root": str(self.root), "kind": self._asked}
+        listed["files"] = self.files
         if self._exclude:
             listed["exclude"] = self._exclude
         if self._fixed:

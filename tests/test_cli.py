@@ -527,7 +527,10 @@ def test_resuming_nothing_and_never_clustering_are_said(photos, tmp_path, capsys
     assert any((run / "tensorboard").iterdir())
     call("report", run, "--points=30", "--queries=1", "--quiet")
     page = (run / "report.html").read_text("utf-8")
-    assert "The training never clustered: its epochs were all warm-up." in page
+    assert (
+        "The training never clustered: its epochs were all warm-up; they were clustered for this"
+        in page
+    )
     assert "The pseudo-labels of the last epoch" not in page
 
 

@@ -8,7 +8,7 @@ from pml_tacl.trainers.recipe import PRETRAINED, SCRATCH
 
 def sized_model(
     name: str,
-    weights: bool | str | None,
+    weights: bool | str,
     image_size: int | tuple[int, int] | None = None,
     **settings: Any,
 ) -> AttentionEmbedder:
@@ -34,7 +34,7 @@ def sized_model(
     return AttentionEmbedder(name, weights, img_size=size, **settings)
 
 
-def training_model(config: dict[str, Any], weights: bool | str | None) -> AttentionEmbedder:
+def training_model(config: dict[str, Any], weights: bool | str) -> AttentionEmbedder:
     """Build the model that `pml-tacl train` trains.
 
     Args:

@@ -131,7 +131,8 @@ def read_run(
         training, test = (_glyphs(model, transform, split) for split in ("train", "test"))
         notes.append("Labels of the training characters judge clusters here; training read none.")
     state = _last_checkpoint(folder)
-    training.clusters, clusters_are = _clusters(training, state)
+    training.clusters, clusters_are, own = _clusters(training, state)
+    notes += [] if own else [clusters_are]
     others = ("config", "versions", "guard")
     metrics = {k: v for k, v in content.items() if k not in others and v}
     recalls = _recalls(folder, state)
@@ -228,19 +229,19 @@ def _last_checkpoint(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _clusters(training: PictureSet, state: Mapping[str, Any]) -> tuple[IntArray, str]:
-    """Pseudo-labels, and what they are."""
+def _clusters(training: PictureSet, state: Mapping[str, Any]) -> tuple[IntArray, str, bool]:
+    """Pseudo-labels, what they are in a sentence, and whether they are the training's own."""
     saved = state.get("labels")
     if isinstance(saved, torch.Tensor) and len(saved) == len(training):
         labels: IntArray = saved.cpu().numpy().astype(np.int64)
         if len(np.unique(labels)) < len(labels):
-            return labels, "The pseudo-labels of the last epoch."
+            return labels, "The pseudo-labels of the last epoch.", True
         why = "The training never clustered: its epochs were all warm-up"
     else:
         why = "The run holds no pseudo-labels of these pictures"
     found = KMeansPseudoLabeler("auto")(training.embeddings)
-    made = f"{why}. These clusters were made for this page, and nothing was trained by them."
-    return np.asarray(found.labels.numpy(), dtype=np.int64), made
+    made = f"{why}; they were clustered for this page, and nothing was trained by that."
+    return np.asarray(found.labels.numpy(), dtype=np.int64), made, False
 
 
 def _warmup(state: Mapping[str, Any], config: Mapping[str, Any]) -> int:
