@@ -534,6 +534,18 @@ def test_resuming_nothing_and_never_clustering_are_said(photos, tmp_path, capsys
     assert "The pseudo-labels of the last epoch" not in page
 
 
+def test_a_run_of_three_lines_is_searched_at_its_own_size(photos, tmp_path, capsys):
+    model = AttentionEmbedder("test_resnet", embedding_dim=8)
+    model.from_scratch = False
+    run = tmp_path / "run"
+    trainer = UnsupervisedTrainer(model, dataset=photos, image_size=32, run=run, progress=False)
+    trainer.train(num_epochs=1)
+    found = said(capsys, "search", run, photos / "c" / "02.png", "-k1", "--json", "--workers=0")
+    assert found["queries"][0]["found"] == [
+        {"file": "c/02.png", "similarity": pytest.approx(1, abs=1e-4)}
+    ]
+
+
 def test_images_that_are_left_out_stay_out(photos, tmp_path, capsys):
     run = tmp_path / "run"
     call("index", photos, *TIMM, "--run", run, "--exclude=c", "--exclude", "a/*3.png")

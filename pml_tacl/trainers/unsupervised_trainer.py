@@ -14,6 +14,7 @@ from pml_tacl.distributed.inference import embed_together
 from pml_tacl.distributed.session import is_first, on_first, world_size
 from pml_tacl.distributed.training import draw_together, end_of_epoch, share_of
 from pml_tacl.models import AttentionEmbedder
+from pml_tacl.models.preprocessing import size_in_pixels
 from pml_tacl.search import PictureIndex
 from pml_tacl.trainers import defaults
 from pml_tacl.trainers._arguments import check_arguments, check_clusters
@@ -40,6 +41,7 @@ from pml_tacl.trainers.guard import Guard, load_network, network_state
 from pml_tacl.trainers.recipe import recipe_for
 from pml_tacl.transforms import BackgroundSwap
 from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.files import write_json
 from pml_tacl.utils.labels import pseudo_labels
 from pml_tacl.utils.signals import Signals
 
@@ -192,6 +194,7 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         if transform is None or eval_transform is None:
             views, view = defaults.default_transforms(whole, image_size)
             transform, eval_transform = transform or views, eval_transform or view
+        self._image_size = image_size
         if labeler is None:
             labeler = defaults.default_labeler(recipe, count)
         if isinstance(swap, str):
@@ -404,6 +407,12 @@ class UnsupervisedTrainer(Resumable, TrainingStep):
         def write() -> None:
             assert found is not None
             model.save_pretrained(run / "model")
+            size = size_in_pixels(model.data_config, self._image_size)
+            images = str(dataset.root.resolve())
+            # For a search, which embeds its queries at the size that was trained at.
+            write_json(
+                run / "run.json", {"images": images, "image_size": size, "epochs": self.ended}
+            )
             PictureIndex(found[0], dataset.names, dataset.root).save(run)
 
         on_first(write, "writing the run")
