@@ -20,7 +20,12 @@ from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import Glyphs
 from pml_tacl.evaluation import evaluate
 
-CLASSES, WARMUP_EPOCHS, EPOCHS, BATCH_SIZE, DIM, LEARNING_RATE = 60, 6, 2, 64, 64, 5e-3
+CLASSES = 60
+WARMUP_EPOCHS = 6
+EPOCHS = 2
+BATCH_SIZE = 64
+DIM = 64
+LEARNING_RATE = 5e-3
 WORKERS = 1  # processes that make the views
 BACKBONE = {"channels": [16, 32, 64, 128], "stem_width": 8, "output_stride": 16}
 
@@ -78,12 +83,20 @@ def main() -> dict[str, float]:
         parameters = [model, *loss_funcs.values()]  # ArcFace has weights, the others have none
         parameters = [p for module in parameters for p in module.parameters()]
         trainer = pml_tacl.UnsupervisedTrainer(
-            model, torch.optim.AdamW(parameters, LEARNING_RATE), BATCH_SIZE, loss_funcs, train,
-            transform=two_views, eval_transform=test.transform, mining_funcs=miners,
-            labeler=pml_tacl.KMeansPseudoLabeler(clusters), warmup_epochs=warmup,
+            model,
+            torch.optim.AdamW(parameters, LEARNING_RATE),
+            BATCH_SIZE,
+            loss_funcs,
+            train,
+            transform=two_views,
+            eval_transform=test.transform,
+            mining_funcs=miners,
+            labeler=pml_tacl.KMeansPseudoLabeler(clusters),
+            warmup_epochs=warmup,
             recluster_every=epochs,  # once: ArcFace's classes and the memory keep their meaning
-            progress=False, dataloader_num_workers=WORKERS,
-        )  # fmt: skip
+            progress=False,
+            dataloader_num_workers=WORKERS,
+        )
         trainer.train(num_epochs=epochs)
         return recall(model)
 

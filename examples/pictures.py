@@ -62,9 +62,16 @@ def main() -> None:
     turn = v2.RandomAffine((20, 20), fill=220)
     offset = model.cell_offset(SIZE)
     siamese = SiameseTransform(
-        SIZE, maps.shape[2:], crop_scale=None, geometric=turn, photometric=None, flip=False,
-        mean=(0, 0, 0), std=(1, 1, 1), cell_offset=offset,
-    )  # fmt: skip
+        SIZE,
+        maps.shape[2:],
+        crop_scale=None,
+        geometric=turn,
+        photometric=None,
+        flip=False,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        cell_offset=offset,
+    )
     view, transformed, points = siamese(Image.fromarray(test.images[first]))
     three = torch.stack([view, transformed, pictures[second].permute(2, 0, 1) / 255])
     mean, std = (model.data_config[key] for key in ("mean", "std"))

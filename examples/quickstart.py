@@ -65,14 +65,21 @@ def main() -> None:
 
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=1e-2)
     trainer = pml_tacl.UnsupervisedTrainer(
-        model, optimizer, args.batch_size, losses, train,
+        model,
+        optimizer,
+        args.batch_size,
+        losses,
+        train,
         transform=pml_tacl.SiameseTransform.for_model(model, 64, **views),
-        eval_transform=test.transform, dataloader_num_workers=1,
+        eval_transform=test.transform,
+        dataloader_num_workers=1,
         labeler=pml_tacl.KMeansPseudoLabeler(args.num_clusters, seed=args.seed),
         mining_funcs={"attention_miner": pml_tacl.AttentionConsistencyMiner()},
-        images_per_cluster=args.images_per_cluster, warmup_epochs=args.warmup_epochs,
-        loss_weights=args.loss_weights, amp_dtype=args.amp and getattr(torch, args.amp),
-    )  # fmt: skip
+        images_per_cluster=args.images_per_cluster,
+        warmup_epochs=args.warmup_epochs,
+        loss_weights=args.loss_weights,
+        amp_dtype=args.amp and getattr(torch, args.amp),
+    )
     steps = args.epochs * trainer.iterations_per_epoch + 1
     schedule = OneCycleLR(optimizer, args.learning_rate, total_steps=steps, pct_start=0.1)
     trainer.lr_schedulers["trunk_scheduler_by_iteration"] = schedule

@@ -21,8 +21,13 @@ from pml_tacl.clustering import PseudoLabels, pseudo_labels_from
 from pml_tacl.datasets import Glyphs
 from pml_tacl.evaluation import evaluate
 
-CLASSES, KNOWN = 60, 3  # pictures of each class whose label is known
-WARMUP_EPOCHS, EPOCHS, BATCH_SIZE, LEARNING_RATE, WORKERS = 6, 6, 64, 5e-3, 1
+CLASSES = 60
+KNOWN = 3  # pictures of each class whose label is known
+WARMUP_EPOCHS = 6
+EPOCHS = 6
+BATCH_SIZE = 64
+LEARNING_RATE = 5e-3
+WORKERS = 1
 SHARES = (0.0, 0.0, 0.0, 0.3, 0.5, 0.7)  # of the other pictures, guessed in each epoch
 BACKBONE = {"channels": [16, 32, 64, 128], "stem_width": 8, "output_stride": 16}
 
@@ -80,11 +85,18 @@ def main() -> dict[str, float]:
 
     def fit(model: nn.Module, labeler, epochs: int, warmup: int) -> float:
         trainer = pml_tacl.UnsupervisedTrainer(
-            model, torch.optim.AdamW(model.parameters(), LEARNING_RATE), BATCH_SIZE,
-            {"pairs": MultiSimilarityLoss(), "ccl": pml_tacl.ContrastiveClusteringLoss()}, train,
-            transform=two_views, eval_transform=plain, labeler=labeler,
-            warmup_epochs=warmup, progress=False, dataloader_num_workers=WORKERS,
-        )  # fmt: skip
+            model,
+            torch.optim.AdamW(model.parameters(), LEARNING_RATE),
+            BATCH_SIZE,
+            {"pairs": MultiSimilarityLoss(), "ccl": pml_tacl.ContrastiveClusteringLoss()},
+            train,
+            transform=two_views,
+            eval_transform=plain,
+            labeler=labeler,
+            warmup_epochs=warmup,
+            progress=False,
+            dataloader_num_workers=WORKERS,
+        )
         trainer.train(num_epochs=epochs)
         return evaluate(model, test, metrics=["recall_at_1"], progress=False)["recall_at_1"]
 

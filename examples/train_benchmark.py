@@ -75,16 +75,22 @@ def main(benchmark, settings: dict, description: str) -> None:
     }
     views = pml_tacl.SiameseTransform.for_model(model, args.image_size, crop_scale=args.crop_scale)
     trainer = pml_tacl.UnsupervisedTrainer(
-        model, optimizer, args.batch_size, losses, train,
-        transform=views, eval_transform=plain,
+        model,
+        optimizer,
+        args.batch_size,
+        losses,
+        train,
+        transform=views,
+        eval_transform=plain,
         labeler=pml_tacl.KMeansPseudoLabeler(args.num_clusters, seed=args.seed),
         mining_funcs={"attention_miner": pml_tacl.AttentionConsistencyMiner()},
         images_per_cluster=args.images_per_cluster,
         swap=pml_tacl.BackgroundSwap(cell_offset=views.cell_offset),
         loss_weights=args.loss_weights,
         amp_dtype=torch.bfloat16 if device.type == "cuda" else None,
-        lr_schedulers={"trunk_scheduler_by_epoch": cosine}, dataloader_num_workers=args.workers,
-    )  # fmt: skip
+        lr_schedulers={"trunk_scheduler_by_epoch": cosine},
+        dataloader_num_workers=args.workers,
+    )
     # Where a run goes on, the data set may lie elsewhere, and more epochs may follow.
     run.open(flags.settings_of(args), free=("epochs", "root", "weights"))
     rows = run.train(trainer, args.epochs, measure)

@@ -69,9 +69,16 @@ def main() -> None:
 
     offset = model.cell_offset(args.size)
     siamese = SiameseTransform(
-        args.size, tuple(maps.shape[2:]), crop_scale=None, geometric=MOVED, photometric=None,
-        flip=False, mean=(0, 0, 0), std=(1, 1, 1), cell_offset=offset,
-    )  # fmt: skip
+        args.size,
+        tuple(maps.shape[2:]),
+        crop_scale=None,
+        geometric=MOVED,
+        photometric=None,
+        flip=False,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        cell_offset=offset,
+    )
     view, moved, points = siamese(v2.functional.to_pil_image(seen[0]))
     both = model.forward_features(normalise(torch.stack([view, moved]))).feature_maps
     followed = cross_image_attention(both, maps[:1].expand_as(both))

@@ -20,7 +20,10 @@ from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import Glyphs
 from pml_tacl.evaluation import evaluate
 
-CLASSES, EPOCHS, BATCH_SIZE, LEARNING_RATE = 60, 8, 32, 1e-3
+CLASSES = 60
+EPOCHS = 8
+BATCH_SIZE = 32
+LEARNING_RATE = 1e-3
 SIZES = (64, 96)  # the first is trained at; dynamic_img_size lets the same weights take others
 # Any ViT of timm's goes here, "vit_small_patch14_dinov2" or "vit_base_patch16_siglip_224" say,
 # with pretrained=True; this one is small enough to begin from nothing.
@@ -43,10 +46,13 @@ def main() -> dict[str, float]:
     )  # where the projection starts
     train.transform = None
     two_views = pml_tacl.SiameseTransform.for_model(
-        model, SIZES[0], crop_scale=(0.6, 1.0), flip=False,
+        model,
+        SIZES[0],
+        crop_scale=(0.6, 1.0),
+        flip=False,
         geometric=v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), fill=220),
         photometric=v2.Compose([v2.ColorJitter(0.5, 0.5, 0.5), v2.RandomChannelPermutation()]),
-    )  # fmt: skip
+    )
 
     def recall(size: int) -> float:
         test.transform = views[size]
@@ -56,10 +62,18 @@ def main() -> dict[str, float]:
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
     losses = {"pairs": MultiSimilarityLoss(), "tac": pml_tacl.AttentionConsistencyLoss()}
     pml_tacl.UnsupervisedTrainer(
-        model, optimizer, BATCH_SIZE, losses, train, transform=two_views,
-        eval_transform=views[SIZES[0]], labeler=pml_tacl.KMeansPseudoLabeler("auto"),
-        warmup_epochs=EPOCHS, progress=False, dataloader_num_workers=WORKERS,
-    ).train(num_epochs=EPOCHS)  # fmt: skip
+        model,
+        optimizer,
+        BATCH_SIZE,
+        losses,
+        train,
+        transform=two_views,
+        eval_transform=views[SIZES[0]],
+        labeler=pml_tacl.KMeansPseudoLabeler("auto"),
+        warmup_epochs=EPOCHS,
+        progress=False,
+        dataloader_num_workers=WORKERS,
+    ).train(num_epochs=EPOCHS)
 
     model.eval()
     shown = torch.linspace(0, len(test) - 1, 4).long().tolist()  # evenly over the classes

@@ -49,6 +49,9 @@ class PictureIndex:
             neighbours at most and stays fast at millions; "auto" is flat up to ``FLAT_UP_TO``
             (50 000) pictures, and changes over when pictures are added or removed. Pictures with
             one embedding are one entry of either, and are all found.
+        exclude: patterns of files that :meth:`changes` leaves out, as of
+            :class:`pml_tacl.datasets.ImageFiles`.
+        fixed: :meth:`changes` finds no new files: these were listed one by one.
 
     Attributes:
         files: as given.
@@ -71,6 +74,8 @@ class PictureIndex:
     _entries: IntArray  # (N,), of the pictures in _index, which holds each embedding once
     _asked: str
     _stamps: list[list[int] | None]
+    _exclude: list[str]
+    _fixed: bool
 
     def __init__(
         self,
@@ -79,12 +84,26 @@ class PictureIndex:
         root: str | PathLike[str],
         *,
         kind: str = "auto",
+        exclude: Sequence[str] = (),
+        fixed: bool = False,
     ) -> None:
         if kind not in _KINDS:
             raise InputError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
         unit = _checked(embeddings, files)
         self._set(*_build(unit, _chosen(kind, len(unit))), files, root, kind)
         self._stamps = [_stamp(self.root / file) for file in files]
+        self._exclude, self._fixed = [*exclude], fixed
+
+    @classmethod
+    def of(cls: type[_Self], images: ImageFiles, embeddings: Embeddings) -> _Self:
+        """Index the images (N) of a folder by their embeddings (N, D), in the same order."""
+        return cls(
+            embeddings,
+            images.names,
+            images.root,
+            exclude=images.exclude,
+            fixed=images.listed is not None,
+        )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -98,6 +117,10 @@ class PictureIndex:
     def embeddings(self) -> FloatArray:
         """(N, D) float32, unit norm."""
         return np.asarray(self._index.reconstruct_n(0, self._index.ntotal))[self._entries]
+
+    def embeddings_of(self, rows: Sequence[int] | IntArray) -> FloatArray:
+        """Return the embeddings (M, D) of some rows, unit norm."""
+        return np.asarray(self._index.reconstruct_batch(self._entries[np.asarray(rows)]))
 
     def search(
         self, embeddings: Embeddings, k: int = 8, *, folder: str | None = None
@@ -178,7 +201,10 @@ class PictureIndex:
         Raises:
             ValueError: if ``root`` is no folder or holds no picture.
         """
-        listed = ImageFiles(self.root, check=False).paths
+        if self._fixed:
+            listed = [path for path in map(self.root.joinpath, self.files) if path.is_file()]
+        else:
+            listed = ImageFiles(self.root, check=False, exclude=self._exclude).paths
         there = {path.relative_to(self.root).as_posix(): path for path in listed}
         known = dict(zip(self.files, self._stamps, strict=True))
         return Changes(
@@ -240,7 +266,12 @@ class PictureIndex:
         with written_whole(folder / _EMBEDDINGS) as file:
             np.save(file, self.embeddings)
         # As ASCII, which keeps also names that are no text in any encoding.
-        listed = {"root": str(self.root), "kind": self._asked, "files": self.files}
+        listed: dict[str, Any] = {"root": str(self.root), "kind": self._asked}
+        listed["files"] = self.files
+        if self._exclude:
+            listed["exclude"] = self._exclude
+        if self._fixed:
+            listed["fixed"] = True
         if self._index.ntotal < len(self):
             listed["entries"] = self._entries.tolist()
         text = json.dumps({**listed, "stamps": self._stamps}, indent=1)
@@ -268,6 +299,7 @@ class PictureIndex:
             files, root = listed["files"], listed["root"]
             kind = listed.get("kind", "auto")
             stamps = listed.get("stamps", [None] * len(files))
+            exclude, fixed = [*listed.get("exclude", [])], bool(listed.get("fixed"))
             entries = np.array(listed.get("entries", range(len(files))), dtype=np.int64)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{folder / _FILES} is no list of pictures: {error}") from error
@@ -284,6 +316,7 @@ class PictureIndex:
         loaded = cls.__new__(cls)
         loaded._set(index, entries, files, root, kind)
         loaded._stamps = stamps
+        loaded._exclude, loaded._fixed = exclude, fixed
         return loaded
 
     def _set(

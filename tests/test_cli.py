@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pml_tacl import AttentionEmbedder
+from pml_tacl import AttentionEmbedder, UnsupervisedTrainer
+from pml_tacl.cli.building import sized_model
 from pml_tacl.cli.flags import by_flags
 from pml_tacl.cli.main import COMMANDS, main
 from pml_tacl.cli.search import NEIGHBOURS, SHOWN
@@ -21,6 +23,9 @@ from pml_tacl.datasets import ImageFiles
 from pml_tacl.duplicates import find_duplicates
 from pml_tacl.evaluation import embed, evaluate
 from pml_tacl.search import PictureIndex
+from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
+from pml_tacl.trainers.fitting import fit_to
+from pml_tacl.trainers.records import read_losses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -84,18 +89,28 @@ def test_help_of_train_shows_what_matters_first(capsys):
     with pytest.raises(SystemExit) as stop:
         call("train", "--help")
     assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    first, more = shown.split("\nmore:\n")
+    first = capsys.readouterr().out
     wanted = "run backbone weights image-size epochs eval-folder resume overwrite batch-size"
-    for name in wanted.split():
+    wanted = [*wanted.split(), "help-all"]
+    for name in wanted:
         assert f"  --{name}" in first
     assert "  FOLDER " in first
-    assert first.count("\n  --") == len(wanted.split())
-    for name in ("--learning-rate", "--device", "--quiet", "--debug", "--no-guard"):
-        assert name in more
-    assert first.count("\n") <= 30
-    assert "None" not in shown
-    assert "default: False" not in shown
+    assert first.count("\n  --") == len(wanted)
+    assert first.count("\n") <= 24  # of the usual terminal
+    with pytest.raises(SystemExit) as stop:
+        call("train", "--help-all")
+    assert stop.value.code == 0
+    whole = capsys.readouterr().out
+    more = whole.partition("\nmore:\n")[2]
+    hidden = "learning-rate device quiet debug no-guard exclude files tensorboard workers"
+    for name in hidden.split():
+        assert f"--{name}" in more
+        assert f"--{name}" not in first
+    for name in wanted:
+        assert f"  --{name}" in whole
+    assert "None" not in whole
+    assert "default: False" not in whole
+    assert "default: []" not in whole
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -107,6 +122,10 @@ def test_each_command_has_help_with_one_example(name, capsys):
     assert shown.startswith(f"usage: pml-tacl {name} ")
     assert shown.count(f"\nexample: pml-tacl {name} ") == 1
     assert "None" not in shown
+    if name == "train":
+        with pytest.raises(SystemExit):
+            call(name, "--help-all")
+        shown = capsys.readouterr().out
     assert "--debug" in shown
     assert "--quiet" in shown
 
@@ -345,6 +364,10 @@ def test_report_is_written_where_it_is_asked_for(run, tmp_path, capsys):
         (["evaluate", "{run}", "{photos}/a"], "lie in no folder"),
         (["evaluate", "{run}", "{photos}", "--reference={run}/.."], "--reference '{run}/..' has"),
         (["report", "{photos}"], "{photos} is no run's folder"),
+        (["serve", "{photos}"], "{photos} holds no index.faiss: give the folder of a training"),
+        (["serve", "{run}", "--also={no}"], "--also {no} is no folder: give one"),
+        (["embed", "{photos}", *TIMM, "--out=a.npy", "--files={no}"], "--files '{no}' cannot be"),
+        (["embed", "{photos}", *TIMM, "--out=a.npy", "--exclude=*"], "leaves no image of"),
         (["export", "{no}", "--onnx=a.onnx"], "{no} is no folder: give the folder of a run"),
         (["train", "{photos}", *TINY, "--run={run}"], "holds another run: give --resume"),
         (["train", "{photos}", *TINY, "--run={new}", "--eval-folder={photos}"], "--eval-folder '"),
@@ -365,7 +388,8 @@ def test_what_is_wrong_is_one_line_and_code_1(arguments, line, run, photos, tmp_
     ("arguments", "line"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["serve"], "argument COMMAND: invalid choice: 'serve'"),
+        (["watch"], "argument COMMAND: invalid choice: 'watch'"),
+        (["serve"], "the following arguments are required: RUN"),
         (["train"], "the folder of images is missing: give it first"),
         (["train", "x", "--epochs=-1"], "argument --epochs: must be a whole number of at least 0"),
         (["train", "x", "--device=cuda:77"], "argument --device: 'cuda:77' is not there: give cpu"),
@@ -415,3 +439,158 @@ def test_ctrl_c_ends_with_130_and_debug_shows_where(monkeypatch, capsys):
 )
 def test_messages_name_the_flag(message, line):
     assert by_flags(message) == line
+
+
+@pytest.fixture(scope="module")
+def stopped(photos, tmp_path_factory):
+    """A training of three epochs that Ctrl-C ended in the second."""
+    folder = tmp_path_factory.mktemp("stopped") / "my run"
+    step = UnsupervisedTrainer.forward_and_backward
+
+    def interrupted(trainer):
+        if (trainer.epoch, trainer.iteration) == (2, 1):
+            os.kill(os.getpid(), signal.SIGINT)
+        step(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UnsupervisedTrainer, "forward_and_backward", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            call("train", photos, *TINY, "--epochs=3", "--run", folder)
+    assert stop.value.code == 130
+    return folder
+
+
+def test_a_stopped_training_is_searched_with_the_model_of_its_last_checkpoint(
+    stopped, photos, tmp_path, capsys
+):
+    run = tmp_path / "my run"
+    shutil.copytree(stopped, run)
+    assert not (run / "model").exists()
+    query = [run, photos / "a" / "00.png", "--json", "--workers=0", "-k25"]
+    found = said(capsys, "search", *query)["queries"][0]["found"]
+    state = load_checkpoint(run / "checkpoints")
+    model = AttentionEmbedder("test_resnet", embedding_dim=8, pooling="covariance")
+    model.trunk.load_state_dict(state["models"]["trunk"])
+    model.embedder.load_state_dict(state["models"]["embedder"])
+    transform = model.eval().transform(image_size=32)
+    images = ImageFiles(photos, transform=transform, progress=False)
+    fit_to(model, images, progress=False)
+    rows = embed(model, images, progress=False)[0].numpy()
+    wanted = dict(zip(images.names, rows @ rows[0], strict=True))
+    for image in found:
+        assert image["similarity"] == pytest.approx(wanted[image["file"]], abs=1e-4)
+    written = (run / "index.faiss").stat().st_mtime_ns
+    call("search", *query)
+    printed = capsys.readouterr()
+    assert (run / "index.faiss").stat().st_mtime_ns == written
+    last = checkpoints(run / "checkpoints")[-1].name
+    assert f"has not ended: searching with the model of {last}" in printed.err
+    assert f"pml-tacl train --resume --run '{run}' goes on" in printed.err
+    call("duplicates", run, "--quiet")
+    call("report", run, "--points=30", "--queries=1", "--quiet")
+    page = (run / "report.html").read_text("utf-8")
+    assert f"The training was stopped: this is what {last} holds of it." in page
+    printed = said(capsys, "train", "--resume", "--run", run, "--workers=0")
+    assert f"going on with {run} after epoch 1 of 3 ({last})" in printed
+    assert not (run / "stopped.json").exists()
+    capsys.readouterr()
+    call("search", *query)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_start_says_what_is_trained_and_a_log_file_gets_lines(photos, tmp_path, capsys):
+    loud = [word for word in TINY if word != "--quiet"]
+    run = tmp_path / "run"
+    printed = said(capsys, "train", photos, *loud, "--epochs=2", "--warmup-epochs=1", "--run", run)
+    lines = printed.splitlines()
+    assert "training: 25 images, test_resnet at 32 px, on cpu" in lines
+    steps = "2 epochs of 3 steps, batches of 8; 6 clusters, from epoch 2 on"
+    assert steps in lines
+    values = read_losses(run / "records" / "every_loss.csv")["total_loss"]
+    for epoch in (1, 2):
+        mean = np.mean(values[3 * (epoch - 1) : 3 * epoch])
+        assert any(line.startswith(f"epoch {epoch}/2: loss {mean:.3f}, ") for line in lines)
+    assert "\r" not in printed
+    capsys.readouterr()
+    call("train", photos, *TINY, "--run", run, "--resume", "--epochs=2", "--warmup-epochs=1")
+    printed = said(capsys, "train", "--resume", "--run", run, "--workers=0")
+    assert "all 2 epochs are trained: give more --epochs to go on" in printed
+
+
+def test_resuming_nothing_and_never_clustering_are_said(photos, tmp_path, capsys):
+    loud = [word for word in TINY if word != "--quiet"]
+    run = tmp_path / "run"
+    call("train", photos, *loud, "--warmup-epochs=3", "--run", run, "--resume", "--tensorboard")
+    printed = capsys.readouterr()
+    assert f"{run} holds no checkpoint to go on from: beginning anew" in printed.out
+    assert "it never clusters, since --epochs 1 are no more than --warmup-epochs 3" in printed.err
+    assert any((run / "tensorboard").iterdir())
+    call("report", run, "--points=30", "--queries=1", "--quiet")
+    page = (run / "report.html").read_text("utf-8")
+    assert (
+        "The training never clustered: its epochs were all warm-up; they were clustered for this"
+        in page
+    )
+    assert "The pseudo-labels of the last epoch" not in page
+
+
+def test_a_run_of_three_lines_is_searched_at_its_own_size(photos, tmp_path, capsys):
+    model = AttentionEmbedder("test_resnet", embedding_dim=8)
+    model.from_scratch = False
+    run = tmp_path / "run"
+    trainer = UnsupervisedTrainer(model, dataset=photos, image_size=32, run=run, progress=False)
+    trainer.train(num_epochs=1)
+    found = said(capsys, "search", run, photos / "c" / "02.png", "-k1", "--json", "--workers=0")
+    assert found["queries"][0]["found"] == [
+        {"file": "c/02.png", "similarity": pytest.approx(1, abs=1e-4)}
+    ]
+
+
+def test_images_that_are_left_out_stay_out(photos, tmp_path, capsys):
+    run = tmp_path / "run"
+    call("index", photos, *TIMM, "--run", run, "--exclude=c", "--exclude", "a/*3.png")
+    index = PictureIndex.load(run)
+    kept = [n for n in ImageFiles(photos, progress=False).names if n[0] != "c" and n != "a/03.png"]
+    assert index.files == kept
+    assert said(capsys, "search", run, "--update") == (
+        f"0 images embedded, 0 taken out, {len(kept)} in the index\n"
+    )
+    (tmp_path / "list.txt").write_text("a/00.png\n\nb/again.jpg\nc/../c/02.png\n")
+    listed = tmp_path / "listed"
+    call("index", photos, *TIMM, "--run", listed, "--files", tmp_path / "list.txt")
+    assert PictureIndex.load(listed).files == ["a/00.png", "b/again.jpg", "c/02.png"]
+    assert PictureIndex.load(listed).changes() == ([], [], [])
+
+
+def test_galleries_do_not_replace_each_other(run, photos, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    query = [tmp_path / "run", photos / "a" / "00.png", "-k2", "--workers=0"]
+    for name in ("search.png", "search-2.png", "search-3.png"):
+        assert said(capsys, "search", *query).endswith(f"{tmp_path / 'run' / name}\n")
+        assert (tmp_path / "run" / name).stat().st_size > 0
+
+
+def test_a_transformer_takes_any_size(photos, tmp_path):
+    model = ["--model=vit_tiny_patch16_224", "--weights=none", "--image-size=64"]
+    call("embed", photos, *model, "--out", tmp_path / "a.npy", "--workers=0", "--quiet")
+    assert len(np.load(tmp_path / "a.npy")) == 25
+    images = torch.rand(2, 3, 32, 32)
+    for name in ("vit_tiny_patch16_224", "test_vit", "test_resnet"):
+        assert sized_model(name, False, 32, embedding_dim=8)(images).shape[0] == 2
+
+
+def test_a_training_begins_from_what_a_run_has_learnt(photos, tmp_path):
+    run = tmp_path / "run"
+    model = AttentionEmbedder("test_resnet", embedding_dim=8)
+    torch.save(model.trunk.model.state_dict(), tmp_path / "a.pth")
+    given = [*TINY, "--weights", tmp_path / "a.pth", "--run", run]
+    call("train", photos, *given)
+    weights = run / "model" / "model.safetensors"
+    begun = sized_model("test_resnet", str(weights)).trunk.model.state_dict()
+    learnt = AttentionEmbedder.from_pretrained(run / "model").trunk.model.state_dict()
+    assert begun.keys() == learnt.keys()
+    assert all(torch.equal(begun[name], learnt[name]) for name in begun)
+    shutil.copytree(photos, tmp_path / "grown")
+    shutil.copy(photos / "a" / "00.png", tmp_path / "grown" / "new.png")
+    with pytest.raises(SystemExit, match=f"pml-tacl search {run} --update .* --weights {weights}"):
+        call("train", tmp_path / "grown", *given, "--resume")

@@ -793,3 +793,42 @@ def test_names_of_the_package():
     assert Counter(datasets.__all__).most_common(1)[0][1] == 1
     with pytest.raises(AttributeError, match="has no attribute 'MNIST'"):
         _ = datasets.MNIST
+
+
+@pytest.mark.parametrize(
+    ("pattern", "left"),
+    [
+        ("thumbs", ["a.png", "b/c.png", "b/d_small.png"]),
+        ("b/thumbs", ["a.png", "b/c.png", "b/d_small.png", "thumbs/e.png"]),
+        ("*_small.png", ["a.png", "b/c.png", "b/thumbs/e.png", "thumbs/e.png"]),
+        ("b/*.png", ["a.png", "thumbs/e.png"]),
+        ("b/", ["a.png", "thumbs/e.png"]),
+        ("/b", ["a.png", "thumbs/e.png"]),
+        ("e.*", ["a.png", "b/c.png", "b/d_small.png"]),
+    ],
+)
+def test_patterns_leave_files_and_folders_out(tmp_path, pattern, left):
+    names = ["a.png", "b/c.png", "b/d_small.png", "b/thumbs/e.png", "thumbs/e.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert ImageFiles(tmp_path, progress=False).names == names
+    assert ImageFiles(tmp_path, exclude=[pattern], progress=False).names == left
+
+
+def test_a_list_of_files_is_taken_alone(tmp_path, caplog):
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "list.txt").write_text(f"c.png\n\n{tmp_path / 'a.png'}\n", encoding="utf-8-sig")
+    listed = tmp_path / "list.txt"
+    assert ImageFiles(tmp_path, files=listed, progress=False).names == ["a.png", "c.png"]
+    assert ImageFiles(tmp_path, files=["./b.png"], progress=False).names == ["b.png"]
+    caplog.clear()
+    assert ImageFiles(tmp_path, files=["b.png", "no.png"], progress=False).names == ["b.png"]
+    assert "no.png" in caplog.text
+    assert "list.txt" not in caplog.text  # which was not asked for
+    for wrong in (["no.png"], ["../a.png"], ["/etc/a.png"], [], tmp_path / "none.txt"):
+        with pytest.raises(ValueError, match=r"^files"):
+            ImageFiles(tmp_path, files=wrong, progress=False)
+    with pytest.raises(ValueError, match=r"^exclude"):
+        ImageFiles(tmp_path, exclude=["*"], progress=False)

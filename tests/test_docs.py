@@ -169,18 +169,35 @@ def test_console_commands_that_are_shown_are_understood(words, monkeypatch):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_each_console_command_has_a_section_and_its_help_an_example_that_works(
+def test_each_console_command_has_a_page_and_its_help_an_example_that_works(
     name, monkeypatch, capsys
 ):
-    page = ROOT / "docs" / "reference" / "command_line.md"
-    section = page.read_text("utf-8").partition(f"\n## {name}\n")[2].split("\n## ")[0]
-    assert f"\npml-tacl {name} " in section
+    page = (ROOT / "docs" / "commands" / f"{name}.md").read_text("utf-8")
+    assert f"\npml-tacl {name} " in page
     with pytest.raises(SystemExit):
         main([name, "--help"])
     example = capsys.readouterr().out.partition("\nexample: pml-tacl ")[2]
     parse_and_end(monkeypatch)
     with pytest.raises(Parsed):
         main(shlex.split(example))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_page_of_a_command_names_its_flags_and_no_others(name, monkeypatch):
+    found = {}
+
+    def parse_args(self, *_):
+        found["flags"] = {flag for action in self._actions for flag in action.option_strings}
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(Parsed):
+        main([name])
+    page = (ROOT / "docs" / "commands" / f"{name}.md").read_text("utf-8")
+    rows = "".join(re.findall(r"^\| (`-[^|]*)\|", page, re.M))
+    said = re.findall(r"(?<![\w-])--?[a-z][\w-]*", rows)
+    assert len(set(said)) == len(said)
+    assert set(said) == found["flags"] - {"-h", "--help"}
 
 
 def test_commands_are_found_where_they_stand():

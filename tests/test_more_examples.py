@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -324,3 +325,38 @@ class TestVisualizeAttention:
         assert stop.value.code.startswith("error: ")
         assert message in stop.value.code
         assert not (tmp_path / "out").exists()
+
+
+class TestFolder:
+    """Flat scripts, run with other settings on top."""
+
+    @pytest.mark.parametrize("name", ["folder_trainer", "folder_loop"])
+    def test_a_folder_is_trained_on_and_searched(self, name, tmp_path, monkeypatch, capsys):
+        folder = tmp_path / "photos"
+        folder.mkdir()
+        for number, (image, _) in enumerate(Glyphs("train", num_classes=4)):
+            image.save(folder / f"{number:02}.png")
+        model = AttentionEmbedder("test_resnet", embedding_dim=16)
+        torch.save(model.trunk.model.state_dict(), tmp_path / "weights.pth")
+        settings = {"FOLDER": str(folder), "RUN": str(tmp_path / "run"), "BACKBONE": "test_resnet"}
+        settings |= {"WEIGHTS": str(tmp_path / "weights.pth"), "IMAGE_SIZE": 32, "EPOCHS": 1}
+        if name == "folder_loop":
+            settings |= {"BATCH_SIZE": 16}
+        source = (EXAMPLES / f"{name}.py").read_text("utf-8")
+        for constant, value in settings.items():
+            line = rf"^{constant} = .*$"
+            assert len(re.findall(line, source, re.M)) == 1
+            source = re.sub(line, lambda _, c=constant, v=value: f"{c} = {v!r}", source, flags=re.M)
+        exec(compile(source, name, "exec"), {"__name__": name})
+        last = capsys.readouterr().out.splitlines()[-5:]
+        assert last[0] == f"1.000  {folder / '00.png'}"
+        values = [float(line.split()[0]) for line in last]
+        assert values == sorted(values, reverse=True)
+        assert (tmp_path / "run" / "index.faiss").is_file()
+
+    @pytest.mark.parametrize("name", ["folder_trainer", "folder_loop"])
+    def test_it_is_flat_and_short(self, name):
+        source = (EXAMPLES / f"{name}.py").read_text("utf-8")
+        assert 30 <= len(source.splitlines()) <= 80
+        assert "fmt: skip" not in source
+        assert "\ndef " not in source

@@ -433,15 +433,20 @@ def test_a_line_has_a_gap_where_a_loss_was_not_finite():
 # In a browser, which continuous integration must have.
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+def browser_or_skip(profile):
+    """A browser; where there is none, the test is left out, or fails where it is required."""
     programs = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
     missing = [name for name, path in programs.items() if not path]
     missing += [] if importlib.util.find_spec("selenium") else ["selenium"]
     if missing:
         say = pytest.fail if os.environ.get("PML_TACL_BROWSER") == "required" else pytest.skip
         say(f"needs {', '.join(missing)}: apt-get install chromium chromium-driver, and pip's test")
-    driver = drawing.open_browser(tmp_path_factory.mktemp("browser"))
+    return drawing.open_browser(profile)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    driver = browser_or_skip(tmp_path_factory.mktemp("browser"))
     yield driver
     driver.quit()
 
@@ -608,3 +613,34 @@ def test_the_picture_of_the_page_is_its_top_and_its_map(browser, run, tmp_path, 
     assert np.median(light) > 200
     assert np.median(dark) < 60
     assert (dark > 100).mean() > 0.02  # pictures on the map
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "guard", "large", "said"),
+    [
+        (0.629, 0.718, "training helped: it did", "71.8", "after training; 62.9 % before"),
+        (0.718, 0.629, "", "71.8", "before; 62.9 % after training"),
+        (0.5, 0.5, "training did not help: kept", "50.0", "after training; 50.0 % before"),
+    ],
+)
+def test_the_head_of_the_page_is_the_verdict_and_the_better_number(
+    run, before, after, guard, large, said
+):
+    read = read_run(run)
+    read.metrics = {"before": {"recall_at_1": before}, "after": {"recall_at_1": after}}
+    read.verdict = guard
+    head = page.header(read)
+    assert f"<dt>Recall@1</dt><dd>{large}<" in head
+    assert f">{said}<" in head
+    worse = "Training made retrieval worse: search with the model as it was before."
+    wanted = f"{guard[:1].upper()}{guard[1:]}." if guard else worse
+    assert f'<p class="verdict">{wanted}</p>' in head
+    assert head.index("verdict") < head.index("facts")
+
+
+@pytest.mark.parametrize(("warmup", "marked"), [(0, False), (10, True), (40, False), (90, False)])
+def test_where_clustering_begins_is_marked(warmup, marked):
+    steps = list(range(1, 41))
+    drawn = charts.loss_chart("a_loss", (steps, [1.0] * 40), warmup)
+    assert ('class="mark"' in drawn) == marked
+    assert ("clustering begins after iteration 10" in drawn) == marked

@@ -859,3 +859,8 @@ def test_cell_weights_name_wrong_arguments():
         cell_weights(torch.ones(4, 4), 2)
     with pytest.raises(ValueError, match="grid must be"):
         cell_weights(torch.ones(1, 4, 4), 0)
+
+
+def test_for_model_of_a_bare_module_says_to_wrap_it():
+    with pytest.raises(TypeError, match=r"^model must be an AttentionEmbedder, got Conv2d: wrap"):
+        SiameseTransform.for_model(torch.nn.Conv2d(3, 8, 3), 32)

@@ -580,3 +580,12 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
 
 def test_the_public_names_exist():
     assert all(hasattr(visualize, name) for name in visualize.__all__)
+
+
+@pytest.mark.parametrize(("warmup", "lines"), [(0, 2), (5, 3), (20, 2)])
+def test_curves_mark_where_clustering_begins(warmup, lines):
+    figure = visualize.training_curves({"loss": [1.0] * 20}, warmup=warmup)
+    (axes,) = figure.axes
+    assert len(axes.lines) == lines
+    if lines == 3:
+        assert list(axes.lines[-1].get_xdata()) == [5.5, 5.5]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pml_tacl.cli import flags
-from pml_tacl.cli.embed import embed_folder
-from pml_tacl.cli.models import load_model
+from pml_tacl.cli.embed import embed_images
+from pml_tacl.cli.models import given_folder, given_index
 from pml_tacl.cli.search import thumbnail, write_gallery
 from pml_tacl.duplicates import Group, find_duplicates
 from pml_tacl.search import PictureIndex
@@ -42,7 +42,11 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         "--out", type=Path, metavar="DIR",
         help="for duplicates.csv and duplicates.png; left out: RUN/duplicates, or none",
     )  # fmt: skip
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="where the images of a run are, if moved"
+    )
     flags.add_model(parser, default="resnet50")
+    flags.add_choice(parser)
     flags.add_common(parser, json=True)
     args = parser.parse_args(arguments)
     with flags.output(args.quiet, args.json) as results:
@@ -55,14 +59,14 @@ def _duplicates(args: Any, results: Any) -> None:
         raise InputError(f"{folder} is no folder: give a run, or a folder of images")
     is_run = (folder / "run.json").is_file()
     if is_run:
-        index = PictureIndex.load(folder)
+        index = given_index(args, folder)
         embeddings: Any = index.embeddings
     else:
-        loaded = load_model(args.model, args.weights, args.image_size, args.device)
-        images, embeddings = embed_folder(
-            loaded, folder, num_workers=args.workers, progress=not args.quiet
+        loaded, images = given_folder(args, folder)
+        embeddings = embed_images(
+            loaded, images, num_workers=args.workers, progress=flags.bars(args)
         )
-        index = PictureIndex(embeddings, images.names, images.root)
+        index = PictureIndex.of(images, embeddings)
     groups = find_duplicates(embeddings, args.threshold)
     listed = [
         [

@@ -10,12 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from pml_tacl.cli import flags
-from pml_tacl.cli.models import Loaded, load_model
+from pml_tacl.cli.models import Loaded, given_folder
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import embed
 from pml_tacl.trainers.fitting import fit_to
 from pml_tacl.utils.errors import InputError, MissingPackageError
-from pml_tacl.utils.files import write_json, written_whole
+from pml_tacl.utils.files import shown_name, write_json, written_whole
 
 ENDINGS = (".npy", ".csv", ".parquet")
 
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         "--out", type=Path, required=True, metavar="FILE",
         help=".npy (names in FILE.names.json beside it), .csv or .parquet (needs pyarrow)",
     )  # fmt: skip
+    flags.add_choice(parser)
     flags.add_common(parser)
     args = parser.parse_args(arguments)
     if args.out.suffix.lower() not in ENDINGS:
@@ -42,35 +43,31 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     if args.out.suffix.lower() == ".parquet":
         _pyarrow()  # better missed now than after hours
     with flags.output(args.quiet):
-        loaded = load_model(args.model, args.weights, args.image_size, args.device)
-        images, embeddings = embed_folder(
-            loaded, args.images, num_workers=args.workers, progress=not args.quiet
+        loaded, images = given_folder(args, args.images)
+        embeddings = embed_images(
+            loaded, images, num_workers=args.workers, progress=flags.bars(args)
         )
         write_embeddings(args.out, images.names, embeddings)
         print(f"{len(images)} images, {embeddings.shape[1]} numbers each: {args.out}")
 
 
-def embed_folder(
-    loaded: Loaded, folder: str | Path, *, num_workers: int = 0, progress: bool = True
-) -> tuple[ImageFiles, Tensor]:
-    """Embed the images of a folder; the projection of a timm model is fitted to them.
+def embed_images(
+    loaded: Loaded, images: ImageFiles, *, num_workers: int = 0, progress: bool = True
+) -> Tensor:
+    """Embed images; the projection of a timm model is fitted to them.
 
     Args:
         loaded: of :func:`pml_tacl.cli.models.load_model`.
-        folder: of images.
+        images: N of them, with ``loaded.transform``.
         num_workers: processes that read images.
         progress: show bars.
 
     Returns:
-        The images, and unit embeddings (N, D) in their order.
-
-    Raises:
-        InputError: if the folder holds no readable image.
+        Unit embeddings (N, D), on the CPU.
     """
-    images = ImageFiles(folder, transform=loaded.transform, progress=progress)
     if not loaded.of_run:
         fit_to(loaded.model, images, num_workers, progress=progress)
-    return images, embed(loaded.model, images, num_workers=num_workers, progress=progress)[0]
+    return embed(loaded.model, images, num_workers=num_workers, progress=progress)[0]
 
 
 def write_embeddings(path: str | Path, names: Sequence[str], embeddings: Tensor) -> None:
@@ -106,8 +103,7 @@ def write_embeddings(path: str | Path, names: Sequence[str], embeddings: Tensor)
     else:
         arrow, parquet = _pyarrow()
         values = arrow.FixedSizeListArray.from_arrays(rows.reshape(-1), rows.shape[1])
-        shown = [name.encode("utf-8", "backslashreplace").decode() for name in names]
-        table = arrow.table({"name": shown, "embedding": values})
+        table = arrow.table({"name": list(map(shown_name, names)), "embedding": values})
         with written_whole(path) as file:
             parquet.write_table(table, file)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from pml_tacl.cli import flags
 from pml_tacl.cli.eval_folder import images_to_test_on
-from pml_tacl.cli.models import Loaded, load_model
+from pml_tacl.cli.models import Loaded, given_run
 from pml_tacl.cli.run_folder import metrics_table
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import evaluate
@@ -27,17 +27,18 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     parser.epilog = f"example: {parser.prog} runs/photos labelled --json"
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="folder of a run")
-    add("images", type=Path, metavar="LABELLED_FOLDER", help="its sub-folders are classes")
+    add("labelled", type=Path, metavar="LABELLED_FOLDER", help="its sub-folders are classes")
     add("--reference", type=Path, metavar="DIR",
         help="labelled images to search in; left out: the same images")  # fmt: skip
     flags.add_common(parser, json=True)
     args = parser.parse_args(arguments)
-    if not args.run.is_dir():
-        raise InputError(f"{args.run} is no folder: give the folder of a run")
     with flags.output(args.quiet, args.json) as results:
-        loaded = load_model(args.run, device=args.device)
         metrics = evaluate_folder(
-            loaded, args.images, args.reference, num_workers=args.workers, progress=not args.quiet
+            given_run(args),
+            args.labelled,
+            args.reference,
+            num_workers=args.workers,
+            progress=flags.bars(args),
         )
         if args.json:
             print(json.dumps(metrics, indent=1), file=results)

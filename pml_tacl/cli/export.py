@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from pml_tacl.cli import flags
-from pml_tacl.cli.models import Loaded, load_model
-from pml_tacl.utils.errors import InputError, MissingPackageError
+from pml_tacl.cli.models import Loaded, given_run
+from pml_tacl.utils.errors import MissingPackageError
 from pml_tacl.utils.files import write_json
 
 OPSET = 20
@@ -29,10 +29,9 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     flags.add_quiet(parser)
     flags.add_debug(parser)
     args = parser.parse_args(arguments)
-    if not args.run.is_dir():
-        raise InputError(f"{args.run} is no folder: give the folder of a run")
+    args.device = torch.device("cpu")
     with flags.output(args.quiet):
-        loaded = load_model(args.run, device=torch.device("cpu"))
+        loaded = given_run(args)
         export_onnx(loaded, args.onnx)
         height, width = loaded.image_size
         print(

@@ -4,8 +4,9 @@ import argparse
 import math
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -22,9 +23,10 @@ _FREE = frozenset(
         "strict",
         "workers",
         "checkpoint_every",
+        "tensorboard",
     }
 )
-# Shown first by --help; the rest is in the group "more".
+# Shown by --help; the rest is in the group "more", which --help-all shows.
 _FIRST = ("run", "backbone", "weights", "image_size", "epochs", "batch_size")
 _WEIGHTS: dict[str, bool | str] = {"pretrained": True, "none": False}
 
@@ -51,6 +53,7 @@ def training_parser(description: str, defaults: Mapping[str, Any]) -> "Parser":
         {'batch_size': 64, 'swap': False, 'loss_weights': {'metric_loss': 1.0}}
     """
     parser = Parser(description.partition("\n")[0])
+    parser.usage = "%(prog)s [flags]"
     parser.more = more = parser.add_argument_group("more")
     for name, value in defaults.items():
         if name not in _FLAGS:
@@ -65,6 +68,7 @@ def training_parser(description: str, defaults: Mapping[str, Any]) -> "Parser":
             added.metavar = _METAVARS.get(kind, "N")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    parser.add_argument("--help-all", action=_HelpAll, help="show all flags")
     add_debug(more)
     return parser
 
@@ -78,10 +82,10 @@ class Parser(argparse.ArgumentParser):
         program: name of the command; None is that of the process.
 
     Attributes:
-        more: the group of flags that come last, of a :func:`training_parser`.
+        more: the group of flags that only ``--help-all`` shows, of a :func:`training_parser`.
     """
 
-    more: Any
+    more: Any = None
 
     def __init__(
         self, description: str, example: str | None = None, program: str | None = None
@@ -94,14 +98,34 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,  # --ov is no word that a run should be deleted for
         )
 
+    def format_help(self, everything: bool = False) -> str:
+        """Return the help; the flags of the group ``more`` are left out unless asked for."""
+        groups = self._action_groups
+        if not everything:
+            self._action_groups = [group for group in groups if group is not self.more]
+        try:
+            return super().format_help()
+        finally:
+            self._action_groups = groups
+
     def error(self, message: str) -> NoReturn:
         """End with one line; two dozen flags of usage would bury it."""
         self.exit(2, f"error: {message} (flags: --help)\n")
 
 
+class _HelpAll(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **settings)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        assert isinstance(parser, Parser)
+        print(parser.format_help(everything=True), end="")
+        parser.exit()
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
+        if action.default is None or action.default is False or action.default == []:
             return action.help  # which says what happens then
         return super()._get_help_string(action)
 
@@ -114,6 +138,11 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 def flag_of(name: str) -> str:
     """Return the flag of a setting: ``batch_size`` -> ``--batch-size``."""
     return f"--{name.replace('_', '-')}"
+
+
+def command_line(*words: Any) -> str:
+    """Return a command line that can be pasted into a shell: ``pml-tacl search 'my run' QUERY``."""
+    return " ".join(w if w.isupper() else shlex.quote(w) for w in map(str, ("pml-tacl", *words)))
 
 
 def by_flags(message: str) -> str:
@@ -140,6 +169,33 @@ def add_debug(parser: Any) -> None:
 def add_quiet(parser: Any) -> None:
     """Add --quiet: no progress bars and no notes, only results, warnings and errors."""
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no notes")
+
+
+def add_choice(parser: Any) -> None:
+    """Add --exclude and --files, by which images of a folder are left out."""
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave images or sub-folders out, as '*_small.jpg' or thumbs; may be repeated",
+    )
+    parser.add_argument(
+        "--files",
+        type=Path,
+        metavar="LIST",
+        help="a text file that lists the images of the folder to take, one in each line",
+    )
+
+
+def choice(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what --exclude and --files mean to :class:`pml_tacl.datasets.ImageFiles`."""
+    return {"exclude": args.exclude, "files": args.files}
+
+
+def bars(args: argparse.Namespace) -> bool:
+    """Whether progress bars are shown: in a terminal, without --quiet."""
+    return not args.quiet and sys.stderr.isatty()
 
 
 def add_device(parser: Any) -> None:
@@ -274,7 +330,7 @@ def weights(text: str) -> bool | str:
 _FLAGS: dict[str, tuple[Any, str]] = {
     "run": (Path, "folder for the results"),
     "backbone": (str, "any timm model"),
-    "weights": (weights, "pretrained (through timm), none, or a local file"),
+    "weights": (weights, "pretrained, none, or a local file"),
     "embedding_dim": (at_least(1), "numbers in an embedding"),
     "image_size": (at_least(1), "pixels of a side; left out: the backbone's own"),
     "freeze_batchnorm": (bool, "keep its statistics; left out: if pretrained"),
@@ -283,10 +339,10 @@ _FLAGS: dict[str, tuple[Any, str]] = {
         "a number; auto: a tenth of the images, or what a batch needs if that is more",
     ),
     "images_per_cluster": (at_least(1), "images of one cluster in a batch; left out: 4"),
-    "batch_size": (at_least(1), "images (of all processes), in two views each; left out: 64"),
+    "batch_size": (at_least(1), "images in a batch, of all processes; left out: 64"),
     "epochs": (
         at_least(0),
-        "passes over the images; 0 only indexes; left out: by the number of images",
+        "passes; 0 only indexes; left out: by the number of images",
     ),
     "warmup_epochs": (
         at_least(0),
@@ -301,6 +357,7 @@ _FLAGS: dict[str, tuple[Any, str]] = {
     "workers": (at_least(0), "processes that read images"),
     "strict": (bool, "stop at broken files instead of leaving them out"),
     "checkpoint_every": (at_least(1), "iterations; also at each epoch's end"),
+    "tensorboard": (bool, "write the losses for TensorBoard, too, into RUN/tensorboard"),
 }
 _METAVARS: dict[Any, str] = {
     Path: "DIR",
@@ -310,4 +367,14 @@ _METAVARS: dict[Any, str] = {
     _number_or_auto: "N",
     device: "NAME",
 }
-_NAMES = frozenset(_FLAGS) | {"eval_folder", "threshold", "reference", "model", "out", "onnx"}
+_NAMES = frozenset(_FLAGS) | {
+    "eval_folder",
+    "threshold",
+    "reference",
+    "model",
+    "out",
+    "onnx",
+    "port",
+    "exclude",
+    "files",
+}

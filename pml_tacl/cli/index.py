@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from pml_tacl.cli import flags
-from pml_tacl.cli.models import load_model
+from pml_tacl.cli.models import given_folder
 from pml_tacl.cli.training_run import TrainingRun
-from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import embed
 from pml_tacl.search import PictureIndex
 
@@ -27,6 +26,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         "--run", type=Path, default=Path("runs/index"), metavar="DIR", help="folder for the index"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    flags.add_choice(parser)
     flags.add_common(parser)
     args = parser.parse_args(arguments)
     with flags.output(args.quiet):
@@ -35,9 +35,8 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
 
 def _index(args: Any) -> None:
     run = TrainingRun(args.run, overwrite=args.overwrite, apart_from=[args.images])
-    settings = {"num_workers": args.workers, "progress": not args.quiet}
-    loaded = load_model(args.model, args.weights, args.image_size, args.device)
-    images = ImageFiles(args.images, transform=loaded.transform, progress=not args.quiet)
+    settings = {"num_workers": args.workers, "progress": flags.bars(args)}
+    loaded, images = given_folder(args, args.images)
     run.open(
         {
             "images": str(args.images.resolve()),
@@ -45,10 +44,15 @@ def _index(args: Any) -> None:
             "weights": args.weights,
             "image_size": loaded.image_size,
             "epochs": 0,
+            "exclude": args.exclude,
+            "files": args.files and str(args.files.resolve()),
         }
     )
     run.fit(loaded.model, images, fitted=loaded.of_run, **settings)
     embeddings, _ = embed(loaded.model, images, **settings)
-    PictureIndex(embeddings, images.names, images.root).save(run.folder)
+    PictureIndex.of(images, embeddings).save(run.folder)
     run.draw(loaded.model, images, embeddings)
-    print(f"{len(images)} images indexed in {args.run}")
+    print(
+        f"{len(images)} images indexed in {args.run}: "
+        f"{flags.command_line('search', args.run, 'QUERY')} finds what is like an image"
+    )

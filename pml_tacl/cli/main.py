@@ -13,6 +13,7 @@ COMMANDS = {
     "embed": "write the embeddings of a folder of images",
     "index": "index a folder of images without training",
     "search": "find the images that are most like an image; follow a folder",
+    "serve": "show a page on this machine that searches a run",
     "duplicates": "find groups of images that are nearly the same",
     "evaluate": "measure retrieval on labelled images",
     "report": "write one HTML page of a run",

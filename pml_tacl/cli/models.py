@@ -1,4 +1,4 @@
-"""The model that a command is asked to use: of a run, or of timm."""
+"""What a command begins with: the model of a run or of timm, an index, a folder of images."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pml_tacl.cli import flags
+from pml_tacl.cli.building import sized_model
+from pml_tacl.cli.unfinished import index_stopped
+from pml_tacl.datasets import ImageFiles
 from pml_tacl.models import AttentionEmbedder
+from pml_tacl.search import PictureIndex
 from pml_tacl.utils.errors import InputError
 
 
@@ -50,10 +55,65 @@ def load_model(
     if of_run:
         model, kept = _of_folder(folder)
     else:
-        model, kept = AttentionEmbedder(str(name), weights).eval(), None
+        model, kept = sized_model(str(name), weights, image_size).eval(), None
     height, width = kept or model.data_config["input_size"][1:]
     size = (int(height), int(width)) if image_size is None else (image_size, image_size)
     return Loaded(model.to(device, memory_format=torch.channels_last), size, of_run)  # type: ignore
+
+
+def given_run(args: Any) -> Loaded:
+    """Load the model of the run that a command was given, also of one that was stopped.
+
+    Raises:
+        InputError: if it is no folder, or holds no model.
+    """
+    if not args.run.is_dir():
+        raise InputError(f"{args.run} is no folder: give the folder of a run")
+    index_stopped(args.run, **_settings(args))
+    return load_model(args.run, device=getattr(args, "device", None))
+
+
+def given_index(args: Any, folder: Path | None = None) -> PictureIndex:
+    """Load the index of a run, also of one that was stopped; its images may have moved.
+
+    Args:
+        args: of a command with --images, which is None if they have not moved.
+        folder: of the run; None takes ``args.run``.
+
+    Raises:
+        InputError: if the images are not where they should be.
+        FileNotFoundError: if the folder holds no index.
+    """
+    folder = args.run if folder is None else folder
+    moved = getattr(args, "images", None)
+    index_stopped(folder, images=moved, **_settings(args))
+    index = PictureIndex.load(folder)
+    index.root = moved.absolute() if moved else index.root
+    if not index.root.is_dir():
+        raise InputError(f"the indexed images are not in {index.root}: give --images FOLDER")
+    return index
+
+
+def given_folder(args: Any, folder: Path) -> tuple[Loaded, ImageFiles]:
+    """Load the model of --model and the images of a folder, of which --exclude leaves some out.
+
+    Raises:
+        InputError: if there is no such model, or the folder holds no readable image.
+    """
+    if Path(args.model).is_dir():
+        index_stopped(args.model, **_settings(args))
+    loaded = load_model(args.model, args.weights, args.image_size, args.device)
+    progress = flags.bars(args)
+    images = ImageFiles(folder, transform=loaded.transform, progress=progress, **flags.choice(args))
+    return loaded, images
+
+
+def _settings(args: Any) -> dict[str, Any]:
+    return {
+        "device": getattr(args, "device", None),
+        "num_workers": getattr(args, "workers", 0),
+        "progress": flags.bars(args),
+    }
 
 
 def _of_folder(folder: Path) -> tuple[AttentionEmbedder, Any]:

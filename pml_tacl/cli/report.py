@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pml_tacl.cli import flags
+from pml_tacl.cli.unfinished import index_stopped
 from pml_tacl.report import write_report
 
 
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     flags.add_debug(parser)
     args = parser.parse_args(arguments)
     with flags.output(args.quiet):
+        index_stopped(args.run, images=args.images, progress=flags.bars(args))
         path = write_report(
             args.run,
             args.out,

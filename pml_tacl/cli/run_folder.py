@@ -121,10 +121,20 @@ def check_run(
         if changed := [name for name in changed if name not in free]:
             shown = [f"{name}={earlier.get(name)!r}" for name in changed if name in earlier]
             same = ", ".join(text for text in shown if len(text) < 60)
+            learnt = (folder / "model").is_dir() and earlier.get("weights") is not False
+            grown = "pictures" in changed and learnt
             raise InputError(
                 f"run folder {folder} was begun with other settings ({', '.join(changed)}): "
                 f"resume with the same{f' ({same})' if same else ''}, or give another folder"
+                + (f"; {_other_images(folder)}" if grown else "")
             )
+
+
+def _other_images(folder: Path) -> str:
+    return (
+        f"pml-tacl search {folder} --update indexes other images with its model, and --weights "
+        f"{folder / 'model' / 'model.safetensors'} begins from what it has learnt"
+    )
 
 
 def _as_kept(config: Mapping[str, Any]) -> dict[str, Any]:

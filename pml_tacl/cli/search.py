@@ -4,19 +4,19 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from pml_tacl.cli import flags
-from pml_tacl.cli.models import load_model
+from pml_tacl.cli.models import given_index, load_model
 from pml_tacl.cli.queries import PictureList, query_paths
 from pml_tacl.datasets.image_files import load_rgb
 from pml_tacl.evaluation import embed
 from pml_tacl.models import AttentionEmbedder
 from pml_tacl.search import PictureIndex
-from pml_tacl.utils.errors import InputError
 
 SHOWN = 20  # queries in the gallery
 NEIGHBOURS = 40  # of each query in it, at most
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     add("-k", type=flags.at_least(1), default=8, metavar="N", help="images to find for each")
     add("--folder", metavar="DIR", help="find only below this sub-folder of the indexed images")
     add("--update", action="store_true", help="first index what is new, changed or deleted")
-    add("--out", type=Path, metavar="FILE", help="the gallery; left out: RUN/search.png, or none")
+    add("--out", type=Path, metavar="FILE",
+        help="the gallery; left out: RUN/search.png, search-2.png, ...")  # fmt: skip
     add("--images", type=Path, metavar="DIR", help="where the indexed images are, if moved")
     flags.add_common(parser, json=True)
     args = parser.parse_args(arguments)
@@ -82,12 +83,9 @@ def update_index(
 
 
 def _search(args: Any, results: Any) -> None:
-    index = PictureIndex.load(args.run)
-    index.root = args.images.absolute() if args.images else index.root
-    if not index.root.is_dir():
-        raise InputError(f"the indexed images are not in {index.root}: give --images FOLDER")
+    index = given_index(args)
     loaded = load_model(args.run, device=args.device)
-    settings = {"num_workers": args.workers, "progress": not args.quiet}
+    settings = {"num_workers": args.workers, "progress": flags.bars(args)}
     made: dict[str, Any] = {}
     if args.update:
         made["update"] = done = update_index(index, loaded.model, loaded.transform, **settings)
@@ -126,7 +124,7 @@ def _search(args: Any, results: Any) -> None:
     if args.json:
         print(json.dumps(made, indent=1), file=results)
     if args.queries and (args.out or not args.json):
-        out = args.out or args.run / "search.png"
+        out = args.out or unused(args.run / "search.png")
         rows, similarities = rows[:SHOWN, :NEIGHBOURS], similarities[:SHOWN, :NEIGHBOURS]
         gone = write_gallery(index, shown, rows, similarities, out)
         print(f"gallery of {min(SHOWN, len(asked))} of {len(asked)} queries: {out}")
@@ -134,6 +132,12 @@ def _search(args: Any, results: Any) -> None:
             first, more = min(gone), len(gone) - 1
             named = f"{first} and {more} more are" if more else f"{first} is"
             print(f"{named} indexed and can no longer be read: give --update", file=sys.stderr)
+
+
+def unused(path: Path) -> Path:
+    """Return a path that is not there yet: a.png, else a-2.png, a-3.png, ..."""
+    others = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+    return path if not path.exists() else next(one for one in others if not one.exists())
 
 
 def write_gallery(

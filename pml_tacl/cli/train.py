@@ -1,16 +1,21 @@
 """Train an embedding on a folder of images, without labels, and index the images by it."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 
+from pml_tacl.callbacks import LogLosses, TensorBoardLogger, chain
 from pml_tacl.cli import flags
 from pml_tacl.cli import run_folder as runs
+from pml_tacl.cli.building import training_model
 from pml_tacl.cli.eval_folder import images_to_test_on
 from pml_tacl.cli.training_run import TrainingRun
 from pml_tacl.clustering import KMeansPseudoLabeler
@@ -21,11 +26,12 @@ from pml_tacl.distributed.inference import (
     is_first,
     on_first,
 )
-from pml_tacl.models import AttentionEmbedder
 from pml_tacl.search import PictureIndex
 from pml_tacl.trainers import UnsupervisedTrainer, defaults
-from pml_tacl.trainers.recipe import PRETRAINED, SCRATCH, recipe_for
+from pml_tacl.trainers.checkpoint import checkpoints
+from pml_tacl.trainers.recipe import recipe_for
 from pml_tacl.transforms import SiameseTransform
+from pml_tacl.utils.errors import MissingPackageError
 
 # None: as the recipe of the model says, see `pml_tacl.trainers.recipe`.
 SETTINGS: dict[str, Any] = {
@@ -46,6 +52,7 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_every": 1000,
     "strict": False,
     "workers": 2,
+    "tensorboard": False,
     "device": None,
     "seed": 0,
 }
@@ -73,6 +80,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         metavar="DIR",
         help="to test on: its subfolders are classes; left out: no test",
     )
+    flags.add_choice(parser.more)
     flags.add_quiet(parser.more)
     args = parser.parse_args(arguments)
     if args.resume:  # the run knows its settings; what is given here is newer
@@ -87,29 +95,24 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
 def train(args: Any) -> None:
     """Train as parsed arguments say."""
     # open() may delete an earlier run, so validate all arguments first.
+    if args.tensorboard and find_spec("tensorboard") is None:
+        raise MissingPackageError("--tensorboard needs tensorboard: pip install tensorboard")
     begin = {"resume": args.resume, "overwrite": args.overwrite}
     run = TrainingRun(args.run, apart_from=[args.images, args.eval_folder], **begin)
     runs.seed_everything(args.seed)
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bars = not args.quiet
+    bars = flags.bars(args)
     scratch = args.weights is False
-    rule = SCRATCH if scratch else PRETRAINED
-    frozen = rule.freeze_batchnorm if args.freeze_batchnorm is None else args.freeze_batchnorm
-    model = AttentionEmbedder(
-        args.backbone,
-        False if run.begun else args.weights,
-        embedding_dim=args.embedding_dim,
-        pooling=rule.pooling,
-        freeze_batchnorm=frozen,
-    )
+    model = training_model(vars(args), False if run.begun else args.weights)
     model = model.to(device).to(memory_format=torch.channels_last)
-    model.from_scratch = scratch
+    frozen = model.trunk.freeze_batchnorm
     recipe = recipe_for(model)
     size = (args.image_size,) * 2 if args.image_size else model.data_config["input_size"][1:]
     plain = model.transform(image_size=size)
     views = SiameseTransform.for_model(model, size)
     images = on_first(
-        lambda: ImageFiles(args.images, strict=args.strict, progress=bars), "reading the images"
+        lambda: ImageFiles(args.images, strict=args.strict, progress=bars, **flags.choice(args)),
+        "reading the images",
     )
     labelled = args.eval_folder and on_first(
         lambda: images_to_test_on(args.eval_folder, images, plain, progress=bars),
@@ -164,21 +167,103 @@ def train(args: Any) -> None:
             seen, 64, shuffle=True, num_workers=args.workers
         )
         model.fit_projection(trained_start, progress=is_first() and bars)
-    run.open(config, free=("epochs", "warmup_epochs", "images", "eval_folder", "weights"))
+    free = ("epochs", "warmup_epochs", "images", "eval_folder", "weights", "exclude", "files")
+    run.open(config, free=free)
+    tell_start(args, run, images, config, device, trainer if epochs else None)
     if epochs:
+        hooks: list[Any] = [trainer.end_of_iteration_hook]
+        if not (bars or args.quiet) and is_first():
+            lines = _EpochLines(epochs)
+            hooks.append(lines.note)
+            own: Any = trainer.end_of_epoch_hook
+            trainer.end_of_epoch_hook = chain(own, lines.tell)
+        logger = None
+        if args.tensorboard and is_first():
+            logger = TensorBoardLogger(run.folder / "tensorboard")
+            hooks.append(LogLosses(logger))
+        trainer.end_of_iteration_hook = chain(*hooks)
         rows = run.train(trainer, epochs, measure)
+        if logger is not None:
+            logger.close()
     else:
         rows = run.fit(model, seen, measure, num_workers=args.workers, progress=bars)
     found = embed_together(model, seen, num_workers=args.workers, progress=bars)
     if is_first():
         assert found is not None
-        PictureIndex(found[0], images.names, images.root).save(run.folder)
+        PictureIndex.of(images, found[0]).save(run.folder)
         run.draw(model, seen, found[0])
         if labelled:
             print(f"\n{runs.metrics_table(rows)}\n\nper cent, on {args.eval_folder}")
         if epochs and trainer.verdict:
             print(f"\n{trainer.verdict}")
-        print(f"\n{count} images indexed in {args.run}")
+        print(
+            f"\n{count} images indexed in {args.run}: "
+            f"{flags.command_line('search', args.run, 'QUERY')} finds what is like an image, "
+            f"{flags.command_line('serve', args.run)} shows a page"
+        )
+
+
+def tell_start(
+    args: Any,
+    run: TrainingRun,
+    images: ImageFiles,
+    config: dict[str, Any],
+    device: torch.device,
+    trainer: UnsupervisedTrainer | None,
+) -> None:
+    """Print what is about to be done: where a run goes on, and on what, how long, how clustered."""
+    if not is_first():
+        return
+    height, width = config["image_size"]
+    size = f"{height} px" if height == width else f"{height} x {width} px"
+    what = f"{len(images)} images, {args.backbone} at {size}, on {device}"
+    saved = checkpoints(run.folder / "checkpoints") if run.begun else []
+    if args.resume and not saved:
+        print(f"{args.run} holds no checkpoint to go on from: beginning anew")
+    if trainer is None:
+        print(f"indexing without training: {what}")
+        return
+    epochs, warmup = config["epochs"], config["warmup_epochs"]
+    ended = int(saved[-1].stem.split("_")[1]) if saved else 0
+    if saved and ended >= epochs:
+        print(f"all {epochs} epochs are trained: give more --epochs to go on; indexing again")
+    elif saved:
+        print(f"going on with {args.run} after epoch {ended} of {epochs} ({saved[-1].name})")
+    print(f"training: {what}")
+    since = f"from epoch {warmup + 1} on" if warmup else "from the first epoch on"
+    print(
+        f"{epochs} epochs of {trainer.iterations_per_epoch} steps, batches of "
+        f"{trainer.batch_size}; {config['num_clusters']} clusters, {since}"
+    )
+    if warmup >= epochs:
+        print(
+            f"warning: it never clusters, since --epochs {epochs} are no more than "
+            f"--warmup-epochs {warmup}: give more epochs, or less warm-up",
+            file=sys.stderr,
+        )
+
+
+class _EpochLines:
+    """A line at the end of each epoch, for a log file, which has no use for bars."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+        self._begin()
+
+    def _begin(self) -> None:
+        self._losses: list[torch.Tensor] = []
+        self._began = perf_counter()
+
+    def note(self, trainer: Any) -> None:
+        """Remember the loss of an iteration."""
+        self._losses.append(torch.as_tensor(trainer.losses["total_loss"]).detach().float())
+
+    def tell(self, trainer: Any) -> None:
+        """Print the mean loss of an epoch, and its time."""
+        loss = float(torch.stack(self._losses).mean()) if self._losses else float("nan")
+        seconds = perf_counter() - self._began
+        print(f"epoch {trainer.epoch}/{self.epochs}: loss {loss:.3f}, {seconds:.0f} s", flush=True)
+        self._begin()
 
 
 def _settings_of_run(run: Path, known: set[str]) -> dict[str, Any]:
@@ -191,7 +276,7 @@ def _settings_of_run(run: Path, known: set[str]) -> dict[str, Any]:
     size = found.get("image_size")
     if isinstance(size, list):
         found["image_size"] = size[0]
-    for name in ("images", "eval_folder"):
+    for name in ("images", "eval_folder", "files"):
         if found.get(name) is not None:
             found[name] = Path(found[name])
     return found

@@ -315,11 +315,13 @@ class TrainingRun:
         if trainer.guard is not None:
             content["guard"] = trainer.guard.summary()
         write_json(self.folder / "metrics.json", content)
+        (self.folder / "stopped.json").unlink(missing_ok=True)  # of a search in between
         from pml_tacl import visualize as vis
 
         recalls = {epoch: row for epoch, row in trainer.extra["recalls"].items() if row}
         with _never_fatal("curves.png"):
-            curves = vis.training_curves(read_losses(self.folder / _LOSSES), recalls)
+            begins = trainer.warmup_epochs * trainer.iterations_per_epoch
+            curves = vis.training_curves(read_losses(self.folder / _LOSSES), recalls, begins)
             vis.save_figure(curves, self.folder / "curves.png")
         shown = {name: row for name, row in rows.items() if any("recall_at_" in at for at in row)}
         with _never_fatal("recall.png"):

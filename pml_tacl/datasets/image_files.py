@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,11 @@ class ImageFiles(Dataset[tuple[Any, int]]):
             all images below it belong to it. An image in ``root`` itself has no class: it is left
             out and named as broken files are. A folder to which several classes link belongs to
             each of them.
+        exclude: Patterns of what is left out, as of :mod:`fnmatch`: one with a slash is compared to
+            where a file or a folder lies below ``root``, one without with each part of its place:
+            ``"thumbs"``, ``"*_small.jpg"``, ``"2019/*.png"``.
+        files: Take these images alone: their places, each in or below ``root`` and relative to it
+            or absolute, or the path of a text file that lists them, one in each line.
         strict: Raise on broken files instead of leaving them out.
         check: Decode every file now. Without, a broken file shows when it is read.
         progress: Show a progress bar while checking.
@@ -67,7 +74,8 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         skipped: Files that are no images.
 
     Raises:
-        ValueError: If ``root`` is no folder or holds no readable image, if a file is broken
+        ValueError: If ``root`` is no folder or holds no readable image, if one of ``files`` lies
+            outside of it or all of them are no images, if a file is broken
             and ``strict`` is set, if ``labels="folder"`` and all images lie in ``root`` itself,
             or if an argument is wrong.
 
@@ -82,6 +90,8 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         *,
         transform: Callable[[Image.Image], Any] | None = None,
         labels: str = "none",
+        exclude: Sequence[str] = (),
+        files: Sequence[str | Path] | str | Path | None = None,
         strict: bool = False,
         check: bool = True,
         progress: bool = True,
@@ -95,6 +105,8 @@ class ImageFiles(Dataset[tuple[Any, int]]):
             raise InputError(f"root must be a folder of pictures; {str(root)!r} is none")
 
         self.paths, self.broken, self.skipped = _find_images(self.root, labels == "folder")
+        self.exclude, self.listed = [exclude] if isinstance(exclude, str) else [*exclude], files
+        self._choose()
         if not self.paths and not self.broken:
             others = f" ({len(self.skipped)} files are no images)" if self.skipped else ""
             raise InputError(f"no picture in {str(root)!r} or below it{others}")
@@ -134,6 +146,38 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         image = load_rgb(self.paths[index])
         return (image if self.transform is None else self.transform(image)), int(self.labels[index])
 
+    def _choose(self) -> None:
+        """Leave out what ``exclude`` and ``files`` say."""
+        there = [*self.paths, *(path for path, _ in self.broken), *self.skipped]
+        used = dict.fromkeys(self.exclude, False)
+        gone = set()
+        for path in there:
+            found = [one for one in used if _matches(path.relative_to(self.root).parts, one)]
+            used.update(dict.fromkeys(found, True))
+            if found:
+                gone.add(path)
+        for pattern in (one for one, was in used.items() if not was):
+            _logger.warning("exclude=%r leaves nothing out of %s", pattern, str(self.root))
+        if self.listed is not None:
+            wanted = _listed(self.root, self.listed)
+            missing = sorted(str(path) for path in wanted - set(there) | wanted & {*self.skipped})
+            if len(missing) == len(wanted):
+                raise InputError(
+                    f"files names no image in {str(self.root)!r} or below it, but {missing[0]}: "
+                    "give places relative to that folder, one in each line"
+                )
+            if missing:
+                _logger.warning("files names %d that are no images there: %s", len(missing),
+                                _named(missing))  # fmt: skip
+            gone |= set(there) - wanted
+        self.paths = [path for path in self.paths if path not in gone]
+        self.broken = [(path, reason) for path, reason in self.broken if path not in gone]
+        self.skipped = [path for path in self.skipped if path not in gone]
+        if gone and not self.paths and not self.broken:
+            raise InputError(
+                f"exclude={self.exclude} leaves no image of {str(self.root)!r}: exclude fewer"
+            )
+
     def _report(self, strict: bool) -> None:
         named = _named([f"{path} ({reason})" for path, reason in self.broken])
         if not self.paths:
@@ -146,6 +190,39 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         if self.skipped:
             named = _named(list(map(str, self.skipped)))
             _logger.warning("skipped %d files that are no images: %s", len(self.skipped), named)
+
+
+def _matches(parts: tuple[str, ...], pattern: str) -> bool:
+    """Whether a pattern means a file, by its place below the root, or a folder that it is in."""
+    pattern = pattern.strip("/")
+    if "/" not in pattern:
+        return any(fnmatchcase(part, pattern) for part in parts)
+    places = ("/".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return any(fnmatchcase(place, pattern) for place in places)
+
+
+def _listed(root: Path, files: Sequence[str | Path] | str | Path) -> set[Path]:
+    """Where the images of a list lie, as `_find_images` writes it."""
+    if isinstance(files, str | Path):
+        try:
+            lines = Path(files).read_text("utf-8-sig", "surrogateescape").splitlines()
+        except OSError as error:
+            raise InputError(f"files={str(files)!r} cannot be read: {error.strerror}") from error
+        files = [line.strip() for line in lines if line.strip()]
+    if not files:
+        raise InputError("files names no image: give places relative to the folder, one a line")
+    found = set()
+    for file in files:
+        place = Path(os.path.normpath(file))
+        if place.is_absolute():
+            for top in (root.absolute(), root.resolve()):
+                if place.is_relative_to(top):
+                    place = place.relative_to(top)
+                    break
+        if place.is_absolute() or ".." in place.parts:
+            raise InputError(f"files names {str(file)!r}, which is not in {str(root)!r}")
+        found.add(root / place)
+    return found
 
 
 def _named(things: list[str]) -> str:
@@ -173,12 +250,28 @@ def load_rgb(path: str | Path) -> Image.Image:
     try:
         if os.path.getsize(path) == 0:
             raise OSError("empty file")
-        with Image.open(path, formats=_formats()) as image:
-            rgb = to_rgb(image)
-            return rgb.copy() if rgb is image else rgb
+        return _decode(path)
     # Pillow's decoders raise nearly anything on damaged bytes (SyntaxError, struct.error, ...).
     except Exception as error:
         raise OSError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def rgb_of_bytes(content: bytes) -> Image.Image:
+    """Decode the bytes of an image file, as :func:`load_rgb` does a file.
+
+    Raises:
+        OSError: If they cannot be decoded; the message is the reason.
+    """
+    try:
+        return _decode(io.BytesIO(content))
+    except Exception as error:  # as above
+        raise OSError(_reason(error)) from error
+
+
+def _decode(source: str | Path | io.BytesIO) -> Image.Image:
+    with Image.open(source, formats=_formats()) as image:
+        rgb = to_rgb(image)
+        return rgb.copy() if rgb is image else rgb
 
 
 def _reason(error: BaseException) -> str:

@@ -114,8 +114,8 @@ def report_html(run: Run, *, queries: int, clusters: int, points: int, seed: int
          f"{shown.title}, evenly drawn: what the model sees, and where it looks. Each map is "
          "stretched to its own range.", page.attention(run, shown, eight)),
         ("clusters", "Clusters",
-         "The pseudo-labels of the last epoch. Pictures begin with the one nearest the centre; "
-         "those of mixed and loose clusters go from centre to rim.",
+         f"{run.clusters_are} Pictures begin with the one nearest the centre; those of mixed and "
+         "loose clusters go from centre to rim.",
          page.cluster_cards(run.training, ranked)),
         ("map", "Map", "", _template("map.html") + sheets),
         ("setup", "Setup", "", page.configuration(run)),

@@ -13,8 +13,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 12, 34
 _MOST_POINTS = 400  # of a line: more than a chart has pixels for
 
 
-def loss_chart(name: str, curve: Curve) -> str:
-    """A loss by iteration, raw and smoothed."""
+def loss_chart(name: str, curve: Curve, warmup: int = 0) -> str:
+    """A loss by iteration, raw and smoothed; where the warm-up ends, clustering begins."""
     steps, values = thinned(curve)
     mean = smoothed(np.where(np.isfinite(values), values, np.nan)).tolist()
     finite = [value for value in values if math.isfinite(value)] or [0.0]
@@ -22,6 +22,9 @@ def loss_chart(name: str, curve: Curve) -> str:
     last = next((value for value in reversed(mean) if math.isfinite(value)), finite[-1])
     says = f"{name} by iteration, from {finite[0]:.3g} to about {last:.3g}"
     lines = frame.line(steps, values, "raw") + frame.line(steps, mean, "mean")
+    if steps and steps[0] <= warmup < steps[-1]:
+        lines += frame.mark(warmup + 0.5, "clusters")
+        says += f"; clustering begins after iteration {warmup}"
     return frame.drawn(lines, "iteration", says)
 
 
@@ -136,6 +139,14 @@ class _Frame:
                 if math.isfinite(y)
             )
         return drawn
+
+    def mark(self, value: float, name: str) -> str:
+        """A vertical line, with its name beside it."""
+        x, low = self.x(value), self._size[1] - _BOTTOM
+        return (
+            f'<path class="mark" d="M{x:.1f} {_TOP}V{low}"/>'
+            f'<text class="mark" x="{x + 4:.1f}" y="{_TOP + 8}">{escape(name)}</text>'
+        )
 
     def drawn(self, lines: str, x_label: str, says: str) -> str:
         width, height = self._size

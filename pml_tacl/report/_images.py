@@ -3,16 +3,12 @@
 import base64
 import io
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from pml_tacl.models.preprocessing import as_seen
 from pml_tacl.report._sources import Run
-from pml_tacl.visualize._attention import _overlaid
-from pml_tacl.visualize._inputs import normalised, to_pixels
+from pml_tacl.visualize._overlays import attention_of
 
 TILE = 64  # pixels; a multiple of 16, so that no tile of a WebP sheet bleeds into the next
 COLUMNS = 40
@@ -77,16 +73,7 @@ def attention_overlays(
 ) -> list[tuple[Image.Image, Image.Image]]:
     """For each row the picture as the model sees it, and its attention over it."""
     views = torch.stack([run.transform(opened(open_row, row).convert("RGB")) for row in rows])
-    parameter = next(run.model.parameters())
-    with torch.inference_mode():
-        out: Any = run.model.eval().forward_features(views.to(parameter.device))
-    maps = normalised(out.attention.float().cpu().numpy().astype(np.float64))
-    offset = run.model.cell_offset((views.shape[-2], views.shape[-1]))
-    pictures = [to_pixels(view) for view in as_seen(views, run.model.data_config)]
-    return [
-        (Image.fromarray(picture), Image.fromarray(_overlaid(picture, single, offset)))
-        for picture, single in zip(pictures, maps, strict=True)
-    ]
+    return attention_of(run.model, views)[1]
 
 
 def _encoded(image: Image.Image, quality: int) -> bytes:

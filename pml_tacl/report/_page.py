@@ -12,6 +12,7 @@ from pml_tacl.report import _charts as charts
 from pml_tacl.report import _images as images
 from pml_tacl.report._choices import Cluster, Query
 from pml_tacl.report._sources import PictureSet, Run
+from pml_tacl.utils.files import shown_name
 
 _SHOWN_IN_CLUSTER = 12
 _ROW_NAMES = {"raw_pixels": "raw pixels", "before": "before training", "after": "after training"}
@@ -22,13 +23,9 @@ def header(run: Run) -> str:
     config, after = run.config, run.metrics.get("after", {})
     before = run.metrics.get("before", {})
     facts = []
-    if "recall_at_1" in after:
-        was = f"{100 * before['recall_at_1']:.1f} % before" if "recall_at_1" in before else ""
-        facts.append(("Recall@1", f"{100 * after['recall_at_1']:.1f}", "%", was))
-    if "mean_average_precision_at_r" in after:
-        name = "mean_average_precision_at_r"
-        was = f"{100 * before[name]:.1f} % before" if name in before else ""
-        facts.append(("MAP@R", f"{100 * after[name]:.1f}", "%", was))
+    for name, head in (("recall_at_1", "Recall@1"), ("mean_average_precision_at_r", "MAP@R")):
+        if name in after:
+            facts.append((head, *_better(before.get(name), after[name])))
     clusters = run.training.clusters
     count = 0 if clusters is None else len(set(clusters[clusters >= 0].tolist()))
     facts.append(("Pictures", _grouped(len(run.training)), "", "trained on, without labels"))
@@ -43,10 +40,35 @@ def header(run: Run) -> str:
     )
     parts = [config.get("backbone"), f"{config.get('epochs')} epochs", f"seed {config.get('seed')}"]
     said = " · ".join(escape(str(part)) for part in parts if part and "None" not in str(part))
+    verdict = f'<p class="verdict">{escape(_verdict(run))}</p>' if _verdict(run) else ""
     return (
         f'<header id="top"><p class="kicker">Run report</p><h1>{escape(run.folder.name)}</h1>'
-        f'<p class="lede">{said}</p><dl class="facts">{cells}</dl></header>'
+        f'<p class="lede">{said}</p>{verdict}<dl class="facts">{cells}</dl></header>'
     )
+
+
+def _better(before: float | None, after: float) -> tuple[str, str, str]:
+    """The better of two shares in large type, its unit, and the other beside it."""
+    if before is None:
+        return f"{100 * after:.1f}", "%", ""
+    if before > after:
+        return f"{100 * before:.1f}", "%", f"before; {100 * after:.1f} % after training"
+    return f"{100 * after:.1f}", "%", f"after training; {100 * before:.1f} % before"
+
+
+def _verdict(run: Run) -> str:
+    """Whether the training was worth it: what its guard says, else what was measured."""
+    if run.verdict:
+        return f"{run.verdict[:1].upper()}{run.verdict[1:]}."
+    name = "recall_at_1"
+    if not all(name in run.metrics.get(row, {}) for row in ("before", "after")):
+        return ""
+    before, after = (run.metrics[row][name] for row in ("before", "after"))
+    if before == after:
+        return ""
+    if before > after:
+        return "Training made retrieval worse: search with the model as it was before."
+    return "Training made retrieval better."
 
 
 def results(run: Run) -> str:
@@ -89,7 +111,8 @@ def training(run: Run) -> str:
     """Each loss by iteration, and recall by epoch."""
     order = sorted(run.losses, key=lambda name: (name != "total_loss", name))
     drawn = [
-        _figure(charts.loss_chart(name, run.losses[name]), name.replace("_", " ")) for name in order
+        _figure(charts.loss_chart(name, run.losses[name], run.warmup), name.replace("_", " "))
+        for name in order
     ]
     lines = {
         head: run.recalls[name]
@@ -221,8 +244,7 @@ def _tag(image: Image.Image, said: str, side: int = 128) -> str:
 
 
 def named(pictures: PictureSet, row: int) -> str:
-    # What is no text in any encoding, as a file name may be, is shown by its bytes.
-    return pictures.names[row].encode("utf-8", "backslashreplace").decode("utf-8")
+    return shown_name(pictures.names[row])
 
 
 def _cell(value: float | None, best: float, compared: bool) -> str:

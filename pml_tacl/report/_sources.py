@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from pml_tacl.cli import run_folder as runs
+from pml_tacl.cli.unfinished import stopped_at
 from pml_tacl.clustering import KMeansPseudoLabeler
 from pml_tacl.clustering.unit_embeddings import FloatArray, IntArray, UnitRows
 from pml_tacl.datasets import Glyphs, ImageFiles
@@ -66,6 +67,9 @@ class Run:
         training: the pictures that were trained on, with clusters.
         test: labelled pictures that were not, or None.
         notes: what a reader of the page should know about these data.
+        verdict: of the training's guard, in one line; "" without one.
+        clusters_are: what the clusters on the page are, in a sentence.
+        warmup: iterations before the first clustering.
     """
 
     folder: Path
@@ -79,6 +83,9 @@ class Run:
     training: PictureSet
     test: PictureSet | None
     notes: list[str]
+    verdict: str = ""
+    clusters_are: str = ""
+    warmup: int = 0
 
 
 def read_run(
@@ -97,12 +104,17 @@ def read_run(
     """
     folder = Path(folder)
     config = runs.read_config(folder)
+    notes: list[str] = []
     try:
         content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder} holds no readable metrics.json: give a training that has ended"
-        ) from error
+        place = stopped_at(folder)
+        if place is None:
+            raise InputError(
+                f"{folder} holds no readable metrics.json: give a training that has ended"
+            ) from error
+        content = {}
+        notes.append(f"The training was stopped: this is what {place} holds of it.")
     if "images" not in config and "root" in config:
         raise InputError(
             f"{folder} is a training on {config['root']}, which no report is made of: give a run "
@@ -112,7 +124,6 @@ def read_run(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     size = tuple(config.get("image_size", (GLYPH_SIDE, GLYPH_SIDE)))
     transform = model.transform(image_size=size)
-    notes: list[str] = []
     if "images" in config:
         training = _indexed(folder, images, folders_are_classes)
         test = _labelled_files(model, transform, config.get("eval_folder"), notes)
@@ -120,8 +131,10 @@ def read_run(
         training, test = (_glyphs(model, transform, split) for split in ("train", "test"))
         notes.append("Labels of the training characters judge clusters here; training read none.")
     state = _last_checkpoint(folder)
-    training.clusters = _clusters(training, state, notes)
-    metrics = {k: v for k, v in content.items() if k not in ("config", "versions") and v}
+    training.clusters, clusters_are, own = _clusters(training, state)
+    notes += [] if own else [clusters_are]
+    others = ("config", "versions", "guard")
+    metrics = {k: v for k, v in content.items() if k not in others and v}
     recalls = _recalls(folder, state)
     if after := metrics.get("after"):
         recalls[int(config.get("epochs", 0))] = after
@@ -137,6 +150,9 @@ def read_run(
         training=training,
         test=test,
         notes=notes,
+        verdict=str((content.get("guard") or {}).get("verdict", "")),
+        clusters_are=clusters_are,
+        warmup=_warmup(state, config),
     )
 
 
@@ -213,15 +229,25 @@ def _last_checkpoint(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _clusters(training: PictureSet, state: Mapping[str, Any], notes: list[str]) -> IntArray:
+def _clusters(training: PictureSet, state: Mapping[str, Any]) -> tuple[IntArray, str, bool]:
+    """Pseudo-labels, what they are in a sentence, and whether they are the training's own."""
     saved = state.get("labels")
     if isinstance(saved, torch.Tensor) and len(saved) == len(training):
         labels: IntArray = saved.cpu().numpy().astype(np.int64)
         if len(np.unique(labels)) < len(labels):
-            return labels
-    notes.append("The run saved no clusters of these pictures; they were clustered for this page.")
+            return labels, "The pseudo-labels of the last epoch.", True
+        why = "The training never clustered: its epochs were all warm-up"
+    else:
+        why = "The run holds no pseudo-labels of these pictures"
     found = KMeansPseudoLabeler("auto")(training.embeddings)
-    return np.asarray(found.labels.numpy(), dtype=np.int64)
+    made = f"{why}; they were clustered for this page, and nothing was trained by that."
+    return np.asarray(found.labels.numpy(), dtype=np.int64), made, False
+
+
+def _warmup(state: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    settings = {**config, **state.get("config", {})}
+    epochs, steps = settings.get("warmup_epochs"), settings.get("iterations_per_epoch")
+    return int(epochs) * int(steps) if epochs and steps else 0
 
 
 def _losses(folder: Path, state: Mapping[str, Any]) -> dict[str, Curve]:

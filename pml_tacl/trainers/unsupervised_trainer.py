@@ -20,6 +20,7 @@ from pml_tacl.distributed.gradients import equalise, start_alike, sum_gradients
 from pml_tacl.distributed.inference import embed_together
 from pml_tacl.distributed.session import check_same, highest, is_first, on_first, world_size
 from pml_tacl.models import AttentionEmbedder
+from pml_tacl.models.preprocessing import size_in_pixels
 from pml_tacl.models.receptive_field import measure_grid
 from pml_tacl.search import PictureIndex
 from pml_tacl.trainers import defaults
@@ -80,6 +81,7 @@ from pml_tacl.trainers.records import LossesFile
 from pml_tacl.trainers.state import StateDict, TrainingState
 from pml_tacl.transforms import BackgroundSwap
 from pml_tacl.utils.errors import DivergedError, InputError
+from pml_tacl.utils.files import write_json
 from pml_tacl.utils.labels import pseudo_labels
 from pml_tacl.utils.pml_compat import called_by_step, needs_of
 from pml_tacl.utils.precision import at_least_float32
@@ -256,6 +258,7 @@ class UnsupervisedTrainer(BaseTrainer):
         if transform is None or eval_transform is None:
             views, view = defaults.default_transforms(whole, image_size)
             transform, eval_transform = transform or views, eval_transform or view
+        self._image_size = image_size
         if labeler is None:
             labeler = defaults.default_labeler(recipe, count)
         if isinstance(swap, str):
@@ -996,6 +999,12 @@ class UnsupervisedTrainer(BaseTrainer):
         def write() -> None:
             assert found is not None
             model.save_pretrained(run / "model")
+            size = size_in_pixels(model.data_config, self._image_size)
+            images = str(dataset.root.resolve())
+            # For a search, which embeds its queries at the size that was trained at.
+            write_json(
+                run / "run.json", {"images": images, "image_size": size, "epochs": self.ended}
+            )
             PictureIndex(found[0], dataset.names, dataset.root).save(run)
 
         on_first(write, "writing the run")

@@ -168,9 +168,16 @@ class SiameseTransform:
             **kwargs: the other arguments; those that the model gives can be given too.
 
         Raises:
+            TypeError: for a model that is no AttentionEmbedder, and does not tell what it takes.
             ValueError: for an argument out of its range, or a model that takes no pictures of 3
                 channels or of that size.
         """
+        if not all(hasattr(model, name) for name in ("data_config", "grid", "cell_offset")):
+            raise InputTypeError(
+                f"model must be an AttentionEmbedder, got {type(model).__name__}: wrap it, "
+                "AttentionEmbedder(model), or give SiameseTransform(size, grid=...) the size of "
+                "its maps"
+            )
         shape = as_pair("size", size)
         channels = model.data_config["input_size"][0]
         if channels != 3:

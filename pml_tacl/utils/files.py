@@ -51,6 +51,11 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
         file.write(content)
 
 
+def shown_name(name: str) -> str:
+    """Return a file's name as text: bytes that are no text in any encoding as backslashes."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a file's new name safe from a loss of power, where the system can."""
     with suppress(OSError):

@@ -23,6 +23,7 @@ _COLOURS = ("#8a8a8a", "#56b4e9", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#
 def training_curves(
     history: Mapping[str, Sequence[float]],
     recalls: Mapping[int, Mapping[str, float]] | None = None,
+    warmup: int = 0,
 ) -> Figure:
     """Each loss by iteration, raw and smoothed, and the recall by epoch.
 
@@ -30,6 +31,7 @@ def training_curves(
         history: for each loss its value at every iteration; NaN and infinity leave a gap.
         recalls: for each epoch the metrics in [0, 1]; those named ``recall_at_K`` are drawn, and
             if there are none, every metric.
+        warmup: iterations before the first clustering, whose end is marked: there the losses jump.
 
     Returns:
         A figure with one axes for each loss, in order, and with ``recalls`` one more.
@@ -43,7 +45,7 @@ def training_curves(
         raise InputError("history and recalls are both empty: there is nothing to draw")
     figure, axes = _panels(len(panels) + bool(epochs))
     for axis, (name, values) in zip(axes, panels.items(), strict=False):
-        _loss_panel(axis, name, values)
+        _loss_panel(axis, name, values, warmup)
     if epochs:
         names = dict.fromkeys(name for metrics in epochs.values() for name in metrics)
         drawn = [name for name in names if name.startswith("recall_at_")] or list(names)
@@ -113,7 +115,7 @@ def _panels(count: int, width: float = _WIDTH, height: float = 2.2) -> tuple[Fig
     return figure, list(axes[:count])
 
 
-def _loss_panel(axes: Any, name: str, values: npt.NDArray[np.float64]) -> None:
+def _loss_panel(axes: Any, name: str, values: npt.NDArray[np.float64], warmup: int) -> None:
     finite = np.where(np.isfinite(values), values, np.nan)
     iterations = np.arange(1, len(values) + 1)
     few = len(values) < 20
@@ -121,6 +123,12 @@ def _loss_panel(axes: Any, name: str, values: npt.NDArray[np.float64]) -> None:
         iterations, finite, color="#56b4e9", alpha=0.45, linewidth=0.8, marker="." if few else ""
     )
     axes.plot(iterations, smoothed(finite), color="#0072b2", linewidth=1.6)
+    if 0 < warmup < len(values):
+        axes.axvline(warmup + 0.5, color="#8a8a8a", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+        axes.annotate(
+            "clusters", (warmup + 0.5, 1), (3, -3), xycoords=("data", "axes fraction"),
+            textcoords="offset points", ha="left", va="top", fontsize=7, color="#666666",
+        )  # fmt: skip
     drawing.title(axes, name, 40)
     axes.set_xlabel("iteration")
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))

@@ -1,0 +1,58 @@
+"""The models that the commands build: for a search, and for a training."""
+
+from typing import Any
+
+from pml_tacl.models import AttentionEmbedder
+from pml_tacl.trainers.recipe import PRETRAINED, SCRATCH
+
+
+def sized_model(
+    name: str,
+    weights: bool | str,
+    image_size: int | tuple[int, int] | None = None,
+    **settings: Any,
+) -> AttentionEmbedder:
+    """Build a model for images of a size; a transformer that takes one size alone is built for it.
+
+    Args:
+        name: of timm.
+        weights: as `pretrained` of :class:`AttentionEmbedder`.
+        image_size: side or (height, width) in pixels; None is the model's own.
+        **settings: of the :class:`AttentionEmbedder`.
+
+    Raises:
+        InputError: for an unknown name, or a size that the model cannot be built for.
+    """
+    model = AttentionEmbedder(name, weights, **settings)
+    if image_size is None:
+        return model
+    patches = getattr(model.trunk.model, "patch_embed", None)
+    only = getattr(patches, "img_size", None)
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if only is None or tuple(only) == size or not getattr(patches, "strict_img_size", True):
+        return model
+    return AttentionEmbedder(name, weights, img_size=size, **settings)
+
+
+def training_model(config: dict[str, Any], weights: bool | str) -> AttentionEmbedder:
+    """Build the model that `pml-tacl train` trains.
+
+    Args:
+        config: "backbone", "weights", "image_size", "embedding_dim" and "freeze_batchnorm" of the
+            run.
+        weights: as `pretrained` of the :class:`AttentionEmbedder`; False where those of a run that
+            goes on come from its checkpoint.
+    """
+    scratch = config["weights"] is False
+    rule = SCRATCH if scratch else PRETRAINED
+    frozen, size = config["freeze_batchnorm"], config["image_size"]
+    model = sized_model(
+        config["backbone"],
+        weights,
+        tuple(size) if isinstance(size, list | tuple) else size,
+        embedding_dim=config["embedding_dim"],
+        pooling=rule.pooling,
+        freeze_batchnorm=rule.freeze_batchnorm if frozen is None else frozen,
+    )
+    model.from_scratch = scratch
+    return model

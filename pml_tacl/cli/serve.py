@@ -1,0 +1,76 @@
+"""Show a page on this machine that searches a run: drop an image, or click on one."""
+
+import json
+import os
+import sys
+import threading
+import webbrowser
+from argparse import ArgumentTypeError, BooleanOptionalAction
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pml_tacl.cli import flags
+from pml_tacl.cli.models import given_index, load_model
+from pml_tacl.utils.errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Run the command: serve until Ctrl-C.
+
+    Args:
+        arguments: of the command line; None takes the process's own.
+        program: its name in messages.
+    """
+    parser = flags.Parser(str(__doc__), None, program)
+    parser.epilog = f"example: {parser.prog} runs/photos --port 8080"
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="folder of a run")
+    add("--port", type=_port, default=8765, metavar="N", help="0 takes any that is free")
+    add("--open", action=BooleanOptionalAction, default=True,
+        help="open the page in a browser")  # fmt: skip
+    add("--images", type=Path, metavar="DIR", help="where the indexed images are, if moved")
+    add("--also", type=Path, action="append", default=[], metavar="DIR",
+        help="a folder outside that links among the images lead to, to be shown too")  # fmt: skip
+    flags.add_common(parser, json=True)
+    args = parser.parse_args(arguments)
+    with flags.output(args.quiet, args.json) as results:
+        _serve(args, results)
+
+
+def _serve(args: Any, results: Any) -> None:
+    from pml_tacl.serve import RunSearcher, SearchServer
+
+    for folder in args.also:
+        if not folder.is_dir():
+            raise InputError(f"--also {folder} is no folder: give one that links lead to")
+    index = given_index(args)
+    loaded = load_model(args.run, device=args.device)
+    searcher = RunSearcher(
+        loaded.model, loaded.image_size, index, args.also, args.run.resolve().name
+    )
+    with SearchServer(searcher, args.port) as server:
+        if args.json:
+            print(json.dumps({"url": server.url, "images": len(index)}), file=results, flush=True)
+        else:
+            print(server.url, file=results, flush=True)
+            print(f"serving {len(index)} images to this machine alone; Ctrl-C ends it", flush=True)
+        if args.open and _has_a_screen():
+            threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("ended")
+
+
+def _has_a_screen() -> bool:
+    """Whether a browser would open in a window; without one it would take over the terminal."""
+    if sys.platform != "linux":
+        return True
+    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise ArgumentTypeError(f"must be a whole number from 0 to 65535, got {text}")
+    return int(text)

@@ -1,0 +1,87 @@
+"""A training that was stopped: its images are indexed with the model of its last checkpoint."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from pml_tacl.cli import flags
+from pml_tacl.cli.building import training_model
+from pml_tacl.cli.run_folder import read_config, write_json
+from pml_tacl.datasets import ImageFiles
+from pml_tacl.evaluation import embed
+from pml_tacl.search import PictureIndex
+from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
+from pml_tacl.trainers.fitting import fit_to
+
+STOPPED = "stopped.json"  # in a run: which checkpoint its model and index are of
+
+
+def index_stopped(
+    run: str | Path,
+    *,
+    images: str | Path | None = None,
+    device: torch.device | None = None,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> bool:
+    """Write the model and the index of a training that was stopped, from its last checkpoint.
+
+    Nothing is done for a run that has ended, for a folder that is no training, and where the last
+    checkpoint has been indexed already. That the training has not ended is said on standard error.
+
+    Args:
+        run: its folder.
+        images: the folder of images, if it has moved.
+        device: None is a GPU if there is one.
+        num_workers: processes that read images.
+        progress: show bars.
+
+    Returns:
+        Whether an index was written.
+    """
+    run = Path(run)
+    saved = checkpoints(run / "checkpoints")
+    if not saved or (run / "metrics.json").exists() or not (run / "run.json").is_file():
+        return False
+    config = read_config(run)
+    if not {"images", "backbone", "embedding_dim", "image_size"} <= config.keys():
+        return False
+    place = stopped_at(run)
+    known = place == saved[-1].name and (run / "index.faiss").is_file()
+    print(
+        f"{run} has not ended: {'searching' if known else 'indexing its images'} with the model "
+        f"of {saved[-1].name}; {flags.command_line('train', '--resume', '--run', run)} goes on",
+        file=sys.stderr,
+    )
+    if known:
+        return False
+    state = load_checkpoint(run / "checkpoints")
+    model = training_model(config, False)
+    for name in ("trunk", "embedder"):
+        model.get_submodule(name).load_state_dict(state["parts"]["models"][name])
+    model.from_scratch = False
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    dataset = ImageFiles(
+        images or config["images"],
+        transform=model.transform(image_size=config["image_size"]),
+        exclude=config.get("exclude") or (),
+        files=config.get("files"),
+        progress=progress,
+    )
+    fit_to(model, dataset, num_workers, progress=progress)
+    found, _ = embed(model, dataset, num_workers=num_workers, progress=progress)
+    model.save_pretrained(run / "model")
+    PictureIndex.of(dataset, found).save(run)
+    write_json(run / STOPPED, {"checkpoint": checkpoints(run / "checkpoints")[-1].name})
+    return True
+
+
+def stopped_at(run: str | Path) -> str | None:
+    """Return the name of the checkpoint that a run's index is of; None for a run that has ended."""
+    try:
+        return str(json.loads((Path(run) / STOPPED).read_text("utf-8"))["checkpoint"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
