@@ -87,12 +87,12 @@ def attention_consistency_loss() -> Figure:
     view, moved, points = siamese(torch.from_numpy(picture).permute(2, 0, 1))
     cells = np.stack(np.meshgrid(*[(np.arange(4) + 0.5) / 4 * 96] * 2), -1).reshape(-1, 2)
     places = (points.numpy() + 1) / 2 * 96
-    for axes, image, dots, title in (
+    for axes, shown, dots, title in (
         (first, view, cells, "view $i$: the cells $u$"),
         (second, moved, places, "transformed view $i'$: where each lies, $T u$"),
     ):
         bare(axes, title)
-        axes.imshow(image.permute(1, 2, 0))
+        axes.imshow(shown.permute(1, 2, 0))
         inside = ((dots >= 0) & (dots <= 96)).all(1)
         axes.scatter(*dots[inside].T, s=22, c=np.arange(16)[inside], cmap="turbo", ec="white")
         axes.set(xlim=(0, 96), ylim=(96, 0))

@@ -56,8 +56,8 @@ def main():
         pictures = StackDataset(train, labels)
         loader = DataLoader(pictures, BATCH_SIZE, sampler=sampler, num_workers=1, drop_last=True)
         for ((views, transformed, points), _), y in loader:  # _ is the true label: it stays unread
-            images, points, y = torch.cat([views, transformed]), points.to(device), y.to(device)
-            out = model.forward_features(images.to(device, memory_format=torch.channels_last))
+            both, points, y = torch.cat([views, transformed]), points.to(device), y.to(device)
+            out = model.forward_features(both.to(device, memory_format=torch.channels_last))
             e, first, second = out.embeddings, *out.feature_maps.chunk(2)
             i = torch.arange(len(y), device=device)
             pairs = (i, i, i[:0], i[:0]) if centroids is None else miner(first, y)

@@ -318,9 +318,9 @@ def test_bad_input_ends_in_one_line_and_harms_nothing(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no cache"))
     (tmp_path / "empty").mkdir()
     places = {"empty": tmp_path / "empty", "few": few, "pictures": pictures, "run": unbroken.run}
-    images, *others = [argument.format(**places) for argument in arguments]
+    first, *others = [argument.format(**places) for argument in arguments]
     settings = [*SMALL, "--batch-size=16", "--run", unbroken.run, "--overwrite"]
-    found = failure("train_folder", images, *settings, *others)
+    found = failure("train_folder", first, *settings, *others)
     assert found.startswith("error: ")
     assert message.format(**places) in found
     assert "\n" not in found

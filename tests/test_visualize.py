@@ -151,12 +151,12 @@ def test_the_overlay_is_brightest_at_the_hot_cell(cell):
     attention[0][cell] = 1
     figure = attention_overlay(torch.full((1, 3, 64, 64), 0.5), attention)
     picture, heat, overlay = figure.axes
-    image = rendered(figure)
+    whole = rendered(figure)
     for axes in (heat, overlay):
-        shown = pixels_of(axes, image).mean(axis=2)
+        shown = pixels_of(axes, whole).mean(axis=2)
         y, x = np.argwhere(shown == shown.max()).mean(axis=0)
         assert (int(4 * y / shown.shape[0]), int(4 * x / shown.shape[1])) == cell
-    assert np.ptp(pixels_of(picture, image)[5:-5, 5:-5]) == 0
+    assert np.ptp(pixels_of(picture, whole)[5:-5, 5:-5]) == 0
 
 
 @pytest.mark.parametrize("offset", [(0.0, 0.0), (-0.5, 0.0), (0.25, -0.5)])

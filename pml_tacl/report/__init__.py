@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pml_tacl.report import _images as images
+from pml_tacl.report import _images
 from pml_tacl.report import _page as page
 from pml_tacl.report._choices import (
     best_and_worst,
@@ -88,7 +88,7 @@ def report_html(run: Run, *, queries: int, clusters: int, points: int, seed: int
     sheets = ""
     for at, (one, pictures, rows) in enumerate(sets):
         # Pictures that no longer fit have a place and a name, and no thumbnail.
-        sheet, one["tiles"] = images.sheet(pictures.open, rows.tolist(), budget)
+        sheet, one["tiles"] = _images.sheet(pictures.open, rows.tolist(), budget)
         sheets += f'<img id="sheet-{at}" alt="" hidden src="{sheet}">'
     best, worst, among = best_and_worst(shown, queries, seed)
     eight = np.linspace(0, len(shown) - 1, min(8, len(shown))).round().astype(int).tolist()
@@ -126,7 +126,7 @@ def report_html(run: Run, *, queries: int, clusters: int, points: int, seed: int
         body += f'<ul class="notes">{notes}</ul>'
     script = _template("script.js")
     data = page.as_json({"sets": [one for one, _, _ in sets], "grid": _GRID,
-                         "tile": images.TILE, "columns": images.COLUMNS})  # fmt: skip
+                         "tile": _images.TILE, "columns": _images.COLUMNS})  # fmt: skip
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     parts = {
         "TITLE": escape(run.folder.name),

@@ -9,7 +9,7 @@ from PIL import Image
 
 from pml_tacl.cli.run_folder import columns_of
 from pml_tacl.report import _charts as charts
-from pml_tacl.report import _images as images
+from pml_tacl.report import _images
 from pml_tacl.report._choices import Cluster, Query
 from pml_tacl.report._sources import PictureSet, Run
 from pml_tacl.utils.files import shown_name
@@ -151,7 +151,7 @@ def gallery(pictures: PictureSet, queries: Iterable[Query], title: str) -> str:
 
 def attention(run: Run, pictures: PictureSet, rows: list[int]) -> str:
     """Pictures as the model sees them beside its attention."""
-    overlays = images.attention_overlays(run, pictures.open, rows)
+    overlays = _images.attention_overlays(run, pictures.open, rows)
     cells = ""
     for row, (picture, overlay) in zip(rows, overlays, strict=True):
         name = escape(named(pictures, row))
@@ -229,16 +229,16 @@ def _picture(
     if right is not None:
         said += ", right" if right else ", wrong"
         mark = f' class="{"right" if right else "wrong"}"'
-    image = images.thumbnail(images.opened(pictures.open, row))
+    image = _images.thumbnail(_images.opened(pictures.open, row))
     return f"<span{mark}>{_tag(image, said)}</span>"
 
 
 def _tag(image: Image.Image, said: str, side: int = 128) -> str:
-    small = images.thumbnail(image, side)
+    small = _images.thumbnail(image, side)
     text = escape(said)
     title = f' title="{text}"' if said else ""
     return (
-        f'<img src="{images.uri(small)}" width="{small.width}" height="{small.height}" '
+        f'<img src="{_images.uri(small)}" width="{small.width}" height="{small.height}" '
         f'alt="{text}"{title} decoding="async">'
     )
 

@@ -59,24 +59,24 @@ def attention_overlay(
         >>> len(figure.axes)
         6
     """
-    pictures = to_pictures(images)
-    require_some(pictures, "images")
-    maps = to_maps(attention, len(pictures), "attention")
+    shown = to_pictures(images)
+    require_some(shown, "images")
+    maps = to_maps(attention, len(shown), "attention")
     if titles is not None:
-        require_count(titles, len(pictures), "titles", "images")
-    per_line = min(len(pictures), 2) if columns is None else columns
+        require_count(titles, len(shown), "titles", "images")
+    per_line = min(len(shown), 2) if columns is None else columns
     if per_line < 1:
         raise InputError(f"columns must be at least 1, got {columns}")
     grid = drawing.Grid(
-        -(-len(pictures) // per_line),
+        -(-len(shown) // per_line),
         3 * per_line,
-        aspect=_typical_aspect(pictures),
+        aspect=_typical_aspect(shown),
         gap=(0.05, 0.26 if titles is not None else 0.05),
         top=0.42 if titles is not None else 0.24,
         titles=titles is not None,
         column_gaps={3 * i: 0.12 for i in range(1, per_line)},
     )
-    for index, (picture, single) in enumerate(zip(pictures, normalised(maps), strict=True)):
+    for index, (picture, single) in enumerate(zip(shown, normalised(maps), strict=True)):
         row, left = divmod(index, per_line)
         axes = [grid.axes(row, 3 * left + offset) for offset in range(3)]
         drawing.picture(axes[0], picture)

@@ -29,12 +29,12 @@ def to_pixels(picture: AnyImage, name: str = "image") -> Pixels:
     Raises:
         TypeError, ValueError: as :func:`pml_tacl.utils.images.to_rgb` does.
     """
-    image = to_rgb(picture, name)
-    shrink = _LONGEST_SIDE / max(image.size)
+    converted = to_rgb(picture, name)
+    shrink = _LONGEST_SIDE / max(converted.size)
     if shrink < 1:
-        width, height = (max(1, round(side * shrink)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    return np.asarray(image)
+        width, height = (max(1, round(side * shrink)) for side in converted.size)
+        converted = converted.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return np.asarray(converted)
 
 
 def to_pictures(pictures: Pictures, name: str = "images") -> list[Pixels]:
