@@ -452,10 +452,14 @@ def stopped(photos, tmp_path_factory):
             os.kill(os.getpid(), signal.SIGINT)
         step(trainer)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(UnsupervisedTrainer, "forward_and_backward", interrupted)
-        with pytest.raises(SystemExit) as stop:
-            call("train", photos, *TINY, "--epochs=3", "--run", folder)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(UnsupervisedTrainer, "forward_and_backward", interrupted)
+            with pytest.raises(SystemExit) as stop:
+                call("train", photos, *TINY, "--epochs=3", "--run", folder)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stop.value.code == 130
     return folder
 
@@ -470,8 +474,8 @@ def test_a_stopped_training_is_searched_with_the_model_of_its_last_checkpoint(
     found = said(capsys, "search", *query)["queries"][0]["found"]
     state = load_checkpoint(run / "checkpoints")
     model = AttentionEmbedder("test_resnet", embedding_dim=8, pooling="covariance")
-    model.trunk.load_state_dict(state["models"]["trunk"])
-    model.embedder.load_state_dict(state["models"]["embedder"])
+    model.trunk.load_state_dict(state["parts"]["models"]["trunk"])
+    model.embedder.load_state_dict(state["parts"]["models"]["embedder"])
     transform = model.eval().transform(image_size=32)
     images = ImageFiles(photos, transform=transform, progress=False)
     fit_to(model, images, progress=False)
