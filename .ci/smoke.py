@@ -14,7 +14,7 @@ from pml_tacl.evaluation import evaluate
 assert Path(pml_tacl.__file__).is_relative_to(sys.prefix), "not the installed package"
 
 
-class Pictures(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
     """Noise of four kinds."""
 
     def __len__(self):
@@ -37,7 +37,7 @@ trainer = pml_tacl.UnsupervisedTrainer(
         "clustering_loss": pml_tacl.ContrastiveClusteringLoss(),
         "attention_loss": pml_tacl.AttentionConsistencyLoss(),
     },
-    Pictures(),
+    Images(),
     transform=pml_tacl.SiameseTransform(64, 4),
     eval_transform=transform,
     labeler=pml_tacl.KMeansPseudoLabeler(4),
@@ -51,12 +51,12 @@ trainer = pml_tacl.UnsupervisedTrainer(
 trainer.train(num_epochs=2)
 
 
-class Evaluated(Pictures):
+class Evaluated(Images):
     """The same, as the model takes them."""
 
     def __getitem__(self, index):
-        picture, label = super().__getitem__(index)
-        return transform(picture), label
+        image, label = super().__getitem__(index)
+        return transform(image), label
 
 
 with tempfile.TemporaryDirectory() as folder:

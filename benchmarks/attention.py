@@ -1,6 +1,6 @@
 """Does attention find the glyph? Pointing game and inside / outside ratio, before and after.
 
-Glyphs knows the box of each character. Attention is upsampled bicubically to the picture, each cell
+Glyphs knows the box of each character. Attention is upsampled bicubically to the image, each cell
 at the place that it looks at; a hit of the pointing game is an arg-max inside the box.
 
     python benchmarks/attention.py runs/quickstart       # writes docs/attention.md
@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from pml_tacl import AttentionEmbedder, __version__
 from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import Glyphs
-from pml_tacl.functional import to_picture
+from pml_tacl.functional import to_image
 
 SIZE, REFERENCES = 64, 64
 
@@ -50,7 +50,7 @@ def scores(
     attention: Tensor, masks: Tensor, cell_offset: tuple[float, float] = (0.0, 0.0)
 ) -> dict[str, float]:
     """The three numbers, of attention (N, H, W) and masks (N, SIZE, SIZE)."""
-    large = to_picture(attention.double(), (SIZE, SIZE), cell_offset, "bicubic").clamp_min(0)
+    large = to_image(attention.double(), (SIZE, SIZE), cell_offset, "bicubic").clamp_min(0)
     box = masks.double()
     inside = (large * box).sum((1, 2)) / box.sum((1, 2))
     outside = (large * (1 - box)).sum((1, 2)) / (1 - box).sum((1, 2))
@@ -72,7 +72,7 @@ def attention_maps(model: AttentionEmbedder, dataset: Glyphs) -> Tensor:
 
 @torch.inference_mode()
 def distinctive(model: AttentionEmbedder, config: dict, train: Glyphs) -> AttentionEmbedder:
-    """The same weights with attention to what other pictures of the training half lack."""
+    """The same weights with attention to what other images of the training half lack."""
     other = AttentionEmbedder(**{**config, "attention": "distinctive"}).eval()
     other.trunk.load_state_dict(model.trunk.state_dict())
     rows = torch.linspace(0, len(train) - 1, REFERENCES).long().tolist()
@@ -102,9 +102,9 @@ def measured(run: Path, classes: int | None, seed: int) -> tuple[dict[str, dict[
     }
     height, width = maps[f"{config['attention']}, trained"].shape[1:]
     about = (
-        f"{len(test)} pictures of {len(test.classes)} characters never seen in training, "
+        f"{len(test)} images of {len(test.classes)} characters never seen in training, "
         f"{SIZE} x {SIZE} pixels; attention of `{config['backbone']}` on {height} x {width} "
-        f"places; the box covers {masks.double().mean():.1%} of a picture on average"
+        f"places; the box covers {masks.double().mean():.1%} of an image on average"
     )
     looks = trained.cell_offset(SIZE)
     return {name: scores(attention, masks, looks) for name, attention in maps.items()}, about
@@ -119,7 +119,7 @@ def report(rows: dict[str, dict[str, float]], about: str) -> str:
         f"of `examples/quickstart.py`: Python {platform.python_version()}, torch "
         f"{torch.__version__.partition('+')[0]}, timm {timm.__version__}, pml_tacl {__version__}.",
         "",
-        f"On {about}. Attention is upsampled bicubically to the picture, each cell at the place "
+        f"On {about}. Attention is upsampled bicubically to the image, each cell at the place "
         "that it looks at (`AttentionEmbedder.cell_offset`).",
         "",
         f"| attention | {' | '.join(names)} |",
@@ -132,14 +132,14 @@ def report(rows: dict[str, dict[str, float]], about: str) -> str:
     ]
     lines += [
         "",
-        "- ratio: mean attention inside the glyph's box over that outside, mean over pictures; of "
-        "means: the two averaged over pictures first.",
+        "- ratio: mean attention inside the glyph's box over that outside, mean over images; of "
+        "means: the two averaged over images first.",
         "- pointing game: how often the arg-max lies inside the box. Equal places count by their "
         "share, so that an even map scores what the box covers.",
         "- even: the same weight everywhere, as average pooling has it.",
-        "- border, relative_border: away from what looks like the picture's border; only the "
+        "- border, relative_border: away from what looks like the image's border; only the "
         "features under it are trained.",
-        f"- distinctive: the same trunk, no training of the attention; {REFERENCES} pictures of "
+        f"- distinctive: the same trunk, no training of the attention; {REFERENCES} images of "
         "the training half as references, see `Embedder.set_attention_references`.",
     ]
     return "\n".join(lines) + "\n"

@@ -96,7 +96,7 @@ def report(rows: list[str]) -> str:
         f"{torchvision.__version__.partition('+')[0]}, timm {timm.__version__}, pml_tacl "
         f"{__version__}.",
         "",
-        f"`AttentionEmbedder(name)` for one picture of {SIDE} x {SIDE} pixels. Dimensions are "
+        f"`AttentionEmbedder(name)` for one image of {SIDE} x {SIDE} pixels. Dimensions are "
         "those of the backbone's own embedding, which is what is trained; after `fit_projection` "
         f"there are {DIMENSIONS} (`embedding_dim`). `feature_index` is the one taken by default: "
         "the last stage of stride 16 or finer, for a plain ViT its last block. Its maps carry "

@@ -53,7 +53,7 @@ def train_step(loss: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], Non
     return step
 
 
-def centre_losses(num_centroids: int) -> Contenders:
+def centroid_losses(num_centroids: int) -> Contenders:
     generator = torch.Generator().manual_seed(0)
     embeddings, labels = clustered(generator)
     embeddings.requires_grad_()
@@ -136,7 +136,7 @@ def miners() -> Contenders:
 
 PAIRS, SHAPES = 120, ((2048, 7), (1024, 14))
 CASES: dict[str, Callable[[], Contenders]] = {
-    **{f"centre losses, K = {k}": partial(centre_losses, k) for k in (100, 1000, 10000)},
+    **{f"centroid losses, K = {k}": partial(centroid_losses, k) for k in (100, 1000, 10000)},
     **{
         f"attention losses, {PAIRS} pairs, {c} x {s} x {s}": partial(attention_losses, c, s, PAIRS)
         for c, s in SHAPES
@@ -182,11 +182,11 @@ def report(results: Results, rounds: int) -> str:
         "the allocator held at its peak beyond the inputs, over two normalised maps and their "
         "gradients.",
         "",
-        "- Floor of the centre losses: normalise, one matmul with the K centres, top-k, backward.",
+        "- Floor of the centroid losses: normalise, one matmul with K centroids, top-k, backward.",
         "- Floor of the attention losses: normalise, two batched matmuls, maximum, backward; dense,"
         " by autograd.",
         "- ProxyAnchorLoss and SoftTripleLoss have K proxies and train them; ours is given its "
-        "centres. Means of the batch and MultiSimilarityLoss know of no K.",
+        "centroids. Means of the batch and MultiSimilarityLoss know of no K.",
     ]
     for case, (times, memory) in results.items():
         first = next(iter(times.values()))

@@ -35,7 +35,7 @@ SETTINGS += ["--batch-size=32", "--workers=0", "--no-swap"]
 
 
 def write(split: str, classes: int | None, folder: Path) -> Path:
-    """Pictures as files, a folder for each class."""
+    """Images as files, a folder for each class."""
     glyphs = Glyphs(split, num_classes=classes)
     for number, (image, label) in enumerate(glyphs[i] for i in range(len(glyphs))):
         path = folder / split / f"{label:03}" / f"{number:05}.png"
@@ -56,10 +56,10 @@ def imagenet(path: Path) -> Path:
     return path
 
 
-def train(processes: int, seed: int, folder: Path, pictures: Path, labelled: Path) -> dict:
+def train(processes: int, seed: int, folder: Path, images: Path, labelled: Path) -> dict:
     """One run; gives its pseudo-labels of both epochs, metrics, last weights and seconds."""
     run = folder / f"{processes} processes, seed {seed}"
-    script = [str(ROOT / "examples" / "train_folder.py"), str(pictures), f"--run={run}"]
+    script = [str(ROOT / "examples" / "train_folder.py"), str(images), f"--run={run}"]
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -136,7 +136,7 @@ what, and the last bits of sums. Without the `--`, torchrun takes `--run` for an
 
 - `--batch-size` is the batch of all processes together; it must divide into their number times \
 `images_per_cluster`. The first process draws the order of an epoch, and each takes its share of \
-every batch: the pictures of a cluster stay together, and so do the matched pairs of the attention \
+every batch: the images of a cluster stay together, and so do the matched pairs of the attention \
 loss.
 - Embeddings of a batch are gathered. Every process computes the same metric and clustering loss \
 of all of them, with the gradient of its own; the attention loss is a mean over the processes. \
@@ -150,7 +150,7 @@ first, which clusters. Labels and centroids are broadcast, and compared by their
 - BatchNorm: synchronised on GPUs. On a CPU torch has no such layer: a batch's statistics are \
 those of a process's share, and running statistics become their mean before each embedding pass, \
 evaluation and checkpoint.
-- `BackgroundSwap` swaps among the pictures of a process, and random miners draw in each: these \
+- `BackgroundSwap` swaps among the images of a process, and random miners draw in each: these \
 differ from one process, by chance and not by kind.
 - The first process alone calls the hooks, evaluates, prints, and writes records and checkpoints. \
 A checkpoint resumes with any number of processes that divides the batch; with the same number it \
@@ -166,15 +166,15 @@ Written by `benchmarks/many_processes.py` on {datetime.date.today()}: {cpu_model
 {os.cpu_count()} cores, one thread a process, gloo, Python {platform.python_version()}, torch \
 {torch.__version__.partition("+")[0]}, pml_tacl {__version__}.
 
-{count} pictures of the training half of Glyphs; R@1, in per cent, on characters never seen. \
-`{" ".join(SETTINGS)}`, ImageNet weights: BatchNorm keeps its statistics and no surroundings \
+{count} images of the training half of Glyphs; R@1, in per cent, on characters never seen. \
+`{" ".join(SETTINGS)}`, ImageNet weights: BatchNorm keeps its statistics and no backgrounds \
 are swapped, so that the mathematics is one process's. The rate was lowered to 3e-5 after a trial \
 at 1e-4, where clusters of epoch 2 had moved further apart (AMI 0.81 to 0.89) and R@1 by up to 0.9 \
 points.
 
 {chr(10).join(rows)}
 
-Same labels: per cent of the pictures with the pseudo-label that one process gave them. In epoch 1 \
+Same labels: per cent of the images with the pseudo-label that one process gave them. In epoch 1 \
 they come from the same weights; sums of another order then let weights differ in their last bits, \
 and the clusters of epoch 2 a little: adjusted mutual information with one process's, 1 if alike. \
 Identical in epoch 1: {same} of {len(many)} runs. Largest difference of R@1 to one process: \
@@ -193,7 +193,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         imagenet(folder / "weights.safetensors")
-        # All of the test half: the fewer the pictures, the more R@1 differs by chance.
+        # All of the test half: the fewer the images, the more R@1 differs by chance.
         halves = [write("train", arguments.classes, folder), write("test", None, folder)]
         results = []
         for seed in arguments.seeds:

@@ -66,7 +66,7 @@ def measure(arguments: argparse.Namespace) -> list[str]:
             learns(bare, lambda: bare(half).square().sum()),
             learns(ours, lambda: ours.forward_features(half).embeddings.square().sum()),
             f"training pass: timm to pooled features / `AttentionEmbedder` to embeddings, maps "
-            f"and attention, {batch} pictures",
+            f"and attention, {batch} images",
         )
     ]
 
@@ -96,7 +96,7 @@ def measure(arguments: argparse.Namespace) -> list[str]:
         turns(
             learns(ours, lambda: similarity(ours(images), twice)),
             learns(ours, full, lambda: clustering.move_centroids(seen[0], twice)),
-            f"training step, both views of {batch} pictures: MultiSimilarityLoss / with CCL, TAC "
+            f"training step, both views of {batch} images: MultiSimilarityLoss / with CCL, TAC "
             "and its miner",
         )
     )
@@ -113,7 +113,7 @@ def measure(arguments: argparse.Namespace) -> list[str]:
         turns(
             inference,
             lambda: embed(ours, data, batch_size=batch, progress=False),
-            f"embedding pass of {2 * batch} pictures: timm's inference / `embed`",
+            f"embedding pass of {2 * batch} images: timm's inference / `embed`",
         )
     )
     return lines

@@ -14,7 +14,7 @@ from PIL import Image
 from retrieval_parts import data, folders
 from retrieval_parts.config import make
 from retrieval_parts.running import normalised
-from retrieval_parts.scoring import embed_pictures
+from retrieval_parts.scoring import embed_images
 from retrieval_parts.training import train
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
@@ -41,10 +41,10 @@ def main() -> None:
     run = train(config, images)
     model = run.model
     model.load_state_dict(run.untrained)
-    before = embed_pictures(model, test.images, run.views.normalise)
+    before = embed_images(model, test.images, run.views.normalise)
     model.load_state_dict(mean_state(run.untrained, run.kept["state"], PRETRAINED.trained_share))
     model.fit_projection(normalised(run, images), progress=False)
-    after = embed_pictures(model, test.images, run.views.normalise)
+    after = embed_images(model, test.images, run.views.normalise)
 
     asked, references = test.queries.nonzero()[:, 0], (~test.queries).nonzero()[:, 0]
     chosen = asked[torch.randperm(len(asked), generator=torch.Generator().manual_seed(args.seed))]

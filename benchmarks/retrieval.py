@@ -86,7 +86,7 @@ def show(result: dict[str, Any]) -> None:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="archives and pictures")
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="archives and images")
     parser.add_argument("--data-root", type=Path, help="folder with cub/, cars196/, sop/, inshop/")
     parser.add_argument("--results", type=Path, help="folder of the results")
     commands = parser.add_subparsers(dest="command", required=True)

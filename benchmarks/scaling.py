@@ -1,4 +1,4 @@
-"""What 6 thousand to 100 million pictures cost: every term measured here, fitted, extrapolated.
+"""What 6 thousand to 100 million images cost: every term measured here, fitted, extrapolated.
 
 Each measurement is a process of its own, so that its peak memory is its own. A term is a line in
 its work; the largest size is also predicted from the smaller ones, and that error, grown with the

@@ -42,14 +42,14 @@ GEOMETRIC: dict[str, nn.Module | None] = {
 
 
 def jpeg_files(count: int) -> list[bytes]:
-    """Photograph-like pictures: smooth colours with grain, as long to decode as a photograph."""
+    """Photograph-like images: smooth colours with grain, as long to decode as a photograph."""
     generator = torch.Generator().manual_seed(0)
     files = []
     for _ in range(count):
         coarse = torch.rand(1, 3, 12, 16, generator=generator)
-        picture = F.interpolate(coarse, (HEIGHT, WIDTH), mode="bicubic")[0]
-        picture += 0.05 * torch.randn(3, HEIGHT, WIDTH, generator=generator)
-        pixels = picture.clamp(0, 1).mul(255).byte().permute(1, 2, 0).numpy()
+        image = F.interpolate(coarse, (HEIGHT, WIDTH), mode="bicubic")[0]
+        image += 0.05 * torch.randn(3, HEIGHT, WIDTH, generator=generator)
+        pixels = image.clamp(0, 1).mul(255).byte().permute(1, 2, 0).numpy()
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=90)
         files.append(file.getvalue())
@@ -110,7 +110,7 @@ def report(found: dict[str, tuple[float, float]], count: int, rounds: int) -> st
         f"Images a second of CPU time from a JPEG file of {WIDTH} x {HEIGHT} pixels to two "
         f"normalised views of {SIZE} x {SIZE}, decoding included; a grid of {GRID} x {GRID} "
         "points. Without points: torchvision's own steps with the same amounts and photometric "
-        f"transforms. Medians of {rounds} turns of {count} pictures each.",
+        f"transforms. Medians of {rounds} turns of {count} images each.",
         "",
         "| geometric | with points | without | ratio |",
         "| --- | ---: | ---: | ---: |",

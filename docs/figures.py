@@ -2,7 +2,7 @@
 
     python docs/figures.py [FOLDER]
 
-Each is computed by the package itself wherever it shows a value, so that a picture cannot tell
+Each is computed by the package itself wherever it shows a value, so that an image cannot tell
 another story than the code.
 """
 
@@ -22,8 +22,8 @@ from figure_parts.strokes import (
     arrow,
     bare,
     clusters,
+    images,
     on_circle,
-    pictures,
 )
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
@@ -78,13 +78,13 @@ def contrastive_clustering_loss() -> Figure:
 def attention_consistency_loss() -> Figure:
     figure = Figure((8.4, 2.7), layout="constrained")
     first, second, third = figure.subplots(1, 3)
-    picture = pictures(1)[0]
+    image = images(1)[0]
     torch.manual_seed(3)
     siamese = SiameseTransform(
         96, 4, crop_scale=None, geometric=v2.RandomAffine((25, 25), (0.08, 0.08), fill=220),
         photometric=None, flip=False, mean=(0, 0, 0), std=(1, 1, 1),
     )  # fmt: skip
-    view, moved, points = siamese(torch.from_numpy(picture).permute(2, 0, 1))
+    view, moved, points = siamese(torch.from_numpy(image).permute(2, 0, 1))
     cells = np.stack(np.meshgrid(*[(np.arange(4) + 0.5) / 4 * 96] * 2), -1).reshape(-1, 2)
     places = (points.numpy() + 1) / 2 * 96
     for axes, shown, dots, title in (
@@ -134,7 +134,7 @@ def contrastive_clustering_miner() -> Figure:
 
 
 def attention_consistency_miner() -> Figure:
-    shown = pictures(4, seed=2)
+    shown = images(4, seed=2)
     order = [0, 2, 1, 4, 3, 5]
     labels = torch.tensor([0, 1, 0, 2, 1, 2])
     maps = torch.from_numpy(shown[order]).permute(0, 3, 1, 2).float()
@@ -142,8 +142,8 @@ def attention_consistency_miner() -> Figure:
     figure = Figure((8.4, 2.5), layout="constrained")
     axes = figure.subplots()
     bare(axes, "each image with the one of its own cluster that is most alike")
-    for i, picture in enumerate(shown[order]):
-        axes.imshow(picture, extent=(1.3 * i, 1.3 * i + 1, 0, 1))
+    for i, image in enumerate(shown[order]):
+        axes.imshow(image, extent=(1.3 * i, 1.3 * i + 1, 0, 1))
         axes.add_patch(
             Rectangle((1.3 * i, 0), 1, 1, fill=False, ec=f"C{int(labels[i])}", lw=3, zorder=3)
         )
@@ -176,7 +176,7 @@ def kmeans_pseudo_labeler() -> Figure:
 
 def siamese_transform() -> Figure:
     figure = Figure((8.4, 2.5), layout="constrained")
-    picture = torch.from_numpy(pictures(1)[0]).permute(2, 0, 1)
+    image = torch.from_numpy(images(1)[0]).permute(2, 0, 1)
     kinds = {
         "first view": None,
         "crop and flip": None,
@@ -190,7 +190,7 @@ def siamese_transform() -> Figure:
             96, 6, crop_scale=(0.6, 1), geometric=geometric, photometric=None, mean=(0, 0, 0),
             std=(1, 1, 1),
         )  # fmt: skip
-        view, moved, points = transform(picture)
+        view, moved, points = transform(image)
         places = (points.numpy() + 1) / 2 * 96
         if name == "first view":
             moved = view
@@ -207,7 +207,7 @@ def siamese_transform() -> Figure:
 
 def background_swap() -> Figure:
     figure = Figure((8.4, 2.9), layout="constrained")
-    shown = torch.from_numpy(pictures(2, seed=4)[[0, 2]]).permute(0, 3, 1, 2).float() / 255
+    shown = torch.from_numpy(images(2, seed=4)[[0, 2]]).permute(0, 3, 1, 2).float() / 255
     tinted = shown * torch.tensor([[0.75, 0.9, 1], [1, 0.85, 0.7]]).view(2, 3, 1, 1)
     swapped, masks, _ = BackgroundSwap(1.0, "centred")(
         tinted, generator=torch.Generator().manual_seed(0)

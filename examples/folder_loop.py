@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, StackDataset
 import pml_tacl
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import embed
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 
 FOLDER = "photos"
 RUN = "runs/folder_loop"
@@ -71,7 +71,7 @@ for epoch in range(1, EPOCHS + 1):
 model.fit_projection(DataLoader(plain, BATCH_SIZE, shuffle=True))
 embeddings, _ = embed(model, plain)
 model.save_pretrained(f"{RUN}/model")
-index = PictureIndex.of(plain, embeddings)
+index = ImageIndex.of(plain, embeddings)
 index.save(RUN)
 similarities, rows = index.search(embeddings[:1], k=5)
 for similarity_of_row, path in zip(similarities[0], index.paths(rows[0]), strict=True):

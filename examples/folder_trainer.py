@@ -7,7 +7,7 @@ Set FOLDER to your images. Writes the model and an index to RUN, and says whethe
 
 from pml_tacl import AttentionEmbedder, UnsupervisedTrainer
 from pml_tacl.datasets import load_rgb
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 
 FOLDER = "photos"
 RUN = "runs/folder_trainer"
@@ -21,8 +21,8 @@ model = AttentionEmbedder(BACKBONE, pretrained=WEIGHTS)
 trainer = UnsupervisedTrainer(model, dataset=FOLDER, image_size=IMAGE_SIZE, run=RUN)
 trainer.train(num_epochs=EPOCHS)
 
-# Search with a picture, here the first of the folder
-index = PictureIndex.load(RUN)
+# Search with an image, here the first of the folder
+index = ImageIndex.load(RUN)
 query = load_rgb(index.paths([0])[0])
 device = next(model.parameters()).device
 images = model.transform(image_size=IMAGE_SIZE)(query)[None].to(device)

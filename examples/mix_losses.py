@@ -2,7 +2,7 @@
 
     python examples/mix_losses.py
 
-A network learns from two views of each picture (NTXentLoss in SelfSupervisedLoss); from there each
+A network learns from two views of each image (NTXentLoss in SelfSupervisedLoss); from there each
 mix learns from clusters. Prints how well characters never seen are retrieved after each.
 """
 

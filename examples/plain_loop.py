@@ -47,14 +47,14 @@ def main():
     )
     rows = {"before": evaluate(model, test)}
     for epoch in range(1, EPOCHS + 1):
-        if epoch <= WARMUP_EPOCHS:  # features are not worth clustering: each picture by itself
+        if epoch <= WARMUP_EPOCHS:  # features are not worth clustering: each image by itself
             labels, sampler = torch.arange(len(train)), RandomSampler(train)
         else:
             labels, centroids, _ = labeler(embed(model, seen)[0], centroids)
             clustering.set_centroids(centroids.to(device))
             sampler = MPerClassSampler(labels, PER_CLUSTER, BATCH_SIZE, steps * BATCH_SIZE)
-        pictures = StackDataset(train, labels)
-        loader = DataLoader(pictures, BATCH_SIZE, sampler=sampler, num_workers=1, drop_last=True)
+        images = StackDataset(train, labels)
+        loader = DataLoader(images, BATCH_SIZE, sampler=sampler, num_workers=1, drop_last=True)
         for ((views, transformed, points), _), y in loader:  # _ is the true label: it stays unread
             both, points, y = torch.cat([views, transformed]), points.to(device), y.to(device)
             out = model.forward_features(both.to(device, memory_format=torch.channels_last))

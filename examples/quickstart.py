@@ -22,11 +22,11 @@ from pml_tacl.evaluation import embed, make_tester
 
 MODEL = {"backbone": "resnet10t", "embedding_dim": 128, "pooling": "covariance"}  # a small ResNet
 MODEL |= {"channels": [32, 64, 128, 256], "stem_width": 16, "output_stride": 16}
-MODEL["feature_index"] = 2  # the stage of attention: 8 x 8 places of a 64-pixel picture
+MODEL["feature_index"] = 2  # the stage of attention: 8 x 8 places of a 64-pixel image
 CONFIG = {"run": "runs/quickstart", "seed": 0}  # flags, as what follows: see --help
 CONFIG |= {"num_clusters": "auto", "batch_size": 64, "images_per_cluster": 4}  # auto: a tenth
 CONFIG |= {"epochs": 6, "learning_rate": 5e-3}
-CONFIG["warmup_epochs"] = 3  # each picture by itself until features are worth clustering
+CONFIG["warmup_epochs"] = 3  # each image by itself until features are worth clustering
 CONFIG["loss_weights"] = {"metric_loss": 1.0, "clustering_loss": 0.5, "attention_loss": 3.0}
 
 
@@ -92,7 +92,7 @@ def main() -> None:
     rows = run.train(trainer, args.epochs, measure, **also)
     run.draw(model, test, embed(model, test)[0], labels, title="characters never seen")
     print(f"\n{runs.metrics_table(rows)}\n\nper cent, on {len(test.classes)} unseen characters")
-    print(f"pictures, metrics and model: {args.run}")
+    print(f"images, metrics and model: {args.run}")
 
 
 if __name__ == "__main__":

@@ -22,18 +22,18 @@ from pml_tacl.datasets import Glyphs
 from pml_tacl.evaluation import evaluate
 
 CLASSES = 60
-KNOWN = 3  # pictures of each class whose label is known
+KNOWN = 3  # images of each class whose label is known
 WARMUP_EPOCHS = 6
 EPOCHS = 6
 BATCH_SIZE = 64
 LEARNING_RATE = 5e-3
 WORKERS = 1
-SHARES = (0.0, 0.0, 0.0, 0.3, 0.5, 0.7)  # of the other pictures, guessed in each epoch
+SHARES = (0.0, 0.0, 0.0, 0.3, 0.5, 0.7)  # of the other images, guessed in each epoch
 BACKBONE = {"channels": [16, 32, 64, 128], "stem_width": 8, "output_stride": 16}
 
 
 class KnownLabels:
-    """Labels (N,) where they are known, -1 elsewhere: pictures of unknown label are noise."""
+    """Labels (N,) where they are known, -1 elsewhere: images of unknown label are noise."""
 
     def __init__(self, known: Tensor) -> None:
         self.known = known
@@ -43,7 +43,7 @@ class KnownLabels:
 
 
 class KnownAndSure(KnownLabels):
-    """Unknown pictures that are surely nearest to one class join it; the others are noise.
+    """Unknown images that are surely nearest to one class join it; the others are noise.
 
     Sure are those with the widest gap between the nearest class centre and the second: a share of
     them that grows from call to call. Known labels are always kept.
@@ -55,7 +55,7 @@ class KnownAndSure(KnownLabels):
 
     def __call__(self, embeddings: Tensor, initial_centroids: Tensor | None = None) -> PseudoLabels:
         share = self.shares.pop(0) if len(self.shares) > 1 else self.shares[0]
-        centroids = super().__call__(embeddings).centroids  # of the known pictures of each class
+        centroids = super().__call__(embeddings).centroids  # of the known images of each class
         nearest = (normalize(embeddings) @ centroids.T).topk(2)
         gap = (nearest.values[:, 0] - nearest.values[:, 1]).masked_fill(self.known >= 0, -1)
         sure = gap.topk(round(share * int((self.known < 0).sum()))).indices

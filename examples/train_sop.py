@@ -9,7 +9,7 @@ from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import StanfordOnlineProducts
 
 CONFIG = {
-    "num_clusters": 10_000,  # six pictures each
+    "num_clusters": 10_000,  # six images each
     "images_per_cluster": 2,
     "test_splits": ["test"],
     "metrics": [f"recall_at_{k}" for k in (1, 10, 100, 1000)],

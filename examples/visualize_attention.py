@@ -1,10 +1,10 @@
-"""What a model looks at, in pictures of one's own: attention, and what makes two pictures alike.
+"""What a model looks at, in images of one's own: attention, and what makes two images alike.
 
     python examples/visualize_attention.py PICTURE PICTURE ... --model runs/folder/model --size 224
     python examples/visualize_attention.py            # glyphs, with the quickstart's model
 
-Writes overlay.png (attention of each picture), pair.png (one picture, moved: does attention to its
-most alike follow?) and similar.png (where the first picture and those most like it are alike).
+Writes overlay.png (attention of each image), pair.png (one image, moved: does attention to its
+most alike follow?) and similar.png (where the first image and those most like it are alike).
 """
 
 import argparse
@@ -29,7 +29,7 @@ MOVED = v2.RandomAffine((20, 20), (0.1, 0.1), fill=128)
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("pictures", type=Path, nargs="*", metavar="PICTURE", help="at least two; none for glyphs")
+    add("images", type=Path, nargs="*", metavar="PICTURE", help="at least two; none for glyphs")
     add("--model", type=Path, default=Path("runs/quickstart/model"), help="folder of a model")
     add("--backbone", help="instead of --model: any timm model, pretrained (through timm)")
     add("--weights", help="local file of the backbone's weights, or none")
@@ -37,8 +37,8 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/attention"), help="folder for the figures")
     flags.add_debug(parser)
     args = parser.parse_args()
-    if len(args.pictures) == 1:
-        raise InputError("pictures are compared with each other: give at least two")
+    if len(args.images) == 1:
+        raise InputError("images are compared with each other: give at least two")
     return args
 
 
@@ -54,10 +54,10 @@ def main() -> None:
     else:
         model = AttentionEmbedder.from_pretrained(args.model)
     glyphs = Glyphs(**GLYPHS)
-    pictures = [load_rgb(path) for path in args.pictures] or [image for image, _ in glyphs]
+    images = [load_rgb(path) for path in args.images] or [image for image, _ in glyphs]
     normalise = v2.Normalize(model.data_config["mean"], model.data_config["std"])
     transform = model.transform(image_size=args.size)
-    views = torch.stack([transform(picture) for picture in pictures])
+    views = torch.stack([transform(image) for image in images])
     out = model.forward_features(views)
 
     seen = as_seen(views, model.data_config)  # cropped and scaled, but in their own colours

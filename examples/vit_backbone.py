@@ -2,7 +2,7 @@
 
     python examples/vit_backbone.py
 
-Trains a ViT from scratch on two views of each picture and prints how well characters never seen
+Trains a ViT from scratch on two views of each image and prints how well characters never seen
 are retrieved, at the size that it was trained at and at a larger one. Writes what it attends to at
 each: runs/vit/attention_64.png and attention_96.png.
 """

@@ -1,4 +1,4 @@
-"""An index of pictures that finds those with the nearest embeddings."""
+"""An index of images that finds those with the nearest embeddings."""
 
 import json
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ from pml_tacl.datasets.image_files import ImageFiles
 from pml_tacl.utils.checks import check_count
 from pml_tacl.utils.copies import first_copies
 from pml_tacl.utils.errors import InputError
-from pml_tacl.utils.files import written_whole
+from pml_tacl.utils.files import atomic_write
 
-# Up to here a look at every picture takes hundredths of a second: a graph would win nothing.
+# Up to here a look at every image takes hundredths of a second: a graph would win nothing.
 FLAT_UP_TO = 50_000
 _KINDS = ("auto", "flat", "hnsw")
 # So many steps also leave a crowd of near copies, such as the frames of a film.
 _LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 100, 256
 _EMBEDDINGS, _FILES, _INDEX = "embeddings.npy", "files.json", "index.faiss"
 _CHUNK = 16384
-_Self = TypeVar("_Self", bound="PictureIndex")
+_Self = TypeVar("_Self", bound="ImageIndex")
 
 
 class Changes(NamedTuple):
@@ -38,16 +38,16 @@ class Changes(NamedTuple):
     removed: list[str]
 
 
-class PictureIndex:
-    """Pictures by their embeddings, searched by cosine similarity.
+class ImageIndex:
+    """Images by their embeddings, searched by cosine similarity.
 
     Args:
         embeddings: (N, D), array or tensor on any device; L2-normalised here.
-        files: of the N pictures, relative to ``root``, each once.
+        files: of the N images, relative to ``root``, each once.
         root: the folder that they lie in.
-        kind: "flat" looks at every picture; "hnsw" walks a graph, misses a few per cent of the
+        kind: "flat" looks at every image; "hnsw" walks a graph, misses a few per cent of the
             neighbours at most and stays fast at millions; "auto" is flat up to ``FLAT_UP_TO``
-            (50 000) pictures, and changes over when pictures are added or removed. Pictures with
+            (50 000) images, and changes over when images are added or removed. Images with
             one embedding are one entry of either, and are all found.
         exclude: patterns of files that :meth:`changes` leaves out, as of
             :class:`pml_tacl.datasets.ImageFiles`.
@@ -55,7 +55,7 @@ class PictureIndex:
 
     Attributes:
         files: as given.
-        root: as an absolute path; set it if the pictures have moved.
+        root: as an absolute path; set it if the images have moved.
 
     Raises:
         ValueError: for embeddings that are NaN, infinite, zero or of another count than the files,
@@ -63,7 +63,7 @@ class PictureIndex:
 
     Example:
         >>> import torch
-        >>> index = PictureIndex(torch.eye(3), ["a.jpg", "b.jpg", "c/d.jpg"], "photos")
+        >>> index = ImageIndex(torch.eye(3), ["a.jpg", "b.jpg", "c/d.jpg"], "photos")
         >>> index.search(torch.eye(3)[[1]], k=1)  # similarities, and rows of index.files
         (array([[1.]], dtype=float32), array([[1]]))
     """
@@ -71,7 +71,7 @@ class PictureIndex:
     files: list[str]
     root: Path
     _index: Any
-    _entries: IntArray  # (N,), of the pictures in _index, which holds each embedding once
+    _entries: IntArray  # (N,), of the images in _index, which holds each embedding once
     _asked: str
     _stamps: list[list[int] | None]
     _exclude: list[str]
@@ -125,12 +125,12 @@ class PictureIndex:
     def search(
         self, embeddings: Embeddings, k: int = 8, *, folder: str | None = None
     ) -> tuple[FloatArray, IntArray]:
-        """Find the nearest pictures of each query.
+        """Find the nearest images of each query.
 
         Args:
             embeddings: (Q, D) of the queries; L2-normalised here.
-            k: pictures for each query, at least 1; all there are if there are fewer.
-            folder: only pictures in this folder, relative to ``root``, or below it. Such a search
+            k: images for each query, at least 1; all there are if there are fewer.
+            folder: only images in this folder, relative to ``root``, or below it. Such a search
                 is exact whatever the kind.
 
         Returns:
@@ -139,7 +139,7 @@ class PictureIndex:
 
         Raises:
             ValueError: for another D than the index has, embeddings that are NaN or zero, or a
-                folder without an indexed picture.
+                folder without an indexed image.
         """
         check_count("k", k, 1)
         unit = UnitRows("embeddings", embeddings, _CHUNK)
@@ -158,12 +158,12 @@ class PictureIndex:
             search = getattr(flat, "search_numpy", flat.search)
             wanted = min(k, len(selected))
             similarities, entries = search(unit.hold(), wanted, params=chosen)
-        return self._pictures(np.clip(similarities, -1.0, 1.0), entries, inside, k)
+        return self._images(np.clip(similarities, -1.0, 1.0), entries, inside, k)
 
-    def _pictures(
+    def _images(
         self, similarities: FloatArray, entries: IntArray, inside: IntArray, k: int
     ) -> tuple[FloatArray, IntArray]:
-        """The first k pictures of the entries found, of those inside."""
+        """The first k images of the entries found, of those inside."""
         if len(inside) == self._index.ntotal == len(self):
             return similarities, entries
         k = min(k, len(inside))
@@ -177,7 +177,7 @@ class PictureIndex:
         return np.repeat(similarities.ravel(), taken).reshape(-1, k), rows.reshape(-1, k)
 
     def rows_in(self, folder: str) -> IntArray:
-        """Rows of the pictures in a folder, relative to ``root``, or below it.
+        """Rows of the images in a folder, relative to ``root``, or below it.
 
         Raises:
             ValueError: if there is none.
@@ -188,18 +188,18 @@ class PictureIndex:
         if not rows:
             there = sorted({file.rpartition("/")[0] or "." for file in self.files})
             named = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
-            raise InputError(f"folder={folder!r} holds no indexed picture; there are {named}")
+            raise InputError(f"folder={folder!r} holds no indexed image; there are {named}")
         return np.array(rows, dtype=np.int64)
 
     def paths(self, rows: Sequence[int] | IntArray) -> list[Path]:
-        """Where the pictures of some rows lie."""
+        """Where the images of some rows lie."""
         return [self.root / self.files[int(row)] for row in rows]
 
     def changes(self) -> Changes:
-        """How the pictures under ``root`` differ from those indexed, without reading a pixel.
+        """How the images under ``root`` differ from those indexed, without reading a pixel.
 
         Raises:
-            ValueError: if ``root`` is no folder or holds no picture.
+            ValueError: if ``root`` is no folder or holds no image.
         """
         if self._fixed:
             listed = [path for path in map(self.root.joinpath, self.files) if path.is_file()]
@@ -214,7 +214,7 @@ class PictureIndex:
         )
 
     def add(self, embeddings: Embeddings, files: Sequence[str]) -> None:
-        """Add pictures; those that are there already are replaced.
+        """Add images; those that are there already are replaced.
 
         Args:
             embeddings: (M, D), of the same model as the others; L2-normalised here.
@@ -239,7 +239,7 @@ class PictureIndex:
         self._stamps = [*(self._stamps[row] for row in kept), *stamps]
 
     def remove(self, files: Sequence[str]) -> None:
-        """Take pictures out. An hnsw index is built anew, since a graph loses no node.
+        """Take images out. An hnsw index is built anew, since a graph loses no node.
 
         Raises:
             ValueError: if one of them is not in the index, or none would be left.
@@ -263,7 +263,7 @@ class PictureIndex:
         The index comes last: where it is, the other two are.
         """
         folder = Path(folder)
-        with written_whole(folder / _EMBEDDINGS) as file:
+        with atomic_write(folder / _EMBEDDINGS) as file:
             np.save(file, self.embeddings)
         # As ASCII, which keeps also names that are no text in any encoding.
         listed: dict[str, Any] = {"root": str(self.root), "kind": self._asked}
@@ -275,9 +275,9 @@ class PictureIndex:
         if self._index.ntotal < len(self):
             listed["entries"] = self._entries.tolist()
         text = json.dumps({**listed, "stamps": self._stamps}, indent=1)
-        with written_whole(folder / _FILES) as file:
+        with atomic_write(folder / _FILES) as file:
             file.write(text.encode("ascii"))
-        with written_whole(folder / _INDEX) as file:
+        with atomic_write(folder / _INDEX) as file:
             faiss.write_index(self._index, faiss.PyCallbackIOWriter(file.write))  # type: ignore
 
     @classmethod
@@ -302,7 +302,7 @@ class PictureIndex:
             exclude, fixed = [*listed.get("exclude", [])], bool(listed.get("fixed"))
             entries = np.array(listed.get("entries", range(len(files))), dtype=np.int64)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{folder / _FILES} is no list of pictures: {error}") from error
+            raise InputError(f"{folder / _FILES} is no list of images: {error}") from error
         try:
             index = faiss.read_index(str(folder / _INDEX))
         except RuntimeError as error:
@@ -310,7 +310,7 @@ class PictureIndex:
         known = np.array_equal(np.unique(entries), np.arange(index.ntotal))
         if not known or not len(entries) == len(files) == len(stamps):
             raise InputError(
-                f"{folder} holds {index.ntotal} embeddings in {_INDEX} and {len(files)} pictures "
+                f"{folder} holds {index.ntotal} embeddings in {_INDEX} and {len(files)} images "
                 f"in {_FILES}: they are of two runs, train and index again"
             )
         loaded = cls.__new__(cls)
@@ -344,7 +344,7 @@ def _checked(embeddings: Embeddings, files: Sequence[str]) -> UnitRows:
     if len(files) != len(unit):
         raise InputError(f"files must be as many as embeddings, {len(unit)}, got {len(files)}")
     if len(set(files)) != len(files):
-        raise InputError("files must hold each picture once, and holds some twice")
+        raise InputError("files must hold each image once, and holds some twice")
     return unit
 
 
@@ -397,7 +397,7 @@ def _add(index: Any, rows: UnitRows | FloatArray) -> IntArray:
 
 
 def _stamp(path: Path) -> list[int] | None:
-    """Size and time of change, which tell a picture that was edited."""
+    """Size and time of change, which tell an image that was edited."""
     with suppress(OSError):
         return [path.stat().st_size, path.stat().st_mtime_ns]
     return None

@@ -71,7 +71,7 @@ def attention_consistency(first, second, points, i, j, weights=None, temperature
     return total / count if count > 0 else 0.0
 
 
-def commonness(maps, labels, references, reference_labels, temperature=None):
+def background_score(maps, labels, references, reference_labels, temperature=None):
     result = np.zeros((len(maps), *maps.shape[2:]))
     for i in range(len(maps)):
         others = [
@@ -111,14 +111,14 @@ def batch_means(embeddings, labels, normalised=True, p=2):
     }
 
 
-def contrastive_clustering(embedding, label, centres, num_negatives, margin, distance="cosine"):
-    """One embedding's loss; ``centres`` are by label."""
+def contrastive_clustering(embedding, label, centroids, num_negatives, margin, distance="cosine"):
+    """One embedding's loss; ``centroids`` are by label."""
     measure = DISTANCES[distance]
-    others = sorted(measure(embedding, c) for y, c in centres.items() if y != label)
+    others = sorted(measure(embedding, c) for y, c in centroids.items() if y != label)
     nearest = others[:num_negatives]
     if not nearest:
         return 0.0
-    own = measure(embedding, centres[label])
+    own = measure(embedding, centroids[label])
     return max(0.0, own - sum(nearest) / len(nearest) + margin)
 
 

@@ -50,7 +50,7 @@ def glyphs():
 # --- data -------------------------------------------------------------------------------------
 
 
-def picture(seed, side=16, box=(2, 2, 12, 14)):
+def make_image(seed, side=16, box=(2, 2, 12, 14)):
     image = Image.new("RGBA", (side, side))
     colour = tuple(np.random.default_rng(seed).integers(0, 256, 3).tolist())
     ImageDraw.Draw(image).rectangle(box, fill=(*colour, 255))
@@ -86,11 +86,11 @@ def packages(tmp_path, monkeypatch):
         for i, c in enumerate(codes)
     ]
     listed[0]["unified"] += "-FE0F"
-    noto = {f"img/{c.lower()}.png": png(picture(i)) for i, c in enumerate(codes)}
+    noto = {f"img/{c.lower()}.png": png(make_image(i)) for i, c in enumerate(codes)}
     noto["img/1f604.png"] = noto["img/1f603.png"]  # drawn once for two emoji
     noto["emoji.json"] = json.dumps(listed).encode()
     fluent = {
-        f"assets/{c.lower()}-fe0f.webp": png(picture(i + 50, 300, (40, 90, 260, 140)), "WEBP")
+        f"assets/{c.lower()}-fe0f.webp": png(make_image(i + 50, 300, (40, 90, 260, 140)), "WEBP")
         for i, c in enumerate(codes)
         if c != "1F606"  # Fluent lacks it
     }
@@ -118,16 +118,16 @@ def test_splits_of_emoji_share_no_class_and_stay_the_same(packages, name):
         path.unlink()
     kept = {s: data.load(name, s, 24, packages) for s in data.SPLITS}
     seen = set()
-    for split, pictures in first.items():
-        assert pictures.images.shape == (4, 3, 24, 24)
-        assert pictures.images.dtype == torch.uint8
-        assert pictures.labels.tolist() == [0, 0, 1, 1]
-        assert torch.equal(pictures.images, kept[split].images)
-        seen |= {image.numpy().tobytes() for image in pictures.images}
+    for split, images in first.items():
+        assert images.images.shape == (4, 3, 24, 24)
+        assert images.images.dtype == torch.uint8
+        assert images.labels.tolist() == [0, 0, 1, 1]
+        assert torch.equal(images.images, kept[split].images)
+        seen |= {image.numpy().tobytes() for image in images.images}
     assert len(seen) == 12
 
 
-def test_busy_pictures_have_grounds_of_their_own(packages):
+def test_busy_images_have_grounds_of_their_own(packages):
     white = data.load("openemoji", "train", 24, packages).images
     busy = data.load("openemoji-busy", "train", 24, packages).images
     assert (white[:, :, 0, 0] == 255).all()
@@ -149,7 +149,7 @@ def test_drawings_in_svg_are_rendered_where_that_is_installed(monkeypatch):
         emoji._open(b"<svg/>", "svg")
     asked = {}
     fake = type(sys)("resvg_py")
-    fake.svg_to_bytes = lambda **how: (asked.update(how), list(png(picture(1))))[1]
+    fake.svg_to_bytes = lambda **how: (asked.update(how), list(png(make_image(1))))[1]
     monkeypatch.setitem(sys.modules, "resvg_py", fake)
     assert emoji._open(b"<svg/>", "svg").mode == "RGBA"
     assert asked == {"svg_string": "<svg/>", "width": emoji.SIDE, "height": emoji.SIDE}
@@ -201,7 +201,7 @@ def test_queries_do_not_find_one_another():
     colours = torch.tensor([[250, 0, 0], [250, 9, 0], [250, 30, 0], [0, 0, 250]])
     images = colours.to(torch.uint8).view(4, 3, 1, 1).expand(4, 3, 4, 4)
     labels, queries = torch.tensor([0, 0, 1, 0]), torch.tensor([True, True, False, False])
-    among_all = data.Pictures(images, labels)
+    among_all = data.Images(images, labels)
     assert scoring.measure(MEAN_COLOUR, among_all, lambda x: x)["recall_at_1"] > 0.5
     in_gallery = among_all._replace(queries=queries)
     assert scoring.measure(MEAN_COLOUR, in_gallery, lambda x: x)["recall_at_1"] == 0
@@ -232,7 +232,7 @@ def test_points_lead_to_the_same_place(flip):
     assert (here[:, :, 0] - there[:, :, 0]).abs().mean() > 0  # the views are not one
     mirrored = (made.second[:, 0, 32, 40] < made.second[:, 0, 32, 24]).float().mean()
     assert (0 < mirrored < 1) if flip else mirrored == 0
-    # Maps of the pictures follow: red is the map.
+    # Maps of the images follow: red is the map.
     assert (made.first_maps / 255 - made.first[:, 0]).abs().max() < 1e-5
     assert (made.second_maps / 255 - made.second[:, 0]).abs().max() < 1e-5
 
@@ -424,7 +424,7 @@ def test_batches_hold_groups_of_clusters(glyphs):
         assert counts.tolist() == [2, 2, 2, 2]
         assert labels.min() >= 0
     run.labels[:] = -1
-    run.labels[3], run.labels[4] = 0, 1  # clusters of one: the picture comes again
+    run.labels[3], run.labels[4] = 0, 1  # clusters of one: the image comes again
     assert sorted(batches.draw_rows(run).tolist()) == [3, 3, 4, 4]
 
 

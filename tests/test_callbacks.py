@@ -12,13 +12,13 @@ from torch import nn
 
 from pml_tacl import AttentionEmbedder, KMeansPseudoLabeler, SiameseTransform, UnsupervisedTrainer
 from pml_tacl import callbacks as cb
-from pml_tacl.callbacks.loggers import Logger, TensorBoardLogger, WandbLogger, as_picture
+from pml_tacl.callbacks.loggers import Logger, TensorBoardLogger, WandbLogger, as_image
 from pml_tacl.evaluation import evaluate
 from pml_tacl.models.receptive_field import measure_cell_offset
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    # Pictures of noise hardly fall into groups: rounding decides whether one of four is huge.
+    # Images of noise hardly fall into groups: rounding decides whether one of four is huge.
     pytest.mark.filterwarnings("ignore:one cluster holds"),
 ]
 
@@ -28,9 +28,9 @@ def seeded():
     torch.manual_seed(0)
 
 
-def pictures(count=32):
+def make_images(count=32):
     cells = np.random.default_rng(0).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
-    return [Image.fromarray(picture).resize((32, 32)) for picture in cells]
+    return [Image.fromarray(image).resize((32, 32)) for image in cells]
 
 
 def ours(hook, count=32, labeler=None, **kwargs):
@@ -41,7 +41,7 @@ def ours(hook, count=32, labeler=None, **kwargs):
         torch.optim.SGD(model.parameters(), 0.05),
         8,
         {"metric_loss": MultiSimilarityLoss()},
-        [(picture, 0) for picture in pictures(count)],
+        [(image, 0) for image in make_images(count)],
         transform=SiameseTransform(32, 2),
         eval_transform=model.transform(image_size=32),
         labeler=labeler or KMeansPseudoLabeler(4),
@@ -82,7 +82,7 @@ class Written(list):
         self.append(("scalars", step, dict(values)))
 
     def log_images(self, step, images):
-        self.append(("images", step, {name: as_picture(v).size for name, v in images.items()}))
+        self.append(("images", step, {name: as_image(v).size for name, v in images.items()}))
 
     def log_embeddings(self, step, embeddings, names, thumbnails=None):
         self.append(("embeddings", step, embeddings, list(names), thumbnails))
@@ -147,7 +147,7 @@ def test_evaluating_searches_a_reference_and_loads_as_asked(monkeypatch):
     hook = cb.Evaluate(labelled(), reference=reference, batch_size=5, num_workers=1)
     pmls(hook).train(num_epochs=1)
     assert (given[0]["batch_size"], given[0]["num_workers"]) == (5, 1)
-    assert hook.history[1]["recall_at_1"] == 1  # every picture is in the reference, too
+    assert hook.history[1]["recall_at_1"] == 1  # every image is in the reference, too
 
 
 def test_without_labels_the_last_is_kept_and_nothing_is_best(tmp_path):
@@ -213,15 +213,15 @@ def slow_separation(trainer):
     rows, labels = trainer.embeddings.numpy(), trainer.labels.numpy()
     rows, labels = (x[(labels >= 0) & np.isfinite(rows).all(1)] for x in (rows, labels))
     rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    centres = {y: rows[labels == y].sum(0) for y in set(labels.tolist())}
+    centroids = {y: rows[labels == y].sum(0) for y in set(labels.tolist())}
     gaps = []
     for row, label in zip(rows, labels.tolist(), strict=True):
-        similar = {y: row @ c / np.linalg.norm(c) for y, c in centres.items()}
+        similar = {y: row @ c / np.linalg.norm(c) for y, c in centroids.items()}
         gaps.append(similar.pop(label) - max(similar.values()))
     return np.mean(gaps)
 
 
-def test_separation_is_how_much_nearer_the_own_centre_is():
+def test_separation_is_how_much_nearer_the_own_centroid_is():
     hook = cb.EarlyStopping("separation", patience=99)
     trainer = ours(hook)
     trainer.train(num_epochs=1)
@@ -279,13 +279,13 @@ def test_wrong_arguments(monkeypatch):
     monkeypatch.setattr(cb.hooks, "evaluate", lambda *a, **k: {"recall_at_1": 1.0})
     with pytest.raises(ValueError, match="metric must be one of recall_at_1, got 'recall'"):
         pmls(cb.Evaluate(labelled(), metric="recall")).train()
-    with pytest.raises(ValueError, match="number of pictures must be an integer of at least 2"):
-        cb.LogPictures(Written(), pictures(1), None)
-    with pytest.raises(ValueError, match="names must be as many as pictures, 3, got 1"):
-        cb.LogPictures(Written(), pictures(3), None, names=["a"])
+    with pytest.raises(ValueError, match="number of images must be an integer of at least 2"):
+        cb.LogImages(Written(), make_images(1), None)
+    with pytest.raises(ValueError, match="names must be as many as images, 3, got 1"):
+        cb.LogImages(Written(), make_images(3), None, names=["a"])
 
 
-def test_losses_and_pictures_reach_a_logger_of_ones_own(monkeypatch):
+def test_losses_and_images_reach_a_logger_of_ones_own(monkeypatch):
     from pml_tacl import visualize
 
     logger, offsets = Written(), []
@@ -296,9 +296,9 @@ def test_losses_and_pictures_reach_a_logger_of_ones_own(monkeypatch):
         lambda *args, cell_offset: offsets.append(cell_offset) or overlay(*args),
     )
     assert isinstance(logger, Logger)
-    shown = pictures(10)
+    shown = make_images(10)
     transform = AttentionEmbedder("test_resnet", embedding_dim=8).transform(image_size=32)
-    draw = cb.LogPictures(logger, shown, transform, every=2, shown=3, neighbours=20)
+    draw = cb.LogImages(logger, shown, transform, every=2, shown=3, neighbours=20)
     trainer = ours(draw, end_of_iteration_hook=cb.LogLosses(logger, every=3))
     trainer.train(num_epochs=2)
     losses = [entry for entry in logger if entry[0] == "scalars"]
@@ -307,7 +307,7 @@ def test_losses_and_pictures_reach_a_logger_of_ones_own(monkeypatch):
     assert losses[0][2]["loss/total_loss"] > 0
     (images,) = [entry for entry in logger if entry[0] == "images"]
     assert images[1] == 2
-    assert set(images[2]) == {"pictures/gallery", "pictures/attention"}
+    assert set(images[2]) == {"images/gallery", "images/attention"}
     (written,) = [entry for entry in logger if entry[0] == "embeddings"]
     _, step, embeddings, names, thumbnails = written
     assert (step, names, len(thumbnails)) == (2, [str(i) for i in range(10)], 10)
@@ -316,7 +316,7 @@ def test_losses_and_pictures_reach_a_logger_of_ones_own(monkeypatch):
     assert max(offsets[0]) < 0  # up and left
     model = nn.Sequential(trainer.models["trunk"], trainer.models["embedder"]).eval()
     with torch.no_grad():
-        expected = model(torch.stack([transform(picture) for picture in shown]))
+        expected = model(torch.stack([transform(image) for image in shown]))
     torch.testing.assert_close(embeddings, expected)
 
 
@@ -324,9 +324,11 @@ def test_a_model_without_attention_has_a_gallery_alone():
     logger = Written()
     trainer = pmls(None)
     trainer.epoch = 1
-    hook = cb.LogPictures(logger, pictures(4), lambda p: torch.tensor(p.getpixel((0, 0)) * 2) / 255)
+    hook = cb.LogImages(
+        logger, make_images(4), lambda p: torch.tensor(p.getpixel((0, 0)) * 2) / 255
+    )
     hook(trainer)
-    assert set(logger[0][2]) == {"pictures/gallery"}
+    assert set(logger[0][2]) == {"images/gallery"}
 
 
 @pytest.mark.parametrize("logger", [TensorBoardLogger, WandbLogger])
@@ -338,7 +340,7 @@ def test_what_is_not_installed_is_said_in_one_line(logger, monkeypatch, tmp_path
     assert "\n" not in str(stop.value)
 
 
-def test_tensorboard_gets_numbers_pictures_and_the_projector(tmp_path):
+def test_tensorboard_gets_numbers_images_and_the_projector(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -391,8 +393,8 @@ class FakeWandb(types.ModuleType):
     def finish(self):
         self.finished += 1
 
-    def Image(self, picture):
-        return ("image", picture.size)
+    def Image(self, image):
+        return ("image", image.size)
 
     class Table:
         def __init__(self, columns):
@@ -403,7 +405,7 @@ class FakeWandb(types.ModuleType):
             self.rows.append(values)
 
 
-def test_weights_and_biases_gets_numbers_pictures_and_a_table(monkeypatch):
+def test_weights_and_biases_gets_numbers_images_and_a_table(monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     logger = WandbLogger(project="p", mode="offline")
@@ -411,18 +413,18 @@ def test_weights_and_biases_gets_numbers_pictures_and_a_table(monkeypatch):
     assert fake.opened == [{"project": "p", "mode": "offline"}]
     logger.log_scalars(70, {"loss/a": torch.tensor(0.5)})
     logger.log_scalars(2, {"validation/r": 1, "loss/a": 0.25})  # an epoch, after an iteration
-    logger.log_images(2, {"pictures/x": Image.new("L", (4, 3))})
+    logger.log_images(2, {"images/x": Image.new("L", (4, 3))})
     logger.log_embeddings(2, torch.tensor([[1.0, 2.0]]), ["n"], [Image.new("RGB", (5, 6))])
     logger.log_embeddings(3, torch.tensor([[1.0, 2.0]]), ["n"])
     assert fake.logged[:4] == [
         {"loss/a": 0.5, "step/loss": 70},
         {"validation/r": 1.0, "step/validation": 2},
         {"loss/a": 0.25, "step/loss": 2},
-        {"pictures/x": ("image", (4, 3)), "step/pictures": 2},
+        {"images/x": ("image", (4, 3)), "step/images": 2},
     ]
     assert fake.axes["loss/a"] == "step/loss"
     table = fake.logged[4]["embeddings"]
-    assert table.columns == ["name", "picture", "d0", "d1"]
+    assert table.columns == ["name", "image", "d0", "d1"]
     assert table.rows == [("n", ("image", (5, 6)), 1.0, 2.0)]
     assert fake.logged[5]["embeddings"].columns == ["name", "d0", "d1"]
     logger.close()
@@ -440,11 +442,11 @@ def test_weights_and_biases_gets_numbers_pictures_and_a_table(monkeypatch):
             logger.log_embeddings(1, *wrong)
 
 
-def test_anything_that_is_a_picture_can_be_logged():
+def test_anything_that_is_a_image_can_be_logged():
     from matplotlib.figure import Figure
 
-    assert as_picture(Figure(figsize=(2, 1), dpi=50)).size == (100, 50)
-    assert as_picture(torch.zeros(3, 5, 7)).size == (7, 5)
-    assert as_picture(np.zeros((5, 7, 3), np.uint8)).mode == "RGB"
+    assert as_image(Figure(figsize=(2, 1), dpi=50)).size == (100, 50)
+    assert as_image(torch.zeros(3, 5, 7)).size == (7, 5)
+    assert as_image(np.zeros((5, 7, 3), np.uint8)).mode == "RGB"
     with pytest.raises(TypeError, match="must hold PIL images"):
-        as_picture("x.png")
+        as_image("x.png")

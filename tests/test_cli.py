@@ -22,7 +22,7 @@ from pml_tacl.cli.search import NEIGHBOURS, SHOWN
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.duplicates import find_duplicates
 from pml_tacl.evaluation import embed, evaluate
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
 from pml_tacl.trainers.fitting import fit_to
 from pml_tacl.trainers.records import read_losses
@@ -80,7 +80,7 @@ def embedded(run, folder):
 
 def test_train_writes_a_run_and_quiet_says_nothing(run, photos, capfd):
     assert {"model", "index.faiss", "metrics.json"} <= {path.name for path in run.iterdir()}
-    assert len(PictureIndex.load(run)) == 25
+    assert len(ImageIndex.load(run)) == 25
     call("train", photos, *TINY, "--run", run, "--resume")
     assert capfd.readouterr() == ("", "")
 
@@ -154,7 +154,7 @@ def test_the_command_is_declared_and_runs_as_a_module():
 def test_embed_of_a_run_is_what_its_index_holds(run, photos, tmp_path):
     out = tmp_path / "new" / "photos.npy"
     call("embed", photos, "--model", run, "--out", out, "--workers=0", "--quiet")
-    index = PictureIndex.load(run)
+    index = ImageIndex.load(run)
     assert json.loads((out.parent / "photos.names.json").read_text()) == index.files
     rows = np.load(out)
     assert rows.dtype == np.float32
@@ -185,7 +185,7 @@ def test_parquet_holds_names_and_embeddings(run, photos, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install pyarrow")
     out = tmp_path / "a.parquet"
     call("embed", photos, "--model", run, "--out", out, "--workers=0", "--quiet")
-    table, index = parquet.read_table(out).to_pydict(), PictureIndex.load(run)
+    table, index = parquet.read_table(out).to_pydict(), ImageIndex.load(run)
     assert table["name"] == index.files
     np.testing.assert_allclose(table["embedding"], index.embeddings, atol=1e-5)
 
@@ -195,7 +195,7 @@ def test_index_by_a_run_and_by_a_timm_model(run, photos, tmp_path, capsys):
     settings = ["--workers=0", "--device=cpu"]
     printed = said(capsys, "index", photos / "b", "--model", run, "--run", made, *settings)
     assert f"9 images indexed in {made}" in printed
-    index = PictureIndex.load(made)
+    index = ImageIndex.load(made)
     np.testing.assert_allclose(index.embeddings, embedded(run, photos)[2][8:17], atol=1e-5)
     assert said(capsys, "search", made, photos / "b" / "01.png", "-k1", "--json", *settings)[
         "queries"
@@ -240,7 +240,7 @@ def test_search_updates_without_a_query(run, photos, tmp_path, capsys):
     assert printed == "1 images embedded, 1 taken out, 25 in the index\n"
     done = said(capsys, "search", tmp_path / "run", "--update", "--json", *moved)
     assert done == {"update": {"embedded": 0, "removed": 0, "indexed": 25}}
-    assert PictureIndex.load(tmp_path / "run").changes() == ([], [], [])
+    assert ImageIndex.load(tmp_path / "run").changes() == ([], [], [])
 
 
 def groups_by_brute_force(rows, threshold):
@@ -553,7 +553,7 @@ def test_a_run_of_three_lines_is_searched_at_its_own_size(photos, tmp_path, caps
 def test_images_that_are_left_out_stay_out(photos, tmp_path, capsys):
     run = tmp_path / "run"
     call("index", photos, *TIMM, "--run", run, "--exclude=c", "--exclude", "a/*3.png")
-    index = PictureIndex.load(run)
+    index = ImageIndex.load(run)
     kept = [n for n in ImageFiles(photos, progress=False).names if n[0] != "c" and n != "a/03.png"]
     assert index.files == kept
     assert said(capsys, "search", run, "--update") == (
@@ -562,8 +562,8 @@ def test_images_that_are_left_out_stay_out(photos, tmp_path, capsys):
     (tmp_path / "list.txt").write_text("a/00.png\n\nb/again.jpg\nc/../c/02.png\n")
     listed = tmp_path / "listed"
     call("index", photos, *TIMM, "--run", listed, "--files", tmp_path / "list.txt")
-    assert PictureIndex.load(listed).files == ["a/00.png", "b/again.jpg", "c/02.png"]
-    assert PictureIndex.load(listed).changes() == ([], [], [])
+    assert ImageIndex.load(listed).files == ["a/00.png", "b/again.jpg", "c/02.png"]
+    assert ImageIndex.load(listed).changes() == ([], [], [])
 
 
 def test_galleries_do_not_replace_each_other(run, photos, tmp_path, capsys):

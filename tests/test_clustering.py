@@ -19,11 +19,11 @@ from pml_tacl.utils.neighbours import nearest_others
 
 def blobs(groups=5, members=30, dim=16, noise=0.1, seed=0):
     rng = np.random.default_rng(seed)
-    centres = rng.standard_normal((groups, dim))
-    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    centroids = rng.standard_normal((groups, dim))
+    centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
     truth = np.repeat(np.arange(groups), members)
     order = rng.permutation(len(truth))
-    points = centres[truth] + noise * rng.standard_normal((len(truth), dim))
+    points = centroids[truth] + noise * rng.standard_normal((len(truth), dim))
     return points[order].astype(np.float32), truth[order]
 
 

@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TEST = "test_centre_pull_loss.py"
+TEST = "test_centroid_pull_loss.py"
 
 
 @pytest.fixture
 def files(tmp_path):
     """The loss, its test, and what `pml_tacl/__init__.py` would say of it."""
     loss, test = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
-    (tmp_path / "centre_pull_loss.py").write_text(loss)
+    (tmp_path / "centroid_pull_loss.py").write_text(loss)
     (tmp_path / TEST).write_text(test)
-    named = "import pml_tacl\nfrom centre_pull_loss import CentrePullLoss\n"
-    (tmp_path / "conftest.py").write_text(f"{named}\npml_tacl.CentrePullLoss = CentrePullLoss\n")
+    named = "import pml_tacl\nfrom centroid_pull_loss import CentroidPullLoss\n"
+    (tmp_path / "conftest.py").write_text(
+        f"{named}\npml_tacl.CentroidPullLoss = CentroidPullLoss\n"
+    )
     return tmp_path
 
 
@@ -31,15 +33,15 @@ def test_the_test_passes_and_fails_for_a_broken_loss(files):
     done = run(files, "pytest", "-q", TEST)
     assert done.returncode == 0, done.stdout
     assert "4 passed" in done.stdout
-    loss = (files / "centre_pull_loss.py").read_text()
+    loss = (files / "centroid_pull_loss.py").read_text()
     assert loss.count(" - self.margin") == 1
-    (files / "centre_pull_loss.py").write_text(loss.replace(" - self.margin", ""))
+    (files / "centroid_pull_loss.py").write_text(loss.replace(" - self.margin", ""))
     assert "2 failed, 2 passed" in run(files, "pytest", "-q", TEST).stdout
 
 
 def test_both_are_as_the_linter_wants_them(files):
     pytest.importorskip("ruff")
-    settings = ("--no-cache", "--config", ROOT / "pyproject.toml", "centre_pull_loss.py", TEST)
+    settings = ("--no-cache", "--config", ROOT / "pyproject.toml", "centroid_pull_loss.py", TEST)
     for check in (
         ("check", "--config=lint.isort.known-first-party=['pml_tacl']"),
         ("format", "--check"),

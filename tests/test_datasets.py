@@ -279,7 +279,7 @@ def noise(seed: int = 0) -> Image.Image:
 
 @pytest.fixture
 def tree(tmp_path):
-    """Two classes, the pictures of one of them in two formats, and things to skip."""
+    """Two classes, the images of one of them in two formats, and things to skip."""
     for folder in ("b/deep", "a", ".hidden"):
         (tmp_path / folder).mkdir(parents=True)
     flat("RGB", RED).save(tmp_path / "b/deep/2.PNG")
@@ -287,7 +287,7 @@ def tree(tmp_path):
     flat("L", HALF).save(tmp_path / "a/z.webp")
     flat("L", HALF).save(tmp_path / ".hidden/seen.png")
     flat("L", HALF).save(tmp_path / "a/.thumb.png")
-    (tmp_path / "a/notes.txt").write_text("no picture")
+    (tmp_path / "a/notes.txt").write_text("no image")
     return tmp_path
 
 
@@ -342,7 +342,7 @@ class TestImageFiles:
 
     def test_no_other_program_is_started_for_a_file(self, tmp_path):
         (tmp_path / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-        with pytest.raises(OSError, match=r"x\.jpg: not a picture of a known format"):
+        with pytest.raises(OSError, match=r"x\.jpg: not an image of a known format"):
             load_rgb(tmp_path / "x.jpg")
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes that have names")
@@ -354,19 +354,19 @@ class TestImageFiles:
         assert ImageFiles(tmp_path, progress=False).names == ["x.png"]
 
     def test_names_are_places_below_the_root(self, tree):
-        pictures = ImageFiles(tree, progress=False)
-        assert pictures.names
-        assert [pictures.root / name for name in pictures.names] == pictures.paths
+        images = ImageFiles(tree, progress=False)
+        assert images.names
+        assert [images.root / name for name in images.names] == images.paths
 
-    def test_another_transform_reads_the_same_pictures(self, tree, monkeypatch):
-        pictures = ImageFiles(tree, labels="folder", transform=np.asarray, progress=False)
+    def test_another_transform_reads_the_same_images(self, tree, monkeypatch):
+        images = ImageFiles(tree, labels="folder", transform=np.asarray, progress=False)
         monkeypatch.setattr(files_module, "_decode_all", None)  # nothing is checked again
-        plain = pictures.with_transform(None)
-        assert plain.paths == pictures.paths
-        assert plain.classes == pictures.classes
-        assert plain[0][1] == pictures[0][1]
-        assert np.array_equal(np.asarray(plain[0][0]), pictures[0][0])
-        assert isinstance(pictures[0][0], np.ndarray)
+        plain = images.with_transform(None)
+        assert plain.paths == images.paths
+        assert plain.classes == images.classes
+        assert plain[0][1] == images[0][1]
+        assert np.array_equal(np.asarray(plain[0][0]), images[0][0])
+        assert isinstance(images[0][0], np.ndarray)
         assert not isinstance(plain[0][0], np.ndarray)
 
     def test_folder_labels(self, tree):
@@ -419,12 +419,12 @@ class TestImageFiles:
         truncate(tree / "b/cut.jpg")
         with caplog.at_level(logging.WARNING):
             data = ImageFiles(tree, labels="folder")
-        assert "checking pictures" in capfd.readouterr().err
+        assert "checking images" in capfd.readouterr().err
         assert len(data) == 3
         assert data.classes == ["a", "b"]
         reasons = {path.name: reason for path, reason in data.broken}
         assert reasons["empty.jpg"] == "empty file"
-        assert reasons["text.jpg"] == "not a picture of a known format"
+        assert reasons["text.jpg"] == "not an image of a known format"
         assert "truncated" in reasons["cut.jpg"]
         message, skipped = (record.getMessage() for record in caplog.records)
         assert skipped == f"skipped 1 files that are no images: {tree / 'a/notes.txt'}"
@@ -456,17 +456,17 @@ class TestImageFiles:
         with pytest.raises(ValueError, match=r"1 broken files.*empty\.jpg \(empty file\)"):
             ImageFiles(tree, strict=True, progress=False)
 
-    def test_without_a_picture_names_the_folder(self, tmp_path):
-        with pytest.raises(ValueError, match=f"no picture in '{tmp_path}'"):
+    def test_without_a_image_names_the_folder(self, tmp_path):
+        with pytest.raises(ValueError, match=f"no image in '{tmp_path}'"):
             ImageFiles(tmp_path)
         (tmp_path / "only.png").touch()
-        with pytest.raises(ValueError, match=r"no readable picture in .*only\.png \(empty file\)"):
+        with pytest.raises(ValueError, match=r"no readable image in .*only\.png \(empty file\)"):
             ImageFiles(tmp_path, progress=False)
 
     def test_wrong_arguments_are_named(self, tree):
-        with pytest.raises(ValueError, match="root must be a folder of pictures"):
+        with pytest.raises(ValueError, match="root must be a folder of images"):
             ImageFiles(tree / "nowhere")
-        with pytest.raises(ValueError, match="root must be a folder of pictures"):
+        with pytest.raises(ValueError, match="root must be a folder of images"):
             ImageFiles(tree / "b/deep/2.PNG")
         with pytest.raises(ValueError, match="labels must be one of none, folder, got 'csv'"):
             ImageFiles(tree, labels="csv")
@@ -603,7 +603,7 @@ class TestLoadRgb:
 
     @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
     @pytest.mark.parametrize("damage", [b"MM\0*\0\0\0\x08\xff\xff\0", b"no TIFF header"])
-    def test_damaged_exif_loses_no_picture(self, tmp_path, damage):
+    def test_damaged_exif_loses_no_image(self, tmp_path, damage):
         flat("RGB", RED).save(tmp_path / "x.png", exif=b"Exif\0\0" + damage)
         assert load_rgb(tmp_path / "x.png").getpixel((0, 0)) == RED
 
@@ -612,13 +612,13 @@ class TestLoadRgb:
         frames[0].save(tmp_path / "x.webp", save_all=True, append_images=frames[1:], lossless=True)
         assert load_rgb(tmp_path / "x.webp").getpixel((0, 0)) == RED
 
-    def test_picture_outlives_its_file(self, tmp_path):
+    def test_image_outlives_its_file(self, tmp_path):
         flat("RGB", RED).save(tmp_path / "x.bmp")
         image = load_rgb(str(tmp_path / "x.bmp"))
         (tmp_path / "x.bmp").unlink()
         assert pickle.loads(pickle.dumps(image)).getpixel((11, 7)) == RED
 
-    def test_a_folder_is_no_picture(self, tmp_path):
+    def test_a_folder_is_no_image(self, tmp_path):
         with pytest.raises(OSError, match=f"cannot read {tmp_path}: "):
             load_rgb(tmp_path)
 

@@ -51,7 +51,7 @@ def test_every_part_has_a_page(name):
     assert name in PARTS, f"no page in docs/components/ has the line '::: pml_tacl.{name}'"
 
 
-# The pages' pictures are noise, of which clusters may well be uneven.
+# The pages' images are noise, of which clusters may well be uneven.
 @pytest.mark.filterwarnings("ignore:one cluster holds:UserWarning")
 @pytest.mark.parametrize(
     "page", [pytest.param(p, id=i) for p, i in zip(PAGES, IDS, strict=True) if blocks(p, "python")]

@@ -472,7 +472,7 @@ def test_bad_inputs():
             get(*args)
 
 
-class Pictures(Dataset):
+class Images(Dataset):
     """Images whose mean is their class."""
 
     def __init__(self, labels):
@@ -501,7 +501,7 @@ def test_embed_keeps_order_and_restores_the_model(num_workers):
     torch.manual_seed(0)
     model = Model()
     model.norm.eval()
-    dataset = Pictures([3, 1, 2, 3, 1])
+    dataset = Images([3, 1, 2, 3, 1])
     flags = [module.training for module in model.modules()]
     embeddings, labels = embed(
         model, dataset, batch_size=2, num_workers=num_workers, progress=False
@@ -526,7 +526,7 @@ def test_embed_restores_the_model_after_an_error():
 
 
 def test_embed_shows_a_bar_when_asked(capsys):
-    dataset = Pictures([1, 2])
+    dataset = Images([1, 2])
     embed(Model(), dataset)
     assert "embedding" in capsys.readouterr().err
     embed(Model(), dataset, progress=False)
@@ -542,9 +542,9 @@ def test_embed_half_precision_and_several_levels():
 
 
 def test_bad_data_and_models():
-    dataset = Pictures([1, 2, 3])
+    dataset = Images([1, 2, 3])
     for model, images, error, message in (
-        (Model(), Pictures([]), ValueError, "dataset is empty: there is nothing to embed"),
+        (Model(), Images([]), ValueError, "dataset is empty: there is nothing to embed"),
         (nn.Identity(), dataset, ValueError, r"into \(3, D\) embeddings, got \(3, 3, 4, 4\)"),
         (_Pair(), dataset, ValueError, r"into \(3, D\) embeddings, got tuple"),
         (Model(), TensorDataset(torch.ones(2, 3, 4, 4)), TypeError, r"\(image, label\) pairs"),
@@ -554,9 +554,9 @@ def test_bad_data_and_models():
     with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         embed(Model(), dataset, batch_size=0)
     with pytest.raises(ValueError, match="2 of 3 images of dataset have no label"):
-        evaluate(Model(), Pictures([-1, -1, 0]), progress=False)
+        evaluate(Model(), Images([-1, -1, 0]), progress=False)
     with pytest.raises(ValueError, match="1 of 2 images of reference have no label"):
-        evaluate(Model(), dataset, reference=Pictures([-1, 0]), progress=False)
+        evaluate(Model(), dataset, reference=Images([-1, 0]), progress=False)
     for name in ("recall_at_0", "recall", "recall_at_x"):
         with pytest.raises(ValueError, match="Primary metrics must be one or more of"):
             evaluate(Model(), dataset, metrics=(name,), progress=False)
@@ -595,7 +595,7 @@ def test_evaluate_with_chosen_metrics_and_gallery():
 
 
 def test_evaluate_measures_the_same_however_images_are_loaded():
-    dataset = Pictures([3, 1, 2, 3, 1, 2, 3])
+    dataset = Images([3, 1, 2, 3, 1, 2, 3])
     torch.manual_seed(0)
     model = Model()
     values = evaluate(model, dataset, progress=False)

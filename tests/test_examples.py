@@ -23,7 +23,7 @@ from pml_tacl import AttentionEmbedder, KMeansPseudoLabeler, SiameseTransform, U
 from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import embed
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -62,13 +62,13 @@ def contents(folder):
 
 
 def draw(rng, count):
-    """Random patches of colour, each picture its own."""
+    """Random patches of colour, each image its own."""
     for cells in rng.integers(0, 256, (count, 5, 4, 3), dtype=np.uint8):
         yield Image.fromarray(cells).resize((40, 50), Image.Resampling.BICUBIC)
 
 
-def write_pictures(folder, count, seed=0):
-    """Pictures of every format and mode that people have, in nested folders."""
+def write_images(folder, count, seed=0):
+    """Images of every format and mode that people have, in nested folders."""
     kinds = [
         (".jpg", "RGB"), (".JPEG", "L"), (".jpg", "CMYK"), (".png", "RGB"), (".png", "RGBA"),
         (".png", "P"), (".png", "L"), (".webp", "RGB"), (".webp", "RGBA"), (".tif", "CMYK"),
@@ -85,13 +85,13 @@ def write_pictures(folder, count, seed=0):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """297 sound pictures and three broken files."""
-    folder = tmp_path_factory.mktemp("pictures")
-    write_pictures(folder, 296)
+def images(tmp_path_factory):
+    """297 sound images and three broken files."""
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder, 296)
     (folder / "broken").mkdir()
     (folder / BROKEN[0]).touch()
-    (folder / BROKEN[1]).write_text("this is no picture")
+    (folder / BROKEN[1]).write_text("this is no image")
     whole = (folder / "level 3" / "ünder" / "003.png").read_bytes()
     (folder / BROKEN[2]).write_bytes(whole[: len(whole) // 2])
     return folder
@@ -109,12 +109,12 @@ def labelled(tmp_path_factory):
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     folder = tmp_path_factory.mktemp("few")
-    write_pictures(folder, 23)
+    write_images(folder, 23)
     return folder
 
 
 @pytest.fixture(scope="module")
-def trained(pictures, labelled, tmp_path_factory):
+def trained(images, labelled, tmp_path_factory):
     """The main job; gives the run's folder and what was logged."""
     run = tmp_path_factory.mktemp("runs") / "main"
     settings = ["--epochs=3", "--warmup-epochs=1", "--eval-folder", labelled]
@@ -122,21 +122,21 @@ def trained(pictures, labelled, tmp_path_factory):
         warnings = []
         logger = "pml_tacl.datasets.image_files._logger.warning"
         patch.setattr(logger, lambda message, *values: warnings.append(message % values))
-        run_example("train_folder", pictures, "--run", run, *SMALL, *settings)
+        run_example("train_folder", images, "--run", run, *SMALL, *settings)
     return run, warnings
 
 
-def test_training_names_the_broken_files_and_goes_on(trained, pictures):
+def test_training_names_the_broken_files_and_goes_on(trained, images):
     run, warnings = trained
     assert len(warnings) == 1
     assert "left out 3 of 300 files" in warnings[0]
-    assert all(str(pictures / name) in warnings[0] for name in BROKEN)
+    assert all(str(images / name) in warnings[0] for name in BROKEN)
     listed = json.loads((run / "files.json").read_text())
-    assert listed["root"] == str(pictures)
+    assert listed["root"] == str(images)
     assert len(listed["files"]) == 297
     assert not set(BROKEN) & set(listed["files"])
-    assert all((pictures / name).is_file() for name in listed["files"])
-    assert len(PictureIndex.load(run)) == 297
+    assert all((images / name).is_file() for name in listed["files"])
+    assert len(ImageIndex.load(run)) == 297
     embeddings = np.load(run / "embeddings.npy")
     assert embeddings.shape == (297, 32)
     assert embeddings.dtype == np.float32
@@ -164,11 +164,11 @@ def test_a_run_holds_what_the_design_says(trained):
     assert len(rows) == 1 + 3  # a header, and the first iteration of each epoch
 
 
-def test_every_stored_picture_finds_itself_first(trained, pictures):
+def test_every_stored_image_finds_itself_first(trained, images):
     run, _ = trained
-    index = PictureIndex.load(run)
+    index = ImageIndex.load(run)
     model = AttentionEmbedder.from_pretrained(run / "model")
-    stored = ImageFiles(pictures, transform=model.transform(image_size=(32, 32)), progress=False)
+    stored = ImageFiles(images, transform=model.transform(image_size=(32, 32)), progress=False)
     # One at a time, as a user asks, not in the batches that the index was made of.
     queries, _ = embed(model, stored, batch_size=1, progress=False)
     similarities, rows = index.search(queries, k=2)
@@ -177,13 +177,13 @@ def test_every_stored_picture_finds_itself_first(trained, pictures):
     assert [path.resolve() for path in index.paths(rows[:, 0])] == stored.paths
 
 
-def test_search_prints_a_table_and_writes_a_gallery(trained, pictures, tmp_path):
+def test_search_prints_a_table_and_writes_a_gallery(trained, images, tmp_path):
     run, _ = trained
     files = json.loads((run / "files.json").read_text())["files"]
-    done = in_a_process("search", run, pictures / files[7], "-k", 4, "--out", tmp_path / "g.png")
+    done = in_a_process("search", run, images / files[7], "-k", 4, "--out", tmp_path / "g.png")
     assert done.returncode == 0, done.stderr
     table = done.stdout.splitlines()
-    assert table[0] == str(pictures / files[7])
+    assert table[0] == str(images / files[7])
     assert table[2].split(maxsplit=2) == ["1", "1.0000", files[7]]
     assert len(table) == 1 + 1 + 4 + 1
     values = [float(line.split()[1]) for line in table[2:6]]
@@ -192,35 +192,35 @@ def test_search_prints_a_table_and_writes_a_gallery(trained, pictures, tmp_path)
         gallery.verify()
 
 
-def test_search_takes_a_folder_and_a_moved_collection(trained, pictures, few, tmp_path, capsys):
+def test_search_takes_a_folder_and_a_moved_collection(trained, images, few, tmp_path, capsys):
     run, _ = trained
-    index = PictureIndex.load(run)
+    index = ImageIndex.load(run)
     index.root = tmp_path / "gone"
     moved = tmp_path / "run"
     moved.mkdir()
     for path in (run / "run.json", run / "model"):
         (moved / path.name).symlink_to(path)
     index.save(moved)
-    query = pictures / "level 1"
+    query = images / "level 1"
     message = failure("search", moved, query)
     assert message == f"error: the indexed images are not in {index.root}: give --images FOLDER"
     capsys.readouterr()
-    run_example("search", moved, query, "--images", pictures)
+    run_example("search", moved, query, "--images", images)
     asked = ImageFiles(query, progress=False).paths
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith(str(query))] == [str(p) for p in asked]
     first = [line.split(maxsplit=2)[2] for line in lines if line.startswith("   1 ")]
-    assert [pictures / name for name in first] == asked
+    assert [images / name for name in first] == asked
     assert lines[-1].endswith(f"{moved / 'search.png'}")
     assert (moved / "search.png").stat().st_size > 0
 
 
-def test_search_says_what_is_missing(trained, pictures, tmp_path):
+def test_search_says_what_is_missing(trained, images, tmp_path):
     run, _ = trained
-    query = pictures / BROKEN[1]
-    good = next((pictures / "level 2").rglob("*.jpg"))
+    query = images / BROKEN[1]
+    good = next((images / "level 2").rglob("*.jpg"))
     assert "holds no index.faiss" in failure("search", tmp_path, good)
-    assert "text.jpg: not a picture of a known format" in failure("search", run, query)
+    assert "text.jpg: not an image of a known format" in failure("search", run, query)
     assert "No such file" in failure("search", run, tmp_path / "none.jpg")
     assert "-k: must be a whole number of at least 1" in failure("search", run, good, "-k", 0)
     broken = tmp_path / "run"
@@ -230,9 +230,9 @@ def test_search_says_what_is_missing(trained, pictures, tmp_path):
     assert "holds no index.faiss" in failure("search", broken, good)
     (broken / "index.faiss").write_bytes((run / "index.faiss").read_bytes()[:50])
     assert "index.faiss is no index of faiss's, or damaged" in failure("search", broken, good)
-    PictureIndex(np.eye(2, 32), ["a", "b"], pictures).save(tmp_path / "other")
+    ImageIndex(np.eye(2, 32), ["a", "b"], images).save(tmp_path / "other")
     (broken / "index.faiss").write_bytes((tmp_path / "other" / "index.faiss").read_bytes())
-    assert "holds 2 embeddings in index.faiss and 297 pictures" in failure("search", broken, good)
+    assert "holds 2 embeddings in index.faiss and 297 images" in failure("search", broken, good)
 
 
 @pytest.mark.parametrize("stop", [(1, 0), (3, 1)])
@@ -282,11 +282,11 @@ def test_resuming_an_ended_run_changes_nothing(few, unbroken):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{empty}"], "no picture in '{empty}' or below it"),
-        (["{empty}/none"], "root must be a folder of pictures; '{empty}/none' is none"),
-        (["{few}", "--num-clusters=25"], "--num-clusters 25 is more than the 24 pictures"),
+        (["{empty}"], "no image in '{empty}' or below it"),
+        (["{empty}/none"], "root must be a folder of images; '{empty}/none' is none"),
+        (["{few}", "--num-clusters=25"], "--num-clusters 25 is more than the 24 images"),
         (["{few}", "--num-clusters=3"], "3 clusters are fewer than the 4 that a batch of 16"),
-        (["{few}", "--batch-size=28"], "--batch-size must be from 1 to the number of pictures, 24"),
+        (["{few}", "--batch-size=28"], "--batch-size must be from 1 to the number of images, 24"),
         (["{few}", "--batch-size=0"], "--batch-size: must be a whole number of at least 1, got 0"),
         (["{few}", "--batch-size=6"], "--images-per-cluster must divide batch_size=6"),
         (["{few}", "--backbone=resnet5O"], "--backbone 'resnet5O' is no timm model: did you mean"),
@@ -301,9 +301,9 @@ def test_resuming_an_ended_run_changes_nothing(few, unbroken):
             ["{few}", "--learning-rate=inf"],
             "--learning-rate: must be finite and at least 0, got inf",
         ),
-        (["{few}", "--eval-folder={empty}"], "no picture in '{empty}' or below it"),
-        (["{pictures}", "--strict"], "3 broken files, and strict=True: "),
-        (["{pictures}/broken"], "no readable picture in '{pictures}/broken': "),
+        (["{few}", "--eval-folder={empty}"], "no image in '{empty}' or below it"),
+        (["{images}", "--strict"], "3 broken files, and strict=True: "),
+        (["{images}/broken"], "no readable image in '{images}/broken': "),
         (["{few}", "--resume"], "resume and overwrite exclude each other"),
         (["{run}"], "must lie apart: give another folder (--run)"),
         (["{run}/.."], "must lie apart: give another folder (--run)"),
@@ -312,12 +312,12 @@ def test_resuming_an_ended_run_changes_nothing(few, unbroken):
     ],
 )
 def test_bad_input_ends_in_one_line_and_harms_nothing(
-    arguments, message, unbroken, few, pictures, tmp_path, monkeypatch
+    arguments, message, unbroken, few, images, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no cache"))
     (tmp_path / "empty").mkdir()
-    places = {"empty": tmp_path / "empty", "few": few, "pictures": pictures, "run": unbroken.run}
+    places = {"empty": tmp_path / "empty", "few": few, "images": images, "run": unbroken.run}
     first, *others = [argument.format(**places) for argument in arguments]
     settings = [*SMALL, "--batch-size=16", "--run", unbroken.run, "--overwrite"]
     found = failure("train_folder", first, *settings, *others)
@@ -328,7 +328,7 @@ def test_bad_input_ends_in_one_line_and_harms_nothing(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nan_pictures_of_a_users_data_set_end_in_one_line(few, workers):
+def test_nan_images_of_a_users_data_set_end_in_one_line(few, workers):
     model = AttentionEmbedder("test_resnet", embedding_dim=8)
     trainer = UnsupervisedTrainer(
         model,
@@ -337,7 +337,7 @@ def test_nan_pictures_of_a_users_data_set_end_in_one_line(few, workers):
         {"metric_loss": MultiSimilarityLoss()},
         [(torch.full((3, 40, 40), float("nan") if i == 5 else i / 24), 0) for i in range(24)],
         transform=SiameseTransform(32, 2, photometric=None),
-        eval_transform=lambda picture: picture[:, :32, :32],
+        eval_transform=lambda image: image[:, :32, :32],
         labeler=KMeansPseudoLabeler(4),
         images_per_cluster=2,
         dataloader_num_workers=workers,
@@ -345,22 +345,22 @@ def test_nan_pictures_of_a_users_data_set_end_in_one_line(few, workers):
     )
     with pytest.raises(SystemExit) as stop, runs.one_line_errors():
         trainer.train()
-    line = "error: picture 5 of the data set is NaN or infinite: mend or remove it"
+    line = "error: image 5 of the data set is NaN or infinite: mend or remove it"
     assert stop.value.code == line
 
 
-def test_a_run_is_not_mixed_with_another(few, unbroken, pictures):
+def test_a_run_is_not_mixed_with_another(few, unbroken, images):
     run = ["--run", unbroken.run]
     found = failure("train_folder", few, *run, *unbroken.settings)
     assert "holds another run: give --resume (resume=True) to go on with it" in found
     found = failure("train_folder", few, *run, *unbroken.settings, "--resume", "--seed=4")
     assert "begun with other settings (seed): resume with the same (seed=0), or give" in found
-    found = failure("train_folder", pictures, *run, *unbroken.settings, "--resume")
-    assert "begun with other settings (pictures)" in found
+    found = failure("train_folder", images, *run, *unbroken.settings, "--resume")
+    assert "begun with other settings (images)" in found
     assert contents(unbroken.run) == unbroken.files
 
 
-def test_more_epochs_and_moved_pictures_go_on(few, labelled, unbroken, tmp_path):
+def test_more_epochs_and_moved_images_go_on(few, labelled, unbroken, tmp_path):
     run, moved, tested = (tmp_path / name for name in ("run", "moved", "tested"))
     shutil.copytree(unbroken.run, run)
     shutil.copytree(few, moved)
@@ -389,7 +389,7 @@ def test_more_epochs_and_moved_pictures_go_on(few, labelled, unbroken, tmp_path)
     shifted = moved / "level 0" / "000 of floats.tif"
     Image.new("RGB", (40, 50), "red").save(shifted)
     found = failure("train_folder", moved, "--run", run, *settings)
-    assert "begun with other settings (pictures): resume with the same, or give" in found
+    assert "begun with other settings (images): resume with the same, or give" in found
     assert "--overwrite" not in found
 
 

@@ -103,8 +103,8 @@ def test_what_is_refused_ends_in_one_line(arguments, message, capsys):
 def test_settings_are_what_a_run_is_begun_with(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own = {"images": {"type": Path}, "--eval-folder": {"type": Path}}
-    settings = flags.settings_of(parse("pictures", **own))
-    assert settings["images"] == str((tmp_path / "pictures").resolve())
+    settings = flags.settings_of(parse("images", **own))
+    assert settings["images"] == str((tmp_path / "images").resolve())
     assert settings["eval_folder"] is None
     kept = {"weights", "num_clusters", "epochs", "image_size", "swap", "learning_rate"}
     assert set(settings) == {*kept, "loss_weights", "images", "eval_folder"}

@@ -95,7 +95,7 @@ def test_commonness_is_the_formula(temperature, labelled, own_batch):
     labels = torch.tensor([0, 1, 0, -1]) if labelled else None
     others = images if own_batch else maps(3, 5, 3, 2, seed=1)
     other_labels = labels if own_batch else (torch.tensor([1, 2, -1]) if labelled else None)
-    common = core.commonness(
+    common = core.background_score(
         images,
         labels,
         None if own_batch else others,
@@ -105,7 +105,7 @@ def test_commonness_is_the_formula(temperature, labelled, own_batch):
     if not labelled:  # every image is a cluster of its own
         labels = torch.arange(4)
         other_labels = labels if own_batch else torch.arange(10, 13)
-    expected = slow.commonness(
+    expected = slow.background_score(
         images.numpy(), labels.tolist(), others.numpy(), other_labels.tolist(), temperature
     )
     np.testing.assert_allclose(common, expected, rtol=1e-12)
@@ -124,7 +124,7 @@ def test_chunk_size_changes_no_value(chunk_size, temperature):
             a, b, points, anchors, positives, None, temperature, size
         )
         losses.sum().backward()
-        common = core.commonness(first, labels, temperature=temperature, chunk_size=size)
+        common = core.background_score(first, labels, temperature=temperature, chunk_size=size)
         return losses, a.grad, b.grad, common
 
     for whole, chunked in zip(run(None), run(chunk_size), strict=True):
@@ -201,8 +201,8 @@ def test_no_pairs_and_one_image():
     for gradient in torch.autograd.grad(losses.sum(), (first, second)):
         assert (gradient == 0).all()
     assert core.cross_image_attention(first[:0], first[:0]).shape == (0, 2, 2)
-    assert (core.commonness(first) == 0).all()
-    assert core.commonness(first[:0]).shape == (0, 2, 2)
+    assert (core.background_score(first) == 0).all()
+    assert core.background_score(first[:0]).shape == (0, 2, 2)
 
 
 def test_a_zero_vector_is_like_nothing_and_takes_no_gradient():
@@ -234,8 +234,8 @@ FIRST, POINTS, PAIR = maps(2, 4, 2, 3), some_points(2, 6), torch.tensor([0])
         (lambda: core.cross_image_attention(FIRST, FIRST[:1]), r"agree in P and C, got \(2, 4"),
         (lambda: core.cross_image_attention(FIRST, FIRST, 0.0), "temperature must be positive"),
         (lambda: core.cross_image_attention(FIRST, FIRST, None, 0), "chunk_size must be at least"),
-        (lambda: core.commonness(FIRST, temperature=-1.0), "temperature must be positive"),
-        (lambda: core.commonness(FIRST, references=FIRST[:, :3]), "have the 4 channels"),
+        (lambda: core.background_score(FIRST, temperature=-1.0), "temperature must be positive"),
+        (lambda: core.background_score(FIRST, references=FIRST[:, :3]), "have the 4 channels"),
         (lambda: core.sample_at_points(FIRST, POINTS[:1]), r"\(N, G, 2\) with the same N"),
         (lambda: core.sample_at_points(FIRST[0, 0], POINTS), r"maps must be \(N, H, W\)"),
         (

@@ -40,11 +40,11 @@ class Draws:
         return 2.6 * torch.rand(n, g, 2, generator=self.generator, dtype=torch.float64) - 1.3
 
 
-def centre_losses(embeddings, labels, centroids=None, distance=None, **kwargs):
+def centroid_losses(embeddings, labels, centroids=None, distance=None, **kwargs):
     """(N,) losses before any reduction; noise left at 0."""
     loss = ContrastiveClusteringLoss(distance=distance, **kwargs)
     loss.set_centroids(centroids)
-    near = loss.nearest_centres(embeddings, labels, embeddings, labels, loss.num_negatives)
+    near = loss.nearest_centroids(embeddings, labels, embeddings, labels, loss.num_negatives)
     losses = core.contrastive_clustering(near.own, near.others, loss.margin, near.valid)
     return torch.where(near.has_own, losses, 0.0)
 
@@ -56,10 +56,10 @@ def test_relabelling_the_clusters_changes_nothing(seed, n, k, num_negatives, mea
     embeddings, labels = draw.normal(n, 5), draw.integers(k, n, low=-1)
     centroids, order = draw.normal(k, 5), draw.order(k)
     renamed = torch.where(labels >= 0, order.argsort()[labels], -1)
-    before = centre_losses(
+    before = centroid_losses(
         embeddings, labels, None if means else centroids, num_negatives=num_negatives, margin=1.0
     )
-    after = centre_losses(
+    after = centroid_losses(
         embeddings,
         renamed,
         None if means else centroids[order],
@@ -71,26 +71,26 @@ def test_relabelling_the_clusters_changes_nothing(seed, n, k, num_negatives, mea
 
 @examples
 @given(seeds, st.integers(2, 12), st.booleans())
-def test_permuting_the_batch_permutes_the_centre_losses(seed, n, means):
+def test_permuting_the_batch_permutes_the_centroid_losses(seed, n, means):
     draw = Draws(seed)
     embeddings, labels, order = draw.normal(n, 5), draw.integers(4, n, low=-1), draw.order(n)
     centroids = None if means else draw.normal(4, 5)
-    before = centre_losses(embeddings, labels, centroids, margin=1.0)
-    after = centre_losses(embeddings[order], labels[order], centroids, margin=1.0)
+    before = centroid_losses(embeddings, labels, centroids, margin=1.0)
+    after = centroid_losses(embeddings[order], labels[order], centroids, margin=1.0)
     torch.testing.assert_close(after, before[order])
 
 
 @examples
 @given(seeds, st.integers(1, 8), st.integers(1, 6), st.floats(1e-6, 1e6), st.booleans())
-def test_scaling_embeddings_changes_no_centre_loss(seed, n, k, scale, means):
+def test_scaling_embeddings_changes_no_centroid_loss(seed, n, k, scale, means):
     draw = Draws(seed)
     embeddings, labels = draw.normal(n, 5), draw.integers(k, n)
     centroids = None if means else draw.normal(k, 5)
     scales = torch.full((n, 1), scale, dtype=torch.float64)
     scales[0] = 1.0
     torch.testing.assert_close(
-        centre_losses(embeddings * scales, labels, centroids, margin=1.0),
-        centre_losses(embeddings, labels, centroids, margin=1.0),
+        centroid_losses(embeddings * scales, labels, centroids, margin=1.0),
+        centroid_losses(embeddings, labels, centroids, margin=1.0),
     )
 
 
@@ -99,7 +99,9 @@ def test_scaling_embeddings_changes_no_centre_loss(seed, n, k, scale, means):
     seeds, st.integers(1, 8), st.integers(2, 6), st.integers(1, 5), st.floats(0, 1),
     st.sampled_from([1, 2]),
 )  # fmt: skip
-def test_moving_towards_the_own_centre_never_raises_the_loss(seed, n, k, num_negatives, way, norm):
+def test_moving_towards_the_own_centroid_never_raises_the_loss(
+    seed, n, k, num_negatives, way, norm
+):
     # Along a straight line, d(e, c_y) falls by the whole step; no other distance can fall by
     # more. That is the triangle inequality, so it takes a metric: not the cosine, see below.
     draw = Draws(seed)
@@ -111,18 +113,18 @@ def test_moving_towards_the_own_centre_never_raises_the_loss(seed, n, k, num_neg
         "margin": 0.5,
     }
     own = torch.nn.functional.normalize(centroids, dim=1)[labels]
-    before = centre_losses(embeddings, labels, **options)
-    after = centre_losses(torch.lerp(embeddings, own, way), labels, **options)
+    before = centroid_losses(embeddings, labels, **options)
+    after = centroid_losses(torch.lerp(embeddings, own, way), labels, **options)
     assert (after <= before + 1e-9).all()
 
 
-def test_moving_towards_the_own_centre_may_raise_the_loss_of_the_cosine():
+def test_moving_towards_the_own_centroid_may_raise_the_loss_of_the_cosine():
     centroids = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    beyond = torch.tensor([[0.98, -0.17]])  # on the far side of its centre
+    beyond = torch.tensor([[0.98, -0.17]])  # on the far side of its centroid
     label = torch.tensor([0])
-    away = centre_losses(beyond, label, centroids, margin=1.2)
-    at_centre = centre_losses(centroids[:1], label, centroids, margin=1.2)
-    assert at_centre > away
+    away = centroid_losses(beyond, label, centroids, margin=1.2)
+    at_centroid = centroid_losses(centroids[:1], label, centroids, margin=1.2)
+    assert at_centroid > away
 
 
 @examples
@@ -225,8 +227,8 @@ def test_scaling_features_changes_no_attention(seed, scale, temperature):
         core.attention_consistency(first, second, points, *pair, temperature=temperature),
     )
     torch.testing.assert_close(
-        core.commonness(first * scales, temperature=temperature),
-        core.commonness(first, temperature=temperature),
+        core.background_score(first * scales, temperature=temperature),
+        core.background_score(first, temperature=temperature),
     )
 
 

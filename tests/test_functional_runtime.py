@@ -52,7 +52,7 @@ def test_half_types_are_reduced_in_fp32(dtype, temperature):
         torch.testing.assert_close(
             got.double(), expected, rtol=HALF[dtype], atol=8 * HALF[dtype] * scale
         )
-    common = core.commonness(batch(dtype=dtype)[0], temperature=temperature)
+    common = core.background_score(batch(dtype=dtype)[0], temperature=temperature)
     assert common.dtype == torch.float32
 
 
@@ -76,11 +76,11 @@ def test_sampling_half_maps_keeps_their_dtype():
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_autocast_changes_nothing(temperature):
     plain = losses_and_gradients(core.attention_consistency, *batch(), temperature=temperature)
-    common = core.commonness(batch()[0], temperature=temperature)
+    common = core.background_score(batch()[0], temperature=temperature)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = losses_and_gradients(core.attention_consistency, *batch(), temperature=temperature)
         torch.testing.assert_close(
-            core.commonness(batch()[0], temperature=temperature), common, rtol=0, atol=0
+            core.background_score(batch()[0], temperature=temperature), common, rtol=0, atol=0
         )
     for got, expected in zip(cast, plain, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
@@ -147,10 +147,10 @@ def test_compiles_without_a_graph_break_to_the_same_values(backend, temperature)
     expected = losses_and_gradients(whole, *batch())
     for got, value in zip(losses_and_gradients(compiled, *batch()), expected, strict=True):
         torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-7)
-    common = torch.compile(core.commonness, fullgraph=True, backend="aot_eager")
+    common = torch.compile(core.background_score, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
         common(batch()[0], temperature=temperature),
-        core.commonness(batch()[0], temperature=temperature),
+        core.background_score(batch()[0], temperature=temperature),
     )
 
 
@@ -181,7 +181,7 @@ def all_of_the_core(first, second, points, anchors, positives):
             points[..., 0],
             temperature,
         )
-        core.commonness(first, labels, second, labels, temperature)
+        core.background_score(first, labels, second, labels, temperature)
     own = first[:, 0, 0, 0].detach().requires_grad_()
     others = second[:, :3, 0, 0]
     core.contrastive_clustering(own, others, 0.2, others > 0).sum().backward()
@@ -280,5 +280,5 @@ def test_similarities_are_held_for_a_chunk_of_pairs_alone(temperature):
     assert peak < 8 * similarities + small
     assert peak < everything / 2
 
-    peak = peak_bytes(lambda: core.commonness(first, temperature=temperature, chunk_size=4))
+    peak = peak_bytes(lambda: core.background_score(first, temperature=temperature, chunk_size=4))
     assert peak < 4 * similarities + small / 20

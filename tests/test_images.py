@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from pml_tacl import AttentionEmbedder, SiameseTransform
-from pml_tacl.callbacks.loggers import as_picture
+from pml_tacl.callbacks.loggers import as_image
 from pml_tacl.datasets import ImageFiles, load_rgb
 from pml_tacl.models.preprocessing import _Shortened, image_transform
 from pml_tacl.utils.images import to_rgb
@@ -213,7 +213,7 @@ class TestLayouts:
     def test_the_rest_is_refused_in_one_line(self, image, error, message):
         for way in (
             to_rgb, image_transform(CONFIG), image_transform(CONFIG, training=True),
-            SiameseTransform(8, 2), to_pixels, as_picture,
+            SiameseTransform(8, 2), to_pixels, as_image,
         ):  # fmt: skip
             with pytest.raises(error, match=message) as raised:
                 way(image)
@@ -241,7 +241,7 @@ class TestWaysIn:
             assert torch.equal(plain(opened), plain(loaded))
             assert torch.equal(views(opened)[0], views(loaded)[0])
             assert np.array_equal(to_pixels(opened), loaded)
-            assert np.array_equal(np.asarray(as_picture(opened)), loaded)
+            assert np.array_equal(np.asarray(as_image(opened)), loaded)
 
     @pytest.mark.parametrize("mode", ["L", "I;16", "CMYK", "RGB"])
     @pytest.mark.parametrize("orientation", [6, 8])

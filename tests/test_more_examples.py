@@ -46,7 +46,7 @@ def command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["example.py", *map(str, arguments)])
 
 
-def picture(path, least=20):
+def make_image(path, least=20):
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"))
     assert pixels.std() > least
@@ -283,7 +283,7 @@ class TestVit:
         for size, side in ((64, 8), (96, 12)):
             assert f"{size} pixels: feature maps (4, 96, {side}, {side})" in printed
             assert f"attention ({side}, {side})" in printed
-            picture(tmp_path / f"attention_{size}.png")
+            make_image(tmp_path / f"attention_{size}.png")
 
 
 class TestVisualizeAttention:
@@ -297,9 +297,9 @@ class TestVisualizeAttention:
         script("visualize_attention").main()
         assert capsys.readouterr().out.split() == [str(tmp_path / "out" / n) for n in self.NAMES]
         for name in self.NAMES:
-            picture(tmp_path / "out" / name)
+            make_image(tmp_path / "out" / name)
 
-    def test_pictures_of_ones_own_with_any_backbone(self, tmp_path, monkeypatch):
+    def test_images_of_ones_own_with_any_backbone(self, tmp_path, monkeypatch):
         files = []
         for number, image in enumerate(Glyphs("test", num_classes=1).images[:3]):
             files.append(tmp_path / f"{number}.png")
@@ -307,7 +307,7 @@ class TestVisualizeAttention:
         backbone = ["--backbone=test_resnet", "--weights=none", "--size=64"]
         command(monkeypatch, *files, *backbone, "--out", tmp_path / "out")
         script("visualize_attention").main()
-        sizes = {name: picture(tmp_path / "out" / name).shape for name in self.NAMES}
+        sizes = {name: make_image(tmp_path / "out" / name).shape for name in self.NAMES}
         assert len(set(sizes.values())) == 3
 
     @pytest.mark.parametrize(

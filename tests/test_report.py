@@ -26,13 +26,13 @@ from pml_tacl.report import _choices as choices
 from pml_tacl.report import _images as images
 from pml_tacl.report import _page as page
 from pml_tacl.report import write_report
-from pml_tacl.report._sources import PictureSet, read_run
-from pml_tacl.search import PictureIndex
+from pml_tacl.report._sources import ImageSet, read_run
+from pml_tacl.search import ImageIndex
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = Path(__file__).parents[1] / "examples" / "report.py"
 _spec = importlib.util.spec_from_file_location(
-    "report_picture", SCRIPT.parents[1] / "docs" / "report_picture.py"
+    "report_image", SCRIPT.parents[1] / "docs" / "report_image.py"
 )
 drawing = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(drawing)
@@ -51,10 +51,10 @@ def unit(rows):
 
 def write_run(folder, *, count=60, labelled=True):
     """A run as train_folder.py leaves it, of a model that was not trained."""
-    pictures, rng = folder / "pictures", np.random.default_rng(0)
+    images, rng = folder / "images", np.random.default_rng(0)
     files = [*HOSTILE, *(f"{'cd'[i % 2]}/{i}.png" for i in range(count - len(HOSTILE)))]
     for number, file in enumerate(files):
-        path = pictures / file
+        path = images / file
         path.parent.mkdir(parents=True, exist_ok=True)
         cells = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)
         Image.fromarray(cells).resize((40, 30), 0).save(path)
@@ -64,7 +64,7 @@ def write_run(folder, *, count=60, labelled=True):
     torch.manual_seed(0)
     run = folder / "run <&> {{BODY}}"
     AttentionEmbedder("test_resnet", embedding_dim=16).save_pretrained(run / "model")
-    config = {"images": str(pictures), "image_size": [32, 32], "epochs": 2, "backbone": "x<y",
+    config = {"images": str(images), "image_size": [32, 32], "epochs": 2, "backbone": "x<y",
               "eval_folder": str(folder / "test") if labelled else None,
               "loss_weights": {"metric_loss": 1.0}}  # fmt: skip
     runs.write_json(run / "run.json", config)
@@ -76,7 +76,7 @@ def write_run(folder, *, count=60, labelled=True):
         {"before": before, "after": after, "config": config, "versions": versions},
     )
     rows = unit(np.repeat(np.eye(6, 16), 10, 0)[:count] + 0.1 * rng.standard_normal((count, 16)))
-    PictureIndex(rows, files, pictures).save(run)
+    ImageIndex(rows, files, images).save(run)
     labels = torch.arange(count) // 10
     labels[50:] = -1  # noise
     history = {"total_loss": [3.0, 2.0, float("nan"), 1.0], "<i>_loss": [1.0] * 4}
@@ -158,11 +158,11 @@ def test_nothing_in_a_run_becomes_a_tag_a_handler_or_a_script(html):
     assert "default-src 'none'" in html
 
 
-def test_the_map_holds_every_picture_with_its_cluster(html, run):
+def test_the_map_holds_every_image_with_its_cluster(html, run):
     training, test = data_of(html)["sets"]
     assert (training["kind"], test["kind"]) == ("cluster", "class")
     assert training["all"] == len(training["x"]) == training["tiles"] == 60
-    index = PictureIndex.load(run)
+    index = ImageIndex.load(run)
     for name, group in zip(training["names"][5:], training["group"][5:], strict=True):
         cluster = index.files.index(name) // 10
         cluster = -1 if cluster == 5 else cluster
@@ -173,20 +173,20 @@ def test_the_map_holds_every_picture_with_its_cluster(html, run):
     for one in (training, test):
         assert (min(one["x"]), max(one["x"])) == (min(one["y"]), max(one["y"])) == (0, 4095)
         assert one["how"].startswith("t\u2011SNE")
-    # Clusters were put in six directions, so on the map too each picture's nearest is its own.
+    # Clusters were put in six directions, so on the map too each image's nearest is its own.
     places = np.array([training["x"], training["y"]], dtype=float).T
     apart = np.linalg.norm(places[:, None] - places[None], axis=2) + 1e9 * np.eye(60)
     near = np.array(training["group"])[apart.argmin(1)]
     assert (near == training["group"]).mean() > 0.95
 
 
-def test_a_page_without_labels_and_with_a_picture_gone(tmp_path):
+def test_a_page_without_labels_and_with_a_image_gone(tmp_path):
     run = write_run(tmp_path, labelled=False)
-    (tmp_path / "pictures" / "c" / "0.png").unlink()
+    (tmp_path / "images" / "c" / "0.png").unlink()
     html = write_report(run, tmp_path / "deep" / "page.html", queries=2, clusters=1, points=40)
     assert html == tmp_path / "deep" / "page.html"
     text = html.read_text(encoding="utf-8")
-    assert "had no labelled pictures to test on" in text
+    assert "had no labelled images to test on" in text
     assert "Without labels, the best are the queries" in text
     (one,) = data_of(text)["sets"]
     assert (one["all"], len(one["x"])) == (60, 40)
@@ -283,24 +283,24 @@ def a_set(count=80, classes=8, seed=0, **kwargs):
     labels = rng.integers(0, classes, count)
     rows = unit(rng.standard_normal((classes, 12))[labels] + 0.8 * rng.standard_normal((count, 12)))
     names = [f"{i}.png" for i in range(count)]
-    return PictureSet("x", names, rows, lambda row: Image.new("RGB", (9, 9)), **kwargs), labels
+    return ImageSet("x", names, rows, lambda row: Image.new("RGB", (9, 9)), **kwargs), labels
 
 
 def test_the_best_and_the_worst_queries_are_those_of_brute_force():
-    pictures, labels = a_set()
+    images, labels = a_set()
     labels[0] = 8  # alone in its class, so it is no query
-    pictures.labels, pictures.classes = labels, [str(i) for i in range(9)]
+    images.labels, images.classes = labels, [str(i) for i in range(9)]
     scores = {}
     for i in range(1, len(labels)):
         near = sorted(
             (j for j in range(len(labels)) if j != i),
-            key=lambda j: -float(pictures.embeddings[i] @ pictures.embeddings[j]),
+            key=lambda j: -float(images.embeddings[i] @ images.embeddings[j]),
         )[:8]
         hits = [bool(labels[j] == labels[i]) for j in near]
         score = sum(sum(hits[: r + 1]) / (r + 1) for r, hit in enumerate(hits) if hit) / 8
-        mean = float(np.mean([pictures.embeddings[i] @ pictures.embeddings[j] for j in near]))
+        mean = float(np.mean([images.embeddings[i] @ images.embeddings[j] for j in near]))
         scores[i] = (score, mean, near, hits)
-    best, worst, among = choices.best_and_worst(pictures, 4)
+    best, worst, among = choices.best_and_worst(images, 4)
     assert among == 79
     for found, order in (
         (best, sorted(scores, key=lambda i: (-scores[i][0], -scores[i][1]))),
@@ -315,26 +315,26 @@ def test_the_best_and_the_worst_queries_are_those_of_brute_force():
 
 
 def test_among_copies_a_query_never_finds_itself():
-    pictures, _ = a_set(30)
-    pictures.embeddings[:] = pictures.embeddings[0]
-    best, worst, _ = choices.best_and_worst(pictures, 30)
+    images, _ = a_set(30)
+    images.embeddings[:] = images.embeddings[0]
+    best, worst, _ = choices.best_and_worst(images, 30)
     for query in (*best, *worst):
         assert query.row not in query.rows
         assert len(set(query.rows)) == 8
 
 
-def test_few_pictures_have_few_neighbours_or_none():
-    pictures, _ = a_set(3)
-    assert [len(query.rows) for query in choices.best_and_worst(pictures, 9)[0]] == [2, 2, 2]
-    pictures, _ = a_set(1)
-    assert choices.best_and_worst(pictures, 3) == ([], [], 0)
+def test_few_images_have_few_neighbours_or_none():
+    images, _ = a_set(3)
+    assert [len(query.rows) for query in choices.best_and_worst(images, 9)[0]] == [2, 2, 2]
+    images, _ = a_set(1)
+    assert choices.best_and_worst(images, 3) == ([], [], 0)
 
 
 def test_clusters_are_ranked_by_size_purity_and_tightness():
     rows = unit(np.array([[1, 0], [1, 0.1], [1, -0.1], [0, 1], [0.7, 1], [-0.7, 1], [1, 1]]))
     clusters = np.array([0, 0, 0, 1, 1, 1, -1])
-    pictures = PictureSet("x", list("abcdefg"), rows, None, None, [], clusters)
-    first, second = choices.clusters_of(pictures)
+    images = ImageSet("x", list("abcdefg"), rows, None, None, [], clusters)
+    first, second = choices.clusters_of(images)
     assert first.rows.tolist() == [0, 1, 2]
     assert second.rows.tolist()[0] == 3
     assert first.tightness > second.tightness > 0.8
@@ -342,8 +342,8 @@ def test_clusters_are_ranked_by_size_purity_and_tightness():
     assert {k: [c.number for c in v] for k, v in ranked.items()} == {
         "Largest": [0], "Tightest": [0], "Loosest": [1],
     }  # fmt: skip
-    pictures.labels, pictures.classes = np.array([0, 1, 2, 3, 3, 4, 5]), list("uvwxyz")
-    first, second = choices.clusters_of(pictures)
+    images.labels, images.classes = np.array([0, 1, 2, 3, 3, 4, 5]), list("uvwxyz")
+    first, second = choices.clusters_of(images)
     assert (first.purity, second.purity) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert second.majority == 3
 
@@ -360,7 +360,7 @@ def test_a_sample_is_of_whole_groups_the_asked_for_first():
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
 @pytest.mark.parametrize("dim", [1, 2, 30])
-def test_any_number_of_pictures_has_places(count, dim):
+def test_any_number_of_images_has_places(count, dim):
     rows = unit(np.random.default_rng(0).standard_normal((count, dim)))
     places, how = choices.project(rows)
     assert places.shape == (count, 2)
@@ -403,7 +403,7 @@ def test_a_sheet_keeps_its_budget_and_its_places():
         assert np.abs(tile - colours[row]).max() < 40, at
 
 
-def test_a_picture_that_cannot_be_read_is_a_crossed_square():
+def test_a_image_that_cannot_be_read_is_a_crossed_square():
     def gone(row):
         raise OSError("gone")
 
@@ -470,7 +470,7 @@ def painted(driver):
 
 
 def place_of(driver, data, at, row):
-    """Where a picture is on the whole map, from the canvas's middle: as script.js places it."""
+    """Where an image is on the whole map, from the canvas's middle: as script.js places it."""
     width, height = run_script(
         driver, "[document.getElementById('map-canvas').clientWidth,"
         "document.getElementById('map-canvas').clientHeight]"
@@ -520,7 +520,7 @@ def test_the_page_opens_quickly_quietly_and_without_a_network(browser, run, html
     assert run_script(browser, "[...document.images].every((i) => i.naturalWidth > 0)")
 
 
-def test_hovering_shows_the_picture_that_is_there(tab, html, run):
+def test_hovering_shows_the_image_that_is_there(tab, html, run):
     data = data_of(html)
     group = data["sets"][0]["ids"].index(3)
     row = data["sets"][0]["group"].index(group)
@@ -533,8 +533,8 @@ def test_hovering_shows_the_picture_that_is_there(tab, html, run):
     assert tip.text.split("\n") == [data["sets"][0]["names"][shown], "cluster 3"]
     uri = run_script(tab, "document.querySelector('#map-tip canvas').toDataURL()")
     seen = np.asarray(decoded(uri).convert("RGB").resize((16, 16)), dtype=float)
-    with Image.open(PictureIndex.load(run).root / data["sets"][0]["names"][shown]) as picture:
-        fitted = picture.convert("RGB").crop((5, 0, 35, 30)).resize((16, 16))
+    with Image.open(ImageIndex.load(run).root / data["sets"][0]["names"][shown]) as image:
+        fitted = image.convert("RGB").crop((5, 0, 35, 30)).resize((16, 16))
     assert np.abs(seen - np.asarray(fitted, dtype=float)).mean() < 40
     assert np.corrcoef(seen.ravel(), np.asarray(fitted, dtype=float).ravel())[0, 1] > 0.9
     hover(tab, -tab.find_element("id", "map-canvas").size["width"] / 2 + 3, 0)
@@ -547,7 +547,7 @@ def test_the_filter_leaves_one_cluster(tab, html):
     group = data["sets"][0]["ids"].index(2)
     choose(tab, group)
     assert painted(tab)["shown"] == "10"
-    assert tab.find_element("id", "map-status").text == "10 pictures of cluster 2."
+    assert tab.find_element("id", "map-status").text == "10 images of cluster 2."
     choose(tab, -1)
     assert painted(tab)["shown"] == "60"
     button = tab.find_element("css selector", "[data-cluster]")
@@ -560,7 +560,7 @@ def test_the_filter_leaves_one_cluster(tab, html):
     assert "in 5 classes" in tab.find_element("id", "map-status").text
 
 
-def test_keys_zoom_and_walk_and_dots_become_pictures(tab):
+def test_keys_zoom_and_walk_and_dots_become_images(tab):
     from selenium.webdriver.common.keys import Keys
 
     canvas = tab.find_element("id", "map-canvas")
@@ -568,7 +568,7 @@ def test_keys_zoom_and_walk_and_dots_become_pictures(tab):
     run_script(tab, "document.getElementById('map-canvas').focus()")
     before = run_script(tab, colours)
     canvas.send_keys("++")
-    assert painted(tab)["pictures"] == "true"
+    assert painted(tab)["images"] == "true"
     zoomed = run_script(tab, colours)
     assert zoomed != before
     canvas.send_keys(Keys.ARROW_LEFT)
@@ -602,17 +602,17 @@ def test_light_and_dark_and_a_phone(tab):
         tab.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_the_picture_of_the_page_is_its_top_and_its_map(browser, run, tmp_path, monkeypatch):
+def test_the_image_of_the_page_is_its_top_and_its_map(browser, run, tmp_path, monkeypatch):
     out = tmp_path / "report.png"
-    monkeypatch.setattr(sys, "argv", ["report_picture.py", str(run), "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["report_image.py", str(run), "--out", str(out)])
     drawing.main()
-    with Image.open(out) as picture:
-        grey = np.asarray(picture.convert("L"), dtype=float)
+    with Image.open(out) as image:
+        grey = np.asarray(image.convert("L"), dtype=float)
     assert grey.shape == (617, 1700)
     light, dark = np.split(grey, 2, axis=1)
     assert np.median(light) > 200
     assert np.median(dark) < 60
-    assert (dark > 100).mean() > 0.02  # pictures on the map
+    assert (dark > 100).mean() > 0.02  # images on the map
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 from pml_tacl.cli import run_folder as runs
 from pml_tacl.utils import errors
-from pml_tacl.utils.files import written_whole
+from pml_tacl.utils.files import atomic_write
 
 
 def contents(folder):
@@ -97,10 +97,10 @@ def test_overwriting_does_not_follow_links(tmp_path):
 
 def test_files_are_whole_or_not_there(tmp_path):
     path = tmp_path / "deep" / "file"
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(b"first")
         assert not path.exists()
-    with pytest.raises(KeyError), written_whole(path) as file:  # noqa: PT012
+    with pytest.raises(KeyError), atomic_write(path) as file:  # noqa: PT012
         file.write(b"half of the second")
         raise KeyError
     assert path.read_bytes() == b"first"

@@ -15,18 +15,18 @@ from PIL import Image
 
 from pml_tacl import AttentionEmbedder
 from pml_tacl.cli import run_folder as runs
-from pml_tacl.cli.queries import PictureList, query_paths
+from pml_tacl.cli.queries import ImageList, query_paths
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.datasets.image_files import load_rgb
 from pml_tacl.evaluation import embed
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 
 SEARCH = Path(__file__).parents[1] / "examples" / "search.py"
 
 
 def make_index(count=20, dim=8):
     rows = np.random.default_rng(0).standard_normal((count, dim)).astype(np.float32)
-    return PictureIndex(rows, [f"{i}.jpg" for i in range(count)], "photos"), rows
+    return ImageIndex(rows, [f"{i}.jpg" for i in range(count)], "photos"), rows
 
 
 def test_search_is_the_order_of_cosines():
@@ -45,7 +45,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     index, rows = make_index(3)
     index.files = ["a.jpg", "ü/b.jpg", os.fsdecode(b"no text \xff.jpg")]
     index.save(tmp_path)
-    loaded = PictureIndex.load(tmp_path)
+    loaded = ImageIndex.load(tmp_path)
     assert loaded.files == index.files
     assert loaded.root == index.root
     assert loaded.root.is_absolute()
@@ -58,7 +58,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     ]  # fmt: skip
 
 
-def test_fewer_pictures_than_asked_for_are_all_found():
+def test_fewer_images_than_asked_for_are_all_found():
     index, rows = make_index(3)
     similarities, found = index.search(rows[:1], k=9)
     assert sorted(found[0].tolist()) == [0, 1, 2]
@@ -68,7 +68,7 @@ def test_fewer_pictures_than_asked_for_are_all_found():
 def test_wrong_arguments():
     index, rows = make_index()
     with pytest.raises(ValueError, match="files must be as many as embeddings, 20, got 1"):
-        PictureIndex(rows, ["a.jpg"], "photos")
+        ImageIndex(rows, ["a.jpg"], "photos")
     with pytest.raises(ValueError, match="embeddings have 7 dimensions and the index 8"):
         index.search(rows[:, :7])
     with pytest.raises(ValueError, match="k must be an integer of at least 1, got 0"):
@@ -82,8 +82,8 @@ def test_wrong_arguments():
 def test_a_damaged_list_of_files_says_so(tmp_path, content):
     make_index()[0].save(tmp_path)
     (tmp_path / "files.json").write_text(content)
-    with pytest.raises(ValueError, match=r"files\.json is no list of pictures"):
-        PictureIndex.load(tmp_path)
+    with pytest.raises(ValueError, match=r"files\.json is no list of images"):
+        ImageIndex.load(tmp_path)
 
 
 @pytest.mark.parametrize("content", [{"stamps": []}, {"stamps": [None], "files": []}])
@@ -92,7 +92,7 @@ def test_lists_that_do_not_belong_together_say_so(tmp_path, content):
     listed = json.loads((tmp_path / "files.json").read_text())
     (tmp_path / "files.json").write_text(json.dumps({**listed, **content}))
     with pytest.raises(ValueError, match="they are of two runs"):
-        PictureIndex.load(tmp_path)
+        ImageIndex.load(tmp_path)
 
 
 def test_an_index_of_an_earlier_version_is_read(tmp_path):
@@ -101,7 +101,7 @@ def test_an_index_of_an_earlier_version_is_read(tmp_path):
     listed = json.loads((tmp_path / "files.json").read_text())
     short = {name: listed[name] for name in ("root", "files")}
     (tmp_path / "files.json").write_text(json.dumps(short))
-    loaded = PictureIndex.load(tmp_path)
+    loaded = ImageIndex.load(tmp_path)
     loaded.add(rows[:1], ["new.jpg"])
     assert loaded.files[-1] == "new.jpg"
 
@@ -114,29 +114,29 @@ def clustered(count, dim=32, seed=0):
     return rows.astype(np.float32)
 
 
-def test_a_graph_finds_nearly_all_that_a_look_at_every_picture_finds(tmp_path):
+def test_a_graph_finds_nearly_all_that_a_look_at_every_image_finds(tmp_path):
     rows = clustered(4000)
     files = [f"{i % 3}/{i}.jpg" for i in range(4000)]
-    flat, graph = (PictureIndex(rows, files, "x", kind=kind) for kind in ("flat", "hnsw"))
+    flat, graph = (ImageIndex(rows, files, "x", kind=kind) for kind in ("flat", "hnsw"))
     assert (flat.kind, graph.kind) == ("flat", "hnsw")
     queries = clustered(200, seed=1)
     exact, found = flat.search(queries, k=10)[1], graph.search(queries, k=10)[1]
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)])
     assert recall > 0.97
     graph.save(tmp_path)
-    loaded = PictureIndex.load(tmp_path)
+    loaded = ImageIndex.load(tmp_path)
     assert loaded.kind == "hnsw"
     np.testing.assert_array_equal(loaded.search(queries, k=10)[1], found)
     np.testing.assert_allclose(loaded.embeddings, flat.embeddings, rtol=1e-6)
-    # A walk that asks for more than it can meet is finished by a look at every picture.
+    # A walk that asks for more than it can meet is finished by a look at every image.
     assert sorted(graph.search(queries[:1], k=4000)[1][0].tolist()) == list(range(4000))
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])
-def test_a_search_in_a_folder_finds_its_own_pictures_exactly(kind):
+def test_a_search_in_a_folder_finds_its_own_images_exactly(kind):
     rows = clustered(300, dim=8)
     files = [f"{'ab'[i % 2]}{'/deep' if i % 3 else ''}/{i}.jpg" for i in range(299)]
-    index = PictureIndex(rows, [*files, "ab/odd.jpg"], "x", kind=kind)
+    index = ImageIndex(rows, [*files, "ab/odd.jpg"], "x", kind=kind)
     queries = clustered(20, dim=8, seed=2)
     inside = np.array([i for i, file in enumerate(files) if file.startswith("a/")])
     unit, asked = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (rows, queries))
@@ -148,7 +148,7 @@ def test_a_search_in_a_folder_finds_its_own_pictures_exactly(kind):
     assert index.search(queries, k=2, folder="b/deep")[0].shape == (20, 2)
     np.testing.assert_array_equal(index.rows_in("."), np.arange(300))
     assert index.rows_in("ab").tolist() == [299]
-    with pytest.raises(ValueError, match="folder='c' holds no indexed picture; there are a, a/d"):
+    with pytest.raises(ValueError, match="folder='c' holds no indexed image; there are a, a/d"):
         index.search(queries, folder="c")
 
 
@@ -156,7 +156,7 @@ def test_a_search_in_a_folder_finds_its_own_pictures_exactly(kind):
 def test_adding_and_removing_gives_the_index_of_what_is_there(kind):
     rows = clustered(200, dim=8)
     files = [f"{i}.jpg" for i in range(200)]
-    index = PictureIndex(rows[:120], files[:120], "x", kind=kind)
+    index = ImageIndex(rows[:120], files[:120], "x", kind=kind)
     index.add(torch.from_numpy(rows[120:150]), files[120:150])
     index.remove(files[:30])
     index.add(np.concatenate([-rows[40:50], rows[150:]]), [*files[40:50], *files[150:]])
@@ -165,18 +165,18 @@ def test_adding_and_removing_gives_the_index_of_what_is_there(kind):
     expected[40:50] *= -1
     assert index.files == [files[i] for i in here]
     assert index.kind == kind
-    plain = PictureIndex(expected[here], index.files, "x", kind="flat")
+    plain = ImageIndex(expected[here], index.files, "x", kind="flat")
     np.testing.assert_allclose(index.embeddings, plain.embeddings, rtol=1e-6)
     np.testing.assert_array_equal(index.search(expected, k=1)[1], plain.search(expected, k=1)[1])
     index.remove([])
     assert len(index) == len(here)
 
 
-def test_the_kind_follows_the_number_of_pictures(monkeypatch):
+def test_the_kind_follows_the_number_of_images(monkeypatch):
     monkeypatch.setattr("pml_tacl.search.FLAT_UP_TO", 50)
     rows = clustered(60, dim=8)
     files = [f"{i}.jpg" for i in range(60)]
-    index = PictureIndex(rows[:50], files[:50], "x")
+    index = ImageIndex(rows[:50], files[:50], "x")
     assert index.kind == "flat"
     index.add(rows[50:], files[50:])
     assert index.kind == "hnsw"
@@ -190,7 +190,7 @@ def test_what_cannot_be_added_or_removed_changes_nothing():
     before = index.embeddings
     for wrong, files, message in (
         (rows[:2, :7], ["a", "b"], "embeddings have 7 dimensions and the index 8"),
-        (rows[:2], ["a", "a"], "files must hold each picture once"),
+        (rows[:2], ["a", "a"], "files must hold each image once"),
         (rows[:2], ["a"], "files must be as many as embeddings, 2, got 1"),
         (rows[:2] * np.nan, ["0.jpg", "b"], "2 of 2 rows of embeddings are NaN"),
     ):
@@ -202,7 +202,7 @@ def test_what_cannot_be_added_or_removed_changes_nothing():
         index.remove(index.files)
     np.testing.assert_array_equal(index.embeddings, before)
     with pytest.raises(ValueError, match="kind must be one of auto, flat, hnsw, got 'ivf'"):
-        PictureIndex(rows, index.files, "x", kind="ivf")
+        ImageIndex(rows, index.files, "x", kind="ivf")
 
 
 def draw(path, seed):
@@ -215,9 +215,9 @@ def test_changes_are_told_by_name_size_and_time(tmp_path):
     for number in range(4):
         draw(tmp_path / "in" / f"{number}.png", number)
     files = [f"in/{number}.png" for number in range(4)]
-    index = PictureIndex(np.eye(4), files, tmp_path)
+    index = ImageIndex(np.eye(4), files, tmp_path)
     index.save(tmp_path / "run")
-    assert PictureIndex.load(tmp_path / "run").changes() == ([], [], [])
+    assert ImageIndex.load(tmp_path / "run").changes() == ([], [], [])
     draw(tmp_path / "in" / "1.png", 9)
     os.utime(tmp_path / "in" / "1.png", ns=(1, 1))
     (tmp_path / "in" / "2.png").unlink()
@@ -230,7 +230,7 @@ def test_changes_are_told_by_name_size_and_time(tmp_path):
     assert index.changes().changed == ["new.png"]
 
 
-def test_a_query_is_a_picture_a_folder_or_what_is_piped_in(tmp_path):
+def test_a_query_is_a_image_a_folder_or_what_is_piped_in(tmp_path):
     draw(tmp_path / "a.png", 0)
     draw(tmp_path / "in ü" / "b.png", 1)
     a, b = tmp_path / "a.png", tmp_path / "in ü" / "b.png"
@@ -248,16 +248,16 @@ def test_a_query_is_a_picture_a_folder_or_what_is_piped_in(tmp_path):
         asked("-", b" \n")
 
 
-def test_a_list_of_pictures_leaves_out_the_broken_or_stops(tmp_path, caplog):
+def test_a_list_of_images_leaves_out_the_broken_or_stops(tmp_path, caplog):
     draw(tmp_path / "a.png", 0)
-    (tmp_path / "b.png").write_text("no picture")
+    (tmp_path / "b.png").write_text("no image")
     paths = [tmp_path / "b.png", tmp_path / "a.png"]
-    pictures = PictureList(paths, strict=False)
-    assert "b.png: not a picture of a known format" in caplog.text
-    assert (len(pictures), pictures[0][1], pictures[0][0].size) == (1, -1, (24, 24))
-    assert PictureList(paths[1:], lambda image: image.size)[0] == ((24, 24), -1)
-    with pytest.raises(OSError, match=r"b\.png: not a picture of a known format"):
-        PictureList(paths)
+    images = ImageList(paths, strict=False)
+    assert "b.png: not an image of a known format" in caplog.text
+    assert (len(images), images[0][1], images[0][0].size) == (1, -1, (24, 24))
+    assert ImageList(paths[1:], lambda image: image.size)[0] == ((24, 24), -1)
+    with pytest.raises(OSError, match=r"b\.png: not an image of a known format"):
+        ImageList(paths)
 
 
 @pytest.fixture(scope="module")
@@ -265,16 +265,14 @@ def run(tmp_path_factory):
     """A run as train_folder.py leaves it, of a model that was not trained."""
     folder = tmp_path_factory.mktemp("run")
     for number in range(6):
-        draw(folder / "pictures" / "ab"[number % 2] / f"{number}.png", number)
+        draw(folder / "images" / "ab"[number % 2] / f"{number}.png", number)
     torch.manual_seed(0)
     model = AttentionEmbedder("test_resnet", embedding_dim=8).eval()
     model.save_pretrained(folder / "run" / "model")
     runs.write_json(folder / "run" / "run.json", {"image_size": [32, 32]})
-    pictures = ImageFiles(
-        folder / "pictures", transform=model.transform(image_size=32), progress=False
-    )
-    embeddings, _ = embed(model, pictures, progress=False)
-    PictureIndex(embeddings, pictures.names, folder / "pictures").save(folder / "run")
+    images = ImageFiles(folder / "images", transform=model.transform(image_size=32), progress=False)
+    embeddings, _ = embed(model, images, progress=False)
+    ImageIndex(embeddings, images.names, folder / "images").save(folder / "run")
     return folder
 
 
@@ -287,24 +285,24 @@ def search(run, *arguments, piped=b""):
 
 
 def test_the_script_reads_a_pipe_and_keeps_to_a_folder(run):
-    picture = run / "pictures" / "b" / "3.png"
-    printed = search(run, "-", "-k", "2", "--folder", "b", piped=picture.read_bytes())
+    image = run / "images" / "b" / "3.png"
+    printed = search(run, "-", "-k", "2", "--folder", "b", piped=image.read_bytes())
     assert printed.splitlines()[2].split() == ["1", "1.0000", "b/3.png"]
     assert printed.splitlines()[3].split()[2].startswith("b/")
 
 
-def test_the_script_finds_what_is_left_where_an_indexed_picture_is_gone(run, tmp_path, capsys,
+def test_the_script_finds_what_is_left_where_an_indexed_image_is_gone(run, tmp_path, capsys,
                                                                         monkeypatch):  # fmt: skip
     here = tmp_path / "here"
     shutil.copytree(run, here)
-    (here / "pictures" / "b" / "1.png").unlink()
-    arguments = [here / "run", here / "pictures" / "b" / "3.png", "--images", here / "pictures"]
+    (here / "images" / "b" / "1.png").unlink()
+    arguments = [here / "run", here / "images" / "b" / "3.png", "--images", here / "images"]
     monkeypatch.setattr(sys, "argv", ["search.py", *map(str, arguments), "--out", "out.png"])
     monkeypatch.chdir(here)
     runpy.run_path(str(SEARCH), run_name="__main__")
     printed = capsys.readouterr()
     assert len([line for line in printed.out.splitlines() if line.endswith(".png")]) == 8
-    gone = here / "pictures" / "b" / "1.png"
+    gone = here / "images" / "b" / "1.png"
     assert printed.err.splitlines()[-1] == (
         f"{gone} is indexed and can no longer be read: give --update"
     )
@@ -312,17 +310,17 @@ def test_the_script_finds_what_is_left_where_an_indexed_picture_is_gone(run, tmp
 
 
 def test_the_script_updates_the_index(run, capsys, monkeypatch):
-    folder = run / "pictures"
+    folder = run / "images"
     draw(folder / "new.png", 3)  # the pixels of b/3.png, which goes
     (folder / "b" / "3.png").unlink()
-    (folder / "broken.png").write_text("no picture")
+    (folder / "broken.png").write_text("no image")
     arguments = [run / "run", folder / "new.png", "--update", "-k", "1", "--out", run / "out.png"]
     monkeypatch.setattr(sys, "argv", ["search.py", *map(str, arguments)])
     runpy.run_path(str(SEARCH), run_name="__main__")
     printed = capsys.readouterr().out
     assert "1 images embedded, 1 taken out, 6 in the index" in printed
     assert printed.splitlines()[-2].split() == ["1", "1.0000", "new.png"]
-    index = PictureIndex.load(run / "run")
+    index = ImageIndex.load(run / "run")
     assert index.changes() == (["broken.png"], [], [])
 
 
@@ -343,7 +341,7 @@ def crowded(count, share, crowds, jitter=0.0, dim=64):
 def test_copies_do_not_hide_others_from_a_graph(share, crowds, jitter):
     rows = crowded(4000, share, crowds, jitter)
     files = [f"{i}.jpg" for i in range(4000)]
-    flat, graph = (PictureIndex(rows, files, "x", kind=kind) for kind in ("flat", "hnsw"))
+    flat, graph = (ImageIndex(rows, files, "x", kind=kind) for kind in ("flat", "hnsw"))
     rng = np.random.default_rng(1)
     near = rows[:200] + 0.3 * rng.standard_normal((200, 64))
     for queries in (near, rng.standard_normal((200, 64))):
@@ -359,7 +357,7 @@ def test_all_copies_are_found_in_the_order_of_files(kind, tmp_path):
     rows[[3, 9, 10, 31]] = rows[3]
     rows[[5, 6]] = rows[5]
     files = [f"{'ab'[i % 2]}/{i}.jpg" for i in range(40)]
-    index = PictureIndex(rows, files, "x", kind=kind)
+    index = ImageIndex(rows, files, "x", kind=kind)
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     np.testing.assert_allclose(index.embeddings, unit, rtol=1e-6)
 
@@ -380,7 +378,7 @@ def test_all_copies_are_found_in_the_order_of_files(kind, tmp_path):
     assert index.search(rows[[3]], k=3, folder="b")[1][0, :2].tolist() == [3, 9]
     assert index.search(rows[[3]], k=99, folder="a")[1].shape == (1, 20)
     index.save(tmp_path)
-    loaded = PictureIndex.load(tmp_path)
+    loaded = ImageIndex.load(tmp_path)
     check(loaded, rows, files)
     # Copies of what is there, of each other, and of nothing.
     more = np.concatenate([rows[[3, 0]], rows[[7]] + 1, rows[[7]] + 1, rows[[6]]])
@@ -390,12 +388,12 @@ def test_all_copies_are_found_in_the_order_of_files(kind, tmp_path):
     loaded.remove(["b/3.jpg", "a/10.jpg", "c/2.jpg"])
     check(loaded, np.delete(rows, [3, 10, 42], axis=0), loaded.files)
     loaded.save(tmp_path)
-    np.testing.assert_array_equal(PictureIndex.load(tmp_path).embeddings, loaded.embeddings)
+    np.testing.assert_array_equal(ImageIndex.load(tmp_path).embeddings, loaded.embeddings)
 
 
 def test_each_embedding_is_kept_once(tmp_path):
     rows = np.eye(4, dtype=np.float32)[[0, 1, 1, 2, 1, 0]]
-    index = PictureIndex(rows, list("abcdef"), "x")
+    index = ImageIndex(rows, list("abcdef"), "x")
     assert index._index.ntotal == 3
     index.add(np.eye(4)[[1, 3]], ["g", "h"])
     assert index._index.ntotal == 4
@@ -404,13 +402,13 @@ def test_each_embedding_is_kept_once(tmp_path):
     assert listed["entries"] == [0, 1, 1, 2, 1, 0, 1, 3]
     (tmp_path / "files.json").write_text(json.dumps({**listed, "entries": [0] * 8}))
     with pytest.raises(ValueError, match="they are of two runs"):
-        PictureIndex.load(tmp_path)
+        ImageIndex.load(tmp_path)
 
 
 def test_an_earlier_index_that_holds_copies_is_added_to(tmp_path):
     rows = clustered(20, dim=8)
     rows[4] = rows[2]
-    index = PictureIndex(rows, [f"{i}" for i in range(20)], "x")
+    index = ImageIndex(rows, [f"{i}" for i in range(20)], "x")
     index.save(tmp_path)
     listed = json.loads((tmp_path / "files.json").read_text())
     del listed["entries"]
@@ -418,7 +416,7 @@ def test_an_earlier_index_that_holds_copies_is_added_to(tmp_path):
     whole = faiss.IndexFlatIP(8)
     whole.add(index.embeddings)
     faiss.write_index(whole, str(tmp_path / "index.faiss"))
-    loaded = PictureIndex.load(tmp_path)
+    loaded = ImageIndex.load(tmp_path)
     loaded.add(np.concatenate([rows[[4]], rows[[0]] + 1]), ["new", "newer"])
     assert sorted(loaded.search(rows[[2]], k=3)[1][0].tolist()) == [2, 4, 20]
     assert loaded.search(rows[[0]] + 1, k=1)[1].tolist() == [[21]]

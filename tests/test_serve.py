@@ -22,7 +22,7 @@ from pml_tacl import AttentionEmbedder
 from pml_tacl.cli.main import main
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import embed
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 from pml_tacl.serve import MAX_UPLOAD, RunSearcher, SearchServer
 from pml_tacl.utils.errors import InputError
 
@@ -51,7 +51,7 @@ def searcher(photos):
     images = ImageFiles(photos, transform=model.transform(image_size=32), progress=False)
     rows, _ = embed(model, images, progress=False)
     names = [*images.names, "../secret.png", str(photos.parent / "secret.png")]
-    index = PictureIndex(torch.cat([rows, rows[:2] + 0.3]), names, photos)
+    index = ImageIndex(torch.cat([rows, rows[:2] + 0.3]), names, photos)
     return RunSearcher(model, (32, 32), index, name="<my run>")
 
 

@@ -24,7 +24,7 @@ CLASSES, EACH = 4, 10
 
 
 def coloured(seed):
-    """Pictures of a colour for each class, under noise."""
+    """Images of a colour for each class, under noise."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(CLASSES).repeat_interleave(EACH)
     corners = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
@@ -37,7 +37,7 @@ class Stock:
 
     def __init__(self, folder, epochs=None):
         runs.seed_everything(0)  # PML's sampler draws from NumPy
-        # Ours. Pictures of one colour have no covariance.
+        # Ours. Images of one colour have no covariance.
         self.model = AttentionEmbedder("test_resnet", embedding_dim=16, pooling="average")
         self.loss = ContrastiveClusteringLoss(margin=1.0)  # ours
         parts = {"trunk": self.model.trunk, "embedder": self.model.embedder}
@@ -112,7 +112,7 @@ def test_stock_pml_trains_tests_saves_logs_and_resumes(tmp_path):
     assert (again.models_folder / "trunk_4.pth").exists()
 
 
-def test_centres_set_by_the_user_are_saved_and_loaded_by_pmls_hooks(tmp_path):
+def test_centroids_set_by_the_user_are_saved_and_loaded_by_pmls_hooks(tmp_path):
     first, again = Stock(tmp_path), Stock(tmp_path)
     images, _ = first.data.tensors
     with torch.no_grad():

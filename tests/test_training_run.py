@@ -12,7 +12,7 @@ from pml_tacl import AttentionEmbedder
 from pml_tacl.cli.run_folder import seed_everything
 from pml_tacl.cli.training_run import TrainingRun
 from pml_tacl.trainers.records import LossesFile, read_losses
-from tests.trainers.small import Pictures, make_model, make_trainer
+from tests.trainers.small import Images, make_model, make_trainer
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -32,7 +32,7 @@ def train(folder, epochs=3, asked=None, resume=False, test_epochs=(1,), fails_at
         assert trainer.epoch == epoch
         asked.append(epoch)
         if epoch == fails_at:
-            raise OSError("the disk of the test pictures is gone")
+            raise OSError("the disk of the test images is gone")
         weight = next(trainer.models["trunk"].parameters()).detach()
         return {"recall_at_1": float(weight.double().abs().mean().clamp(0, 1))}
 
@@ -143,7 +143,7 @@ def test_without_tests_there_are_no_recalls(tmp_path):
     assert (tmp_path / "run" / "curves.png").exists()
 
 
-def test_one_picture_has_no_neighbours(tmp_path):
+def test_one_image_has_no_neighbours(tmp_path):
     run, model = TrainingRun(tmp_path / "run"), make_model().train()
     run.open({})
     run.draw(model, [(torch.zeros(3, 32, 32), 0)], torch.ones(1, 2))
@@ -154,10 +154,10 @@ def test_one_picture_has_no_neighbours(tmp_path):
 
 @pytest.mark.parametrize("with_labels", [False, True])
 @pytest.mark.parametrize("count", [2, 99])
-def test_pictures_are_drawn_beside_their_nearest(tmp_path, monkeypatch, count, with_labels):
-    model, pictures = make_model(), Pictures(6)
+def test_images_are_drawn_beside_their_nearest(tmp_path, monkeypatch, count, with_labels):
+    model, images = make_model(), Images(6)
     plain = model.transform(image_size=32)
-    items = [(plain(pictures[row][0]), 0) for row in range(6)]
+    items = [(plain(images[row][0]), 0) for row in range(6)]
     embeddings = nn.functional.normalize(torch.tensor([[1.0, 0], [1, 0.1], [1, 0.3], [0, 1],
                                                        [0.1, 1], [0.3, 1]]))  # fmt: skip
     labels = torch.tensor([0, 0, 1, 1, 1, 1]) if with_labels else None
@@ -179,14 +179,14 @@ def test_pictures_are_drawn_beside_their_nearest(tmp_path, monkeypatch, count, w
     shown = [(items[row][0] * std + mean).clamp(0, 1) for row in (0, 1, 5)]
     assert torch.equal(drawn["queries"][0], shown[0])
     assert torch.equal(drawn["queries"][-1], shown[2])
-    assert torch.equal(drawn["neighbours"][0][0], shown[1])  # never the picture itself
+    assert torch.equal(drawn["neighbours"][0][0], shown[1])  # never the image itself
     if with_labels:
         assert drawn["correct"][0][:2].tolist() == [True, False]
     else:
         assert drawn["correct"] is None
     for name in ("gallery", "attention"):
-        with Image.open(run.folder / f"{name}.png") as picture:
-            picture.verify()
+        with Image.open(run.folder / f"{name}.png") as image:
+            image.verify()
 
 
 def begun(folder, test, epochs=2, resume=False, **kwargs):
@@ -262,7 +262,7 @@ def test_a_curve_that_cannot_be_drawn_costs_nothing(tmp_path, monkeypatch, caplo
 def test_a_gallery_that_cannot_be_drawn_costs_nothing(tmp_path, caplog):
     run, model = TrainingRun(tmp_path / "run"), make_model()
     run.open({})
-    items = [(torch.zeros(3, 32, 32), 0)]  # two embeddings, and a picture that is gone
+    items = [(torch.zeros(3, 32, 32), 0)]  # two embeddings, and an image that is gone
     run.draw(model, items, nn.functional.normalize(torch.rand(2, 2)))
     assert "attention.png and gallery.png not drawn: IndexError: list index out of" in caplog.text
 
@@ -330,10 +330,10 @@ def test_losses_are_read_many_together(tmp_path, monkeypatch):
     assert found["off"] == [0.0] * 250
 
 
-@pytest.mark.parametrize("pictures", ["run", "run/in/it", "", "run/../run"])
-def test_a_run_and_its_pictures_lie_apart(tmp_path, pictures):
-    with pytest.raises(ValueError, match=r"the run, .*, and the pictures, .*, must lie apart"):
-        TrainingRun(tmp_path / "run", apart_from=[tmp_path / "a", None, tmp_path / pictures])
+@pytest.mark.parametrize("images", ["run", "run/in/it", "", "run/../run"])
+def test_a_run_and_its_images_lie_apart(tmp_path, images):
+    with pytest.raises(ValueError, match=r"the run, .*, and the images, .*, must lie apart"):
+        TrainingRun(tmp_path / "run", apart_from=[tmp_path / "a", None, tmp_path / images])
     assert list(tmp_path.iterdir()) == []
     TrainingRun(tmp_path / "run", apart_from=[tmp_path / "runner", None])
 

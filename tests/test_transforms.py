@@ -30,7 +30,7 @@ def plain(size=SIZE, grid=SIZE, **kwargs):
     )
 
 
-def picture(seed=0, height=HEIGHT, width=WIDTH):
+def make_image(seed=0, height=HEIGHT, width=WIDTH):
     rng = np.random.default_rng(seed)
     return PIL.Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
@@ -124,9 +124,9 @@ def test_coarse_cells_are_the_dense_map_at_their_centres(name):
     kwargs = {"crop_scale": (0.6, 1.0), "geometric": GEOMETRIC[name]}
     rows, columns = 4, 8
     torch.manual_seed(3)
-    points = plain(grid=(rows, columns), **kwargs)(picture())[2]
+    points = plain(grid=(rows, columns), **kwargs)(make_image())[2]
     torch.manual_seed(3)
-    dense = plain(**kwargs)(picture())[2].view(SIZE, SIZE, 2)
+    dense = plain(**kwargs)(make_image())[2].view(SIZE, SIZE, 2)
     for k, point in enumerate(points):
         row, column = divmod(k, columns)
         y, x = (row + 0.5) * SIZE / rows, (column + 0.5) * SIZE / columns
@@ -137,26 +137,26 @@ def test_coarse_cells_are_the_dense_map_at_their_centres(name):
 
 
 def test_without_crops_points_are_the_cells_themselves():
-    points = plain(size=64, grid=(2, 4), crop_scale=None)(picture())[2]
+    points = plain(size=64, grid=(2, 4), crop_scale=None)(make_image())[2]
     x, y = [-0.75, -0.25, 0.25, 0.75], [-0.5, 0.5]
     expected = torch.tensor([[column, row] for row in y for column in x])
     torch.testing.assert_close(points, expected)
 
 
 def test_without_crop_scale_views_are_the_largest_centred_box():
-    view, transformed, _ = plain(size=50, crop_scale=None)(picture(height=50, width=80))
-    expected = v2.functional.pil_to_tensor(picture(height=50, width=80))[:, :, 15:65] / 255
+    view, transformed, _ = plain(size=50, crop_scale=None)(make_image(height=50, width=80))
+    expected = v2.functional.pil_to_tensor(make_image(height=50, width=80))[:, :, 15:65] / 255
     torch.testing.assert_close(view, expected)
     torch.testing.assert_close(transformed, expected)
 
 
 def test_flip_mirrors_half_of_the_second_views_and_no_first_one():
     transform = plain(size=40, grid=2, crop_scale=None, flip=True)
-    straight, _, _ = plain(size=40, grid=2, crop_scale=None)(picture())
+    straight, _, _ = plain(size=40, grid=2, crop_scale=None)(make_image())
     torch.manual_seed(0)
     mirrored = 0
     for _ in range(60):
-        view, transformed, points = transform(picture())
+        view, transformed, points = transform(make_image())
         torch.testing.assert_close(view, straight)
         if points[0, 0] > 0:
             mirrored += 1
@@ -242,14 +242,14 @@ def test_wholly_invisible_grids_are_finite_and_outside():
     away.make_params = lambda _: {
         "angle": 0.0, "translate": [500.0, 0.0], "scale": 1.0, "shear": [0.0, 0.0]
     }  # fmt: skip
-    points = plain(size=32, grid=3, geometric=away)(picture())[2]
+    points = plain(size=32, grid=3, geometric=away)(make_image())[2]
     assert points.isfinite().all()
     assert (points.abs() > 1).any(-1).all()
 
 
 def test_a_half_visible_grid():
     keep_left = v2.Lambda(lambda x: v2.functional.crop(x, 0, 0, 40, 20))
-    points = plain(size=40, grid=(2, 4), crop_scale=None, geometric=keep_left)(picture())[2]
+    points = plain(size=40, grid=(2, 4), crop_scale=None, geometric=keep_left)(make_image())[2]
     visible = (points.abs() <= 1).all(-1).view(2, 4)
     assert visible.tolist() == [[True, True, False, False]] * 2
     torch.testing.assert_close(points[0], torch.tensor([-0.5, -0.5]))
@@ -257,7 +257,7 @@ def test_a_half_visible_grid():
 
 def test_geometric_of_another_size_is_resized_to_the_views():
     view, transformed, points = plain(size=(30, 40), grid=5, geometric=v2.Resize((90, 20)))(
-        picture()
+        make_image()
     )
     assert view.shape == transformed.shape == (3, 30, 40)
     assert points.shape == (25, 2)
@@ -266,7 +266,7 @@ def test_geometric_of_another_size_is_resized_to_the_views():
 
 def test_fold_in_the_field_loses_points_rather_than_inventing_them():
     points = plain(size=64, grid=64, crop_scale=None, geometric=v2.ElasticTransform(400.0, 3.0))(
-        picture()
+        make_image()
     )[2]
     assert points.isfinite().all()
     assert (points.abs() > 1000).any()
@@ -280,10 +280,10 @@ def test_fold_in_the_field_loses_points_rather_than_inventing_them():
     grid=GRIDS,
     seed=st.integers(0, 1000),
 )
-def test_any_picture_gives_finite_views_and_evenly_spaced_points(height, width, size, grid, seed):
+def test_any_image_gives_finite_views_and_evenly_spaced_points(height, width, size, grid, seed):
     rows, columns = grid
     torch.manual_seed(seed)
-    view, transformed, points = SiameseTransform(size, grid)(picture(seed, height, width))
+    view, transformed, points = SiameseTransform(size, grid)(make_image(seed, height, width))
     for tensor in (view, transformed):
         assert tensor.shape == (3, size, size)
         assert tensor.dtype == torch.float32
@@ -311,9 +311,9 @@ def test_views_get_their_own_photometric_draws():
     photometric = v2.ColorJitter(brightness=(0.2, 0.9))
     torch.manual_seed(0)
     kwargs = {"crop_scale": None, "flip": False}
-    view, transformed, _ = SiameseTransform(32, photometric=photometric, **kwargs)(picture())
+    view, transformed, _ = SiameseTransform(32, photometric=photometric, **kwargs)(make_image())
     assert (view - transformed).abs().mean() > 0.05
-    view, transformed, _ = SiameseTransform(32, photometric=None, **kwargs)(picture())
+    view, transformed, _ = SiameseTransform(32, photometric=None, **kwargs)(make_image())
     torch.testing.assert_close(view, transformed)
 
 
@@ -335,7 +335,7 @@ def test_default_photometric_changes_colours_but_moves_nothing():
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
 def test_other_modes_become_rgb(mode):
-    image = picture().convert(mode)
+    image = make_image().convert(mode)
     torch.manual_seed(0)
     expected = SiameseTransform(32)(image.convert("RGB"))
     torch.manual_seed(0)
@@ -343,12 +343,12 @@ def test_other_modes_become_rgb(mode):
         torch.testing.assert_close(found, wanted)
 
 
-def test_a_tensor_is_the_picture_of_the_same_pixels():
-    tensor = v2.functional.pil_to_tensor(picture())
+def test_a_tensor_is_the_image_of_the_same_pixels():
+    tensor = v2.functional.pil_to_tensor(make_image())
     for image in (tensor, tensor.contiguous(), tv_tensors.Image(tensor)):
         before = image.clone()
         torch.manual_seed(0)
-        expected = SiameseTransform(32, geometric=GEOMETRIC["composed"])(picture())
+        expected = SiameseTransform(32, geometric=GEOMETRIC["composed"])(make_image())
         torch.manual_seed(0)
         results = SiameseTransform(32, geometric=GEOMETRIC["composed"])(image)
         for found, wanted in zip(results, expected, strict=True):
@@ -363,20 +363,20 @@ def test_same_seed_same_views_and_pickling_keeps_them():
     results = []
     for each, seed in ((transform, 0), (copy, 0), (transform, 1)):
         torch.manual_seed(seed)
-        results.append(each(picture()))
+        results.append(each(make_image()))
     for a, b, c in zip(*results, strict=True):
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
 
 
 class Same(Dataset):
-    """One picture, over and over."""
+    """One image, over and over."""
 
     def __len__(self):
         return 8
 
     def __getitem__(self, index):
-        return SiameseTransform(16, 3)(picture(height=40, width=40))
+        return SiameseTransform(16, 3)(make_image(height=40, width=40))
 
 
 def test_workers_draw_differently_and_reproducibly():
@@ -432,7 +432,7 @@ def test_wrong_arguments_are_named(kwargs, error, message):
         (torch.zeros(3, 0, 4, dtype=torch.uint8), ValueError, r"got \(3, 0, 4\)"),
     ],
 )
-def test_wrong_pictures_are_named(image, error, message):
+def test_wrong_images_are_named(image, error, message):
     with pytest.raises(error, match=message):
         SiameseTransform(32)(image)
 
@@ -455,12 +455,12 @@ def test_geometric_that_breaks_its_promise_is_named(geometric, error, message):
     torch.manual_seed(0)
     transform = SiameseTransform(32, 8, geometric=geometric, crop_scale=(0.2, 0.3))
     with pytest.raises(error, match=message):
-        transform(picture())
+        transform(make_image())
 
 
 def test_photometric_that_changes_the_shape_is_named():
     with pytest.raises(ValueError, match=r"photometric must keep the shape \(3, 32, 32\).*geometr"):
-        SiameseTransform(32, photometric=v2.CenterCrop(20))(picture())
+        SiameseTransform(32, photometric=v2.CenterCrop(20))(make_image())
 
 
 @pytest.mark.parametrize("size", [64, (32, 96)])
@@ -472,7 +472,7 @@ def test_views_for_a_model_are_those_that_fit_it(size):
     x, y = model.cell_offset(shape)
     assert (x, y) != (0, 0)
     assert transform.cell_offset == pytest.approx((x, y))
-    view, other, points = transform(picture())
+    view, other, points = transform(make_image())
     assert view.shape == other.shape == (3, *shape)
     features = model.forward_features(view[None]).feature_maps
     assert transform.grid == features.shape[-2:]
@@ -485,8 +485,8 @@ def test_the_smallest_views_there_are():
     torch.manual_seed(0)
     blurring, plain = SiameseTransform(2, 1), SiameseTransform(1, 1, photometric=None)
     for _ in range(20):  # which blurs now and then
-        assert blurring(picture())[0].shape == (3, 2, 2)
-    assert plain(picture())[0].shape == (3, 1, 1)
+        assert blurring(make_image())[0].shape == (3, 2, 2)
+    assert plain(make_image())[0].shape == (3, 1, 1)
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
@@ -524,7 +524,7 @@ def batch(count=6, height=12, width=10, seed=0):
 
 
 def partners(images, output):
-    """Which image each swapped one took its surroundings from; -1 if none explains it."""
+    """Which image each swapped one took its backgrounds from; -1 if none explains it."""
     found = []
     for i in range(len(images)):
         mask = output.masks[i]
@@ -537,9 +537,9 @@ def partners(images, output):
     return found
 
 
-def slow_mask(commonness, sharpness, height, width):
+def slow_mask(background_score, sharpness, height, width):
     """The mask of one image, element by element; bilinear, half-pixel centres, edges repeated."""
-    b = commonness.double().numpy()
+    b = background_score.double().numpy()
     z = -(b - b.mean()) / b.std()
     mask = np.empty((height, width))
     for y in range(height):
@@ -558,17 +558,17 @@ def slow_mask(commonness, sharpness, height, width):
 @pytest.mark.parametrize("mask", ["border", "distinctive"])
 @pytest.mark.parametrize("sharpness", [1.0, 4.0])
 def test_mask_from_maps_is_the_formula(mask, sharpness):
-    images, commonness = batch(), torch.rand(6, 3, 4) * 0.2 + 0.5
-    output = BackgroundSwap(1.0, mask, sharpness=sharpness, empty=False)(images, commonness)
-    for mask, b in zip(output.masks, commonness, strict=True):
+    images, background_score = batch(), torch.rand(6, 3, 4) * 0.2 + 0.5
+    output = BackgroundSwap(1.0, mask, sharpness=sharpness, empty=False)(images, background_score)
+    for mask, b in zip(output.masks, background_score, strict=True):
         torch.testing.assert_close(mask, slow_mask(b, sharpness, 12, 10))
     assert -1 not in partners(images, output)
 
 
 def test_common_places_are_swapped_and_distinctive_ones_kept():
-    commonness = torch.zeros(4, 4, 4)
-    commonness[:, :2] = 1.0
-    output = BackgroundSwap(1.0, sharpness=20.0)(batch(4, 8, 8), commonness)
+    background_score = torch.zeros(4, 4, 4)
+    background_score[:, :2] = 1.0
+    output = BackgroundSwap(1.0, sharpness=20.0)(batch(4, 8, 8), background_score)
     assert output.masks[:, 0].max() < 1e-6
     assert output.masks[:, -1].min() > 1 - 1e-6
     torch.testing.assert_close(output.images[:, :, -1], batch(4, 8, 8)[:, :, -1])
@@ -641,9 +641,9 @@ def test_too_few_images_are_returned_as_they_are(count):
         assert output.swapped.tolist() == [False] * count
 
 
-@pytest.mark.parametrize("commonness", [torch.full((3, 4, 4), 0.3), torch.rand(3, 1, 1)])
-def test_constant_commonness_gives_half_masks_and_no_nan(commonness):
-    output = BackgroundSwap(1.0)(batch(3), commonness)
+@pytest.mark.parametrize("background_score", [torch.full((3, 4, 4), 0.3), torch.rand(3, 1, 1)])
+def test_constant_commonness_gives_half_masks_and_no_nan(background_score):
+    output = BackgroundSwap(1.0)(batch(3), background_score)
     assert (output.masks == 0.5).all()
     assert output.images.isfinite().all()
 
@@ -651,9 +651,9 @@ def test_constant_commonness_gives_half_masks_and_no_nan(commonness):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("mask", ["border", "distinctive", "centred"])
 def test_other_dtypes_are_kept(dtype, mask):
-    images, commonness = batch().to(dtype), torch.rand(6, 3, 4)
+    images, background_score = batch().to(dtype), torch.rand(6, 3, 4)
     results = [
-        BackgroundSwap(0.7, mask)(x, commonness, torch.Generator().manual_seed(0))
+        BackgroundSwap(0.7, mask)(x, background_score, torch.Generator().manual_seed(0))
         for x in (images, images.float())
     ]
     assert results[0].images.dtype == dtype
@@ -666,12 +666,12 @@ def test_other_dtypes_are_kept(dtype, mask):
 
 
 def test_channels_last_and_slices_give_the_same():
-    images, commonness = batch(), torch.rand(6, 3, 4)
+    images, background_score = batch(), torch.rand(6, 3, 4)
     wide = torch.randn(6, 3, 12, 20)
     wide[..., ::2] = images
 
     def swap(x):
-        return BackgroundSwap(0.7)(x, commonness, torch.Generator().manual_seed(0)).images
+        return BackgroundSwap(0.7)(x, background_score, torch.Generator().manual_seed(0)).images
 
     last = swap(images.to(memory_format=torch.channels_last))
     assert last.is_contiguous(memory_format=torch.channels_last)
@@ -704,8 +704,8 @@ def test_swap_is_reproducible_and_leaves_its_input_alone():
 
 
 def test_mask_carries_no_gradient_to_the_commonness():
-    commonness = torch.rand(6, 3, 4, requires_grad=True)
-    assert not BackgroundSwap(1.0)(batch(), commonness).images.requires_grad
+    background_score = torch.rand(6, 3, 4, requires_grad=True)
+    assert not BackgroundSwap(1.0)(batch(), background_score).images.requires_grad
 
 
 @pytest.mark.parametrize("mask", ["border", "distinctive", "centred"])
@@ -721,9 +721,9 @@ def test_swap_never_reads_a_value_back(mask):
 @pytest.mark.parametrize("mask", ["border", "distinctive", "centred"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_cuda_agrees_with_cpu_and_never_waits(mask, dtype):
-    images, commonness = batch(16), torch.rand(16, 3, 4)
-    expected = BackgroundSwap(0.7, mask)(images, commonness, torch.Generator().manual_seed(0))
-    arguments = images.to("cuda", dtype), commonness.cuda()
+    images, background_score = batch(16), torch.rand(16, 3, 4)
+    expected = BackgroundSwap(0.7, mask)(images, background_score, torch.Generator().manual_seed(0))
+    arguments = images.to("cuda", dtype), background_score.cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = BackgroundSwap(0.7, mask)(*arguments, torch.Generator().manual_seed(0))
@@ -756,7 +756,7 @@ def test_wrong_swap_arguments_are_named(kwargs, message):
 
 
 @pytest.mark.parametrize(
-    ("images", "commonness", "error", "message"),
+    ("images", "background_score", "error", "message"),
     [
         (torch.zeros(3, 4, 4), None, ValueError, r"images must .* got \(3, 4, 4\)"),
         (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), None, TypeError, "got torch.uint8"),
@@ -766,9 +766,9 @@ def test_wrong_swap_arguments_are_named(kwargs, message):
         (torch.zeros(2, 3, 4, 4), torch.zeros(2, 0, 4), ValueError, r"got \(2, 0, 4\)"),
     ],
 )
-def test_wrong_batches_are_named(images, commonness, error, message):
+def test_wrong_batches_are_named(images, background_score, error, message):
     with pytest.raises(error, match=message):
-        BackgroundSwap()(images, commonness)
+        BackgroundSwap()(images, background_score)
 
 
 def slow_emptied(image, keep):

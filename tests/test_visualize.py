@@ -26,7 +26,7 @@ from pml_tacl.visualize import (
     training_curves,
 )
 from pml_tacl.visualize._curves import smoothed, spread_apart
-from pml_tacl.visualize._inputs import shortened, to_pictures, to_pixels
+from pml_tacl.visualize._inputs import shortened, to_images, to_pixels
 
 
 def rendered(figure: Figure) -> np.ndarray:
@@ -71,10 +71,10 @@ def leaves_no_trace():
         assert "matplotlib.pyplot" not in sys.modules
 
 
-# Pictures in
+# Images in
 
 
-def test_every_form_of_one_picture_gives_the_same_pixels():
+def test_every_form_of_one_image_gives_the_same_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
     floats = pixels / 255
     tensor = torch.from_numpy(floats).permute(2, 0, 1)  # not contiguous
@@ -91,14 +91,14 @@ def test_every_form_of_one_picture_gives_the_same_pixels():
     ]
     for form in forms:
         np.testing.assert_array_equal(to_pixels(form), pixels)
-    np.testing.assert_array_equal(to_pictures(floats[None])[0], pixels)
-    np.testing.assert_array_equal(to_pictures(tensor[None])[0], pixels)
-    np.testing.assert_array_equal(to_pictures(forms)[3], pixels)
+    np.testing.assert_array_equal(to_images(floats[None])[0], pixels)
+    np.testing.assert_array_equal(to_images(tensor[None])[0], pixels)
+    np.testing.assert_array_equal(to_images(forms)[3], pixels)
     np.testing.assert_allclose(to_pixels(tensor.half()), pixels, atol=1)
     np.testing.assert_allclose(to_pixels(tensor.bfloat16()), pixels, atol=2)
 
 
-def test_a_picture_that_fits_both_layouts_is_read_by_its_type():
+def test_a_image_that_fits_both_layouts_is_read_by_its_type():
     ambiguous = np.random.default_rng(1).integers(0, 256, (3, 5, 3), dtype=np.uint8)
     np.testing.assert_array_equal(to_pixels(ambiguous), ambiguous)
     np.testing.assert_array_equal(
@@ -106,7 +106,7 @@ def test_a_picture_that_fits_both_layouts_is_read_by_its_type():
     )
 
 
-def test_grayscale_and_transparent_pictures():
+def test_grayscale_and_transparent_images():
     gray = np.random.default_rng(2).integers(0, 256, (6, 9), dtype=np.uint8)
     expected = np.repeat(gray[..., None], 3, axis=2)
     for form in (gray, gray[None], gray[..., None], Image.fromarray(gray), torch.from_numpy(gray)):
@@ -137,7 +137,7 @@ def test_a_large_photograph_is_made_small_and_the_callers_stays():
         (["a.png"], TypeError, "str"),
     ],
 )
-def test_what_is_not_a_picture_is_refused(bad, error, message):
+def test_what_is_not_a_image_is_refused(bad, error, message):
     with pytest.raises(error, match=f"^images .*{message}"):
         attention_overlay(bad, np.zeros((2, 2)))
 
@@ -150,13 +150,13 @@ def test_the_overlay_is_brightest_at_the_hot_cell(cell):
     attention = torch.zeros(1, 4, 4)
     attention[0][cell] = 1
     figure = attention_overlay(torch.full((1, 3, 64, 64), 0.5), attention)
-    picture, heat, overlay = figure.axes
+    image, heat, overlay = figure.axes
     whole = rendered(figure)
     for axes in (heat, overlay):
         shown = pixels_of(axes, whole).mean(axis=2)
         y, x = np.argwhere(shown == shown.max()).mean(axis=0)
         assert (int(4 * y / shown.shape[0]), int(4 * x / shown.shape[1])) == cell
-    assert np.ptp(pixels_of(picture, whole)[5:-5, 5:-5]) == 0
+    assert np.ptp(pixels_of(image, whole)[5:-5, 5:-5]) == 0
 
 
 @pytest.mark.parametrize("offset", [(0.0, 0.0), (-0.5, 0.0), (0.25, -0.5)])
@@ -183,7 +183,7 @@ def test_maps_are_stretched_each_on_its_own_and_even_ones_stay_even():
     np.testing.assert_allclose(shown[2], 0.5)
 
 
-def test_a_map_is_as_wide_and_high_as_its_picture():
+def test_a_map_is_as_wide_and_high_as_its_image():
     figure = attention_overlay(
         np.full((1, 20, 40, 3), 0.5), np.random.default_rng(0).random((3, 3))
     )
@@ -201,14 +201,14 @@ def test_overlays_stand_in_lines(count, columns, lines):
     assert len(figure.axes) == 3 * count
     assert len({round(axes.get_position(original=True).y0, 6) for axes in figure.axes}) == lines
     assert [axes.get_title(loc="left") for axes in figure.axes[::3]] == titles
-    assert {"picture", "attention", "overlay"} <= set(texts(figure))
+    assert {"image", "attention", "overlay"} <= set(texts(figure))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"images": []}, "images is empty"),
-        ({"attention": np.zeros((3, 2, 2))}, "attention holds 3 maps for 2 pictures"),
+        ({"attention": np.zeros((3, 2, 2))}, "attention holds 3 maps for 2 images"),
         ({"attention": np.full((2, 2, 2), np.nan)}, "attention holds NaN"),
         ({"attention": np.zeros((2, 1, 2, 2))}, r"attention must have shape .*\(2, 1, 2, 2\)"),
         ({"titles": ["one"]}, "titles has 1 entries for 2 images"),
@@ -301,7 +301,7 @@ def test_similar_regions_shows_both_directions():
     both = similar_regions(Image.new("RGB", (9, 9)), neighbours, maps, query_maps=maps)
     assert len(both.axes) == 5
     assert both.axes[1].images[0].get_array().shape == (9, 9, 3)
-    with pytest.raises(ValueError, match="query_maps holds 1 maps for 2 pictures"):
+    with pytest.raises(ValueError, match="query_maps holds 1 maps for 2 images"):
         similar_regions(np.zeros((8, 8, 3)), neighbours, maps, query_maps=maps[:1])
     with pytest.raises(ValueError, match="neighbours is empty"):
         similar_regions(np.zeros((8, 8, 3)), [], maps)
@@ -365,10 +365,10 @@ def test_without_verdicts_frames_are_neutral():
 
 
 def test_rows_may_differ_and_long_ones_go_on_below():
-    picture = np.zeros((8, 8, 3))
+    image = np.zeros((8, 8, 3))
     figure = retrieval_gallery(
-        [picture, picture, picture],
-        [[picture] * 5, [], [picture]],
+        [image, image, image],
+        [[image] * 5, [], [image]],
         distances=[[0.1, 0.2, 0.3, 0.4, 0.5], [], [0.6]],
         columns=2,
     )
@@ -395,12 +395,12 @@ def test_rows_may_differ_and_long_ones_go_on_below():
     ],
 )
 def test_captions_of_any_script_are_drawn_without_a_warning(caption, caplog):
-    picture = np.zeros((8, 8, 3))
+    image = np.zeros((8, 8, 3))
     figure = retrieval_gallery(
-        [picture], [[picture]], captions=[[caption]], title=caption, query_captions=[caption]
+        [image], [[image]], captions=[[caption]], title=caption, query_captions=[caption]
     )
     rendered(figure)
-    rendered(attention_overlay([picture], np.zeros((1, 2, 2)), [caption]))
+    rendered(attention_overlay([image], np.zeros((1, 2, 2)), [caption]))
     rendered(recall_curve({caption: {"recall_at_1": 0.5}}))
     assert not caplog.records
     if caption.isascii():

@@ -36,7 +36,7 @@ def _photographs() -> tuple[Image.Image, ...]:
 
 
 def background(rng: np.random.Generator, size: int) -> Image.Image:
-    """A picture (RGB, size x size) to put something on; `rng` alone decides which."""
+    """An image (RGB, size x size) to put something on; `rng` alone decides which."""
     draw = _photograph if rng.random() < _SHARE_OF_PHOTOGRAPHS else _pattern
     image = draw(rng, size)
     pixels = np.asarray(image)[..., rng.permutation(3)].astype(np.float32)

@@ -1,4 +1,4 @@
-"""Batches: which pictures, their two views, and their swapped surroundings."""
+"""Batches: which images, their two views, and their swapped backgrounds."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from retrieval_parts.views import Views
 
 @dataclass
 class Batch:
-    """N pictures: two views, rows, labels, and how far each cell of the first was kept."""
+    """N images: two views, rows, labels, and how far each cell of the first was kept."""
 
     views: Views
     rows: Tensor
@@ -28,11 +28,11 @@ class Batch:
 
 
 def draw(run: Training) -> Batch:
-    """The next batch, its surroundings swapped if the run does that."""
+    """The next batch, its backgrounds swapped if the run does that."""
     config = run.config
     rows = draw_rows(run)
     maps = None if run.background is None else run.background[rows]
-    views = run.views(run.pictures.images[rows], run.generator, maps)
+    views = run.views(run.images.images[rows], run.generator, maps)
     weights = None
     if config.swap > 0:
         swap = BackgroundSwap(
@@ -52,11 +52,11 @@ def draw(run: Training) -> Batch:
 
 
 def draw_rows(run: Training) -> Tensor:
-    """Rows of a batch: whole groups of a cluster (or of neighbours), or any pictures."""
+    """Rows of a batch: whole groups of a cluster (or of neighbours), or any images."""
     config, generator = run.config, run.generator
-    count = len(run.pictures.images)
+    count = len(run.images.images)
     if config.metric == "stml" and run.embeddings is not None:
-        # After the paper: some pictures, each with its nearest by the teacher's embedding.
+        # After the paper: some images, each with its nearest by the teacher's embedding.
         queries = torch.randperm(count, generator=generator)[: config.batch // config.per_cluster]
         near = run.embeddings[queries] @ run.embeddings.T
         return near.topk(config.per_cluster, 1).indices.flatten()

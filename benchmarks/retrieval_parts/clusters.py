@@ -1,4 +1,4 @@
-"""Pseudo-labels, masks and embeddings of all pictures, made anew between steps."""
+"""Pseudo-labels, masks and embeddings of all images, made anew between steps."""
 
 from typing import Any
 
@@ -7,16 +7,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pml_tacl import KMeansPseudoLabeler
-from pml_tacl.functional import to_picture
-from retrieval_parts.masks import picture_masks
+from pml_tacl.functional import to_image
+from retrieval_parts.masks import image_masks
 from retrieval_parts.objective import Losses
-from retrieval_parts.scoring import embed_pictures, purity
+from retrieval_parts.scoring import embed_images, purity
 from retrieval_parts.state import Training
 
 
 @torch.no_grad()
 def recluster(run: Training, losses: Losses) -> None:
-    """New labels, centres, masks and neighbours from the network as it is."""
+    """New labels, centroids, masks and neighbours from the network as it is."""
     config = run.config
     warm = run.step >= config.warmup
     grouped = config.metric == "ms" or config.ccl > 0 or config.tac > 0
@@ -26,11 +26,11 @@ def recluster(run: Training, losses: Losses) -> None:
     if config.swap > 0 and config.mask != "centred" and stale:
         run.background = _masks(run, run.labels if run.centroids is not None else None)
     if config.metric == "stml" or (warm and uses_clusters):
-        run.embeddings = embed_pictures(run.teacher, run.pictures.images, run.views.normalise)
+        run.embeddings = embed_images(run.teacher, run.images.images, run.views.normalise)
     if not (warm and uses_clusters):
         return
     if config.labels == "true":
-        count = int(run.pictures.labels.max()) + 1
+        count = int(run.images.labels.max()) + 1
         sums = torch.zeros(count, run.embeddings.shape[1])
         run.centroids = F.normalize(sums.index_add_(0, run.labels, run.embeddings))
     else:
@@ -47,7 +47,7 @@ def recluster(run: Training, losses: Losses) -> None:
             "step": run.step,
             "clusters": len(run.centroids),
             "sure": float(sure.float().mean()),
-            "purity": purity(run.labels[sure], run.pictures.labels[sure]),
+            "purity": purity(run.labels[sure], run.images.labels[sure]),
             "loss": float(torch.tensor(run.losses[-config.recluster :]).mean()),
         }
     )
@@ -57,15 +57,15 @@ def number_of_clusters(run: Training) -> Any:
     """The rule of the configuration, as `KMeansPseudoLabeler` takes it."""
     rule = run.config.num_clusters
     if rule.endswith("classes"):
-        return int(rule.removesuffix("classes") or 1) * (int(run.pictures.labels.max()) + 1)
+        return int(rule.removesuffix("classes") or 1) * (int(run.images.labels.max()) + 1)
     return rule if rule == "auto" else int(rule)
 
 
 def _masks(run: Training, labels: Tensor | None) -> Tensor:
     config = run.config
-    maps = picture_masks(
+    maps = image_masks(
         run.teacher,
-        run.pictures.images,
+        run.images.images,
         run.views.normalise,
         labels,
         config.mask,
@@ -78,4 +78,4 @@ def _masks(run: Training, labels: Tensor | None) -> Tensor:
     if offset == (0.0, 0.0):
         return maps
     # Half a cell is nothing that the grid of the maps could show.
-    return to_picture(maps, (2 * maps.shape[1], 2 * maps.shape[2]), offset)
+    return to_image(maps, (2 * maps.shape[1], 2 * maps.shape[2]), offset)

@@ -127,16 +127,16 @@ class Config:
     labels: str = "clusters"
     num_clusters: str = "classes"  # or a number, "auto" (a tenth), "2classes"
     recluster: int = -1  # steps between clusterings
-    warmup: int = -1  # steps before the first, each picture its own cluster
+    warmup: int = -1  # steps before the first, each image its own cluster
     per_cluster: int = 4
-    max_ambiguity: float = 0.0  # >0: noise if own centre / next centre distance is above it
+    max_ambiguity: float = 0.0  # >0: noise if own centroid / next centroid distance is above it
 
     metric: str = "ms"  # ms, ntxent, stml or none
     miner: str = "none"  # or ms: PML's MultiSimilarityMiner
     ccl: float = 0.0
     ccl_margin: float = 0.2
     ccl_negatives: int = 5
-    ccl_momentum: float = 1.0  # of the centres, which follow the batches; at 1 they stay
+    ccl_momentum: float = 1.0  # of the centroids, which follow the batches; at 1 they stay
     tac: float = 0.0
     tac_temperature: float = 0.0  # 0 is the hard maximum
     tac_pairs: int = 1
@@ -150,7 +150,7 @@ class Config:
     # The net at the start and again when clustering begins; recluster: at each clustering too.
     mask_from: str = "first"
     mask_index: int = -1  # stage of the mask's maps; -1 is feature_index's
-    mask_size: int = 1  # the net sees pictures so many times larger to make masks
+    mask_size: int = 1  # the net sees images so many times larger to make masks
     mask_references: int = 64
 
     ema: float = 0.0  # momentum of a teacher that makes clusters and masks; 0 is none

@@ -1,4 +1,4 @@
-"""The benchmark's data sets: uint8 pictures in memory, in splits that share no class."""
+"""The benchmark's data sets: uint8 images in memory, in splits that share no class."""
 
 import hashlib
 import zlib
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pml_tacl.datasets import Glyphs
 from pml_tacl.utils.errors import InputError
-from pml_tacl.utils.files import written_whole
+from pml_tacl.utils.files import atomic_write
 from retrieval_parts import emoji, folders, photos
 from retrieval_parts.backgrounds import background
 
@@ -24,8 +24,8 @@ _DRAWING = 2  # raised when a change of the code below changes pixels: the cache
 _SPLIT_SEED = 2020
 
 
-class Pictures(NamedTuple):
-    """Pictures and what they show.
+class Images(NamedTuple):
+    """Images and what they show.
 
     Attributes:
         images: (N, 3, S, S) uint8.
@@ -46,14 +46,14 @@ def load(
     cache: Path = DEFAULT_CACHE,
     limit: int | None = None,
     data_root: Path | None = None,
-) -> Pictures:
+) -> Images:
     """A split of a data set.
 
     Args:
         name: one of NAMES.
         split: "train", "validation" or "test".
-        size: side of the pictures.
-        cache: folder for archives and for pictures made of them.
+        size: side of the images.
+        cache: folder for archives and for images made of them.
         limit: the first so many classes only.
         data_root: folder of the photographs' data sets, each in a folder of its name.
 
@@ -66,17 +66,17 @@ def load(
     if split not in SPLITS:
         raise InputError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
     if name == "glyphs":
-        pictures = _glyphs(split, size, limit)
+        images = _glyphs(split, size, limit)
     elif name in DRAWN:
-        pictures = _open_emoji(name, split, size, cache)
+        images = _open_emoji(name, split, size, cache)
     elif name in photos.PHOTOS:
-        pictures = _photographs(name, split, size, cache, data_root)
+        images = _photographs(name, split, size, cache, data_root)
     else:
         raise InputError(f"dataset={name!r} is none of {', '.join(NAMES)}")
     if limit is None:
-        return pictures
-    kept = pictures.labels < limit
-    return Pictures(*(part if part is None else part[kept] for part in pictures))
+        return images
+    kept = images.labels < limit
+    return Images(*(part if part is None else part[kept] for part in images))
 
 
 def third(count: int, split: str) -> slice:
@@ -85,17 +85,17 @@ def third(count: int, split: str) -> slice:
     return slice(count * part // 3, count * (part + 1) // 3)
 
 
-def _glyphs(split: str, size: int, limit: int | None) -> Pictures:
+def _glyphs(split: str, size: int, limit: int | None) -> Images:
     # Glyphs orders its classes: its own training half holds the first third and half the second.
     glyphs = Glyphs("all", size=size)
     part = third(len(glyphs.classes), split)
     stop = part.stop if limit is None else min(part.stop, part.start + limit)
     rows = np.where((glyphs.labels >= part.start) & (glyphs.labels < stop))[0]
     images = np.stack([np.asarray(glyphs[int(row)][0]) for row in rows])
-    return _pictures(images, glyphs.labels[rows] - part.start)
+    return _images(images, glyphs.labels[rows] - part.start)
 
 
-def _open_emoji(name: str, split: str, size: int, cache: Path) -> Pictures:
+def _open_emoji(name: str, split: str, size: int, cache: Path) -> Images:
     made = repr((_DRAWING, emoji.SETS, emoji.SIDE, name, size))
     key = hashlib.sha256(made.encode()).hexdigest()[:12]
     paths = {s: cache / f"{name}-{s}-{size}-{key}.npz" for s in SPLITS}
@@ -104,7 +104,7 @@ def _open_emoji(name: str, split: str, size: int, cache: Path) -> Pictures:
         for other, path in paths.items():  # all at once: opening the drawings is the slow part
             _draw(found, name, other, size, path)
     with np.load(paths[split]) as file:
-        return _pictures(file["images"], file["labels"])
+        return _images(file["images"], file["labels"])
 
 
 def _draw(found: dict[str, list], name: str, split: str, size: int, path: Path) -> None:
@@ -117,45 +117,45 @@ def _draw(found: dict[str, list], name: str, split: str, size: int, path: Path) 
         for number, drawing in enumerate(found[code])
     ]
     labels = np.repeat(np.arange(len(codes)), [len(found[code]) for code in codes])
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         np.savez(file, images=np.stack(images), labels=labels)
 
 
-def _photographs(name: str, split: str, size: int, cache: Path, data_root: Path | None) -> Pictures:
+def _photographs(name: str, split: str, size: int, cache: Path, data_root: Path | None) -> Images:
     if data_root is None:
         raise FileNotFoundError(f"dataset={name!r} needs --data-root with a folder {name}/")
     found = photos.listed(name, data_root, split)
     return _read_listed(found, f"{name}-{split}", size, cache)
 
 
-def _folder(name: str, split: str, size: int, cache: Path, data_root: Path) -> Pictures:
+def _folder(name: str, split: str, size: int, cache: Path, data_root: Path) -> Images:
     found = folders.listed(data_root / name, split)
     return _read_listed(found, f"folder-{name}-{split}", size, cache)
 
 
 def _read_listed(
     found: photos.Listed | folders.Listed, name: str, size: int, cache: Path
-) -> Pictures:
+) -> Images:
     state = [(path, Path(path).stat().st_mtime_ns) for path in found.paths]
     key = hashlib.sha256(repr((_DRAWING, state, size)).encode()).hexdigest()[:12]
     path = cache / f"{name}-{size}-{key}.npz"
     if not path.is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             np.savez(file, images=photos.read(found.paths, size))
     with np.load(path) as stored:
-        pictures = _pictures(stored["images"], found.labels)
+        images = _images(stored["images"], found.labels)
     queries = None if found.queries is None else torch.from_numpy(found.queries)
-    return pictures._replace(queries=queries)
+    return images._replace(queries=queries)
 
 
 def place_on_white(rng: np.random.Generator, drawing: Image.Image, size: int) -> Image.Image:
-    """The drawing in the middle of a white picture, its longer side 0.8 of the picture's."""
+    """The drawing in the middle of a white image, its longer side 0.8 of the image's."""
     return _paste(Image.new("RGB", (size, size), "white"), drawing, round(0.8 * size), None)
 
 
 def place_busy(rng: np.random.Generator, drawing: Image.Image, size: int) -> Image.Image:
-    """The drawing anywhere on a busy background, its longer side 0.65 to 0.9 of the picture's."""
+    """The drawing anywhere on a busy background, its longer side 0.65 to 0.9 of the image's."""
     return _paste(background(rng, size), drawing, round(rng.uniform(0.65, 0.9) * size), rng)
 
 
@@ -171,6 +171,6 @@ def _paste(
     return ground
 
 
-def _pictures(images: np.ndarray, labels: np.ndarray) -> Pictures:
+def _images(images: np.ndarray, labels: np.ndarray) -> Images:
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    return Pictures(pixels, torch.from_numpy(labels.astype(np.int64)))
+    return Images(pixels, torch.from_numpy(labels.astype(np.int64)))

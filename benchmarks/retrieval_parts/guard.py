@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pml_tacl.evaluation.label_free import mutual_neighbours
 from pml_tacl.trainers.guard import TOLERANCE
-from retrieval_parts.scoring import embed_pictures
+from retrieval_parts.scoring import embed_images
 from retrieval_parts.state import Training
 
 
@@ -23,7 +23,7 @@ def look(run: Training, embeddings: Tensor | None) -> None:
     if config.recipe != "photographs" or config.metric != "ms" or config.labels == "true":
         return
     if embeddings is None:
-        embeddings = embed_pictures(run.model, run.pictures.images, run.views.normalise)
+        embeddings = embed_images(run.model, run.images.images, run.views.normalise)
     found = mutual_neighbours(embeddings)
     if run.history and run.history[-1]["step"] == run.step:
         run.history[-1]["mutual"] = found

@@ -1,4 +1,4 @@
-"""What of each picture is kept when surroundings are swapped: maps in which high is background."""
+"""What of each image is kept when backgrounds are swapped: maps in which high is background."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,24 +7,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pml_tacl import AttentionEmbedder
-from pml_tacl.functional import border_similarity, commonness
+from pml_tacl.functional import background_score, border_similarity
 
 Normalise = Callable[[Tensor], Tensor]
-# (maps of all pictures (N, C, h, w), pseudo-labels or None, references wanted, seed) -> (N, h, w)
+# (maps of all images (N, C, h, w), pseudo-labels or None, references wanted, seed) -> (N, h, w)
 MaskFunction = Callable[[Tensor, Tensor | None, int, int], Tensor]
 
 
 def distinctive(maps: Tensor, labels: Tensor | None, references: int, seed: int) -> Tensor:
-    """Commonness of each place among random pictures of other clusters."""
+    """Background score of each place among random images of other clusters."""
     rows = torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed))[:references]
     if labels is None:
-        # Each picture as its own cluster, so that none is found in itself.
+        # Each image as its own cluster, so that none is found in itself.
         labels = torch.arange(len(maps))
-    return commonness(maps, labels, maps[rows], labels[rows])
+    return background_score(maps, labels, maps[rows], labels[rows])
 
 
 def border(maps: Tensor, labels: Tensor | None, references: int, seed: int) -> Tensor:
-    """Likeness of each place with the picture's own border."""
+    """Likeness of each place with the image's own border."""
     return border_similarity(maps)
 
 
@@ -40,7 +40,7 @@ def chunks(images: Tensor, size: int = 128) -> Iterator[Tensor]:
 def feature_maps(
     model: AttentionEmbedder, images: Tensor, normalise: Normalise, index: int, scale: int
 ) -> Tensor:
-    """Maps (N, C, h, w) of pictures (N, 3, S, S) uint8, from the stage `index` of the backbone."""
+    """Maps (N, C, h, w) of images (N, 3, S, S) uint8, from the stage `index` of the backbone."""
     training = model.training
     model.eval()
     found = []
@@ -60,7 +60,7 @@ def feature_maps(
     return torch.cat(found)
 
 
-def picture_masks(
+def image_masks(
     model: AttentionEmbedder,
     images: Tensor,
     normalise: Normalise,
@@ -72,6 +72,6 @@ def picture_masks(
     references: int,
     seed: int,
 ) -> Tensor:
-    """(N, h, w) background-ness of every picture, as `BackgroundSwap` takes it."""
+    """(N, h, w) background-ness of every image, as `BackgroundSwap` takes it."""
     maps = feature_maps(model, images, normalise, index, scale)
     return MASKS[kind](maps, labels, references, seed)

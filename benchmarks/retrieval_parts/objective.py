@@ -52,7 +52,7 @@ class Losses:
             total = total + self.views_loss(*embeddings.chunk(2))
         elif self.self_taught is not None:
             total = total + self.self_taught(output, embeddings, batch)
-        # In the warm-up there are no centres: each picture is its own cluster.
+        # In the warm-up there are no centroids: each image is its own cluster.
         if config.ccl > 0 and self.run.centroids is not None:
             total = total + config.ccl * self.clustering(embeddings, labels)
             self.embedded = embeddings.detach(), labels
@@ -60,15 +60,15 @@ class Losses:
             total = total + config.tac * self._attention(output.feature_maps, batch)
         return total
 
-    def move_centres(self) -> None:
-        """After a step: the centres of its clusters follow it, and so the next clustering."""
+    def move_centroids(self) -> None:
+        """After a step: the centroids of its clusters follow it, and so the next clustering."""
         if self.embedded is not None:
             self.clustering.move_centroids(*self.embedded, self.run.config.ccl_momentum)
             self.run.centroids = self.clustering.centroids
 
     def _attention(self, maps: Tensor, batch: Batch) -> Tensor:
         first, second = maps.chunk(2)
-        if self.run.centroids is None:  # a picture is matched with itself
+        if self.run.centroids is None:  # an image is matched with itself
             index = torch.arange(len(batch.labels))
             pairs: Any = (index, index, index[:0], index[:0])
         else:

@@ -34,18 +34,18 @@ Written by `python benchmarks/retrieval.py page` from the files of `benchmarks/r
 Classes are split in thirds that share none: the labels of the training third are never read \
 (except by *supervised*, the ceiling, and to report purity), every choice was made on the \
 validation third, and the test third was measured at the last step. All methods share network, \
-views, batches of 64 pictures in two views, steps and seeds.
+views, batches of 64 images in two views, steps and seeds.
 
 - **glyphs**: characters on cluttered ground, drawn by the package.
 - **openemoji**: {emoji}, each emoji a class and each drawing an instance, on white. Skin tones, \
 drawings that a set uses twice, and emoji that not all sets draw are left out.
 - **openemoji-busy**: the same on crops of photographs (of scikit-image) and on patterns, \
-everywhere on the picture.
+everywhere on the image.
 
 *scratch* is a small ResNet (resnet10t, 64 pixels), *pretrained* EfficientNet-Lite0 with \
 ImageNet weights and frozen BatchNorm. `ms` is k-means and PML's MultiSimilarityLoss, the \
 baseline. `+head` is `AttentionEmbedder`'s: attention that leaves out what looks like the \
-picture's own border, covariance pooling at stride 16 (8 on 64 pixels) and a whitening of it to \
+image's own border, covariance pooling at stride 16 (8 on 64 pixels) and a whitening of it to \
 start from; without it embeddings are the mean of the last stage. `+swap` is `BackgroundSwap`, \
 with the mask of the same attention by the network as it starts. `full` is \
 `ms+ccl+tac+head+swap`; `ntxent` is PML's SelfSupervisedLoss on the two views; \

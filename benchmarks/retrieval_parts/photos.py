@@ -67,7 +67,7 @@ def listed(name: str, root: Path, split: str) -> Listed:
 
 
 def read(paths: list[str], size: int) -> np.ndarray:
-    """Pictures (N, size, size, 3) uint8: the shorter side to size, then the middle."""
+    """Images (N, size, size, 3) uint8: the shorter side to size, then the middle."""
     shrink = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
     images = np.empty((len(paths), size, size, 3), np.uint8)
     for row, path in enumerate(tqdm(paths, "reading photographs", leave=False)):

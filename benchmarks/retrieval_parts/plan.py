@@ -68,7 +68,7 @@ def run_all(
     Args:
         configs: of the runs.
         results: folder of the results.
-        cache: folder of archives, pictures and weights.
+        cache: folder of archives, images and weights.
         data_root: folder of the photographs' data sets.
         jobs: runs at once, each in a process with its share of the cores.
     """

@@ -27,7 +27,7 @@ from retrieval_parts.training import train
 @lru_cache(maxsize=4)
 def load(
     dataset: str, split: str, size: int, cache: Path, limit: int, data_root: Path | None
-) -> data.Pictures:
+) -> data.Images:
     return data.load(dataset, split, size, cache, None if limit < 0 else limit, data_root)
 
 
@@ -45,7 +45,7 @@ def run(
     Args:
         config: of the run.
         results: folder of the results; None keeps none.
-        cache: folder of archives, pictures and weights.
+        cache: folder of archives, images and weights.
         data_root: folder of the photographs' data sets.
         verbose: print each clustering.
         watch_split: also measure the split at each clustering (slow; never for choosing a step).
@@ -59,7 +59,7 @@ def run(
         return json.loads(path.read_text(encoding="utf-8"))
     photographs = config.recipe == "photographs" and config.dataset not in data.NAMES
     train_split = "train-for-test" if photographs and config.split == "test" else "train"
-    pictures = load(config.dataset, train_split, config.size, cache, config.limit, data_root)
+    images = load(config.dataset, train_split, config.size, cache, config.limit, data_root)
     measured = load(config.dataset, config.split, config.size, cache, config.limit, data_root)
     curve = []
 
@@ -72,7 +72,7 @@ def run(
 
     forget_peak()
     begin = time.perf_counter()
-    training = train(config, pictures, cache, watch)
+    training = train(config, images, cache, watch)
     seconds = time.perf_counter() - begin
     last = copy.deepcopy(training.result.state_dict())
     found = []
@@ -84,9 +84,9 @@ def run(
         model.load_state_dict(state)
         model.reset_projection()
         if one.after != "none":
-            model.fit_projection(normalised(training, pictures), progress=False)
+            model.fit_projection(normalised(training, images), progress=False)
         if one.after == "whitened":
-            whiten_whole(training, pictures)
+            whiten_whole(training, images)
         result = {
             "key": one.key,
             "config": asdict(one),
@@ -110,11 +110,11 @@ def run(
 
 
 @torch.no_grad()
-def whiten_whole(training: Training, pictures: data.Pictures) -> None:
+def whiten_whole(training: Training, images: data.Images) -> None:
     """Turn a fitted projection into the usual one: the pooled feature alone, PCA-whitened."""
     model = training.result
     with evaluating(model):
-        found = [model.trunk(x).pooled for x in normalised(training, pictures)]
+        found = [model.trunk(x).pooled for x in normalised(training, images)]
     pooled = [F.normalize(part).double() for part in found]
     features = torch.cat(pooled)
     centred = features - features.mean(0)
@@ -126,8 +126,8 @@ def whiten_whole(training: Training, pictures: data.Pictures) -> None:
     projection.parts_basis.zero_()
 
 
-def normalised(training: Training, pictures: data.Pictures) -> Iterator[torch.Tensor]:
-    """Yield all pictures as the network takes them."""
-    for part in pictures.images.split(128):
+def normalised(training: Training, images: data.Images) -> Iterator[torch.Tensor]:
+    """Yield all images as the network takes them."""
+    for part in images.images.split(128):
         pixels = training.views.normalise(part.float() / 255)
         yield pixels.contiguous(memory_format=torch.channels_last)

@@ -10,14 +10,12 @@ from torch.nn import functional as F
 
 from pml_tacl import RetrievalCalculator
 from pml_tacl.utils.modes import evaluating
-from retrieval_parts.data import Pictures
+from retrieval_parts.data import Images
 
 
 @torch.no_grad()  # not inference mode: what comes out is trained with
-def embed_pictures(
-    model: nn.Module, images: Tensor, normalise: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Unit embeddings (N, D) of uint8 pictures."""
+def embed_images(model: nn.Module, images: Tensor, normalise: Callable[[Tensor], Tensor]) -> Tensor:
+    """Unit embeddings (N, D) of uint8 images."""
     parts = []
     with evaluating(model):
         for part in images.split(128):
@@ -27,7 +25,7 @@ def embed_pictures(
 
 
 def measure(
-    model: nn.Module, pictures: Pictures, normalise: Callable[[Tensor], Tensor]
+    model: nn.Module, images: Images, normalise: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
     """R@1, 2, 4, 8, MAP@R and NMI, in [0, 1]."""
     calculator = RetrievalCalculator(
@@ -37,8 +35,8 @@ def measure(
             "NMI",
         )
     )
-    embeddings = embed_pictures(model, pictures.images, normalise)
-    labels, queries = pictures.labels, pictures.queries
+    embeddings = embed_images(model, images.images, normalise)
+    labels, queries = images.labels, images.queries
     if queries is None:
         return calculator.get_accuracy(embeddings, labels)
     return calculator.get_accuracy(
@@ -47,7 +45,7 @@ def measure(
 
 
 def purity(clusters: Tensor, labels: Tensor) -> float:
-    """Share of pictures that are of the most frequent class of their cluster."""
+    """Share of images that are of the most frequent class of their cluster."""
     if len(clusters) == 0:
         return float("nan")
     table = torch.zeros(int(clusters.max()) + 1, int(labels.max()) + 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pml_tacl import AttentionEmbedder
 from retrieval_parts.config import Config
-from retrieval_parts.data import DEFAULT_CACHE, Pictures
+from retrieval_parts.data import DEFAULT_CACHE, Images
 from retrieval_parts.model import build
 from retrieval_parts.views import RECIPES, BatchViews
 
@@ -28,7 +28,7 @@ class Training:
     """
 
     config: Config
-    pictures: Pictures
+    images: Images
     model: AttentionEmbedder
     teacher: AttentionEmbedder
     views: BatchViews
@@ -50,9 +50,9 @@ class Training:
         return self.teacher if self.config.evaluate_teacher else self.model
 
 
-def start(config: Config, pictures: Pictures, cache: Path = DEFAULT_CACHE) -> Training:
+def start(config: Config, images: Images, cache: Path = DEFAULT_CACHE) -> Training:
     """A run before its first step; all randomness comes from the configuration's seed."""
-    config = config.for_count(len(pictures.images))
+    config = config.for_count(len(images.images))
     model = build(config, cache)
     with torch.no_grad():
         probe = torch.zeros(1, 3, config.size, config.size)
@@ -63,15 +63,15 @@ def start(config: Config, pictures: Pictures, cache: Path = DEFAULT_CACHE) -> Tr
     views = BatchViews(RECIPES[config.views], grid, *norm, offset)
     if config.pooling == "covariance" and config.whiten:
         model.fit_projection(
-            [views.normalise(part.float() / 255) for part in pictures.images.split(128)],
+            [views.normalise(part.float() / 255) for part in images.images.split(128)],
             progress=False,
         )
     needs_teacher = config.ema > 0 or config.metric == "stml"
     teacher = copy.deepcopy(model).requires_grad_(False) if needs_teacher else model
-    labels = pictures.labels if config.labels == "true" else torch.arange(len(pictures.labels))
+    labels = images.labels if config.labels == "true" else torch.arange(len(images.labels))
     generator = torch.Generator().manual_seed(config.seed)
     untrained = copy.deepcopy(model.state_dict())
-    return Training(config, pictures, model, teacher, views, labels, generator, untrained=untrained)
+    return Training(config, images, model, teacher, views, labels, generator, untrained=untrained)
 
 
 @torch.no_grad()

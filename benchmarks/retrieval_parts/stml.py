@@ -1,6 +1,6 @@
 """Self-taught metric learning (Kim et al., CVPR 2022), from the formulas of the paper.
 
-The teacher, a moving average of the student, says how similar two pictures are: by distance, and
+The teacher, a moving average of the student, says how similar two images are: by distance, and
 by the context they share (k-reciprocal neighbours). The student's embeddings are pulled and pushed
 by that, and its second, larger head teaches the first.
 """
@@ -22,7 +22,7 @@ def pairwise_similarity(embeddings: Tensor, sigma: float) -> Tensor:
     return torch.exp(-torch.cdist(embeddings, embeddings).square() / sigma)
 
 
-def contextual_similarity(similarity: Tensor, same_picture: Tensor, neighbours: int) -> Tensor:
+def contextual_similarity(similarity: Tensor, same_image: Tensor, neighbours: int) -> Tensor:
     """(N, N) in [0, 1]: the share of k-reciprocal neighbours that two rows have in common.
 
     With R(i) the rows j such that i and j are among each other's k nearest, `w~_ij = |R(i) and
@@ -31,11 +31,11 @@ def contextual_similarity(similarity: Tensor, same_picture: Tensor, neighbours: 
 
     Args:
         similarity: (N, N).
-        same_picture: (N, N) bool; views of one picture are nearest of all.
+        same_image: (N, N) bool; views of one image are nearest of all.
         neighbours: k, the row itself counted.
     """
     k = min(neighbours, len(similarity))
-    nearest = similarity.masked_fill(same_picture, 1.0).topk(k, dim=1).indices
+    nearest = similarity.masked_fill(same_image, 1.0).topk(k, dim=1).indices
     near = torch.zeros_like(similarity).scatter_(1, nearest, 1.0)
     mutual = near * near.T
     shared = mutual * (mutual @ mutual) / mutual.sum(1, keepdim=True).clamp_min(1)

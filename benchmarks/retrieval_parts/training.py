@@ -9,7 +9,7 @@ import torch
 from retrieval_parts.batches import draw
 from retrieval_parts.clusters import recluster
 from retrieval_parts.config import Config
-from retrieval_parts.data import DEFAULT_CACHE, Pictures
+from retrieval_parts.data import DEFAULT_CACHE, Images
 from retrieval_parts.guard import look
 from retrieval_parts.objective import Losses
 from retrieval_parts.state import Training, follow, start
@@ -19,7 +19,7 @@ Watcher = Callable[[Training], None]
 
 def train(
     config: Config,
-    pictures: Pictures,
+    images: Images,
     cache: Path = DEFAULT_CACHE,
     watch: Watcher | None = None,
 ) -> Training:
@@ -27,12 +27,12 @@ def train(
 
     Args:
         config: of the run.
-        pictures: the training third; its labels are read for `labels="true"` and for purity.
+        images: the training third; its labels are read for `labels="true"` and for purity.
         cache: folder of the weights.
         watch: called at each clustering and at the end.
     """
     torch.manual_seed(config.seed)
-    run = start(config, pictures, cache)
+    run = start(config, images, cache)
     config = run.config
     losses = Losses(run)
     parameters = [p for p in (*run.model.parameters(), *losses.parameters()) if p.requires_grad]
@@ -53,7 +53,7 @@ def train(
         loss = losses(draw(run))
         optimizer.zero_grad()
         loss.backward()
-        losses.move_centres()
+        losses.move_centroids()
         optimizer.step()
         if schedule is not None:
             schedule.step()

@@ -1,7 +1,7 @@
 """Two views of a whole batch at once, with tracked points and maps.
 
-What SiameseTransform does with one picture, in a twentieth of the steps: crop, turn and shear are
-one sampling of the pictures, and maps that belong to them (masks) are sampled alike.
+What SiameseTransform does with one image, in a twentieth of the steps: crop, turn and shear are
+one sampling of the images, and maps that belong to them (masks) are sampled alike.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ RECIPES = {
 
 
 class Views(NamedTuple):
-    """Of N pictures: both views (N, 3, S, S), points (N, G * G, 2), and maps (N, h, w) or None."""
+    """Of N images: both views (N, 3, S, S), points (N, G * G, 2), and maps (N, h, w) or None."""
 
     first: Tensor
     second: Tensor
@@ -57,7 +57,7 @@ class Views(NamedTuple):
 
 
 class BatchViews:
-    """Makes `Views` of uint8 pictures (N, 3, S, S)."""
+    """Makes `Views` of uint8 images (N, 3, S, S)."""
 
     def __init__(
         self,
@@ -77,11 +77,11 @@ class BatchViews:
     def __call__(
         self, images: Tensor, generator: torch.Generator, maps: Tensor | None = None
     ) -> Views:
-        """Both views; `maps` (N, h, w) belong to the pictures and follow them."""
+        """Both views; `maps` (N, h, w) belong to the images and follow them."""
         pixels = images.float() / 255
         crop, turned = self._crops(len(images), generator), self._crops(len(images), generator)
         turned = turned @ self._turns(len(images), generator)
-        # Cells of the first view, through the picture, into the second.
+        # Cells of the first view, through the image, into the second.
         across = torch.linalg.inv(turned) @ crop
         points = self.cells @ across[:, :2, :2].transpose(1, 2) + across[:, None, :2, 2]
         points = points - self.off  # in the second view's maps, which look as far off
@@ -96,7 +96,7 @@ class BatchViews:
         return (pixels - self.mean) / self.std
 
     def _crops(self, n: int, generator: torch.Generator) -> Tensor:
-        """(N, 3, 3): from the coordinates of a view to those of the picture, in [-1, 1]."""
+        """(N, 3, 3): from the coordinates of a view to those of the image, in [-1, 1]."""
         r = self.recipe
         draws = torch.rand(5, n, generator=generator)
         area = r.crop[0] + (r.crop[1] - r.crop[0]) * draws[0]

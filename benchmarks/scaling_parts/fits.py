@@ -1,4 +1,4 @@
-"""The lines through what was measured, and what they say of more pictures."""
+"""The lines through what was measured, and what they say of more images."""
 
 import math
 from typing import NamedTuple
@@ -41,7 +41,7 @@ def fitted(term: Term, results: list[dict[str, float]], what: str) -> Fit:
 
 
 def simulate(fits: dict[str, Fit], draws: int = 4000) -> dict[int, dict[str, np.ndarray]]:
-    """Seconds of each term at each number of pictures, drawn as far apart as the fits are sure."""
+    """Seconds of each term at each number of images, drawn as far apart as the fits are sure."""
     rng, cores = np.random.default_rng(0), torch.get_num_threads()
     found = {}
     for n, k in PLANS.items():
@@ -70,7 +70,7 @@ def memory(fits: dict[str, Fit], n: int, k: int) -> dict[str, float]:
 
 
 class Gpus(NamedTuple):
-    """Pictures and operations a second, of each."""
+    """Images and operations a second, of each."""
 
     count: int
     embed: float

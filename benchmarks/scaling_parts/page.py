@@ -85,14 +85,14 @@ def report(
     on_gpus = each(lambda n, k: map(duration, gpus.seconds(n, k).values()))
     kept = each(lambda n, _: map(amount, [*parts[n].values(), sum(parts[n].values())]))
     step = held["training step"]
-    return f"""# From six thousand to a hundred million pictures
+    return f"""# From six thousand to a hundred million images
 
 Written by `benchmarks/scaling.py` on {datetime.date.today()} in {duration(seconds)}: \
 {cpu_model()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch \
 {torch.__version__.partition("+")[0]}, faiss {faiss.__version__}, pml_tacl {__version__}. \
-Everything above the largest size measured is extrapolated; no run of more pictures was made.
+Everything above the largest size measured is extrapolated; no run of more images was made.
 
-`{BACKBONE}` at {SIDE} px, embeddings of {D} numbers in float32, JPEG pictures of 500 x 375 \
+`{BACKBONE}` at {SIDE} px, embeddings of {D} numbers in float32, JPEG images of 500 x 375 \
 pixels. K-means trains {ITERATIONS} iterations on at most {PER_CENTROID} points a cluster \
 (`max_points`).
 
@@ -107,38 +107,38 @@ Peak memory of the terms where it grows with the work, beyond what was there bef
 
 {table(["term", "peak, same sizes", "error"], peaks)}
 
-## Extrapolated to more pictures, this machine
+## Extrapolated to more images, this machine
 
 Time of each part: median and, in brackets, 90 % of 4000 draws. A draw multiplies the fitted line \
 by a log-normal factor, as wide as the error above (at least 5 %) and half as wide again with \
 each decade beyond the largest work measured. What the lines do not know is in no bracket: slower \
-memory and disks, a network, other pictures.
+memory and disks, a network, other images.
 
-{table(["pictures / clusters", *columns], spans(columns))}
+{table(["images / clusters", *columns], spans(columns))}
 
 The embedding pass and the training decode on the same cores as they compute. Two-level k-means \
 (`two_level` of the script: the root of k clusters, and each clustered again) takes the place of \
 k-means and assignment. At 20 000 x 900 the mean cosine distance to the own centroid is \
 {distances["levels"]:.4f}, and {distances["flat"]:.4f} with all clusters at once.
 
-{table(["pictures / clusters", *others], spans(others))}
+{table(["images / clusters", *others], spans(others))}
 
 ## Memory of the first process
 
 Arrays are counted, the lists measured. The other processes hold neither embeddings nor points. \
-Each process adds the model and its batch: {amount(step.a + 32 * step.b)} at 32 pictures in fp32.
+Each process adds the model and its batch: {amount(step.a + 32 * step.b)} at 32 images in fp32.
 
-{table(["pictures / clusters", *next(iter(parts.values())), "together"], kept)}
+{table(["images / clusters", *next(iter(parts.values())), "together"], kept)}
 
 ## With GPUs
 
-**Assumed, not measured**: {gpus.count} GPUs of {gpus.embed:g} pictures/s embedding and \
-{gpus.train:g} pictures/s training each (two views, bf16), faiss at {gpus.flops:g} operations/s \
+**Assumed, not measured**: {gpus.count} GPUs of {gpus.embed:g} images/s embedding and \
+{gpus.train:g} images/s training each (two views, bf16), faiss at {gpus.flops:g} operations/s \
 each, storage and cores that keep up. Put your own in at the top of the script.
 
-{table(["pictures / clusters", *gpus.seconds(1, 1)], on_gpus)}
+{table(["images / clusters", *gpus.seconds(1, 1)], on_gpus)}
 
-To decode {gpus.count * gpus.train:g} pictures/s takes \
+To decode {gpus.count * gpus.train:g} images/s takes \
 {gpus.count * gpus.train * times["decode and two views"].b:.0f} cores like these.
 
 ## Which engine takes over where
@@ -147,8 +147,8 @@ To decode {gpus.count * gpus.train:g} pictures/s takes \
 
 Exchanges of processes: a step sums the gradients, twice the size of the weights a process \
 (`{BACKBONE}`: 2 x {amount(weights())}), and gathers the embeddings of a batch (kilobytes); an \
-embedding pass sends {4 * D} bytes a picture to the first process, which broadcasts 8 bytes a \
-picture and {4 * D} a cluster. A network was not measured here.
+embedding pass sends {4 * D} bytes an image to the first process, which broadcasts 8 bytes a \
+image and {4 * D} a cluster. A network was not measured here.
 """
 
 
@@ -202,4 +202,4 @@ def takeovers(drawn: dict[int, dict[str, np.ndarray]], parts: dict[int, dict[str
             "shards of tar files (WebDataset) as the data set",
         ],
     ]
-    return table(["what", "until", "from pictures", "then"], body)
+    return table(["what", "until", "from images", "then"], body)

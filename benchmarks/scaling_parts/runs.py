@@ -25,7 +25,7 @@ from scaling_parts.config import BACKBONE, ITERATIONS, NPROBE, SIDE, D
 Run = Callable[[], Any]
 
 
-def picture() -> bytes:
+def make_image() -> bytes:
     rng = np.random.default_rng(0)
     cells = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
     file = io.BytesIO()
@@ -34,7 +34,7 @@ def picture() -> bytes:
 
 
 def decode(count: int, _: int) -> Run:
-    file, views = picture(), SiameseTransform(SIDE, 14)
+    file, views = make_image(), SiameseTransform(SIDE, 14)
     return lambda: [views(Image.open(io.BytesIO(file)).convert("RGB")) for _ in range(count)]
 
 
@@ -115,7 +115,7 @@ def draw(count: int, clusters: int) -> Run:
 
 
 def listing(count: int, _: int) -> Run:
-    return lambda: [Path(f"/data/pictures/{i // 1000:06}/{i:09}.jpg") for i in range(count)]
+    return lambda: [Path(f"/data/images/{i // 1000:06}/{i:09}.jpg") for i in range(count)]
 
 
 def search(count: int, _: int) -> Run:

@@ -22,7 +22,7 @@ class Term(NamedTuple):
     memory: bool = False  # whether its peak grows with its work
 
 
-def pictures(n: float, _: float) -> float:
+def make_images(n: float, _: float) -> float:
     return n
 
 
@@ -32,11 +32,11 @@ def products(n: float, k: float) -> float:
 
 TERMS = {
     "decode and two views": Term(
-        runs.decode, pictures, [(40, 0), (80, 0), (240, 0)], "pictures, one core"
+        runs.decode, make_images, [(40, 0), (80, 0), (240, 0)], "images, one core"
     ),
-    "embedding": Term(runs.embed, pictures, [(16, 0), (40, 0), (96, 0)], "pictures"),
+    "embedding": Term(runs.embed, make_images, [(16, 0), (40, 0), (96, 0)], "images"),
     "training step": Term(
-        runs.train, pictures, [(4, 0), (8, 0), (16, 0)], "pictures, two views each", True
+        runs.train, make_images, [(4, 0), (8, 0), (16, 0)], "images, two views each", True
     ),
     "k-means": Term(
         runs.kmeans,
@@ -48,35 +48,35 @@ TERMS = {
         runs.assign,
         products,
         [(20_000, 1_000), (40_000, 2_000), (80_000, 4_000)],
-        "pictures x clusters",
+        "images x clusters",
     ),
     "two-level k-means": Term(
         runs.hierarchy,
         lambda n, k: n * k**0.5,
         [(10_000, 400), (20_000, 900), (60_000, 3_600)],
-        "pictures x root of clusters",
+        "images x root of clusters",
     ),
     "store and read embeddings": Term(
-        runs.store, pictures, [(20_000, 0), (60_000, 0), (200_000, 0)], "pictures"
+        runs.store, make_images, [(20_000, 0), (60_000, 0), (200_000, 0)], "images"
     ),
     "order of an epoch": Term(
         runs.draw,
-        pictures,
+        make_images,
         [(50_000, 5_000), (100_000, 10_000), (400_000, 40_000)],
-        "pictures",
+        "images",
         True,
     ),
     "list of files": Term(
-        runs.listing, pictures, [(50_000, 0), (100_000, 0), (500_000, 0)], "pictures", True
+        runs.listing, make_images, [(50_000, 0), (100_000, 0), (500_000, 0)], "images", True
     ),
     "exact search, all in all": Term(
-        runs.search, lambda n, k: n * n, [(8_000, 0), (16_000, 0), (40_000, 0)], "pictures squared"
+        runs.search, lambda n, k: n * n, [(8_000, 0), (16_000, 0), (40_000, 0)], "images squared"
     ),
     "IVF search, all in all": Term(
         runs.ivf,
         lambda n, k: n * (lists(n) + NPROBE * n / lists(n)),
         [(10_000, 0), (30_000, 0), (80_000, 0)],
-        "pictures x vectors compared",
+        "images x vectors compared",
     ),
 }
 

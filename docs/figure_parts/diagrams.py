@@ -40,7 +40,7 @@ def unsupervised_trainer() -> Figure:
     figure = Figure((8.4, 3.3), layout="constrained")
     axes = figure.subplots()
     bare(axes)
-    box(axes, 0, 3, "every picture,\none plain view", GREY, 2.4)
+    box(axes, 0, 3, "every image,\none plain view", GREY, 2.4)
     box(axes, 3.3, 3, "embed\n(evaluation mode)", BLUE, 2.4)
     box(axes, 6.6, 3, "labeler", BLUE, 2.4)
     box(axes, 9.9, 3, "pseudo-labels,\ncentres", GREEN, 2.4)

@@ -1,4 +1,4 @@
-"""What several drawings share: colours, strokes, embeddings and pictures to show."""
+"""What several drawings share: colours, strokes, embeddings and images to show."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ def clusters(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return points, labels, on_circle(angles)
 
 
-def pictures(count: int, seed: int = 0) -> np.ndarray:
+def make_images(count: int, seed: int = 0) -> np.ndarray:
     glyphs = Glyphs("test", num_classes=count, images_per_class=2, size=96, seed=seed)
     return np.stack([np.asarray(glyphs[i][0]) for i in range(len(glyphs))])
 

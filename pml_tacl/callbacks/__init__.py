@@ -3,8 +3,8 @@
 from pml_tacl.callbacks.hooks import (
     EarlyStopping,
     Evaluate,
+    LogImages,
     LogLosses,
-    LogPictures,
     chain,
 )
 from pml_tacl.callbacks.loggers import Logger, TensorBoardLogger, WandbLogger
@@ -13,8 +13,8 @@ from pml_tacl.callbacks.trainer_access import restore
 __all__ = [
     "EarlyStopping",
     "Evaluate",
+    "LogImages",
     "LogLosses",
-    "LogPictures",
     "Logger",
     "TensorBoardLogger",
     "WandbLogger",

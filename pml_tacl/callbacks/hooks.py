@@ -137,7 +137,7 @@ class EarlyStopping:
 
     - "stability": how well the pseudo-labels agree with those of the clustering before, as
       adjusted mutual information in [0, 1]. While the embedding still learns, clusters change.
-    - "separation": how much nearer pictures are to their own centre than to the nearest other
+    - "separation": how much nearer images are to their own centroid than to the nearest other
       one, as the mean difference of cosines.
 
     Args:
@@ -217,26 +217,26 @@ class LogLosses:
             self.logger.log_scalars(step, values)
 
 
-class LogPictures:
-    """An end-of-epoch hook that logs attention overlays, a gallery and embeddings of pictures.
+class LogImages:
+    """An end-of-epoch hook that logs attention overlays, a gallery and embeddings of images.
 
     Args:
         logger: where they go.
-        pictures: N of them, as PIL images, at least 2.
-        transform: picture -> (3, S, S), as the model takes it.
-        names: of the pictures, for the projector; numbers if not given.
+        images: N of them, as PIL images, at least 2.
+        transform: image -> (3, S, S), as the model takes it.
+        names: of the images, for the projector; numbers if not given.
         every: epochs between two times.
-        shown: pictures in the overlay, and queries in the gallery.
-        neighbours: pictures beside each query.
+        shown: images in the overlay, and queries in the gallery.
+        neighbours: images beside each query.
 
     Raises:
-        ValueError: for fewer than 2 pictures, another number of names, or counts out of range.
+        ValueError: for fewer than 2 images, another number of names, or counts out of range.
     """
 
     def __init__(
         self,
         logger: Logger,
-        pictures: Sequence[Any],
+        images: Sequence[Any],
         transform: Callable[[Any], Tensor],
         *,
         names: Sequence[str] | None = None,
@@ -246,12 +246,12 @@ class LogPictures:
     ) -> None:
         for name, value in (("every", every), ("shown", shown), ("neighbours", neighbours)):
             check_count(name, value, 1)
-        check_count("number of pictures", len(pictures), 2)
-        count = len(pictures)
+        check_count("number of images", len(images), 2)
+        count = len(images)
         names = [str(at) for at in range(count)] if names is None else list(names)
         if len(names) != count:
-            raise InputError(f"names must be as many as pictures, {count}, got {len(names)}")
-        self.logger, self.pictures, self.transform, self.names = logger, pictures, transform, names
+            raise InputError(f"names must be as many as images, {count}, got {len(names)}")
+        self.logger, self.images, self.transform, self.names = logger, images, transform, names
         self.every, self.shown, self.neighbours = every, shown, neighbours
         self._offset: tuple[float, float] | None = None
 
@@ -262,21 +262,21 @@ class LogPictures:
 
         embeddings, attention = self._forward(model_of(trainer))
         shown, near = shown_and_nearest(embeddings, self.shown, self.neighbours)
-        asked = [self.pictures[row] for row in shown.tolist()]
-        found = [[self.pictures[row] for row in rows] for rows in near.tolist()]
-        images = {"pictures/gallery": vis.retrieval_gallery(asked, found)}
+        asked = [self.images[row] for row in shown.tolist()]
+        found = [[self.images[row] for row in rows] for rows in near.tolist()]
+        images = {"images/gallery": vis.retrieval_gallery(asked, found)}
         if attention is not None:
             offset = self._cell_offset(trainer.models["trunk"])
             overlay = vis.attention_overlay(asked, attention[shown], cell_offset=offset)
-            images["pictures/attention"] = overlay
+            images["images/attention"] = overlay
         self.logger.log_images(trainer.epoch, images)
-        self.logger.log_embeddings(trainer.epoch, embeddings, self.names, list(self.pictures))
+        self.logger.log_embeddings(trainer.epoch, embeddings, self.names, list(self.images))
 
     def _cell_offset(self, trunk: nn.Module) -> tuple[float, float]:
         from pml_tacl.models.receptive_field import measure_cell_offset
 
         if self._offset is None:  # the architecture's, so measured once
-            channels, *size = self.transform(self.pictures[0]).shape
+            channels, *size = self.transform(self.images[0]).shape
             self._offset = measure_cell_offset(trunk, (size[0], size[1]), channels)
         return self._offset
 
@@ -284,9 +284,9 @@ class LogPictures:
         device = next(model.parameters()).device
         embeddings, maps = [], []
         with evaluating(model):
-            for start in range(0, len(self.pictures), 64):
-                batch = self.pictures[start : start + 64]
-                images = torch.stack([self.transform(picture) for picture in batch]).to(device)
+            for start in range(0, len(self.images), 64):
+                batch = self.images[start : start + 64]
+                images = torch.stack([self.transform(image) for image in batch]).to(device)
                 with torch.inference_mode():
                     rows, attention = features_of(model, images)
                 embeddings.append(rows.float().cpu())

@@ -1,4 +1,4 @@
-"""Where numbers and pictures of a training go: TensorBoard, Weights & Biases, or one's own."""
+"""Where numbers and images of a training go: TensorBoard, Weights & Biases, or one's own."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -30,12 +30,12 @@ class Logger(Protocol):
         """Write numbers by name; a slash in a name makes a group."""
 
     def log_images(self, step: int, images: Mapping[str, Pixels]) -> None:
-        """Write figures or pictures by name."""
+        """Write figures or images by name."""
 
     def log_embeddings(
         self, step: int, embeddings: Tensor, names: Sequence[str], thumbnails: Thumbnails = None
     ) -> None:
-        """Write embeddings (N, D), with a name and perhaps a small picture for each."""
+        """Write embeddings (N, D), with a name and perhaps a small image for each."""
 
     def close(self) -> None:
         """Write what is still held back."""
@@ -69,7 +69,7 @@ class TensorBoardLogger:
 
     def log_images(self, step: int, images: Mapping[str, Pixels]) -> None:
         for name, image in images.items():
-            self._writer.add_image(name, np.array(as_picture(image)), step, dataformats="HWC")
+            self._writer.add_image(name, np.array(as_image(image)), step, dataformats="HWC")
 
     def log_embeddings(
         self, step: int, embeddings: Tensor, names: Sequence[str], thumbnails: Thumbnails = None
@@ -78,7 +78,7 @@ class TensorBoardLogger:
         sprites = None
         if thumbnails is not None:
             size = (self.side, self.side)
-            small = [np.array(as_picture(image).resize(size)) for image in thumbnails]
+            small = [np.array(as_image(image).resize(size)) for image in thumbnails]
             sprites = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 255
         self._writer.add_embedding(
             embeddings.detach().float().cpu(),
@@ -119,19 +119,19 @@ class WandbLogger:
         self._log(step, {name: float(value) for name, value in values.items()})
 
     def log_images(self, step: int, images: Mapping[str, Pixels]) -> None:
-        self._log(step, {k: self._wandb.Image(as_picture(v)) for k, v in images.items()})
+        self._log(step, {k: self._wandb.Image(as_image(v)) for k, v in images.items()})
 
     def log_embeddings(
         self, step: int, embeddings: Tensor, names: Sequence[str], thumbnails: Thumbnails = None
     ) -> None:
         check_embeddings(embeddings, names, thumbnails)
-        columns = ["name", *(["picture"] if thumbnails is not None else [])]
+        columns = ["name", *(["image"] if thumbnails is not None else [])]
         table = self._wandb.Table(
             columns=[*columns, *(f"d{at}" for at in range(embeddings.shape[1]))]
         )
         for row, values in enumerate(embeddings.detach().float().cpu().tolist()):
-            pictures = [] if thumbnails is None else [self._wandb.Image(thumbnails[row])]
-            table.add_data(names[row], *pictures, *values)
+            images = [] if thumbnails is None else [self._wandb.Image(thumbnails[row])]
+            table.add_data(names[row], *images, *values)
         self._log(step, {"embeddings": table})
 
     def close(self) -> None:
@@ -152,8 +152,8 @@ class WandbLogger:
             self._run.log({**members, axis: step})
 
 
-def as_picture(image: Pixels) -> Image.Image:
-    """A figure, a PIL image, an array or a tensor as an RGB picture.
+def as_image(image: Pixels) -> Image.Image:
+    """A figure, a PIL image, an array or a tensor as an RGB image.
 
     Raises:
         TypeError, ValueError: for what is none of them, as of

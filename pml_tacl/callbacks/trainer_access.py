@@ -113,7 +113,7 @@ def stability(trainer: Any, memory: dict[str, Any]) -> float | None:
 
 
 def separation(trainer: Any, memory: dict[str, Any]) -> float | None:
-    """Mean of cosine to the own centre less that to the nearest other, after a clustering."""
+    """Mean of cosine to the own centroid less that to the nearest other, after a clustering."""
     labels, centroids = _pseudo_labels(trainer)
     embeddings = getattr(trainer, "embeddings", None)
     if centroids is None or embeddings is None:
@@ -123,13 +123,13 @@ def separation(trainer: Any, memory: dict[str, Any]) -> float | None:
         return None
     if not chosen.all():
         labels, embeddings = labels[chosen], embeddings[chosen]
-    # Not the trainer's centres: those have followed the network since.
-    labels, centres, _ = pseudo_labels_from(labels, embeddings)
-    if len(centres) < 2:
+    # Not the trainer's centroids: those have followed the network since.
+    labels, centroids, _ = pseudo_labels_from(labels, embeddings)
+    if len(centroids) < 2:
         return None
     total = 0.0
     for own_labels, rows in zip(labels.split(_CHUNK), embeddings.split(_CHUNK), strict=True):
-        similar = nn.functional.normalize(rows.float()) @ centres.T
+        similar = nn.functional.normalize(rows.float()) @ centroids.T
         own = similar.gather(1, own_labels[:, None])
         other = similar.scatter(1, own_labels[:, None], float("-inf")).amax(1, keepdim=True)
         total += float((own - other).sum())

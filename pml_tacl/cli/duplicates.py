@@ -13,9 +13,9 @@ from pml_tacl.cli.embed import embed_images
 from pml_tacl.cli.models import given_folder, given_index
 from pml_tacl.cli.search import thumbnail, write_gallery
 from pml_tacl.duplicates import Group, find_duplicates
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 from pml_tacl.utils.errors import InputError
-from pml_tacl.utils.files import written_whole
+from pml_tacl.utils.files import atomic_write
 
 SHOWN = 20  # groups in the gallery
 MEMBERS = 16  # of each in it, at most
@@ -66,7 +66,7 @@ def _duplicates(args: Any, results: Any) -> None:
         embeddings = embed_images(
             loaded, images, num_workers=args.workers, progress=flags.bars(args)
         )
-        index = PictureIndex.of(images, embeddings)
+        index = ImageIndex.of(images, embeddings)
     groups = find_duplicates(embeddings, args.threshold)
     listed = [
         [
@@ -97,7 +97,7 @@ def _duplicates(args: Any, results: Any) -> None:
         print(f"table and gallery: {out}")
 
 
-def write_groups(out: str | Path, index: PictureIndex, groups: Sequence[Group]) -> None:
+def write_groups(out: str | Path, index: ImageIndex, groups: Sequence[Group]) -> None:
     """Write ``duplicates.csv`` (group, file, similarity), and ``duplicates.png`` of the first.
 
     Args:
@@ -106,7 +106,7 @@ def write_groups(out: str | Path, index: PictureIndex, groups: Sequence[Group]) 
         groups: of :func:`pml_tacl.duplicates.find_duplicates`.
     """
     out = Path(out)
-    with written_whole(out / "duplicates.csv") as file:
+    with atomic_write(out / "duplicates.csv") as file:
         text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
         writer = csv.writer(text)
         writer.writerow(["group", "file", "similarity"])

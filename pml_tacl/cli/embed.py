@@ -15,7 +15,7 @@ from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import embed
 from pml_tacl.trainers.fitting import fit_to
 from pml_tacl.utils.errors import InputError, MissingPackageError
-from pml_tacl.utils.files import shown_name, write_json, written_whole
+from pml_tacl.utils.files import atomic_write, shown_name, write_json
 
 ENDINGS = (".npy", ".csv", ".parquet")
 
@@ -90,10 +90,10 @@ def write_embeddings(path: str | Path, names: Sequence[str], embeddings: Tensor)
         raise InputError(f"path must end with .npy, .csv or .parquet, got {str(path)!r}")
     if ending == ".npy":
         write_json(path.with_suffix(".names.json"), list(names))
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             np.save(file, rows)
     elif ending == ".csv":
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
             writer = csv.writer(text)
             writer.writerow(["name", *range(rows.shape[1])])
@@ -104,7 +104,7 @@ def write_embeddings(path: str | Path, names: Sequence[str], embeddings: Tensor)
         arrow, parquet = _pyarrow()
         values = arrow.FixedSizeListArray.from_arrays(rows.reshape(-1), rows.shape[1])
         table = arrow.table({"name": list(map(shown_name, names)), "embedding": values})
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             parquet.write_table(table, file)
 
 

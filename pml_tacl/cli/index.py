@@ -8,7 +8,7 @@ from pml_tacl.cli import flags
 from pml_tacl.cli.models import given_folder
 from pml_tacl.cli.training_run import TrainingRun
 from pml_tacl.evaluation import embed
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
@@ -50,7 +50,7 @@ def _index(args: Any) -> None:
     )
     run.fit(loaded.model, images, fitted=loaded.of_run, **settings)
     embeddings, _ = embed(loaded.model, images, **settings)
-    PictureIndex.of(images, embeddings).save(run.folder)
+    ImageIndex.of(images, embeddings).save(run.folder)
     run.draw(loaded.model, images, embeddings)
     print(
         f"{len(images)} images indexed in {args.run}: "

@@ -11,7 +11,7 @@ from pml_tacl.cli.building import sized_model
 from pml_tacl.cli.unfinished import index_stopped
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.models import AttentionEmbedder
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 from pml_tacl.utils.errors import InputError
 
 
@@ -73,7 +73,7 @@ def given_run(args: Any) -> Loaded:
     return load_model(args.run, device=getattr(args, "device", None))
 
 
-def given_index(args: Any, folder: Path | None = None) -> PictureIndex:
+def given_index(args: Any, folder: Path | None = None) -> ImageIndex:
     """Load the index of a run, also of one that was stopped; its images may have moved.
 
     Args:
@@ -87,7 +87,7 @@ def given_index(args: Any, folder: Path | None = None) -> PictureIndex:
     folder = args.run if folder is None else folder
     moved = getattr(args, "images", None)
     index_stopped(folder, images=moved, **_settings(args))
-    index = PictureIndex.load(folder)
+    index = ImageIndex.load(folder)
     index.root = moved.absolute() if moved else index.root
     if not index.root.is_dir():
         raise InputError(f"the indexed images are not in {index.root}: give --images FOLDER")

@@ -1,4 +1,4 @@
-"""What a user asks with: a picture, a folder of them, or what comes in through a pipe."""
+"""What a user asks with: an image, a folder of them, or what comes in through a pipe."""
 
 import logging
 import os
@@ -15,16 +15,16 @@ from pml_tacl.utils.errors import InputError
 _logger = logging.getLogger(__name__)
 
 
-class PictureList(Dataset[tuple[Any, int]]):
-    """Some pictures as a data set whose labels are all -1.
+class ImageList(Dataset[tuple[Any, int]]):
+    """Some images as a data set whose labels are all -1.
 
     Args:
-        paths: of the pictures.
+        paths: of the images.
         transform: applied to the PIL RGB image.
         strict: raise on a broken file instead of leaving it out with a warning.
 
     Attributes:
-        paths: the pictures that can be read, in order.
+        paths: the images that can be read, in order.
 
     Raises:
         OSError: if a file is broken and ``strict`` is set.
@@ -57,31 +57,31 @@ class PictureList(Dataset[tuple[Any, int]]):
 
 
 def query_paths(query: str | Path, piped: IO[bytes], scratch: Path) -> list[Path]:
-    """The pictures that a query names.
+    """The images that a query names.
 
     Args:
-        query: a picture, a folder of them, or "-" for what is piped in: the bytes of one picture,
-            or paths of pictures, one in each line.
+        query: an image, a folder of them, or "-" for what is piped in: the bytes of one image,
+            or paths of images, one in each line.
         piped: standard input, as bytes.
-        scratch: a folder to keep a piped picture in.
+        scratch: a folder to keep a piped image in.
 
     Raises:
-        ValueError: for an empty pipe, or a folder without a picture.
+        ValueError: for an empty pipe, or a folder without an image.
     """
     if str(query) != "-":
         path = Path(query)
         return ImageFiles(path).paths if path.is_dir() else [path]
     content = piped.read()
     if not content.strip():
-        raise InputError("query is - and nothing was piped in: pipe a picture, or paths of some")
+        raise InputError("query is - and nothing was piped in: pipe an image, or paths of some")
     lines = [line for line in content.splitlines() if line.strip()]
     paths = [Path(os.fsdecode(line)) for line in lines if b"\0" not in line]
-    # One name is enough to tell: no picture's bytes begin with the path of a file.
+    # One name is enough to tell: no image's bytes begin with the path of a file.
     if paths and len(paths) == len(lines) and (_is_file(paths[0]) or _is_text(content)):
         return paths
-    picture = scratch / "piped in"
-    picture.write_bytes(content)
-    return [picture]
+    image = scratch / "piped in"
+    image.write_bytes(content)
+    return [image]
 
 
 def _is_file(path: Path) -> bool:

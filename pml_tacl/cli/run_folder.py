@@ -95,7 +95,7 @@ def check_run(
 ) -> None:
     """Raise what :func:`open_run` would, and touch nothing.
 
-    For the first line of a script: whoever forgot a flag learns it before pictures are read.
+    For the first line of a script: whoever forgot a flag learns it before images are read.
 
     Args:
         folder: as of :func:`open_run`, and so on.
@@ -122,7 +122,7 @@ def check_run(
             shown = [f"{name}={earlier.get(name)!r}" for name in changed if name in earlier]
             same = ", ".join(text for text in shown if len(text) < 60)
             learnt = (folder / "model").is_dir() and earlier.get("weights") is not False
-            grown = "pictures" in changed and learnt
+            grown = "image_files" in changed and learnt
             raise InputError(
                 f"run folder {folder} was begun with other settings ({', '.join(changed)}): "
                 f"resume with the same{f' ({same})' if same else ''}, or give another folder"

@@ -12,11 +12,11 @@ from PIL import Image
 
 from pml_tacl.cli import flags
 from pml_tacl.cli.models import given_index, load_model
-from pml_tacl.cli.queries import PictureList, query_paths
+from pml_tacl.cli.queries import ImageList, query_paths
 from pml_tacl.datasets.image_files import load_rgb
 from pml_tacl.evaluation import embed
 from pml_tacl.models import AttentionEmbedder
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 
 SHOWN = 20  # queries in the gallery
 NEIGHBOURS = 40  # of each query in it, at most
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
 
 
 def update_index(
-    index: PictureIndex,
+    index: ImageIndex,
     model: AttentionEmbedder,
     transform: Callable[[Image.Image], Any],
     *,
@@ -73,7 +73,7 @@ def update_index(
     """
     added, changed, removed = index.changes()
     paths = [index.root / file for file in (*added, *changed)]
-    images = PictureList(paths, transform, strict=False)
+    images = ImageList(paths, transform, strict=False)
     if len(images):
         embeddings, _ = embed(model, images, num_workers=num_workers, progress=progress)
         index.add(embeddings, [path.relative_to(index.root).as_posix() for path in images.paths])
@@ -101,7 +101,7 @@ def _search(args: Any, results: Any) -> None:
                 for query in args.queries
                 for path in query_paths(query, sys.stdin.buffer, Path(scratch))
             ]
-            embeddings, _ = embed(loaded.model, PictureList(asked, loaded.transform), **settings)
+            embeddings, _ = embed(loaded.model, ImageList(asked, loaded.transform), **settings)
             shown = [thumbnail(path) for path in asked[:SHOWN]]
         similarities, rows = index.search(embeddings, args.k, folder=args.folder)
         found = [
@@ -141,7 +141,7 @@ def unused(path: Path) -> Path:
 
 
 def write_gallery(
-    index: PictureIndex,
+    index: ImageIndex,
     queries: Sequence[Image.Image],
     rows: Sequence[Sequence[int]] | Any,
     similarities: Sequence[Sequence[float]] | Any,

@@ -21,12 +21,12 @@ from pml_tacl.cli.training_run import TrainingRun
 from pml_tacl.clustering import KMeansPseudoLabeler
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.distributed.inference import (
-    embed_together,
-    evaluate_together,
-    is_first,
-    on_first,
+    embed_distributed,
+    evaluate_distributed,
+    is_main,
+    run_on_main,
 )
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 from pml_tacl.trainers import UnsupervisedTrainer, defaults
 from pml_tacl.trainers.checkpoint import checkpoints
 from pml_tacl.trainers.recipe import recipe_for
@@ -110,11 +110,11 @@ def train(args: Any) -> None:
     size = (args.image_size,) * 2 if args.image_size else model.data_config["input_size"][1:]
     plain = model.transform(image_size=size)
     views = SiameseTransform.for_model(model, size)
-    images = on_first(
+    images = run_on_main(
         lambda: ImageFiles(args.images, strict=args.strict, progress=bars, **flags.choice(args)),
         "reading the images",
     )
-    labelled = args.eval_folder and on_first(
+    labelled = args.eval_folder and run_on_main(
         lambda: images_to_test_on(args.eval_folder, images, plain, progress=bars),
         "reading the test",
     )
@@ -131,15 +131,15 @@ def train(args: Any) -> None:
         "learning_rate": rate,
         "freeze_batchnorm": frozen,
     }
-    for name, files in (("pictures", images), ("eval_pictures", labelled)):
+    for name, files in (("image_files", images), ("eval_image_files", labelled)):
         if files:  # the same ones may lie elsewhere when a run goes on
             digest = partial(runs.digest_of, files.names, files.paths)
-            config[name] = on_first(digest, "reading the images")
+            config[name] = run_on_main(digest, "reading the images")
 
     def measure(epoch: int) -> dict[str, float]:
         if not labelled:
             return {}
-        return evaluate_together(model, labelled, num_workers=args.workers, progress=bars)
+        return evaluate_distributed(model, labelled, num_workers=args.workers, progress=bars)
 
     if epochs:
         optimizer = defaults.default_optimizer(model, replace(recipe, learning_rate=rate))
@@ -166,19 +166,19 @@ def train(args: Any) -> None:
         trained_start = torch.utils.data.DataLoader(
             seen, 64, shuffle=True, num_workers=args.workers
         )
-        model.fit_projection(trained_start, progress=is_first() and bars)
+        model.fit_projection(trained_start, progress=is_main() and bars)
     free = ("epochs", "warmup_epochs", "images", "eval_folder", "weights", "exclude", "files")
     run.open(config, free=free)
     tell_start(args, run, images, config, device, trainer if epochs else None)
     if epochs:
         hooks: list[Any] = [trainer.end_of_iteration_hook]
-        if not (bars or args.quiet) and is_first():
+        if not (bars or args.quiet) and is_main():
             lines = _EpochLines(epochs)
             hooks.append(lines.note)
             own: Any = trainer.end_of_epoch_hook
             trainer.end_of_epoch_hook = chain(own, lines.tell)
         logger = None
-        if args.tensorboard and is_first():
+        if args.tensorboard and is_main():
             logger = TensorBoardLogger(run.folder / "tensorboard")
             hooks.append(LogLosses(logger))
         trainer.end_of_iteration_hook = chain(*hooks)
@@ -187,10 +187,10 @@ def train(args: Any) -> None:
             logger.close()
     else:
         rows = run.fit(model, seen, measure, num_workers=args.workers, progress=bars)
-    found = embed_together(model, seen, num_workers=args.workers, progress=bars)
-    if is_first():
+    found = embed_distributed(model, seen, num_workers=args.workers, progress=bars)
+    if is_main():
         assert found is not None
-        PictureIndex.of(images, found[0]).save(run.folder)
+        ImageIndex.of(images, found[0]).save(run.folder)
         run.draw(model, seen, found[0])
         if labelled:
             print(f"\n{runs.metrics_table(rows)}\n\nper cent, on {args.eval_folder}")
@@ -212,7 +212,7 @@ def tell_start(
     trainer: UnsupervisedTrainer | None,
 ) -> None:
     """Print what is about to be done: where a run goes on, and on what, how long, how clustered."""
-    if not is_first():
+    if not is_main():
         return
     height, width = config["image_size"]
     size = f"{height} px" if height == width else f"{height} x {width} px"

@@ -1,4 +1,4 @@
-"""A whole training as scripts want it: a folder, records, tests before and after, and pictures."""
+"""A whole training as scripts want it: a folder, records, tests before and after, and images."""
 
 import logging
 import math
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from pml_tacl.callbacks import chain
 from pml_tacl.callbacks.trainer_access import shown_and_nearest
 from pml_tacl.cli import run_folder as runs
-from pml_tacl.distributed.session import is_first, on_first
+from pml_tacl.distributed.session import is_main, run_on_main
 from pml_tacl.models import AttentionEmbedder
 from pml_tacl.models.preprocessing import as_seen
 from pml_tacl.trainers.checkpoint import checkpoints
@@ -47,7 +47,7 @@ class TrainingRun:
         folder: of the run; made by :meth:`open`.
         resume: go on with the run that the folder holds, or begin if it holds nothing.
         overwrite: replace the run that the folder holds.
-        apart_from: folders of pictures, which a run must neither lie in nor hold; None is none.
+        apart_from: folders of images, which a run must neither lie in nor hold; None is none.
 
     Attributes:
         folder: absolute path.
@@ -77,10 +77,10 @@ class TrainingRun:
         apart_from: Iterable[str | Path | None] = (),
     ) -> None:
         self.folder = Path(folder).resolve()
-        for pictures in (Path(path).resolve() for path in apart_from if path is not None):
-            if pictures.is_relative_to(self.folder) or self.folder.is_relative_to(pictures):
+        for images in (Path(path).resolve() for path in apart_from if path is not None):
+            if images.is_relative_to(self.folder) or self.folder.is_relative_to(images):
                 raise InputError(
-                    f"the run, {self.folder}, and the pictures, {pictures}, must lie apart: give "
+                    f"the run, {self.folder}, and the images, {images}, must lie apart: give "
                     "another folder (--run)"
                 )
         self._flags: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
@@ -89,7 +89,7 @@ class TrainingRun:
             runs.check_run(folder, **self._flags)
             return bool(checkpoints(self.folder / "checkpoints"))
 
-        self.begun = on_first(look, "opening the run") and resume
+        self.begun = run_on_main(look, "opening the run") and resume
         self.hooks: Any = None
         self._config: dict[str, Any] | None = None
 
@@ -108,9 +108,9 @@ class TrainingRun:
         import pml_tacl.visualize  # noqa: F401  # better missed now than after days
 
         flags = {"free": free, **self._flags}
-        on_first(lambda: runs.open_run(self.folder, config, **flags), "opening the run")
+        run_on_main(lambda: runs.open_run(self.folder, config, **flags), "opening the run")
         self._config = dict(config)
-        if is_first():  # one process writes what all have learnt
+        if is_main():  # one process writes what all have learnt
             self.hooks = runs.make_hooks(self.folder / "records")
 
     def train(
@@ -161,7 +161,7 @@ class TrainingRun:
 
         def measure(trainer: Any) -> None:
             if trainer.epoch == epochs:
-                on_first(lambda: self._write_model(trainer), "writing the model")
+                run_on_main(lambda: self._write_model(trainer), "writing the model")
             if trainer.epoch not in recalls:
                 found = {}
                 if test is not None:
@@ -186,7 +186,7 @@ class TrainingRun:
             after = _as_metrics(test(trainer.epoch), trainer.guard.kept)
         beside = {name: _as_metrics(row, None) for name, row in (rows or {}).items()}
         found = {**beside, "before": recalls.get(0, {}), "after": after}
-        on_first(lambda: self._write(trainer, found), "writing the run")
+        run_on_main(lambda: self._write(trainer, found), "writing the run")
         return found
 
     def fit(
@@ -218,7 +218,7 @@ class TrainingRun:
         if self._config is None:
             raise RuntimeError("a run must be open to be written: call open(config) before")
         if not fitted:
-            fit_to(model, dataset, num_workers, progress=progress and is_first())
+            fit_to(model, dataset, num_workers, progress=progress and is_main())
         metrics = {} if test is None else _as_metrics(test(0), 0)
         rows: Rows = {"before": metrics, "after": metrics}
 
@@ -227,7 +227,7 @@ class TrainingRun:
             content = {**rows, "config": self._config, "versions": versions()}
             write_json(self.folder / "metrics.json", content)
 
-        on_first(write, "writing the run")
+        run_on_main(write, "writing the run")
         return rows
 
     def draw(
@@ -240,19 +240,19 @@ class TrainingRun:
         count: int = 8,
         title: str = "",
     ) -> None:
-        """``attention.png`` and ``gallery.png`` of pictures taken evenly from a data set.
+        """``attention.png`` and ``gallery.png`` of images taken evenly from a data set.
 
         What cannot be drawn is logged in one line, and costs the run nothing.
 
         Args:
-            model: of the pictures' attention.
-            dataset: items (picture as the model takes it (3, H, W), anything).
+            model: of the images' attention.
+            dataset: items (image as the model takes it (3, H, W), anything).
             embeddings: (N, D) of them, unit rows; not looked at but on the first process.
             labels: (N,), to frame right and wrong neighbours; None for neither.
-            count: pictures shown, and neighbours of each.
+            count: images shown, and neighbours of each.
             title: of the gallery.
         """
-        if embeddings is None or not is_first():
+        if embeddings is None or not is_main():
             return
         with _never_fatal("attention.png and gallery.png"):
             self._draw(model, dataset, embeddings, labels, count, title)
@@ -289,7 +289,7 @@ class TrainingRun:
     def _equip(self, trainer: Any) -> None:
         """Records and checkpoints, beside the hooks that the trainer has."""
         trainer.checkpoint_folder = self.folder / "checkpoints"
-        if not is_first():
+        if not is_main():
             return
         trainer.record_keeper = self.hooks.record_keeper
         trainer.losses_file = LossesFile(self.folder / _LOSSES)

@@ -11,7 +11,7 @@ from pml_tacl.cli.building import training_model
 from pml_tacl.cli.run_folder import read_config, write_json
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import embed
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
 from pml_tacl.trainers.fitting import fit_to
 
@@ -74,7 +74,7 @@ def index_stopped(
     fit_to(model, dataset, num_workers, progress=progress)
     found, _ = embed(model, dataset, num_workers=num_workers, progress=progress)
     model.save_pretrained(run / "model")
-    PictureIndex.of(dataset, found).save(run)
+    ImageIndex.of(dataset, found).save(run)
     write_json(run / STOPPED, {"checkpoint": checkpoints(run / "checkpoints")[-1].name})
     return True
 

@@ -1,4 +1,4 @@
-"""Cluster centres as the contrastive clustering loss and its miner hold and compare them."""
+"""Cluster centroids as the contrastive clustering loss and its miner hold and compare them."""
 
 from typing import Any, NamedTuple
 
@@ -15,17 +15,17 @@ from pml_tacl.utils.pml_compat import Needs
 from pml_tacl.utils.precision import at_least_float32, without_autocast
 
 
-class NearestCentres(NamedTuple):
-    """Distances of N embeddings to their own and to the k nearest other centres.
+class NearestCentroids(NamedTuple):
+    """Distances of N embeddings to their own and to the k nearest other centroids.
 
     For a similarity the signs are turned, so that less is always nearer.
     """
 
     own: Tensor  # (N,)
     others: Tensor  # (N, k), ascending
-    columns: Tensor  # (N, k), which centres ``others`` are
+    columns: Tensor  # (N, k), which centroids ``others`` are
     valid: Tensor | None  # (N, k) bool, which of ``others`` there are; None for all
-    ref_column: Tensor  # (M,), the centre of each reference element
+    ref_column: Tensor  # (M,), the centroid of each reference element
     has_own: Tensor  # (N,) bool, False for noise and for labels that the reference lacks
 
 
@@ -109,7 +109,7 @@ class CentroidTable:
         if self.values.shape[1] != embeddings.shape[1]:
             raise InputError(
                 f"embeddings have {embeddings.shape[1]} dimensions and the centroids "
-                f"{self.values.shape[1]}: call set_centroids with centres of this model"
+                f"{self.values.shape[1]}: call set_centroids with centroids of this model"
             )
         # On a GPU the question would stall the queue; there the indexing itself complains.
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -191,15 +191,15 @@ class Centroids:
             centroids = centroids.to(device, copy=True)  # the state's own must not move with ours
         self.centroid_table.values = centroids
 
-    def nearest_centres(
+    def nearest_centroids(
         self,
         embeddings: Tensor,
         labels: Tensor,
         ref_emb: Tensor,
         ref_labels: Tensor,
         num_negatives: int,
-    ) -> NearestCentres:
-        """Compare embeddings (N, D) with their own and the nearest other centres, in fp32 or more.
+    ) -> NearestCentroids:
+        """Compare embeddings (N, D) with their own and the nearest other centroids, in fp32.
 
         Raises:
             ValueError: if a label has no centroid or the dimensions disagree.
@@ -213,25 +213,25 @@ class Centroids:
 
     def _nearest_centroids(
         self, embeddings: Tensor, labels: Tensor, ref_labels: Tensor, num_negatives: int
-    ) -> NearestCentres:
-        centres = self.centroid_table.beside(embeddings, labels)
+    ) -> NearestCentroids:
+        centroids = self.centroid_table.beside(embeddings, labels)
         own = labels.clamp(min=0)
-        num_negatives = min(num_negatives, len(centres) - 1)
+        num_negatives = min(num_negatives, len(centroids) - 1)
         if self._is_plain_similarity():
             own_distance, others, columns = _NearestSimilarities.apply(
-                embeddings, centres, own, num_negatives, self.distance.normalize_embeddings
+                embeddings, centroids, own, num_negatives, self.distance.normalize_embeddings
             )
         else:
-            mat = self.distance(embeddings, centres)
+            mat = self.distance(embeddings, centroids)
             own_distance, others, columns = self._nearest(
                 mat, own, num_negatives, mat.detach().clone()
             )
-        return NearestCentres(own_distance, others, columns, None, ref_labels, labels >= 0)
+        return NearestCentroids(own_distance, others, columns, None, ref_labels, labels >= 0)
 
     def _nearest_means(
         self, embeddings: Tensor, labels: Tensor, reference: tuple[Tensor, Tensor], count: int
-    ) -> NearestCentres:
-        """One centre per reference element, of which the first of each label stands for it."""
+    ) -> NearestCentroids:
+        """One centroid per reference element, of which the first of each label stands for it."""
         ref_emb, ref_labels = reference
         same = (ref_labels[:, None] == ref_labels) & (ref_labels >= 0)
         first = same.byte().argmax(dim=1)
@@ -244,10 +244,10 @@ class Centroids:
         mat = self.distance(embeddings, means)
         ranked = mat.detach().masked_fill(~stands, self._farthest())
         near = self._nearest(mat, own, min(count, len(ref_labels)), ranked)
-        # An embedding without an own centre is no concern of anyone: which others count neither.
+        # An embedding without an own centroid is no concern of anyone: which others count neither.
         rank = torch.arange(near[1].shape[1], device=near[1].device)
         valid = rank < stands.sum() - 1
-        return NearestCentres(*near, valid.expand_as(near[1]), first, has_own)
+        return NearestCentroids(*near, valid.expand_as(near[1]), first, has_own)
 
     def _nearest(
         self, mat: Tensor, own: Tensor, num_negatives: int, ranked: Tensor
@@ -273,18 +273,18 @@ class Centroids:
 
 
 class _NearestSimilarities(torch.autograd.Function):
-    """Negated similarity to the own and to the most similar other of fixed unit centres.
+    """Negated similarity to the own and to the most similar other of fixed unit centroids.
 
-    The gradient reaches the chosen centres alone: neither the (N, K) matrix nor normalised
+    The gradient reaches the chosen centroids alone: neither the (N, K) matrix nor normalised
     embeddings need be kept or gone through again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, embeddings: Tensor, centres: Tensor, own: Tensor, count: int, normalize: bool
+        ctx: Any, embeddings: Tensor, centroids: Tensor, own: Tensor, count: int, normalize: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         own = own.unsqueeze(1)
-        similarity = embeddings @ centres.T
+        similarity = embeddings @ centroids.T
         own_value = similarity.gather(1, own)
         similarity.scatter_(1, own, -torch.inf)
         # Scaling a row does not change its order.
@@ -295,7 +295,7 @@ class _NearestSimilarities(torch.autograd.Function):
             norms = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
             inverse_norms = norms.clamp_(min=1e-12).reciprocal_()
             values *= inverse_norms
-        ctx.save_for_backward(embeddings, centres, own, columns, values, inverse_norms)
+        ctx.save_for_backward(embeddings, centroids, own, columns, values, inverse_norms)
         ctx.mark_non_differentiable(columns)
         distances = values.neg()
         return distances[:, 0].clone(), distances[:, 1:].clone(), columns
@@ -303,14 +303,14 @@ class _NearestSimilarities(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_own: Tensor, grad_others: Tensor, _: None) -> tuple[Any, ...]:
-        embeddings, centres, own, columns, values, inverse_norms = ctx.saved_tensors
+        embeddings, centroids, own, columns, values, inverse_norms = ctx.saved_tensors
         weights = torch.cat([grad_own.unsqueeze(1), grad_others], dim=1).neg_()
         chosen = torch.cat([own, columns], dim=1)
         along = None
         if inverse_norms is not None:
             weights *= inverse_norms
             along = (weights * values).sum(dim=1, keepdim=True).mul_(inverse_norms)
-        grad = F.embedding_bag(chosen, centres, per_sample_weights=weights, mode="sum")
+        grad = F.embedding_bag(chosen, centroids, per_sample_weights=weights, mode="sum")
         if along is not None:
             grad.addcmul_(embeddings, along, value=-1)
         return grad, None, None, None, None

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pml_tacl.datasets.characters import characters, ink, split_characters
 from pml_tacl.utils.checks import check_count
 from pml_tacl.utils.errors import InputError
-from pml_tacl.utils.files import written_whole
+from pml_tacl.utils.files import atomic_write
 
 # Raised when a change of the drawing code changes pixels: caches on disk are keyed by it.
 _RENDERING = 1
@@ -186,7 +186,7 @@ class Glyphs(Dataset[tuple[Any, int]]):
         if self.cache_dir is None:
             return
         # A reader sees no file or a whole one, also when two processes render at once.
-        with written_whole(self._cache_path(self.cache_dir)) as file:
+        with atomic_write(self._cache_path(self.cache_dir)) as file:
             np.savez(file, images=self._memory(), boxes=self._boxes)
 
 

@@ -80,8 +80,8 @@ class ImageFiles(Dataset[tuple[Any, int]]):
             or if an argument is wrong.
 
     Example:
-        >>> pictures = ImageFiles("photos", labels="folder")  # doctest: +SKIP
-        >>> image, label = pictures[0]  # doctest: +SKIP
+        >>> images = ImageFiles("photos", labels="folder")  # doctest: +SKIP
+        >>> image, label = images[0]  # doctest: +SKIP
     """
 
     def __init__(
@@ -102,14 +102,14 @@ class ImageFiles(Dataset[tuple[Any, int]]):
             raise InputError("strict=True finds broken files by decoding them; leave check=True")
         self.root, self.transform = Path(root), transform
         if not self.root.is_dir():
-            raise InputError(f"root must be a folder of pictures; {str(root)!r} is none")
+            raise InputError(f"root must be a folder of images; {str(root)!r} is none")
 
         self.paths, self.broken, self.skipped = _find_images(self.root, labels == "folder")
         self.exclude, self.listed = [exclude] if isinstance(exclude, str) else [*exclude], files
         self._choose()
         if not self.paths and not self.broken:
             others = f" ({len(self.skipped)} files are no images)" if self.skipped else ""
-            raise InputError(f"no picture in {str(root)!r} or below it{others}")
+            raise InputError(f"no image in {str(root)!r} or below it{others}")
         if not self.paths and all(reason == _NO_CLASS for _, reason in self.broken):
             raise InputError(
                 f"labels='folder' needs a folder for each class in {str(root)!r}, and its "
@@ -130,11 +130,11 @@ class ImageFiles(Dataset[tuple[Any, int]]):
 
     @property
     def names(self) -> list[str]:
-        """Where each picture lies below the root, with slashes on every system."""
+        """Where each image lies below the root, with slashes on every system."""
         return [path.relative_to(self.root).as_posix() for path in self.paths]
 
     def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> ImageFiles:
-        """The same pictures, not searched and checked again, through another transform."""
+        """The same images, not searched and checked again, through another transform."""
         other = copy(self)
         other.transform = transform
         return other
@@ -181,7 +181,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
     def _report(self, strict: bool) -> None:
         named = _named([f"{path} ({reason})" for path, reason in self.broken])
         if not self.paths:
-            raise InputError(f"no readable picture in {str(self.root)!r}: {named}")
+            raise InputError(f"no readable image in {str(self.root)!r}: {named}")
         if self.broken and strict:
             raise InputError(f"{len(self.broken)} broken files, and strict=True: {named}")
         if self.broken:
@@ -276,7 +276,7 @@ def _decode(source: str | Path | io.BytesIO) -> Image.Image:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not a picture of a known format"
+        return "not an image of a known format"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
 
@@ -373,7 +373,7 @@ def _decode_all(paths: list[Path], progress: bool) -> list[str]:
     """One line of what is wrong with each file, empty for the sound ones."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         reasons = pool.map(_what_is_wrong, paths)
-        return list(tqdm(reasons, "checking pictures", len(paths), disable=not progress))
+        return list(tqdm(reasons, "checking images", len(paths), disable=not progress))
 
 
 def _what_is_wrong(path: Path) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from pml_tacl.distributed.session import device, in_use, is_first, naming, patient, rank, world_size
+from pml_tacl.distributed.session import device, in_use, is_main, naming, patient, rank, world_size
 
 _BUCKET = 1 << 23  # numbers that travel at once, 32 MiB of float32
 
 
-def from_first(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def broadcast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The first process's tensors, of any shape and type, on all of them. Collective.
 
     Args:
@@ -34,12 +34,12 @@ def from_first(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
             if kind is None:
                 received.append(None)
                 continue
-            if is_first() and own is not None:
+            if is_main() and own is not None:
                 travelling = own.detach().to(device()).contiguous()
             else:
                 travelling = torch.empty(kind[0], dtype=kind[1], device=device())
             distributed.broadcast(travelling, src=0)
-            received.append(own if is_first() else travelling.cpu())
+            received.append(own if is_main() else travelling.cpu())
     return received
 
 
@@ -86,13 +86,13 @@ def gather_rows(rows: Tensor, count: int, batch_size: int) -> Tensor | None:
     rows = rows if len(rows) else torch.empty(0, *shape, dtype=dtype)
     where = [shard(count, batch_size, of) for of in range(world_size())]
     step = max(1, _BUCKET // max(1, world_size() * math.prod(shape)))
-    whole = torch.empty(count, *shape, dtype=dtype) if is_first() else None
+    whole = torch.empty(count, *shape, dtype=dtype) if is_main() else None
     for start in range(0, max(map(len, where)), step):
         stop = min(start + step, max(map(len, where)))
         padded = torch.zeros(stop - start, *shape, dtype=dtype, device=device())
         own = rows[start:stop]
         padded[: len(own)] = own.to(device())
-        into = [torch.empty_like(padded) for _ in where] if is_first() else None
+        into = [torch.empty_like(padded) for _ in where] if is_main() else None
         with naming("gathering embeddings"):
             distributed.gather(padded, into, dst=0)
         if whole is not None and into is not None:
@@ -158,7 +158,7 @@ def used_anywhere(used: Sequence[bool]) -> list[bool]:
 
 
 def mean_loss(own: Tensor) -> Tensor:
-    """A loss of this process's pictures as a part of the mean over the processes. Collective.
+    """A loss of this process's images as a part of the mean over the processes. Collective.
 
     Returns:
         The mean; the gradient is of this process's part of it.
@@ -175,7 +175,7 @@ def equal_to_first(tensors: Iterable[Tensor]) -> None:
     """Give all processes the first one's values, in place. Collective."""
     tensors = list(tensors)
     with torch.no_grad():
-        if not is_first():
+        if not is_main():
             for tensor in tensors:
                 tensor.zero_()
         total(tensors)

@@ -37,7 +37,7 @@ def start_alike(
     modules = [*models.values(), *losses.values()]
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     shapes = [tuple(t.shape) for t in tensors]
-    remedy = "start all processes with the same arguments and pictures"
+    remedy = "start all processes with the same arguments and images"
     check_same("settings", [*settings, shapes], remedy)
     if device.type == "cuda":
         from timm.layers import convert_sync_batchnorm  # torch's own would lose activations

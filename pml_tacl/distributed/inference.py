@@ -1,6 +1,6 @@
 """Training in several processes, for scripts that torchrun starts; without it, nothing changes.
 
-from pml_tacl.distributed.inference import is_first, on_first, session
+from pml_tacl.distributed.inference import is_main, run_on_main, session
 
 if __name__ == "__main__":
     with session():
@@ -18,9 +18,9 @@ from pml_tacl.distributed.collectives import gather_rows, shard
 from pml_tacl.distributed.session import (
     ProcessLost,
     barrier,
-    is_first,
-    on_first,
+    is_main,
     rank,
+    run_on_main,
     session,
     world_size,
 )
@@ -29,17 +29,17 @@ from pml_tacl.evaluation import embed, evaluate
 __all__ = [
     "ProcessLost",
     "barrier",
-    "embed_together",
-    "evaluate_together",
-    "is_first",
-    "on_first",
+    "embed_distributed",
+    "evaluate_distributed",
+    "is_main",
     "rank",
+    "run_on_main",
     "session",
     "world_size",
 ]
 
 
-def embed_together(
+def embed_distributed(
     model: nn.Module, dataset: Dataset[Any], *, batch_size: int = 64, **kwargs: Any
 ) -> tuple[Tensor, Tensor] | None:
     """As :func:`pml_tacl.evaluation.embed`, shared by all processes; all of them must call it.
@@ -60,7 +60,7 @@ def embed_together(
     own = shard(count, batch_size)
     rows, labels = torch.empty(0), torch.empty(0, dtype=torch.long)
     if len(own) or not count:
-        progress = kwargs.pop("progress", True) and is_first()
+        progress = kwargs.pop("progress", True) and is_main()
         mine: Dataset[Any] = Subset(dataset, own.tolist())
         rows, labels = embed(model, mine, batch_size=batch_size, progress=progress, **kwargs)
     embeddings = gather_rows(rows, count, batch_size)
@@ -68,7 +68,7 @@ def embed_together(
     return None if embeddings is None or found is None else (embeddings, found)
 
 
-def evaluate_together(
+def evaluate_distributed(
     model: nn.Module,
     dataset: Dataset[Any],
     *,
@@ -83,13 +83,13 @@ def evaluate_together(
         dataset: items (image, label) of the queries.
         metrics: names; empty for all.
         reference: the gallery to search in, if it is another data set.
-        **kwargs: of :func:`embed_together`.
+        **kwargs: of :func:`embed_distributed`.
 
     Returns:
         Value in [0, 1] by name of metric, on every process.
     """
     parts = [dataset] if reference is None else [dataset, reference]
-    found = [embed_together(model, part, **kwargs) for part in parts]
+    found = [embed_distributed(model, part, **kwargs) for part in parts]
 
     def measure() -> dict[str, float]:
         query, *gallery = [TensorDataset(*part) for part in found if part is not None]
@@ -97,4 +97,4 @@ def evaluate_together(
         settings: dict[str, Any] = {"metrics": metrics, "progress": False}
         return evaluate(nn.Identity(), query, reference=searched, **settings)
 
-    return on_first(measure, "evaluating")
+    return run_on_main(measure, "evaluating")

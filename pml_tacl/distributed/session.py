@@ -50,7 +50,7 @@ def world_size() -> int:
     return distributed.get_world_size() if in_use() else 1
 
 
-def is_first() -> bool:
+def is_main() -> bool:
     """Whether this process is the one that prints, clusters, evaluates and writes."""
     return rank() == 0
 
@@ -116,7 +116,7 @@ def barrier() -> None:
             distributed.barrier(group=patient())
 
 
-def on_first(function: Callable[[], _T], doing: str) -> _T:
+def run_on_main(function: Callable[[], _T], doing: str) -> _T:
     """What a function gives on the first process, on all of them. Collective.
 
     Args:
@@ -134,7 +134,7 @@ def on_first(function: Callable[[], _T], doing: str) -> _T:
         return function()
     sent: list[Any] = [None]
     error: Exception | None = None
-    if is_first():
+    if is_main():
         try:
             sent = [(function(), None, "")]
         except Exception as raised:
@@ -184,7 +184,7 @@ def check_same(what: str, values: Iterable[Any], remedy: str) -> None:
         )
 
 
-def highest(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     """The largest of the processes' numbers. Collective."""
     if world_size() == 1:
         return value

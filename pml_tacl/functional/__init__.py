@@ -3,20 +3,20 @@
 from pml_tacl.functional.background import border_similarity, covariance_pooling
 from pml_tacl.functional.consistency import (
     attention_consistency,
-    commonness,
+    background_score,
     contrastive_clustering,
     cross_image_attention,
     sample_at_points,
-    to_picture,
+    to_image,
 )
 
 __all__ = [
     "attention_consistency",
+    "background_score",
     "border_similarity",
-    "commonness",
     "contrastive_clustering",
     "covariance_pooling",
     "cross_image_attention",
     "sample_at_points",
-    "to_picture",
+    "to_image",
 ]

@@ -83,17 +83,17 @@ def sample_at_points(maps: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     return (values.squeeze(1) if maps.ndim == 3 else values), visible
 
 
-def to_picture(
+def to_image(
     maps: Tensor,
     size: tuple[int, int],
     cell_offset: tuple[float, float] = (0.0, 0.0),
     mode: str = "bilinear",
 ) -> Tensor:
-    """Maps at the size of the picture, each cell's value where the cell looks.
+    """Maps at the size of the image, each cell's value where the cell looks.
 
     Args:
         maps: (N, H, W).
-        size: (height, width) of the picture, in pixels.
+        size: (height, width) of the image, in pixels.
         cell_offset: (x, y) in cells, as of :meth:`AttentionEmbedder.cell_offset`.
         mode: "bilinear", or "bicubic", whose peaks lie between cells and may overshoot.
 
@@ -138,7 +138,7 @@ def attention_consistency(
         points: (N, H*W, 2), where each cell of the first view lies in the second.
         anchors: (P,) indices i.
         positives: (P,) indices j.
-        weights: (N, H*W) non-negative weight of each cell, None for ones. With surroundings
+        weights: (N, H*W) non-negative weight of each cell, None for ones. With backgrounds
             swapped, the mask at the cell: what is lost should not count.
         temperature: None for the hard maximum, else t > 0.
         chunk_size: pairs compared at once, see :func:`cross_image_attention`.
@@ -211,7 +211,7 @@ def contrastive_clustering(
 
 
 @torch.no_grad()
-def commonness(
+def background_score(
     feature_maps: Tensor,
     labels: Tensor | None = None,
     references: Tensor | None = None,

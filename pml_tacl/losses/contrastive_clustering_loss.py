@@ -4,7 +4,7 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
-from pml_tacl.clustering.centroids import Centroids, NearestCentres
+from pml_tacl.clustering.centroids import Centroids, NearestCentroids
 from pml_tacl.functional import contrastive_clustering
 from pml_tacl.utils.checks import check_count, check_number
 from pml_tacl.utils.errors import InputError
@@ -13,20 +13,20 @@ from pml_tacl.utils.pml_compat import BaseMetricLossFunction, as_pml_gives, loss
 
 
 class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
-    """A triplet loss between an image and cluster centres.
+    """A triplet loss between an image and cluster centroids.
 
-    ``l_i = [ d(e_i, c_y) - mean_k d(e_i, c_k) + margin ]_+``: the positive is the centre of the
-    image's own cluster, the negatives are the ``num_negatives`` nearest other centres. After Li
+    ``l_i = [ d(e_i, c_y) - mean_k d(e_i, c_k) + margin ]_+``: the positive is the centroid of the
+    image's own cluster, the negatives are the ``num_negatives`` nearest other centroids. After Li
     et al. 2020 (ECCV), *Unsupervised Deep Metric Learning with Transformed Attention Consistency
     and Contrastive Clustering Loss*; definition ours.
 
-    Centres come from :meth:`set_centroids`; without them they are the means of each label in the
+    Centroids come from :meth:`set_centroids`; without them they are the means of each label in the
     batch (of ``ref_emb``, if given), with gradient. Embeddings labelled -1 (noise) are ignored.
     Miners' tuples weight the embeddings, as in PML's other losses that need no pairs.
 
     Args:
         margin: in the unit of the distance (cosine: [0, 2]).
-        num_negatives: nearest other centres per embedding; all of them if there are fewer.
+        num_negatives: nearest other centroids per embedding; all of them if there are fewer.
         **kwargs: ``distance`` (default CosineSimilarity, which works in every floating type),
             ``reducer``, ``embedding_regularizer``, ``collect_stats``: as of any PML loss.
 
@@ -50,7 +50,7 @@ class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
         self.num_negatives = num_negatives
         self.add_to_recordable_attributes(list_of_names=["margin", "num_negatives"], is_stat=False)
         self.add_to_recordable_attributes(
-            list_of_names=["own_centre_distance", "other_centre_distance"], is_stat=True
+            list_of_names=["own_centroid_distance", "other_centroid_distance"], is_stat=True
         )
 
     def forward(
@@ -67,7 +67,7 @@ class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
             embeddings: (N, D).
             labels: (N,) pseudo-labels, whole numbers of any type; -1 is noise.
             indices_tuple: from a miner; weights the embeddings.
-            ref_emb: (M, D), what centres are averaged over; only without set centroids.
+            ref_emb: (M, D), what centroids are averaged over; only without set centroids.
             ref_labels: (M,) of them.
         """
         labels = None if labels is None else pseudo_labels(labels)
@@ -87,16 +87,16 @@ class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
         if labels is None:
             raise InputError("labels are required: the pseudo-labels (N,) of the embeddings")
         if ref_labels is None:
-            raise InputError("ref_labels are required with ref_emb: they group it into centres")
+            raise InputError("ref_labels are required with ref_emb: they group it into centroids")
         if using_ref and self.centroids is not None:
             raise InputError(
                 "ref_emb has no use while centroids are set: leave it out, or call "
-                "set_centroids(None) to average the centres over it"
+                "set_centroids(None) to average the centroids over it"
             )
         if len(embeddings) == 0 or len(ref_emb) == 0:
             return dict(self.zero_losses())
 
-        near = self.nearest_centres(embeddings, labels, ref_emb, ref_labels, self.num_negatives)
+        near = self.nearest_centroids(embeddings, labels, ref_emb, ref_labels, self.num_negatives)
         losses = contrastive_clustering(near.own, near.others, self.margin, near.valid)
         weights = miner_weights(indices_tuple, len(losses), losses, using_ref)
         if weights is not None:
@@ -108,16 +108,16 @@ class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
             self.zero_losses()
         )
 
-    def _set_stats(self, near: NearestCentres) -> None:
-        """Means over the embeddings that have a centre, in the distance's own sign; else 0."""
+    def _set_stats(self, near: NearestCentroids) -> None:
+        """Means over the embeddings that have a centroid, in the distance's own sign; else 0."""
         valid = near.has_own.unsqueeze(1).expand_as(near.others)
         if near.valid is not None:
             valid = valid & near.valid
         sign = -1 if self.distance.is_inverted else 1
         if near.has_own.any():
-            self.own_centre_distance = sign * near.own.detach()[near.has_own].mean().item()
+            self.own_centroid_distance = sign * near.own.detach()[near.has_own].mean().item()
         if valid.any():
-            self.other_centre_distance = sign * near.others.detach()[valid].mean().item()
+            self.other_centroid_distance = sign * near.others.detach()[valid].mean().item()
 
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()

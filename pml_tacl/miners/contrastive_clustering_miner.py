@@ -10,18 +10,18 @@ from pml_tacl.utils.pml_compat import PairMiner, Pairs
 
 
 class ContrastiveClusteringMiner(Centroids, PairMiner):
-    """Pairs that cluster centres call hard, of images whose cluster is sure.
+    """Pairs that cluster centroids call hard, of images whose cluster is sure.
 
     Positives are images of the same cluster, negatives those of the ``num_negatives`` other
-    clusters with the nearest centres. An image is left out, in every role, if its ambiguity, the
-    distance to its own centre over that to the nearest other one, is above ``max_ambiguity``, or
-    if its label is -1. Of ``ref_emb``, if given, only those labelled -1 are left out. Centres:
+    clusters with the nearest centroids. An image is left out, in every role, if its ambiguity, the
+    distance to its own centroid over that to the nearest other one, is above ``max_ambiguity``, or
+    if its label is -1. Of ``ref_emb``, if given, only those labelled -1 are left out. Centroids:
     :meth:`set_centroids`, else means of the batch (of ``ref_emb``, if given). After Li et al.
     2020; definition ours.
 
     Args:
-        num_negatives: nearest other centres per image; all of them if there are fewer.
-        max_ambiguity: 1 leaves out what lies nearer to another centre; less asks for more.
+        num_negatives: nearest other centroids per image; all of them if there are fewer.
+        max_ambiguity: 1 leaves out what lies nearer to another centroid; less asks for more.
         **kwargs: ``distance`` (default CosineSimilarity, compared as 1 - cosine) and
             ``collect_stats``, as of any PML miner.
 
@@ -49,7 +49,7 @@ class ContrastiveClusteringMiner(Centroids, PairMiner):
     def pairs(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
     ) -> Pairs:
-        near = self.nearest_centres(embeddings, labels, ref_emb, ref_labels, self.num_negatives)
+        near = self.nearest_centroids(embeddings, labels, ref_emb, ref_labels, self.num_negatives)
         own, others = near.own, near.others
         if self.distance.is_inverted:
             own, others = (1 + own).clamp(min=0), (1 + others).clamp(min=0)

@@ -20,7 +20,7 @@ from pml_tacl.models.trunk import Trunk
 from pml_tacl.models.weights import Pretrained, flat_tensors
 from pml_tacl.utils.checks import check_number
 from pml_tacl.utils.errors import InputError, InputTypeError
-from pml_tacl.utils.files import written_whole
+from pml_tacl.utils.files import atomic_write
 
 _FORMAT_VERSION = 2
 _Self = TypeVar("_Self", bound="AttentionEmbedder")
@@ -141,7 +141,7 @@ class AttentionEmbedder(nn.Module):
     def transform(
         self, training: bool = False, image_size: int | tuple[int, int] | None = None
     ) -> v2.Transform:
-        """The transform from a picture to what this model takes.
+        """The transform from an image to what this model takes.
 
         Args:
             training: random crop and flip instead of the central crop.
@@ -178,7 +178,7 @@ class AttentionEmbedder(nn.Module):
         """How far from the middle of its cell a feature looks, as (x, y) in cells.
 
         Half a cell up and left for most convolutional networks, nothing for ViTs. Give it to
-        `SiameseTransform`, `BackgroundSwap` and `functional.to_picture`, for which places
+        `SiameseTransform`, `BackgroundSwap` and `functional.to_image`, for which places
         matter. It belongs to the architecture and the size: the weights do not change it, and no
         random number is drawn. Takes a pass: call it once.
 
@@ -295,9 +295,9 @@ class AttentionEmbedder(nn.Module):
         except TypeError as error:
             raise InputError(f"the arguments for timm can not be saved as json: {error}") from error
         folder = Path(folder)
-        with written_whole(folder / "model.safetensors") as file:
+        with atomic_write(folder / "model.safetensors") as file:
             file.write(save(flat_tensors(self.state_dict())))
-        with written_whole(folder / "config.json") as file:
+        with atomic_write(folder / "config.json") as file:
             file.write(f"{text}\n".encode())
         return folder
 

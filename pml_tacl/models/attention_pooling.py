@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pml_tacl.functional import border_similarity, commonness
+from pml_tacl.functional import background_score, border_similarity
 from pml_tacl.functional.background import figure_scores
 from pml_tacl.models.covariance import Covariance
 from pml_tacl.models.projection import Projection
@@ -95,8 +95,8 @@ class Embedder(nn.Module):
         attention: weights of the cells. `"border"`: cells that look like the image's own border
             count less, on an absolute scale, see :class:`BorderAttention`; `"relative_border"`:
             the same, standardised within each image; `"pool"`: learned, starts uniform; `"none"`:
-            uniform; `"distinctive"`: softmax(-B / 0.1), with B the commonness of each cell among
-            reference images (after Li et al. 2020; definition ours), see
+            uniform; `"distinctive"`: softmax(-B / 0.1), with B the background score of each cell
+            among reference images (after Li et al. 2020; definition ours), see
             `set_attention_references`; or a module that maps a `TrunkOutput` to (N, H', W') logits
             on the grid of its feature maps. None: `"border"` for the backbone's pooling,
             `"relative_border"` for the covariance, `"pool"` for the average.
@@ -266,7 +266,7 @@ class Embedder(nn.Module):
                     f"feature maps, got {tuple(logits.shape)}"
                 )
         elif self.references.numel():
-            logits = -commonness_against(maps, self.references) / _DISTINCTIVE_TEMPERATURE
+            logits = -background_score_against(maps, self.references) / _DISTINCTIVE_TEMPERATURE
         else:
             return at_least_float32(maps.detach()).new_full(
                 (n, height, width), 1 / (height * width)
@@ -302,7 +302,7 @@ def _overlap(old: int, new: int, like: Tensor) -> Tensor:
     return shared.clamp_min(0)
 
 
-def commonness_against(
+def background_score_against(
     feature_maps: Tensor, references: Tensor, chunk_size: int | None = None
 ) -> Tensor:
     """How well each place is found in a bank of references, on average.
@@ -310,11 +310,11 @@ def commonness_against(
     Args:
         feature_maps: (N, C, H, W).
         references: (M, P, C), unit vectors of the P places of each of M images.
-        chunk_size: pairs compared at once, as of :func:`pml_tacl.functional.commonness`.
+        chunk_size: pairs compared at once, as of :func:`pml_tacl.functional.background_score`.
 
     Returns:
         (N, H, W) in [-1, 1]: mean over references of the best cosine similarity in each.
     """
     maps = at_least_float32(feature_maps)
     bank = references.to(maps).transpose(1, 2).unsqueeze(3)
-    return commonness(maps, references=bank, chunk_size=chunk_size)
+    return background_score(maps, references=bank, chunk_size=chunk_size)

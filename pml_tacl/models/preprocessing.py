@@ -111,7 +111,7 @@ def image_transform(
         steps.append(v2.Resize(size, interpolation=interpolation, antialias=True))
     else:
         larger = [int(side / config["crop_pct"]) for side in size]
-        # A square keeps the picture's proportions; torchvision takes one side as the shorter one.
+        # A square keeps the image's proportions; torchvision takes one side as the shorter one.
         target = larger[:1] if size[0] == size[1] else larger
         steps += [
             _Shortened(),
@@ -128,7 +128,7 @@ def image_transform(
 
 
 def as_seen(images: Tensor, config: dict[str, Any]) -> Tensor:
-    """Pictures in [0, 1] from what a model takes, both (..., C, H, W).
+    """Images in [0, 1] from what a model takes, both (..., C, H, W).
 
     Args:
         images: normalised as `image_transform` does.

@@ -19,10 +19,10 @@ from pml_tacl.report._choices import (
     ranked_clusters,
     sample_of,
 )
-from pml_tacl.report._sources import PictureSet, Run, read_run
+from pml_tacl.report._sources import ImageSet, Run, read_run
 from pml_tacl.utils.checks import check_count
 from pml_tacl.utils.errors import InputError
-from pml_tacl.utils.files import written_whole
+from pml_tacl.utils.files import atomic_write
 
 __all__ = ["read_run", "report_html", "write_report"]
 
@@ -47,8 +47,8 @@ def write_report(
     Args:
         folder: of the run.
         out: the page; RUN/report.html if not given.
-        images: where the pictures that were trained on are, if they have moved.
-        folders_are_classes: judge clusters by the sub-folders of the training pictures.
+        images: where the images that were trained on are, if they have moved.
+        folders_are_classes: judge clusters by the sub-folders of the training images.
         queries: of the best and of the worst, each.
         clusters: of each kind.
         points: on the maps together at most; the page says how many there are in truth.
@@ -59,14 +59,14 @@ def write_report(
 
     Raises:
         ValueError: if the folder holds no ended run, or a count is below 1.
-        OSError: if the run's model or pictures are missing.
+        OSError: if the run's model or images are missing.
     """
     for name, value in (("queries", queries), ("clusters", clusters), ("points", points)):
         check_count(name, value, 1)
     run = read_run(folder, images, folders_are_classes=folders_are_classes)
     html = report_html(run, queries=queries, clusters=clusters, points=points, seed=seed)
     path = Path(folder) / "report.html" if out is None else Path(out)
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(html.encode("utf-8"))
     return path
 
@@ -86,9 +86,9 @@ def report_html(run: Run, *, queries: int, clusters: int, points: int, seed: int
         ]
     budget = _SHEET_BYTES // len(sets)
     sheets = ""
-    for at, (one, pictures, rows) in enumerate(sets):
-        # Pictures that no longer fit have a place and a name, and no thumbnail.
-        sheet, one["tiles"] = _images.sheet(pictures.open, rows.tolist(), budget)
+    for at, (one, images, rows) in enumerate(sets):
+        # Images that no longer fit have a place and a name, and no thumbnail.
+        sheet, one["tiles"] = _images.sheet(images.open, rows.tolist(), budget)
         sheets += f'<img id="sheet-{at}" alt="" hidden src="{sheet}">'
     best, worst, among = best_and_worst(shown, queries, seed)
     eight = np.linspace(0, len(shown) - 1, min(8, len(shown))).round().astype(int).tolist()
@@ -114,7 +114,7 @@ def report_html(run: Run, *, queries: int, clusters: int, points: int, seed: int
          f"{shown.title}, evenly drawn: what the model sees, and where it looks. Each map is "
          "stretched to its own range.", page.attention(run, shown, eight)),
         ("clusters", "Clusters",
-         f"{run.clusters_are} Pictures begin with the one nearest the centre; those of mixed and "
+         f"{run.clusters_are} Images begin with the one nearest the centre; those of mixed and "
          "loose clusters go from centre to rim.",
          page.cluster_cards(run.training, ranked)),
         ("map", "Map", "", _template("map.html") + sheets),
@@ -141,36 +141,36 @@ def report_html(run: Run, *, queries: int, clusters: int, points: int, seed: int
 
 
 def _map_set(
-    pictures: PictureSet, kind: str, cap: int, first: list[int], seed: int
-) -> tuple[dict[str, Any], PictureSet, Any]:
-    groups = pictures.clusters if kind == "cluster" else pictures.labels
+    images: ImageSet, kind: str, cap: int, first: list[int], seed: int
+) -> tuple[dict[str, Any], ImageSet, Any]:
+    groups = images.clusters if kind == "cluster" else images.labels
     if groups is None:
-        raise InputError(f"{pictures.title} have no {kind} to be coloured by")
+        raise InputError(f"{images.title} have no {kind} to be coloured by")
     rows = sample_of(groups, cap, first, seed)
-    places, how = project(pictures.embeddings[rows], seed)
+    places, how = project(images.embeddings[rows], seed)
     numbers, index = np.unique(groups[rows], return_inverse=True)
     if kind == "cluster":
         names = [_NOISE if number < 0 else f"cluster {number}" for number in numbers]
     else:
-        names = [pictures.classes[number] for number in numbers]
+        names = [images.classes[number] for number in numbers]
     whole = np.round(places * _GRID).astype(int)
     return (
         {
-            "title": pictures.title,
+            "title": images.title,
             "kind": kind,
             "how": how,
-            "all": len(pictures),
+            "all": len(images),
             "x": whole[:, 0].tolist(),
             "y": whole[:, 1].tolist(),
             "group": index.tolist(),
             "ids": numbers.tolist(),
             "groups": names,
             "labels": []
-            if pictures.labels is None or kind == "class"
-            else [pictures.classes[label] for label in pictures.labels[rows]],
-            "names": [page.named(pictures, int(row)) for row in rows],
+            if images.labels is None or kind == "class"
+            else [images.classes[label] for label in images.labels[rows]],
+            "names": [page.named(images, int(row)) for row in rows],
         },
-        pictures,
+        images,
         rows,
     )
 

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pml_tacl.clustering.unit_embeddings import FloatArray, IntArray
-from pml_tacl.report._sources import PictureSet
+from pml_tacl.report._sources import ImageSet
 from pml_tacl.utils.neighbours import nearest_others
 
 NEIGHBOURS = 8
@@ -44,7 +44,7 @@ class Cluster(NamedTuple):
 
 
 def best_and_worst(
-    pictures: PictureSet, count: int, seed: int = 0
+    images: ImageSet, count: int, seed: int = 0
 ) -> tuple[list[Query], list[Query], int]:
     """The queries that retrieve best and worst, each of another class (or cluster).
 
@@ -55,21 +55,21 @@ def best_and_worst(
     Returns:
         The best, the worst, and among how many queries they were looked for.
     """
-    queries = np.arange(len(pictures))
-    groups = pictures.clusters if pictures.labels is None else pictures.labels
-    if pictures.labels is not None:  # a lone picture has nothing to find
-        members = np.bincount(pictures.labels)[pictures.labels]
+    queries = np.arange(len(images))
+    groups = images.clusters if images.labels is None else images.labels
+    if images.labels is not None:  # a lone image has nothing to find
+        members = np.bincount(images.labels)[images.labels]
         queries = np.flatnonzero(members > 1)
     if len(queries) > _QUERIES:
         queries = np.sort(np.random.default_rng(seed).choice(queries, _QUERIES, replace=False))
-    k = min(NEIGHBOURS, len(pictures) - 1)
+    k = min(NEIGHBOURS, len(images) - 1)
     if not len(queries) or k < 1:
         return [], [], 0
-    similarities, rows = nearest_others(pictures.embeddings, queries, k)
+    similarities, rows = nearest_others(images.embeddings, queries, k)
     right: npt.NDArray[np.bool_] | None = None
     score = similarities.mean(axis=1)
-    if pictures.labels is not None:
-        right = pictures.labels[rows] == pictures.labels[queries, None]
+    if images.labels is not None:
+        right = images.labels[rows] == images.labels[queries, None]
         found = np.cumsum(right, axis=1) / np.arange(1, k + 1)
         precision = (found * right).sum(axis=1) / k
         best_order = np.lexsort((-score, -precision))
@@ -94,9 +94,9 @@ def best_and_worst(
     return chosen(best_order), chosen(worst_order), len(queries)
 
 
-def clusters_of(pictures: PictureSet) -> list[Cluster]:
+def clusters_of(images: ImageSet) -> list[Cluster]:
     """All clusters, by their number."""
-    labels = pictures.clusters
+    labels = images.clusters
     if labels is None:
         return []
     found = []
@@ -105,13 +105,13 @@ def clusters_of(pictures: PictureSet) -> list[Cluster]:
     for number, rows in zip(numbers, np.split(order, starts[1:]), strict=True):
         if number == _NOISE:
             continue
-        members = pictures.embeddings[rows]
+        members = images.embeddings[rows]
         centre = members.mean(axis=0)
         centre /= max(float(np.linalg.norm(centre)), 1e-12)
         near = members @ centre
         purity = majority = None
-        if pictures.labels is not None:
-            counts = np.bincount(pictures.labels[rows])
+        if images.labels is not None:
+            counts = np.bincount(images.labels[rows])
             majority, purity = int(counts.argmax()), float(counts.max() / len(rows))
         rows = rows[np.argsort(-near, kind="stable")]
         found.append(Cluster(int(number), rows, float(near.mean()), purity, majority))

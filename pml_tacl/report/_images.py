@@ -1,4 +1,4 @@
-"""Pictures as data URIs: thumbnails, overlays, and sheets of many small ones."""
+"""Images as data URIs: thumbnails, overlays, and sheets of many small ones."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ _QUALITIES = (72, 60, 48, 36, 24, 14)
 
 
 def uri(image: Image.Image) -> str:
-    """A picture as a WebP data URI."""
+    """An image as a WebP data URI."""
     return _as_uri(_encoded(image, _QUALITIES[0]))
 
 
@@ -29,7 +29,7 @@ def thumbnail(image: Image.Image, side: int = _THUMBNAIL) -> Image.Image:
 
 
 def opened(open_row: Callable[[int], Image.Image], row: int) -> Image.Image:
-    """A picture, or a crossed grey square for one that has been moved, deleted or damaged."""
+    """An image, or a crossed grey square for one that has been moved, deleted or damaged."""
     try:
         return open_row(row)
     except OSError:
@@ -43,14 +43,14 @@ def opened(open_row: Callable[[int], Image.Image], row: int) -> Image.Image:
 def sheet(
     open_row: Callable[[int], Image.Image], rows: Sequence[int], budget: int
 ) -> tuple[str, int]:
-    """Small square pictures on one sheet, in rows of ``COLUMNS``.
+    """Small square images on one sheet, in rows of ``COLUMNS``.
 
     Args:
         rows: those to draw.
-        budget: bytes of the data URI at most; quality gives way first, then the last pictures.
+        budget: bytes of the data URI at most; quality gives way first, then the last images.
 
     Returns:
-        The data URI and how many pictures are on it.
+        The data URI and how many images are on it.
     """
     count = len(rows)
     tiles = [
@@ -71,7 +71,7 @@ def sheet(
 def attention_overlays(
     run: Run, open_row: Callable[[int], Image.Image], rows: Sequence[int]
 ) -> list[tuple[Image.Image, Image.Image]]:
-    """For each row the picture as the model sees it, and its attention over it."""
+    """For each row the image as the model sees it, and its attention over it."""
     views = torch.stack([run.transform(opened(open_row, row).convert("RGB")) for row in rows])
     return attention_of(run.model, views)[1]
 

@@ -11,7 +11,7 @@ from pml_tacl.cli.run_folder import columns_of
 from pml_tacl.report import _charts as charts
 from pml_tacl.report import _images
 from pml_tacl.report._choices import Cluster, Query
-from pml_tacl.report._sources import PictureSet, Run
+from pml_tacl.report._sources import ImageSet, Run
 from pml_tacl.utils.files import shown_name
 
 _SHOWN_IN_CLUSTER = 12
@@ -28,8 +28,8 @@ def header(run: Run) -> str:
             facts.append((head, *_better(before.get(name), after[name])))
     clusters = run.training.clusters
     count = 0 if clusters is None else len(set(clusters[clusters >= 0].tolist()))
-    facts.append(("Pictures", _grouped(len(run.training)), "", "trained on, without labels"))
-    per = f"{len(run.training) / count:.1f} pictures each" if count else ""
+    facts.append(("Images", _grouped(len(run.training)), "", "trained on, without labels"))
+    per = f"{len(run.training) / count:.1f} images each" if count else ""
     facts.append(("Clusters", _grouped(count), "", per))
     if not after:
         facts.append(("Epochs", str(config.get("epochs", "?")), "", ""))
@@ -77,7 +77,7 @@ def results(run: Run) -> str:
     names = columns_of(name for row in rows.values() for name in row)
     if not rows or not names:
         return (
-            '<p class="empty">The run had no labelled pictures to test on, so nothing was '
+            '<p class="empty">The run had no labelled images to test on, so nothing was '
             "measured. Give <code>--eval-folder</code> when training to have a table here.</p>"
         )
     best = {name: max(row.get(name, -1.0) for row in rows.values()) for name in names}
@@ -98,8 +98,8 @@ def results(run: Run) -> str:
                          for name, line in lines.items())  # fmt: skip
         said = f"Recall at K: {said}"
         drawn = charts.percent_chart(lines, "K", said, logarithmic=True, width=430, height=240)
-        chart = _figure(drawn, "Recall@K: a picture of the same class is among the K nearest.")
-    note = "Per cent. Each test picture searches among all others."
+        chart = _figure(drawn, "Recall@K: an image of the same class is among the K nearest.")
+    note = "Per cent. Each test image searches among all others."
     return (
         f'<div class="split"><div><div class="scroll"><table class="metrics"><thead><tr><th></th>'
         f'{head}</tr></thead><tbody>{body}</tbody></table></div><p class="note">{note}</p></div>'
@@ -131,31 +131,31 @@ def training(run: Run) -> str:
     return f'<div class="charts">{"".join(drawn)}</div>'
 
 
-def gallery(pictures: PictureSet, queries: Iterable[Query], title: str) -> str:
-    """Queries, each beside its nearest pictures."""
+def gallery(images: ImageSet, queries: Iterable[Query], title: str) -> str:
+    """Queries, each beside its nearest images."""
     rows = ""
     for query in queries:
         found = ""
         for at, row in enumerate(query.rows):
             right = None if query.right is None else query.right[at]
-            found += f"<li>{_picture(pictures, row, right, query.similarities[at])}</li>"
+            found += f"<li>{_image(images, row, right, query.similarities[at])}</li>"
         hits = "" if query.right is None else f"{sum(query.right)} of {len(query.right)} right"
-        name = named(pictures, query.row)
+        name = named(images, query.row)
         rows += (
-            f'<li class="query"><div class="asked">{_picture(pictures, query.row)}'
+            f'<li class="query"><div class="asked">{_image(images, query.row)}'
             f'<p><b title="{escape(name)}">{escape(name)}</b><span>{hits}</span></p></div>'
             f'<ol class="found">{found}</ol></li>'
         )
     return f'<h3>{escape(title)}</h3><ol class="gallery">{rows}</ol>'
 
 
-def attention(run: Run, pictures: PictureSet, rows: list[int]) -> str:
-    """Pictures as the model sees them beside its attention."""
-    overlays = _images.attention_overlays(run, pictures.open, rows)
+def attention(run: Run, images: ImageSet, rows: list[int]) -> str:
+    """Images as the model sees them beside its attention."""
+    overlays = _images.attention_overlays(run, images.open, rows)
     cells = ""
-    for row, (picture, overlay) in zip(rows, overlays, strict=True):
-        name = escape(named(pictures, row))
-        seen, over = (_tag(image, "", 192) for image in (picture, overlay))
+    for row, (image, overlay) in zip(rows, overlays, strict=True):
+        name = escape(named(images, row))
+        seen, over = (_tag(image, "", 192) for image in (image, overlay))
         cells += (
             f'<figure class="pair"><div>{seen}{over}</div><figcaption title="{name}">{name}'
             "</figcaption></figure>"
@@ -163,11 +163,11 @@ def attention(run: Run, pictures: PictureSet, rows: list[int]) -> str:
     return f'<div class="pairs">{cells}</div>'
 
 
-def cluster_cards(pictures: PictureSet, ranked: Mapping[str, list[Cluster]]) -> str:
+def cluster_cards(images: ImageSet, ranked: Mapping[str, list[Cluster]]) -> str:
     """Clusters by what makes them worth a look."""
     sections = ""
     for title, clusters in ranked.items():
-        cards = "".join(_card(pictures, cluster, title) for cluster in clusters)
+        cards = "".join(_card(images, cluster, title) for cluster in clusters)
         sections += f'<h3>{title}</h3><div class="cards">{cards}</div>'
     return sections
 
@@ -202,15 +202,15 @@ def as_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _card(pictures: PictureSet, cluster: Cluster, title: str) -> str:
+def _card(images: ImageSet, cluster: Cluster, title: str) -> str:
     rows = cluster.rows
     if title in ("Most mixed", "Loosest") and len(rows) > _SHOWN_IN_CLUSTER:
         step = (len(rows) - 1) / (_SHOWN_IN_CLUSTER - 1)  # from the centre to the rim
         rows = rows[[round(at * step) for at in range(_SHOWN_IN_CLUSTER)]]
-    shown = "".join(_picture(pictures, int(row)) for row in rows[:_SHOWN_IN_CLUSTER])
-    facts = [f"{len(cluster.rows)} pictures"]
+    shown = "".join(_image(images, int(row)) for row in rows[:_SHOWN_IN_CLUSTER])
+    facts = [f"{len(cluster.rows)} images"]
     if cluster.purity is not None and cluster.majority is not None:
-        facts.append(f"{100 * cluster.purity:.0f} % are {pictures.classes[cluster.majority]}")
+        facts.append(f"{100 * cluster.purity:.0f} % are {images.classes[cluster.majority]}")
     else:
         facts.append(f"similarity to the centre {cluster.tightness:.2f}")
     return (
@@ -220,16 +220,16 @@ def _card(pictures: PictureSet, cluster: Cluster, title: str) -> str:
     )
 
 
-def _picture(
-    pictures: PictureSet, row: int, right: bool | None = None, similarity: float | None = None
+def _image(
+    images: ImageSet, row: int, right: bool | None = None, similarity: float | None = None
 ) -> str:
-    name = named(pictures, row)
+    name = named(images, row)
     said = name if similarity is None else f"{name}, similarity {similarity:.3f}"
     mark = ""
     if right is not None:
         said += ", right" if right else ", wrong"
         mark = f' class="{"right" if right else "wrong"}"'
-    image = _images.thumbnail(_images.opened(pictures.open, row))
+    image = _images.thumbnail(_images.opened(images.open, row))
     return f"<span{mark}>{_tag(image, said)}</span>"
 
 
@@ -243,8 +243,8 @@ def _tag(image: Image.Image, said: str, side: int = 128) -> str:
     )
 
 
-def named(pictures: PictureSet, row: int) -> str:
-    return shown_name(pictures.names[row])
+def named(images: ImageSet, row: int) -> str:
+    return shown_name(images.names[row])
 
 
 def _cell(value: float | None, best: float, compared: bool) -> str:

@@ -21,24 +21,24 @@ from pml_tacl.datasets import Glyphs, ImageFiles
 from pml_tacl.datasets.image_files import load_rgb
 from pml_tacl.evaluation import embed
 from pml_tacl.models import AttentionEmbedder
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 from pml_tacl.trainers.checkpoint import checkpoints
 from pml_tacl.trainers.records import read_losses
 from pml_tacl.utils.errors import InputError
 
 Curve = tuple[list[float], list[float]]
-GLYPH_SIDE = 64  # pixels, of the quickstart's pictures
+GLYPH_SIDE = 64  # pixels, of the quickstart's images
 
 
 @dataclass
-class PictureSet:
-    """Pictures with their embeddings.
+class ImageSet:
+    """Images with their embeddings.
 
     Attributes:
         title: what the page calls them.
-        names: of the N pictures.
+        names: of the N images.
         embeddings: (N, D) float32, unit norm.
-        open: row -> picture; raises OSError if it cannot be read.
+        open: row -> image; raises OSError if it cannot be read.
         labels: (N,) indices of ``classes``, or None.
         classes: their names.
         clusters: (N,) pseudo-labels, -1 is noise, or None.
@@ -64,8 +64,8 @@ class Run:
         metrics: "before", "after" and others -> values in [0, 1] by name.
         losses: name -> (iterations, values).
         recalls: name of a metric -> (epochs, values).
-        training: the pictures that were trained on, with clusters.
-        test: labelled pictures that were not, or None.
+        training: the images that were trained on, with clusters.
+        test: labelled images that were not, or None.
         notes: what a reader of the page should know about these data.
         verdict: of the training's guard, in one line; "" without one.
         clusters_are: what the clusters on the page are, in a sentence.
@@ -80,8 +80,8 @@ class Run:
     recalls: dict[str, Curve]
     model: AttentionEmbedder
     transform: Callable[[Image.Image], torch.Tensor]
-    training: PictureSet
-    test: PictureSet | None
+    training: ImageSet
+    test: ImageSet | None
     notes: list[str]
     verdict: str = ""
     clusters_are: str = ""
@@ -95,12 +95,12 @@ def read_run(
 
     Args:
         folder: of the run.
-        images: where the pictures that were trained on are, if they have moved.
-        folders_are_classes: judge clusters by the sub-folders of the training pictures.
+        images: where the images that were trained on are, if they have moved.
+        folders_are_classes: judge clusters by the sub-folders of the training images.
 
     Raises:
         ValueError: if the folder holds no ended run.
-        OSError: if its model or pictures are missing.
+        OSError: if its model or images are missing.
     """
     folder = Path(folder)
     config = runs.read_config(folder)
@@ -162,36 +162,36 @@ def _embedded(model: AttentionEmbedder, dataset: Dataset[Any]) -> tuple[FloatArr
     return UnitRows("embeddings", embeddings, 16384).hold(), labels.numpy()
 
 
-def _glyphs(model: AttentionEmbedder, transform: Any, split: str) -> PictureSet:
-    pictures = Glyphs(split, size=GLYPH_SIDE, transform=transform)
-    pictures.preload()
-    embeddings, labels = _embedded(model, pictures)
+def _glyphs(model: AttentionEmbedder, transform: Any, split: str) -> ImageSet:
+    images = Glyphs(split, size=GLYPH_SIDE, transform=transform)
+    images.preload()
+    embeddings, labels = _embedded(model, images)
     counts = np.arange(len(labels)) - np.searchsorted(labels, labels)
-    names = [f"{pictures.classes[y]} {n + 1}" for y, n in zip(labels, counts, strict=True)]
+    names = [f"{images.classes[y]} {n + 1}" for y, n in zip(labels, counts, strict=True)]
     what = "Training characters" if split == "train" else "Characters never seen in training"
-    return PictureSet(
+    return ImageSet(
         what,
         names,
         embeddings,
-        lambda row: Image.fromarray(pictures.images[row]),
+        lambda row: Image.fromarray(images.images[row]),
         labels,
-        list(pictures.classes),
+        list(images.classes),
     )
 
 
-def _indexed(folder: Path, images: str | Path | None, by_folder: bool) -> PictureSet:
-    index = PictureIndex.load(folder)
+def _indexed(folder: Path, images: str | Path | None, by_folder: bool) -> ImageSet:
+    index = ImageIndex.load(folder)
     index.root = Path(images).absolute() if images else index.root
     if not index.root.is_dir():
-        raise FileNotFoundError(f"no pictures in {index.root}: give images= (--images FOLDER)")
+        raise FileNotFoundError(f"no images in {index.root}: give images= (--images FOLDER)")
     labels, classes = None, []
     if by_folder:
         places = [file.partition("/")[0] if "/" in file else "." for file in index.files]
         classes = sorted(set(places))
         at = {name: row for row, name in enumerate(classes)}
         labels = np.array([at[place] for place in places], dtype=np.int64)
-    return PictureSet(
-        "Training pictures",
+    return ImageSet(
+        "Training images",
         index.files,
         index.embeddings,
         lambda row: load_rgb(index.paths([row])[0]),
@@ -202,21 +202,21 @@ def _indexed(folder: Path, images: str | Path | None, by_folder: bool) -> Pictur
 
 def _labelled_files(
     model: AttentionEmbedder, transform: Any, folder: str | None, notes: list[str]
-) -> PictureSet | None:
+) -> ImageSet | None:
     if not folder:
         return None
     if not Path(folder).is_dir():
-        notes.append(f"The labelled pictures are no longer in {folder}, so none are shown.")
+        notes.append(f"The labelled images are no longer in {folder}, so none are shown.")
         return None
-    pictures = ImageFiles(folder, labels="folder", transform=transform)
-    embeddings, labels = _embedded(model, pictures)
-    return PictureSet(
-        "Labelled pictures",
-        pictures.names,
+    images = ImageFiles(folder, labels="folder", transform=transform)
+    embeddings, labels = _embedded(model, images)
+    return ImageSet(
+        "Labelled images",
+        images.names,
         embeddings,
-        lambda row: load_rgb(pictures.paths[row]),
+        lambda row: load_rgb(images.paths[row]),
         labels,
-        list(pictures.classes),
+        list(images.classes),
     )
 
 
@@ -229,7 +229,7 @@ def _last_checkpoint(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _clusters(training: PictureSet, state: Mapping[str, Any]) -> tuple[IntArray, str, bool]:
+def _clusters(training: ImageSet, state: Mapping[str, Any]) -> tuple[IntArray, str, bool]:
     """Pseudo-labels, what they are in a sentence, and whether they are the training's own."""
     saved = state.get("labels")
     if isinstance(saved, torch.Tensor) and len(saved) == len(training):
@@ -238,7 +238,7 @@ def _clusters(training: PictureSet, state: Mapping[str, Any]) -> tuple[IntArray,
             return labels, "The pseudo-labels of the last epoch.", True
         why = "The training never clustered: its epochs were all warm-up"
     else:
-        why = "The run holds no pseudo-labels of these pictures"
+        why = "The run holds no pseudo-labels of these images"
     found = KMeansPseudoLabeler("auto")(training.embeddings)
     made = f"{why}; they were clustered for this page, and nothing was trained by that."
     return np.asarray(found.labels.numpy(), dtype=np.int64), made, False

@@ -37,7 +37,7 @@
     const ratio = devicePixelRatio || 1, set_ = now(), sheet = sheets[set];
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
     pen.clearRect(0, 0, width, height);
-    const tile = tileSize(), pictures = tile >= TILES_FROM && sheet.naturalWidth > 0;
+    const tile = tileSize(), images = tile >= TILES_FROM && sheet.naturalWidth > 0;
     const radius = Math.min(6, 2.6 * Math.sqrt(zoom));
     let shown = 0;
     for (const front of group < 0 ? [true] : [false, true]) {
@@ -48,7 +48,7 @@
         if (front) shown++;
         if (!isSeen(x, y)) continue;
         pen.fillStyle = colours[set_.group[i]];
-        if (pictures && front && i < set_.tiles) {
+        if (images && front && i < set_.tiles) {
           pen.fillRect(x - tile / 2 - 1.5, y - tile / 2 - 1.5, tile + 3, tile + 3);
           drawTile(pen, i, x - tile / 2, y - tile / 2, tile);
         } else {
@@ -60,7 +60,7 @@
     }
     pen.globalAlpha = 1;
     if (hot >= 0) {
-      const half = pictures && isIn(hot) ? tile / 2 + 4 : 0;
+      const half = images && isIn(hot) ? tile / 2 + 4 : 0;
       pen.lineWidth = 2.5;
       pen.strokeStyle = isDark() ? "#fff" : "#000";
       pen.beginPath();
@@ -69,7 +69,7 @@
       pen.stroke();
     }
     canvas.dataset.shown = shown;
-    canvas.dataset.pictures = pictures;
+    canvas.dataset.images = images;
   }
 
   function drawTile(to, i, x, y, size) {
@@ -144,9 +144,9 @@
     const set_ = now(), shown = set_.group.filter((g) => group < 0 || g === group).length;
     const of = group < 0 ? `in ${many(set_.groups.length)} ${set_.kind === "class" ? "classes" : "clusters"}`
       : `of ${set_.groups[group]}`;
-    byId("map-status").textContent = `${many(shown)} pictures ${of}.`;
-    const part = count() < set_.all ? `${many(count())} of ${many(set_.all)} pictures, so that the `
-      + `page stays small` : `All ${many(set_.all)} pictures`;
+    byId("map-status").textContent = `${many(shown)} images ${of}.`;
+    const part = count() < set_.all ? `${many(count())} of ${many(set_.all)} images, so that the `
+      + `page stays small` : `All ${many(set_.all)} images`;
     byId("map-lede").textContent = `${set_.title}: ${part}, placed by ${set_.how}. Near means alike; `
       + `far means little. Colours are ${set_.kind === "class" ? "classes" : "clusters"}.`;
   }

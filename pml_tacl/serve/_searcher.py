@@ -15,7 +15,7 @@ from torch import Tensor
 from pml_tacl.clustering.unit_embeddings import FloatArray
 from pml_tacl.datasets.image_files import load_rgb, rgb_of_bytes
 from pml_tacl.models import AttentionEmbedder
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 from pml_tacl.utils.files import shown_name
 from pml_tacl.visualize._overlays import attention_of
 
@@ -38,7 +38,7 @@ class RunSearcher:
         self,
         model: AttentionEmbedder,
         image_size: tuple[int, int],
-        index: PictureIndex,
+        index: ImageIndex,
         also: Iterable[str | Path] = (),
         name: str = "",
     ) -> None:

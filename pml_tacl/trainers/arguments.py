@@ -59,7 +59,7 @@ def check_arguments(
     """Raise ValueError for an argument of :class:`UnsupervisedTrainer` that does not fit.
 
     Args:
-        count: pictures in the data set.
+        count: images in the data set.
         batch_size: as of the trainer, and so on.
         miners: names of mining_funcs.
         weights: names of loss_weights.
@@ -70,7 +70,7 @@ def check_arguments(
     check_count("batch_size", batch_size, 1)
     if batch_size > count:
         raise InputError(
-            f"batch_size must be from 1 to the number of pictures, {count}, got {batch_size}"
+            f"batch_size must be from 1 to the number of images, {count}, got {batch_size}"
         )
     check_count("images_per_cluster", images_per_cluster, 1)
     if batch_size % images_per_cluster:
@@ -124,8 +124,7 @@ def check_arguments(
     if clusters is not None:
         if clusters > count:
             raise InputError(
-                f"num_clusters={clusters} is more than the {count} pictures: lower it or add "
-                "pictures"
+                f"num_clusters={clusters} is more than the {count} images: lower it or add images"
             )
         check_clusters(clusters, batch_size, images_per_cluster)
 

@@ -21,14 +21,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
-from pml_tacl.distributed.session import is_first, naming, patient, rank, world_size
+from pml_tacl.distributed.session import is_main, naming, patient, rank, world_size
 from pml_tacl.trainers.data import Unreadable, seed_apart
 from pml_tacl.trainers.guard import Guard
 from pml_tacl.trainers.records import RecordsState, records_state, restore_records
 from pml_tacl.trainers.state import Schedules, StateDict, TrainingState
 from pml_tacl.transforms import BackgroundSwap
 from pml_tacl.utils.errors import InputError
-from pml_tacl.utils.files import written_whole
+from pml_tacl.utils.files import atomic_write
 from pml_tacl.utils.plain import plain
 from pml_tacl.utils.versions import versions
 
@@ -166,7 +166,7 @@ def save_checkpoint(folder: str | Path, state: Mapping[str, object], keep: int =
     within = f"_iteration_{state['iteration']:06d}" if state["iteration"] else ""
     path = folder / f"epoch_{state['epoch']:04d}{within}.pt"
     try:
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
         cause = error if isinstance(error, OSError) else error.__context__
@@ -331,7 +331,7 @@ def states_of_others(unreadable: Unreadable) -> list[OtherRank]:
     if world_size() == 1:
         return []
     own: OtherRank = {"random": random_state(), "unreadable": sorted(unreadable.known)}
-    into: list[Any] | None = [None] * world_size() if is_first() else None
+    into: list[Any] | None = [None] * world_size() if is_main() else None
     with naming("gathering the state of the training"):
         distributed.gather_object(own, into, dst=0, group=patient())
     return (into or [])[1:]
@@ -339,7 +339,7 @@ def states_of_others(unreadable: Unreadable) -> list[OtherRank]:
 
 def restore_random(state: Saved, batch_size: int) -> None:
     """Restore this rank's random state, perhaps from a training of another number of ranks."""
-    if is_first():
+    if is_main():
         set_random_state(state["random"])
     elif len(state["others"]) == world_size() - 1:
         set_random_state(state["others"][rank() - 1]["random"])
@@ -450,7 +450,7 @@ def restore_trainer(trainer: Trainer, state: Saved) -> None:
             trainer.scaler.load_state_dict(state["scaler"])
         if trainer.average is not None and state["ema"] is not None:
             _load_module("ema_model", trainer.average, state["ema"])
-        if trainer.record_keeper is not None and state["records"] is not None and is_first():
+        if trainer.record_keeper is not None and state["records"] is not None and is_main():
             restore_records(trainer.record_keeper, state["records"])
     now.ended, now.done, now.order = state["epoch"], state["iteration"], state["order"]
     now.stopped, now.labels = state["stopped"], state["labels"]
@@ -510,8 +510,8 @@ def _check_fit(trainer: Trainer, state: Saved) -> None:
         raise InputError("checkpoint is of a trainer of PML's: restore it into one of the same")
     if len(state["labels"]) != count:
         raise InputError(
-            f"checkpoint is of {len(state['labels'])} pictures and the data set has "
-            f"{count}: resume on the same pictures"
+            f"checkpoint is of {len(state['labels'])} images and the data set has "
+            f"{count}: resume on the same images"
         )
     _check_kinds(trainer, state)
     if (state["ema"] is None) != (trainer.average is None):

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
 from torch.utils.data._utils import signal_handling
 
-from pml_tacl.distributed.collectives import from_first
-from pml_tacl.distributed.session import is_first, rank, world_size
+from pml_tacl.distributed.collectives import broadcast
+from pml_tacl.distributed.session import is_main, rank, world_size
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.signals import ShieldedLoader
 
@@ -32,7 +32,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    """N pictures: both views (N, 3, S, S), points (N, G, 2) and pseudo-labels (N,)."""
+    """N images: both views (N, 3, S, S), points (N, G, 2) and pseudo-labels (N,)."""
 
     views: Tensor
     transformed: Tensor
@@ -41,15 +41,15 @@ class Batch(NamedTuple):
 
 
 class TwoViews(Dataset[Item]):
-    """Two views of a picture: item (index, seed) -> (view, transformed view, points, index, "").
+    """Two views of an image: item (index, seed) -> (view, transformed view, points, index, "").
 
     Whatever is random in an item comes from its seed alone, so that neither the number of
-    workers nor where an epoch was resumed changes it. A picture that cannot be read is replaced
+    workers nor where an epoch was resumed changes it. An image that cannot be read is replaced
     by another of its cluster, whose index is given; the last entry then says why.
 
     Args:
-        dataset: items (picture, anything).
-        transform: picture -> (view, transformed view, points).
+        dataset: items (image, anything).
+        transform: image -> (view, transformed view, points).
         labels: (N,) pseudo-labels; noise, -1, replaces nothing.
 
     Raises:
@@ -84,7 +84,7 @@ class TwoViews(Dataset[Item]):
                     view, transformed, points = _three(found)
                     view, transformed = _finite(view, index), _finite(transformed, index)
                     return view, transformed, points, index, trouble
-        raise OSError(f"{_TRIES} pictures in a row cannot be read; the first was {trouble}")
+        raise OSError(f"{_TRIES} images in a row cannot be read; the first was {trouble}")
 
     def _replacement(self, index: int) -> int:
         usable = self.labels >= 0
@@ -95,9 +95,9 @@ class TwoViews(Dataset[Item]):
 
 
 class OneView(Dataset[tuple[Tensor, int]]):
-    """(evaluation view, index) of each picture; ValueError for NaN in it.
+    """(evaluation view, index) of each image; ValueError for NaN in it.
 
-    The index of a picture that cannot be read comes as -1 - index, with another's view.
+    The index of an image that cannot be read comes as -1 - index, with another's view.
     """
 
     def __init__(self, dataset: Images, transform: Callable[[Any], Tensor]) -> None:
@@ -118,12 +118,12 @@ class OneView(Dataset[tuple[Tensor, int]]):
                 trouble = trouble or describe(index, error)
             else:
                 return view, index if there == index else -1 - index
-        raise OSError(f"{_TRIES} pictures in a row cannot be read; the first was {trouble}")
+        raise OSError(f"{_TRIES} images in a row cannot be read; the first was {trouble}")
 
 
 def describe(index: int, error: OSError) -> str:
-    """One line about a picture that cannot be read."""
-    return " ".join(f"picture {index}: {error}".split())
+    """One line about an image that cannot be read."""
+    return " ".join(f"image {index}: {error}".split())
 
 
 _ONE_AT_A_TIME = threading.RLock()
@@ -172,9 +172,9 @@ def _three(found: object) -> Views:
 
 
 def _finite(image: Tensor, index: int) -> Tensor:
-    # Here, where the picture is known: one NaN would spread to the batch through BatchNorm.
+    # Here, where the image is known: one NaN would spread to the batch through BatchNorm.
     if not torch.isfinite(image.sum()):
-        raise InputError(f"picture {index} of the data set is NaN or infinite: mend or remove it")
+        raise InputError(f"image {index} of the data set is NaN or infinite: mend or remove it")
     return image
 
 
@@ -182,7 +182,7 @@ class Unreadable:
     """What was unreadable so far, each told once, up to a bound.
 
     Args:
-        most: how many pictures are tolerated.
+        most: how many images are tolerated.
     """
 
     def __init__(self, most: int) -> None:
@@ -190,18 +190,18 @@ class Unreadable:
         self.known: set[str] = set()
 
     def add(self, trouble: str) -> None:
-        """Note one line about a picture; OSError if there are too many."""
+        """Note one line about an image; OSError if there are too many."""
         if trouble in self.known:
             return
         self.known.add(trouble)
         count = len(self.known)
         if count > self.most:
             raise OSError(
-                f"{count} pictures cannot be read, more than max_unreadable={self.most}: mend the "
+                f"{count} images cannot be read, more than max_unreadable={self.most}: mend the "
                 f"storage and resume, or raise it; the last is {trouble}"
             )
         _LOGGER.warning(
-            "another picture takes the place of one (%d of at most %d): %s",
+            "another image takes the place of one (%d of at most %d): %s",
             count,
             self.most,
             trouble,
@@ -215,13 +215,13 @@ def draw_order(
 
     Args:
         labels: (N,) pseudo-labels, -1 for noise.
-        clustered: whether to draw by clusters; else every picture alike.
-        size: pictures in the epoch.
+        clustered: whether to draw by clusters; else every image alike.
+        size: images in the epoch.
         images_per_cluster: in a batch.
-        batch_size: pictures in a batch.
+        batch_size: images in a batch.
 
     Returns:
-        (size, 2) int64: index of each picture and the seed of its views.
+        (size, 2) int64: index of each image and the seed of its views.
     """
     if clustered:
         chosen = torch.where(labels >= 0)[0]
@@ -241,9 +241,9 @@ def draw_epoch(
         (size, 2), the same on all ranks.
     """
     drawn = None
-    if is_first():
+    if is_main():
         drawn = draw_order(labels, clustered, size, images_per_cluster, batch_size)
-    order = from_first([drawn])[0]
+    order = broadcast([drawn])[0]
     assert order is not None
     seed_apart(order)
     return order
@@ -257,7 +257,7 @@ def share_of(order: Tensor, batch_size: int) -> Tensor:
 
 def seed_apart(order: Tensor, at: int = 0) -> None:
     """Seed all ranks but the first differently, from the epoch alone."""
-    if not is_first():
+    if not is_main():
         seed = (int(order[at, 1]) + rank()) % 2**63
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
@@ -284,12 +284,12 @@ def make_loader(
     collate_fn: Callable[[list[Item]], object] | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[Item]:
-    """A loader of the pictures of an order, or of what is left of it.
+    """A loader of the images of an order, or of what is left of it.
 
     Args:
         views: what to read.
         order: as :func:`draw_order` gives it.
-        batch_size: pictures in a batch.
+        batch_size: images in a batch.
         num_workers: processes that read images.
         collate_fn: of the DataLoader.
         pin_memory: of the DataLoader.
@@ -324,7 +324,7 @@ def lost_workers_named() -> Iterator[None]:
             raise
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ChildProcessError(
-            f"a process that reads pictures was lost ({reason}), perhaps for want of memory: "
+            f"a process that reads images was lost ({reason}), perhaps for want of memory: "
             "resume, with smaller dataloader_num_workers if it happens again"
         ) from error
     finally:

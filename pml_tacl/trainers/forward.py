@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from pml_tacl.functional import border_similarity, commonness, sample_at_points
+from pml_tacl.functional import background_score, border_similarity, sample_at_points
 from pml_tacl.trainers.data import Batch
 from pml_tacl.transforms import BackgroundSwap, cell_weights
 from pml_tacl.utils.errors import InputError
@@ -118,7 +118,9 @@ def swap_background(
         maps = at_least_float32(torch.cat([output.feature_maps for output in outputs]))
         for view, part in enumerate(maps.chunk(2)):
             border = swap.mask == "border"
-            ground[view] = border_similarity(part) if border else commonness(part, batch.labels)
+            ground[view] = (
+                border_similarity(part) if border else background_score(part, batch.labels)
+            )
     first = swap(batch.views, ground[0])
     second = swap(batch.transformed, ground[1])
     if grid is None:

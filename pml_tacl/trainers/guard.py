@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pml_tacl.clustering.kmeans import have_collapsed
-from pml_tacl.distributed.session import on_first
+from pml_tacl.distributed.session import run_on_main
 from pml_tacl.evaluation.label_free import mutual_neighbours
 from pml_tacl.utils.checks import check_number
 
@@ -55,7 +55,7 @@ class Guard:
             assert embeddings is not None
             return 0.0 if have_collapsed(embeddings) else mutual_neighbours(embeddings)
 
-        value = on_first(judge, "comparing networks")
+        value = run_on_main(judge, "comparing networks")
         self.values[trainer.ended] = value
         if value >= max(self.values.values()) - TOLERANCE:
             self.kept = trainer.ended

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Subset
 
 from pml_tacl.clustering import PseudoLabeler
 from pml_tacl.clustering.centroids import Centroids, CentroidTable
-from pml_tacl.distributed.inference import embed_together
+from pml_tacl.distributed.inference import embed_distributed
 from pml_tacl.evaluation import embed
 from pml_tacl.trainers.data import OneView, Unreadable, describe
 from pml_tacl.trainers.forward import in_precision
@@ -65,7 +65,7 @@ class EmbeddingPass:
             an image that cannot be read, -1 - its index. None on the others.
         """
         views: Dataset[tuple[Tensor, int]] = self.images
-        return embed_together(
+        return embed_distributed(
             _Embedding(self.models, self.amp_dtype),
             views if index is None else Subset(views, index.tolist()),
             batch_size=self.batch_size,
@@ -97,7 +97,7 @@ class EmbeddingPass:
             index[missing] = now
             for image, place in zip(unread.tolist(), now.tolist(), strict=True):
                 if place >= 0:
-                    _LOGGER.warning("picture %d was unreadable for a moment: read again", image)
+                    _LOGGER.warning("image %d was unreadable for a moment: read again", image)
                 else:
                     unreadable.add(self._trouble(image))
         return embeddings, index >= 0
@@ -107,7 +107,7 @@ class EmbeddingPass:
             self.images.dataset[image]
         except OSError as error:
             return describe(image, error)
-        return f"picture {image}: unreadable in two passes, and read in between"
+        return f"image {image}: unreadable in two passes, and read in between"
 
 
 def cluster(

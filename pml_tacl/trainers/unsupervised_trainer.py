@@ -15,14 +15,20 @@ from tqdm import tqdm
 
 from pml_tacl.clustering import PseudoLabeler
 from pml_tacl.datasets import ImageFiles
-from pml_tacl.distributed.collectives import from_first, gather_batch, mean_loss
+from pml_tacl.distributed.collectives import broadcast, gather_batch, mean_loss
 from pml_tacl.distributed.gradients import equalise, start_alike, sum_gradients
-from pml_tacl.distributed.inference import embed_together
-from pml_tacl.distributed.session import check_same, highest, is_first, on_first, world_size
+from pml_tacl.distributed.inference import embed_distributed
+from pml_tacl.distributed.session import (
+    all_reduce_max,
+    check_same,
+    is_main,
+    run_on_main,
+    world_size,
+)
 from pml_tacl.models import AttentionEmbedder
 from pml_tacl.models.preprocessing import size_in_pixels
 from pml_tacl.models.receptive_field import measure_grid
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 from pml_tacl.trainers import defaults
 from pml_tacl.trainers.arguments import (
     as_models,
@@ -92,12 +98,12 @@ _LOOK_EVERY = 10  # iterations: reading a loss makes the CPU wait for a GPU
 
 
 class UnsupervisedTrainer(BaseTrainer):
-    """Train an embedding on pictures without labels: cluster, then learn from the clusters.
+    """Train an embedding on images without labels: cluster, then learn from the clusters.
 
     A trainer of PML: models, loss_funcs, mining_funcs, optimizers, hooks and records are as
     there. Each epoch that is due begins with an embedding pass over the whole data set; its
     clusters are the pseudo-labels of the epoch, and a new sampler and loader draw by them.
-    Both views of a picture share its pseudo-label. During ``warmup_epochs`` every picture is a
+    Both views of an image share its pseudo-label. During ``warmup_epochs`` every image is a
     cluster of its own. In many processes (:mod:`pml_tacl.distributed.inference`) all train as one,
     and the first calls the hooks. After Li et al. 2020; definition ours.
 
@@ -110,31 +116,31 @@ class UnsupervisedTrainer(BaseTrainer):
             may be missing.
         optimizers: one optimizer of all parameters, or {"trunk_optimizer": ...,
             "embedder_optimizer": ...}. None: AdamW with one cycle of learning rates.
-        batch_size: pictures in a batch, of all processes together; each comes in two views.
+        batch_size: images in a batch, of all processes together; each comes in two views.
         loss_funcs: named losses, added up: an AttentionConsistencyLoss gets feature maps and
             points, PML's SelfSupervisedLoss the two views, any other the embeddings of both
-            views with their pseudo-labels. Losses of centres get them wherever they are, within
+            views with their pseudo-labels. Losses of centroids get them wherever they are, within
             PML's wrappers or a module of the user's, and with them need no wrapper: within
             SelfSupervisedLoss or CrossBatchMemory such a loss is called itself.
-        dataset: items (picture, anything), the picture as ``transform`` takes it; labels, if it
+        dataset: items (image, anything), the image as ``transform`` takes it; labels, if it
             has them, are not read. Or the path of a folder of images.
         image_size: side or (height, width) in pixels, for the transforms that are left out; None
             is the model's own.
         run: folder that :meth:`finish` writes to; None is "runs/" and the name of the data set's
             folder.
-        transform: picture -> (view, transformed view, points): a :class:`SiameseTransform`.
-        eval_transform: picture -> (3, S, S), for the embedding pass.
+        transform: image -> (view, transformed view, points): a :class:`SiameseTransform`.
+        eval_transform: image -> (3, S, S), for the embedding pass.
         labeler: embeddings (N, D) -> PseudoLabels, as :class:`KMeansPseudoLabeler`; label -1 is
             noise and is not drawn.
         mining_funcs: "tuple_miner" for the metric losses, "attention_miner" (feature maps and
             labels of the first views) for the attention losses.
-        images_per_cluster: pictures of one cluster in a batch; divides batch_size.
+        images_per_cluster: images of one cluster in a batch; divides batch_size.
         recluster_every: epochs between two clusterings, at least 1.
         recluster_when_moved: cluster an epoch that is due only if the embeddings have moved by
             this much since the last clustering: the mean cosine distance, in [0, 2], of 1000
-            pictures from where they were (0.02 is little, 0.2 much). None: always.
+            images from where they were (0.02 is little, 0.2 much). None: always.
         warmup_epochs: epochs before the first clustering.
-        centroid_momentum: in [0, 1], of centres that follow the batches of a training
+        centroid_momentum: in [0, 1], of centroids that follow the batches of a training
             (``ContrastiveClusteringLoss.move_centroids``); at 1 they stay where clustering left
             them.
         swap: a :class:`BackgroundSwap` of both views, or None.
@@ -143,9 +149,9 @@ class UnsupervisedTrainer(BaseTrainer):
             losses see the whole batch, so the step is that of one chunk, but for BatchNorm.
         ema_decay: in (0, 1), of averaged weights, ``ema_model``; None for none. They are for
             evaluation and export; clusters come from the weights that are trained, since their
-            centres are compared with those weights' embeddings.
+            centroids are compared with those weights' embeddings.
         compile: torch.compile trunk and embedder, as one; names of parameters stay.
-        max_unreadable: pictures that may turn unreadable before the training stops; until then
+        max_unreadable: images that may turn unreadable before the training stops; until then
             each becomes noise, and another of its cluster takes its place.
         checkpoint_folder: a checkpoint is written there at the end of each epoch, and SIGINT or
             SIGTERM end the training after one, with :class:`Interrupted` (a SystemExit, 130 or
@@ -166,10 +172,10 @@ class UnsupervisedTrainer(BaseTrainer):
 
     Attributes:
         state: where the training stands (:class:`pml_tacl.trainers.state.TrainingState`).
-        labels: pseudo-labels (N,), -1 for noise. Each picture's own before the first clustering.
+        labels: pseudo-labels (N,), -1 for noise. Each image's own before the first clustering.
         centroids: (K, D) of unit norm, which losses and miners share; None before the first
             clustering.
-        embeddings: (N, D) of the last embedding pass, NaN for unreadable pictures; not kept in
+        embeddings: (N, D) of the last embedding pass, NaN for unreadable images; not kept in
             checkpoints, and only on the first of many processes.
         extra: a dict of the user's tensors, numbers, strings and containers, in checkpoints too.
             NumPy's numbers become plain ones there, and arrays tensors; other types are refused.
@@ -177,7 +183,7 @@ class UnsupervisedTrainer(BaseTrainer):
     Raises:
         ValueError: for an argument that does not fit, before anything is computed.
         FloatingPointError: in training, if the loss is NaN or infinite.
-        OSError: in training, for more unreadable pictures than ``max_unreadable``, for a
+        OSError: in training, for more unreadable images than ``max_unreadable``, for a
             checkpoint that cannot be written, or for a loader's process that was killed.
     """
 
@@ -483,7 +489,7 @@ class UnsupervisedTrainer(BaseTrainer):
         state.schedules = state.schedules or fresh_schedules(self)
         folder = self.checkpoint_folder
         place = (state.ended, state.done)
-        if folder is not None and on_first(
+        if folder is not None and run_on_main(
             lambda: open_folder(folder, self._own_folder, place), "opening checkpoint_folder"
         ):
             self._save()  # or a crash in the first epoch would leave records without a checkpoint
@@ -504,13 +510,13 @@ class UnsupervisedTrainer(BaseTrainer):
             initial=state.done * self.batch_size,
             desc=f"epoch {self.epoch}/{num_epochs}",
             unit="img",
-            disable=not (self.progress and is_first()),
+            disable=not (self.progress and is_main()),
         ) as bar:
             for iteration in range(state.done, self.iterations_per_epoch):
                 self.iteration = iteration
                 self._within_step = True
                 self.forward_and_backward()
-                if is_first():
+                if is_main():
                     self.end_of_iteration_hook(self)
                 self.step_lr_schedulers(end_of_epoch=False)
                 self._within_step = False
@@ -709,19 +715,19 @@ class UnsupervisedTrainer(BaseTrainer):
             state.embeddings = embeddings
             made[:] = labels, centroids, embeddings[sample(len(labels))].clone()
 
-        on_first(find, "clustering")
+        run_on_main(find, "clustering")
         if self.guard is not None:
             self.guard.look(self, seen[0] if seen else None)
-        labels, centroids, moved_from = from_first(made)
+        labels, centroids, moved_from = broadcast(made)
         assert labels is not None
         assert centroids is not None
         check_same("pseudo-labels", [labels, centroids], "a network or memory is at fault, resume")
         self.set_pseudo_labels(labels, centroids)
         state.moved_from = moved_from
-        if is_first():
+        if is_main():
             noise = int((labels < 0).sum())
             _LOGGER.info(
-                "epoch %d: %d clusters, %d pictures are noise", self.epoch, len(centroids), noise
+                "epoch %d: %d clusters, %d images are noise", self.epoch, len(centroids), noise
             )
 
     def set_pseudo_labels(self, labels: Tensor, centroids: Tensor | None) -> None:
@@ -779,7 +785,7 @@ class UnsupervisedTrainer(BaseTrainer):
             _LOGGER.info("epoch %d: embeddings have moved by %.4f", self.epoch, moved)
             return not moved < threshold
 
-        return on_first(have_moved, "comparing embeddings")
+        return run_on_main(have_moved, "comparing embeddings")
 
     def _embedding_pass(self) -> EmbeddingPass:
         """Return what embeds the data set, with one set of statistics on all ranks. Collective."""
@@ -837,7 +843,7 @@ class UnsupervisedTrainer(BaseTrainer):
             self.test_hook(self)
         self._others = states_of_others(self.state.unreadable)
         try:
-            return on_first(lambda: self.end_of_epoch_hook(self) is False, "end_of_epoch_hook")
+            return run_on_main(lambda: self.end_of_epoch_hook(self) is False, "end_of_epoch_hook")
         finally:
             self._others = None
 
@@ -872,7 +878,7 @@ class UnsupervisedTrainer(BaseTrainer):
             return save_checkpoint(folder, trainer_state(self, self._others), keep)
         equalise([*self.models.values(), self.average])
         others = states_of_others(self.state.unreadable)
-        return on_first(
+        return run_on_main(
             lambda: save_checkpoint(folder, trainer_state(self, others), keep),
             "writing a checkpoint",
         )
@@ -895,7 +901,7 @@ class UnsupervisedTrainer(BaseTrainer):
         if path is None:
             raise InputError("load_checkpoint needs a path: the trainer has no checkpoint_folder")
         found = Path(path)
-        state = on_first(lambda: load_checkpoint(found), "reading a checkpoint")
+        state = run_on_main(lambda: load_checkpoint(found), "reading a checkpoint")
         self._prepare_schedule(state)
         restore_trainer(self, state)
         restore_random(state, self.batch_size)
@@ -906,7 +912,9 @@ class UnsupervisedTrainer(BaseTrainer):
         """Save if it is time to, or if the training is asked to end; then end it."""
         if self.checkpoint_folder is None:
             return
-        signum = highest(self._signals.received or 0)  # all processes stop after one iteration
+        signum = all_reduce_max(
+            self._signals.received or 0
+        )  # all processes stop after one iteration
         if not (due or signum):
             return
         self.look_at_losses()  # a model that has diverged must not take the place of a sound one
@@ -968,7 +976,7 @@ class UnsupervisedTrainer(BaseTrainer):
             max_images: a random sample of so many, if there are more.
         """
         images = OneView(self.dataset, self.eval_transform)
-        workers, progress = self.dataloader_num_workers, self.progress and is_first()
+        workers, progress = self.dataloader_num_workers, self.progress and is_main()
         fit_to(self._model_to_keep, images, workers, max_images, progress)
 
     def reset_projection(self) -> None:
@@ -992,7 +1000,7 @@ class UnsupervisedTrainer(BaseTrainer):
         assert isinstance(model, AttentionEmbedder)
         self.fit_projection()
         seen = dataset.with_transform(self.eval_transform)
-        found = embed_together(
+        found = embed_distributed(
             model, seen, num_workers=self.dataloader_num_workers, progress=self.progress
         )
 
@@ -1005,10 +1013,10 @@ class UnsupervisedTrainer(BaseTrainer):
             write_json(
                 run / "run.json", {"images": images, "image_size": size, "epochs": self.ended}
             )
-            PictureIndex(found[0], dataset.names, dataset.root).save(run)
+            ImageIndex(found[0], dataset.names, dataset.root).save(run)
 
-        on_first(write, "writing the run")
-        if self.progress and is_first():
+        run_on_main(write, "writing the run")
+        if self.progress and is_main():
             print(f"{self.verdict}\n{len(dataset)} images indexed in {run}".strip())
 
 

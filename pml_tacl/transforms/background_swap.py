@@ -1,4 +1,4 @@
-"""Images on one another's surroundings, on whole batches."""
+"""Images on one another's background, on whole batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from pml_tacl.functional import to_picture
+from pml_tacl.functional import to_image
 from pml_tacl.functional.background import figure_scores
 from pml_tacl.utils.checks import as_numbers, as_pair, check_number
 from pml_tacl.utils.errors import InputError, InputTypeError
@@ -27,7 +27,7 @@ class SwapOutput(NamedTuple):
     """What `BackgroundSwap` returns.
 
     Attributes:
-        images: (N, C, H, W), the batch with surroundings swapped, dtype as given.
+        images: (N, C, H, W), the batch with backgrounds swapped, dtype as given.
         masks: (N, H, W) in [0, 1], float32: how much of each pixel is the image's own; 1
             everywhere in an image that was not swapped.
         swapped: (N,) bool: which images were swapped.
@@ -39,7 +39,7 @@ class SwapOutput(NamedTuple):
 
 
 class BackgroundSwap(nn.Module):
-    """Keep what is distinctive in each image and put it on another image's surroundings.
+    """Keep what is distinctive in each image and put it on another image's background.
 
     After Li et al. 2020 (attention to what is discriminative between classes and consistent
     within them); the definition is ours: `m * x + (1 - m) * x_other`, with a soft mask m. The
@@ -51,8 +51,8 @@ class BackgroundSwap(nn.Module):
         probability: of each image being swapped, in [0, 1].
         mask: "border" keeps what does not look like the image's own border, "distinctive" what it
             has not in common with other clusters: `sigmoid(sharpness * z)`, where z is the negated
-            `border_similarity` or `commonness`, standardised within each image and upsampled to
-            its size. "centred" keeps the middle: a Gaussian, 1 at the centre.
+            `border_similarity` or `background_score`, standardised within each image and upsampled
+            to its size. "centred" keeps the middle: a Gaussian, 1 at the centre.
         sharpness: of the masks that come from maps, above 0; the larger, the nearer to hard.
         sigma: deviation of the "centred" mask as a fraction of the image's sides, above 0.
         cell_offset: where the cells of the maps look, (x, y) in cells off their middle, as of
@@ -98,7 +98,7 @@ class BackgroundSwap(nn.Module):
         background: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> SwapOutput:
-        """Swap the surroundings of some images of a batch.
+        """Swap the backgrounds of some images of a batch.
 
         Every swapped image gets those of another one; a single image cannot, and is returned as
         it is. Nothing here waits for the device.
@@ -106,8 +106,8 @@ class BackgroundSwap(nn.Module):
         Args:
             images: (N, C, H, W), of a floating dtype, normalised or not.
             background: (N, h, w), of each image's own feature map: `border_similarity` or
-                `commonness` of `pml_tacl.functional`; the "centred" mask does not read it. Where
-                it is constant the mask is 1/2.
+                `background_score` of `pml_tacl.functional`; the "centred" mask does not read it.
+                Where it is constant the mask is 1/2.
             generator: source of the random numbers; the default one of the images' device if
                 None. One on the CPU gives the same draws for every device.
 
@@ -135,8 +135,8 @@ class BackgroundSwap(nn.Module):
         order = draws[1].argsort()
         partner = torch.empty_like(order).scatter_(0, order, order.roll(1))
         masks = torch.where(swapped[:, None, None], keep, 1.0)
-        surroundings = emptied(images, keep) if self.empty else images
-        blended = torch.lerp(surroundings[partner], images, masks[:, None].to(images.dtype))
+        backgrounds = emptied(images, keep) if self.empty else images
+        blended = torch.lerp(backgrounds[partner], images, masks[:, None].to(images.dtype))
         return SwapOutput(
             torch.where(swapped[:, None, None, None], blended, images), masks, swapped
         )
@@ -161,7 +161,7 @@ class BackgroundSwap(nn.Module):
             )
         z = figure_scores(background.float())
         height, width = images.shape[-2:]
-        z = to_picture(z, (height, width), self.cell_offset)
+        z = to_image(z, (height, width), self.cell_offset)
         return torch.sigmoid(self.sharpness * z)
 
     def _centred(self, images: Tensor) -> Tensor:

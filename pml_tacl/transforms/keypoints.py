@@ -18,7 +18,7 @@ class CellPoints(tv_tensors.KeyPoints):  # type: ignore[misc]
     """KeyPoints in continuous coordinates: 0 is the canvas' left edge, its width the right one.
 
     Two things differ from torchvision's KeyPoints. A place outside the canvas is gone from the
-    picture, so its point becomes NaN and stays it, though a later step would turn it back in.
+    image, so its point becomes NaN and stays it, though a later step would turn it back in.
     And the kernels that do not move points as they move pixels (flips count pixels, elastic
     rounds and reverses the field only roughly, expanding rotations and padding centre crops
     round the canvas otherwise) are replaced.
@@ -72,7 +72,7 @@ def _rotate(
     )
     if not expand:
         return CellPoints.like(turned, points)
-    # torchvision keeps the size of the expanded canvas to itself; an empty picture tells it.
+    # torchvision keeps the size of the expanded canvas to itself; an empty image tells it.
     blank = torch.zeros(1, height, width, dtype=torch.uint8)
     size = tvf.rotate(blank, angle, expand=True, center=center).shape[-2:]
     shift = turned.new_tensor([(size[1] - width) / 2, (size[0] - height) / 2])
@@ -102,7 +102,7 @@ def _elastic(points: CellPoints, displacement: Tensor, **_: Any) -> CellPoints:
         step = nnf.grid_sample(field, grid, padding_mode="border", align_corners=False)
         return place + step[0, :, 0].T
 
-    # The picture at q shows the place q + displacement(q): solve that for q, step by step.
+    # The image at q shows the place q + displacement(q): solve that for q, step by step.
     place = target
     for _step in range(_ELASTIC_STEPS):
         place = place + (target - shown(place))

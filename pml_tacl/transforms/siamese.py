@@ -1,6 +1,6 @@
-"""Pictures to training views: two views with tracked points, and swapped surroundings.
+"""Images to training views: two views with tracked points, and swapped backgrounds.
 
-`SiameseTransform` works on one picture (in a data set, on the CPU), `BackgroundSwap` on a whole
+`SiameseTransform` works on one image (in a data set, on the CPU), `BackgroundSwap` on a whole
 batch (on the device).
 """
 
@@ -42,11 +42,11 @@ def _default_photometric() -> v2.Compose:
 
 
 class SiameseTransform:
-    """Two random views of a picture, and where each place of the first lies in the second.
+    """Two random views of an image, and where each place of the first lies in the second.
 
     After Li et al. 2020 (images compared with their transformed selves); the definition is ours.
     The first view is a random resized crop and nothing else, so that its grid cells are known
-    exactly in the picture. The second is a crop of its own, perhaps mirrored, then `geometric`;
+    exactly in the image. The second is a crop of its own, perhaps mirrored, then `geometric`;
     each view then gets its own draw of `photometric`, and is normalised.
 
     Random numbers come from torch's global generator: `torch.manual_seed` makes a call
@@ -56,7 +56,7 @@ class SiameseTransform:
         size: height and width of both views, in pixels; an int makes them square.
         grid: cells of the first view, (rows, columns) or an int for both; the size of the feature
             maps that the points are meant for.
-        crop_scale: least and greatest area of a crop, as a fraction of the picture's, in (0, 1].
+        crop_scale: least and greatest area of a crop, as a fraction of the image's, in (0, 1].
             None takes the largest centred box of the views' shape, for both views.
         crop_ratio: least and greatest width / height of a crop, before it is resized.
         geometric: transforms of torchvision.transforms.v2, or any callable that takes
@@ -68,7 +68,7 @@ class SiameseTransform:
             everything in its place. "default" is colour jitter, some grey and some mild blur;
             None is nothing.
         flip: whether every other second view is mirrored left to right. Switch it off for
-            pictures that mean something else mirrored, as letters do.
+            images that mean something else mirrored, as letters do.
         mean: subtracted from each channel, of values in [0, 1]. ImageNet's by default.
         std: divides each channel afterwards.
         interpolation: of the crops' resizing, "bilinear" or "bicubic" or "nearest".
@@ -169,7 +169,7 @@ class SiameseTransform:
 
         Raises:
             TypeError: for a model that is no AttentionEmbedder, and does not tell what it takes.
-            ValueError: for an argument out of its range, or a model that takes no pictures of 3
+            ValueError: for an argument out of its range, or a model that takes no images of 3
                 channels or of that size.
         """
         if not all(hasattr(model, name) for name in ("data_config", "grid", "cell_offset")):
@@ -210,7 +210,7 @@ class SiameseTransform:
         source = tvf.pil_to_tensor(to_rgb(image))
         view, (top, left, height, width) = self._crop(source)
         other, (other_top, other_left, other_height, other_width) = self._crop(source)
-        # From fractions of the first view to fractions of the second, through the picture.
+        # From fractions of the first view to fractions of the second, through the image.
         scale = torch.tensor([width / other_width, height / other_height])
         offset = torch.tensor([(left - other_left) / other_width, (top - other_top) / other_height])
         points = torch.addcmul(offset, self._centres, scale)

@@ -12,7 +12,7 @@ from pml_tacl.utils.plain import as_json
 
 
 @contextmanager
-def written_whole(path: str | os.PathLike[str]) -> Iterator[IO[Any]]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[Any]]:
     """A binary file to write, which takes its name only once it is written and on the disk.
 
     A reader, also after a crash, sees the old file or the new one; if the block raises, the old
@@ -47,7 +47,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
         content = f"{text}\n".encode()
     except UnicodeEncodeError:  # the name of a file that is no text in any encoding
         content = f"{json.dumps(made, indent=2, allow_nan=False)}\n".encode()
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(content)
 
 

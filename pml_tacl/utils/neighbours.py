@@ -1,7 +1,7 @@
 """Nearest neighbours by cosine similarity among unit rows, by looking at all of them.
 
 :mod:`pml_tacl.evaluation.nearest` ranks by distance in the order that exact arithmetic gives, and
-:class:`pml_tacl.search.PictureIndex` keeps an index.
+:class:`pml_tacl.search.ImageIndex` keeps an index.
 """
 
 from typing import Any

@@ -2,7 +2,7 @@
 
 Every function returns a :class:`matplotlib.figure.Figure` that pyplot knows nothing of: no window
 opens, no backend changes, nothing has to be closed. A notebook shows it, :func:`save_figure`
-writes it. Pictures are RGB: PIL images, uint8, or floating point in [0, 1], as (N, H, W, 3),
+writes it. Images are RGB: PIL images, uint8, or floating point in [0, 1], as (N, H, W, 3),
 (N, 3, H, W) or a list of any sizes; an image still normalised for a network is refused.
 """
 

@@ -1,4 +1,4 @@
-"""Figures of attention: over a picture, across a pair, across a query and its neighbours."""
+"""Figures of attention: over an image, across a pair, across a query and its neighbours."""
 
 from collections.abc import Sequence
 
@@ -7,40 +7,40 @@ import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
 
-from pml_tacl.functional import sample_at_points, to_picture
+from pml_tacl.functional import sample_at_points, to_image
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.images import AnyImage
 from pml_tacl.visualize import _drawing as drawing
 from pml_tacl.visualize._figures import styled
 from pml_tacl.visualize._inputs import (
+    Images,
     Numbers,
-    Pictures,
     Pixels,
     normalised,
     require_count,
     require_some,
+    to_images,
     to_maps,
     to_numbers,
-    to_pictures,
     to_pixels,
 )
 
 
 @styled
 def attention_overlay(
-    images: Pictures,
+    images: Images,
     attention: Numbers,
     titles: Sequence[str] | None = None,
     columns: int | None = None,
     cell_offset: tuple[float, float] = (0.0, 0.0),
 ) -> Figure:
-    """Image, attention map and the map laid over the picture, for each image.
+    """Image, attention map and the map laid over the image, for each image.
 
     Each map is stretched to its own minimum and maximum, so colours compare places within an
     image and not across images; an even map is drawn in the middle colour.
 
     Args:
-        images: N pictures.
+        images: N images.
         attention: (N, h, w), any finite values; upsampled bilinearly for the overlay.
         titles: N titles.
         columns: images on one line, at least 1; by default 2, or 1 for a single image.
@@ -51,7 +51,7 @@ def attention_overlay(
 
     Raises:
         ValueError: no image, counts or shapes that do not fit, values out of range.
-        TypeError: something that is not a picture.
+        TypeError: something that is not an image.
 
     Example:
         >>> import torch
@@ -59,7 +59,7 @@ def attention_overlay(
         >>> len(figure.axes)
         6
     """
-    shown = to_pictures(images)
+    shown = to_images(images)
     require_some(shown, "images")
     maps = to_maps(attention, len(shown), "attention")
     if titles is not None:
@@ -76,14 +76,14 @@ def attention_overlay(
         titles=titles is not None,
         column_gaps={3 * i: 0.12 for i in range(1, per_line)},
     )
-    for index, (picture, single) in enumerate(zip(shown, normalised(maps), strict=True)):
+    for index, (image, single) in enumerate(zip(shown, normalised(maps), strict=True)):
         row, left = divmod(index, per_line)
         axes = [grid.axes(row, 3 * left + offset) for offset in range(3)]
-        drawing.picture(axes[0], picture)
-        drawing.cells(axes[1], single, _aspect(picture))
-        drawing.picture(axes[2], _overlaid(picture, single, cell_offset))
+        drawing.image(axes[0], image)
+        drawing.cells(axes[1], single, _aspect(image))
+        drawing.image(axes[2], _overlaid(image, single, cell_offset))
         if row == 0:
-            for axis, name in zip(axes, ("picture", "attention", "overlay"), strict=True):
+            for axis, name in zip(axes, ("image", "attention", "overlay"), strict=True):
                 grid.header(axis, name)
         if titles is not None:
             drawing.title(axes[0], titles[index], 48)
@@ -99,7 +99,7 @@ def cross_attention_pair(
     attention_transformed: Numbers,
     points: Numbers,
 ) -> Figure:
-    """The picture that explains transformed attention consistency, for one matched pair (i, j).
+    """The image that explains transformed attention consistency, for one matched pair (i, j).
 
     Above: image i with its grid, its transformed view i' with the same grid carried along, and
     image j. Below: A(i|j); A(i'|j); A(i'|j) read back into the grid of i at ``points``; and the
@@ -122,7 +122,7 @@ def cross_attention_pair(
 
     Raises:
         ValueError: counts or shapes that do not fit, values out of range.
-        TypeError: something that is not a picture.
+        TypeError: something that is not an image.
     """
     view = to_pixels(image_i, "image_i")
     transformed = to_pixels(transformed_i, "transformed_i")
@@ -148,7 +148,7 @@ def cross_attention_pair(
         ("image i", "transformed view i'", "image j"),
         strict=True,
     ):
-        drawing.picture(axes, pixels)
+        drawing.image(axes, pixels)
         drawing.title(axes, text)
     drawing.tracked_cells(shown[0], view, _centres(first.shape), visible.ravel())
     drawing.tracked_cells(shown[1], transformed, places, visible.ravel())
@@ -180,7 +180,7 @@ def cross_attention_pair(
 @styled
 def similar_regions(
     query: AnyImage,
-    neighbours: Pictures,
+    neighbours: Images,
     maps: Numbers,
     query_maps: Numbers | None = None,
     captions: Sequence[str] | None = None,
@@ -189,8 +189,8 @@ def similar_regions(
     """What makes a query and its neighbours alike: where each is found in the other.
 
     Args:
-        query: the query picture.
-        neighbours: its K nearest pictures.
+        query: the query image.
+        neighbours: its K nearest images.
         maps: (K, h, w), A(neighbour|query) from
             :func:`pml_tacl.functional.cross_image_attention`, laid over the neighbours.
         query_maps: (K, h', w'), A(query|neighbour), laid over the query, one line above.
@@ -203,10 +203,10 @@ def similar_regions(
 
     Raises:
         ValueError: no neighbour, counts that do not fit, values out of range.
-        TypeError: something that is not a picture.
+        TypeError: something that is not an image.
     """
     asked = to_pixels(query, "query")
-    found = to_pictures(neighbours, "neighbours")
+    found = to_images(neighbours, "neighbours")
     require_some(found, "neighbours")
     on_found = normalised(to_maps(maps, len(found), "maps"))
     lines = [[_overlaid(p, m, cell_offset) for p, m in zip(found, on_found, strict=True)]]
@@ -224,12 +224,12 @@ def similar_regions(
         column_gaps={1: 0.14},
     )
     axes = grid.axes(0, 0)
-    drawing.picture(axes, asked, drawing.QUERY_COLOUR)
+    drawing.image(axes, asked, drawing.QUERY_COLOUR)
     grid.header(axes, "query")
     for line, overlays in enumerate(lines):
         for k, overlay in enumerate(overlays):
             axes = grid.axes(line, k + 1)
-            drawing.picture(axes, overlay, drawing.NEUTRAL_COLOUR)
+            drawing.image(axes, overlay, drawing.NEUTRAL_COLOUR)
             if line == 0:
                 grid.header(axes, "nearest" if k == 0 else str(k + 1))
             if captions is not None and line == len(lines) - 1:
@@ -238,26 +238,26 @@ def similar_regions(
 
 
 def _overlaid(
-    picture: Pixels,
+    image: Pixels,
     single: npt.NDArray[np.float64],
     cell_offset: tuple[float, float] = (0.0, 0.0),
 ) -> Pixels:
-    size = (picture.shape[0], picture.shape[1])
-    level = to_picture(torch.from_numpy(single)[None], size, cell_offset)[0, ..., None].numpy()
-    # The picture in grey, so that every colour seen is attention; it shades the colours by
+    size = (image.shape[0], image.shape[1])
+    level = to_image(torch.from_numpy(single)[None], size, cell_offset)[0, ..., None].numpy()
+    # The image in grey, so that every colour seen is attention; it shades the colours by
     # multiplying, which keeps what is attended to legible, and shows dimly where there are none.
-    grey = (picture @ np.array([0.299, 0.587, 0.114]))[..., None] / 255
+    grey = (image @ np.array([0.299, 0.587, 0.114]))[..., None] / 255
     blended = drawing.heat(level[..., 0]) * (0.45 + 0.55 * grey) + 0.35 * grey * (1 - level)
     pixels: Pixels = np.round(255 * np.clip(blended, 0, 1)).astype(np.uint8)
     return pixels
 
 
-def _aspect(picture: Pixels) -> float:
-    return float(picture.shape[0] / picture.shape[1])
+def _aspect(image: Pixels) -> float:
+    return float(image.shape[0] / image.shape[1])
 
 
-def _typical_aspect(pictures: Sequence[Pixels]) -> float:
-    return float(np.clip(np.median([_aspect(picture) for picture in pictures]), 0.6, 1.6))
+def _typical_aspect(images: Sequence[Pixels]) -> float:
+    return float(np.clip(np.median([_aspect(image) for image in images]), 0.6, 1.6))
 
 
 def _centres(shape: tuple[int, ...]) -> npt.NDArray[np.float64]:

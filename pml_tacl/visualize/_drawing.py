@@ -85,7 +85,7 @@ class Grid:
         """Small lines below a cell, cut to its width."""
         left, bottom, width, _ = axes.get_position(original=True).bounds
         if lines:
-            axes.set_anchor("S")  # a wide picture stays next to what is said of it
+            axes.set_anchor("S")  # a wide image stays next to what is said of it
         room = int(self._cell[0] / 0.058)
         for index, line in enumerate(lines):
             y = (1 - bottom) * self._size[1] + 0.035 + 0.125 * index
@@ -155,8 +155,8 @@ class Grid:
         )
 
 
-def picture(axes: Any, pixels: Pixels, frame: str | None = None) -> None:
-    """Shows a picture whole, with a frame in a colour or none."""
+def image(axes: Any, pixels: Pixels, frame: str | None = None) -> None:
+    """Shows an image whole, with a frame in a colour or none."""
     axes.imshow(pixels, interpolation="antialiased")
     axes.set(xticks=[], yticks=[])
     if frame is not None:
@@ -164,7 +164,7 @@ def picture(axes: Any, pixels: Pixels, frame: str | None = None) -> None:
 
 
 def verdict(axes: Any, right: bool) -> None:
-    """Frames a picture as right or wrong, with a tick or a cross in its corner."""
+    """Frames an image as right or wrong, with a tick or a cross in its corner."""
     colour = RIGHT_COLOUR if right else WRONG_COLOUR
     _frame(axes, colour, 2.2)
     axes.text(
@@ -188,7 +188,7 @@ def cells(
     limits: tuple[float, float] = (0.0, 1.0),
     visible: npt.NDArray[np.bool_] | None = None,
 ) -> None:
-    """Shows a map cell by cell in the aspect (height over width) of its picture.
+    """Shows a map cell by cell in the aspect (height over width) of its image.
 
     Cells that are not visible are grey and hatched.
     """
@@ -215,7 +215,7 @@ def cells(
 def tracked_cells(
     axes: Any, pixels: Pixels, points: npt.NDArray[np.float64], visible: npt.NDArray[np.bool_]
 ) -> None:
-    """Dots where cells lie, each in its own colour so that it can be followed across pictures."""
+    """Dots where cells lie, each in its own colour so that it can be followed across images."""
     size = np.array([pixels.shape[1], pixels.shape[0]])
     places = (points + 1) / 2 * size - 0.5
     colours = colormaps["turbo"](np.linspace(0, 1, len(points)))

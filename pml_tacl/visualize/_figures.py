@@ -12,7 +12,7 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from pml_tacl.utils.errors import InputError
-from pml_tacl.utils.files import written_whole
+from pml_tacl.utils.files import atomic_write
 from pml_tacl.visualize._inputs import shortened
 
 _FONT = "DejaVu Sans"  # comes with matplotlib
@@ -98,7 +98,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: float = 100.0
     content = BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "pml_tacl"}):
         figure.savefig(content, format=kind, dpi=dpi, metadata=_METADATA[kind])
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(content.getvalue())
     return path
 

@@ -1,4 +1,4 @@
-"""The gallery of retrieved pictures."""
+"""The gallery of retrieved images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,18 +12,18 @@ from pml_tacl.utils.errors import InputError
 from pml_tacl.visualize import _drawing as drawing
 from pml_tacl.visualize._figures import styled
 from pml_tacl.visualize._inputs import (
-    Pictures,
+    Images,
     require_count,
     require_some,
     rows_like,
-    to_pictures,
+    to_images,
 )
 
 
 @styled
 def retrieval_gallery(
-    queries: Pictures,
-    neighbours: Sequence[Pictures] | npt.NDArray[Any] | torch.Tensor,
+    queries: Images,
+    neighbours: Sequence[Images] | npt.NDArray[Any] | torch.Tensor,
     correct: Sequence[Sequence[bool]] | npt.NDArray[np.bool_] | torch.Tensor | None = None,
     distances: Sequence[Sequence[float]] | npt.NDArray[Any] | torch.Tensor | None = None,
     captions: Sequence[Sequence[str]] | None = None,
@@ -32,14 +32,14 @@ def retrieval_gallery(
     query_captions: Sequence[str] | None = None,
     columns: int = 8,
 ) -> Figure:
-    """Each query at the left of its nearest pictures, right and wrong ones marked.
+    """Each query at the left of its nearest images, right and wrong ones marked.
 
     A right neighbour has a blue frame (``RIGHT_COLOUR``) and a tick, a wrong one an orange frame
     (``WRONG_COLOUR``) and a cross, so that no one needs to tell red from green.
 
     Args:
-        queries: Q pictures.
-        neighbours: for each query its nearest pictures, nearest first; rows may differ in length.
+        queries: Q images.
+        neighbours: for each query its nearest images, nearest first; rows may differ in length.
         correct: for each neighbour whether it is right; neutral frames without it.
         distances: for each neighbour a number, written below it.
         captions: for each neighbour a text, written below it and shortened in the middle.
@@ -48,11 +48,11 @@ def retrieval_gallery(
         columns: neighbours on one line; longer rows go on below.
 
     Returns:
-        A figure with one axes for each picture: a query, then its neighbours, row by row.
+        A figure with one axes for each image: a query, then its neighbours, row by row.
 
     Raises:
         ValueError: no query, counts that do not fit, values out of range.
-        TypeError: something that is not a picture.
+        TypeError: something that is not an image.
 
     Example:
         >>> import torch
@@ -61,12 +61,12 @@ def retrieval_gallery(
         >>> len(figure.axes)
         3
     """
-    asked = to_pictures(queries, "queries")
+    asked = to_images(queries, "queries")
     require_some(asked, "queries")
     require_count(neighbours, len(asked), "neighbours", "queries")
     if columns < 1:
         raise InputError(f"columns must be at least 1, got {columns}")
-    found = [to_pictures(row, f"neighbours[{i}]") for i, row in enumerate(neighbours)]
+    found = [to_images(row, f"neighbours[{i}]") for i, row in enumerate(neighbours)]
     right = rows_like(correct, found, "correct")
     numbers = rows_like(distances, found, "distances")
     texts = rows_like(captions, found, "captions")
@@ -88,7 +88,7 @@ def retrieval_gallery(
     first_line = 0
     for q, (query, row) in enumerate(zip(asked, found, strict=True)):
         axes = grid.axes(first_line, 0)
-        drawing.picture(axes, query, drawing.QUERY_COLOUR)
+        drawing.image(axes, query, drawing.QUERY_COLOUR)
         if q == 0:
             grid.header(axes, "query")
         if query_captions is not None:
@@ -97,9 +97,9 @@ def retrieval_gallery(
             line, column = divmod(k, widest)
             axes = grid.axes(first_line + line, 1 + column)
             if right is None:
-                drawing.picture(axes, neighbour, drawing.NEUTRAL_COLOUR)
+                drawing.image(axes, neighbour, drawing.NEUTRAL_COLOUR)
             else:
-                drawing.picture(axes, neighbour)
+                drawing.image(axes, neighbour)
                 drawing.verdict(axes, bool(right[q][k]))
             if q == 0 and line == 0:
                 grid.header(axes, "nearest" if column == 0 else str(column + 1))

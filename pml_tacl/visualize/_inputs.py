@@ -1,4 +1,4 @@
-"""What the figures take in: pictures, maps and captions, checked and brought to one form."""
+"""What the figures take in: images, maps and captions, checked and brought to one form."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -12,24 +12,24 @@ from PIL import Image
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.images import AnyImage, to_rgb
 
-Pictures: TypeAlias = AnyImage | Sequence[AnyImage]
+Images: TypeAlias = AnyImage | Sequence[AnyImage]
 Numbers: TypeAlias = npt.ArrayLike | torch.Tensor
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 _LONGEST_SIDE = 640  # pixels; more is never seen in a figure, and photographs would fill memory
 
 
-def to_pixels(picture: AnyImage, name: str = "image") -> Pixels:
+def to_pixels(image: AnyImage, name: str = "image") -> Pixels:
     """One image as (H, W, 3) uint8, of 640 pixels in height and width at most.
 
     Args:
-        picture: what :func:`pml_tacl.utils.images.to_rgb` takes.
+        image: what :func:`pml_tacl.utils.images.to_rgb` takes.
         name: the argument that errors speak of.
 
     Raises:
         TypeError, ValueError: as :func:`pml_tacl.utils.images.to_rgb` does.
     """
-    converted = to_rgb(picture, name)
+    converted = to_rgb(image, name)
     shrink = _LONGEST_SIDE / max(converted.size)
     if shrink < 1:
         width, height = (max(1, round(side * shrink)) for side in converted.size)
@@ -37,21 +37,21 @@ def to_pixels(picture: AnyImage, name: str = "image") -> Pixels:
     return np.asarray(converted)
 
 
-def to_pictures(pictures: Pictures, name: str = "images") -> list[Pixels]:
-    """Pictures as a list of (H, W, 3) uint8; a picture alone is a list of one.
+def to_images(images: Images, name: str = "images") -> list[Pixels]:
+    """Images as a list of (H, W, 3) uint8; an image alone is a list of one.
 
     Args:
-        pictures: (N, H, W, C), (N, C, H, W), a sequence of pictures, or one picture.
+        images: (N, H, W, C), (N, C, H, W), a sequence of images, or one image.
         name: the argument that errors speak of.
 
     Raises:
         TypeError, ValueError: as :func:`to_pixels` does.
     """
-    if isinstance(pictures, Image.Image):
-        return [to_pixels(pictures, name)]
-    if isinstance(pictures, torch.Tensor | np.ndarray) and pictures.ndim in (2, 3):
-        return [to_pixels(pictures, name)]
-    return [to_pixels(picture, name) for picture in pictures]
+    if isinstance(images, Image.Image):
+        return [to_pixels(images, name)]
+    if isinstance(images, torch.Tensor | np.ndarray) and images.ndim in (2, 3):
+        return [to_pixels(images, name)]
+    return [to_pixels(image, name) for image in images]
 
 
 def to_maps(maps: Numbers, count: int | None, name: str) -> npt.NDArray[np.float64]:
@@ -65,7 +65,7 @@ def to_maps(maps: Numbers, count: int | None, name: str) -> npt.NDArray[np.float
     if array.ndim != 3 or 0 in array.shape[1:]:
         raise InputError(f"{name} must have shape (N, h, w) or (h, w), got {array.shape}")
     if count is not None and len(array) != count:
-        raise InputError(f"{name} holds {len(array)} maps for {count} pictures: give one for each")
+        raise InputError(f"{name} holds {len(array)} maps for {count} images: give one for each")
     if not np.isfinite(array).all():
         raise InputError(f"{name} holds NaN or infinite values: draw finite maps only")
     return array
@@ -126,7 +126,7 @@ def _as_array(values: Any) -> npt.NDArray[Any]:
 def require_some(values: Sequence[Any], name: str) -> None:
     """Raises ValueError when ``values`` is empty."""
     if not len(values):
-        raise InputError(f"{name} is empty: give at least one picture")
+        raise InputError(f"{name} is empty: give at least one image")
 
 
 def require_count(values: Any, count: int, name: str, of: str) -> None:

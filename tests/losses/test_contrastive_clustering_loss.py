@@ -35,18 +35,18 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
 
 
-def expected(embeddings, labels, centres, num_negatives=2, margin=0.6, distance="cosine"):
-    """Slow losses of the embeddings whose label has a centre."""
+def expected(embeddings, labels, centroids, num_negatives=2, margin=0.6, distance="cosine"):
+    """Slow losses of the embeddings whose label has a centroid."""
     return np.array(
         [
-            slow.contrastive_clustering(e, y, centres, num_negatives, margin, distance)
+            slow.contrastive_clustering(e, y, centroids, num_negatives, margin, distance)
             for e, y in zip(slow.as_array(embeddings), labels.tolist(), strict=True)
-            if y in centres
+            if y in centroids
         ]
     )
 
 
-def set_centres(centroids, unit=True):
+def set_centroids(centroids, unit=True):
     rows = slow.as_array(centroids)
     return {y: slow.normalise(row) if unit else row for y, row in enumerate(rows)}
 
@@ -57,7 +57,7 @@ def test_the_formula_with_centroids_set(name, num_negatives):
     embeddings, centroids = normal(9, 6), normal(5, 6, seed=1)
     loss = ContrastiveClusteringLoss(0.6, num_negatives, distance=DISTANCES[name][0]())
     loss.set_centroids(3 * centroids)  # scaled to unit norm
-    losses = expected(embeddings, LABELS, set_centres(centroids), num_negatives, distance=name)
+    losses = expected(embeddings, LABELS, set_centroids(centroids), num_negatives, distance=name)
     assert len(losses) == 7
     assert (losses > 0).any()
     assert loss(embeddings, LABELS) == pytest.approx(losses.mean(), rel=1e-9)
@@ -68,8 +68,8 @@ def test_the_formula_with_means_of_the_batch(name):
     distance, normalised, p = DISTANCES[name]
     embeddings = normal(9, 6)
     loss = ContrastiveClusteringLoss(0.6, 2, distance=distance())
-    centres = slow.batch_means(slow.as_array(embeddings), LABELS.tolist(), normalised, p)
-    losses = expected(embeddings, LABELS, centres, distance=name)
+    centroids = slow.batch_means(slow.as_array(embeddings), LABELS.tolist(), normalised, p)
+    losses = expected(embeddings, LABELS, centroids, distance=name)
     assert loss(embeddings, LABELS) == pytest.approx(losses.mean(), rel=1e-9)
 
 
@@ -79,8 +79,8 @@ def test_the_formula_with_means_of_a_reference_set(name):
     embeddings, reference = normal(9, 6), normal(7, 6, seed=1)
     reference_labels = torch.tensor([1, 7, -1, 2, 2, 7, 1])  # lacks 0 and 3
     loss = ContrastiveClusteringLoss(0.6, 2, distance=distance())
-    centres = slow.batch_means(slow.as_array(reference), reference_labels.tolist(), normalised, p)
-    losses = expected(embeddings, LABELS, centres, distance=name)
+    centroids = slow.batch_means(slow.as_array(reference), reference_labels.tolist(), normalised, p)
+    losses = expected(embeddings, LABELS, centroids, distance=name)
     assert len(losses) == 4
     value = loss(embeddings, LABELS, ref_emb=reference, ref_labels=reference_labels)
     assert value == pytest.approx(losses.mean(), rel=1e-9)
@@ -161,13 +161,13 @@ def test_miners_weigh_the_embeddings_as_in_pml(miner, with_centroids):
     empty = torch.empty(0, dtype=torch.long)
     mined = miner(embeddings, labels) if miner else (empty, empty, empty, empty)
     loss = ContrastiveClusteringLoss(0.6, 2)
-    centres = slow.batch_means(slow.as_array(embeddings), labels.tolist())
+    centroids = slow.batch_means(slow.as_array(embeddings), labels.tolist())
     if with_centroids:
         loss.set_centroids(normal(4, 6, seed=1))
-        centres = set_centres(loss.centroids)
+        centroids = set_centroids(loss.centroids)
     weights = convert_to_weights(mined, labels, torch.float32).numpy()
     assert not miner or 0 < weights.min() < 1 or len(set(weights)) > 1
-    losses = expected(embeddings, labels, centres) * weights
+    losses = expected(embeddings, labels, centroids) * weights
     assert loss(embeddings, labels, mined) == pytest.approx(losses.mean(), rel=1e-5)
 
 
@@ -177,8 +177,8 @@ def test_with_a_reference_only_anchors_weigh(miner):
     reference, ref_labels = normal(20, 6, seed=1, dtype=torch.float32), torch.arange(20) // 5
     mined = miner(embeddings, labels, reference, ref_labels)
     weights = convert_to_weights(mined, labels, torch.float32, using_ref=True).numpy()
-    centres = slow.batch_means(slow.as_array(reference), ref_labels.tolist())
-    losses = expected(embeddings, labels, centres) * weights
+    centroids = slow.batch_means(slow.as_array(reference), ref_labels.tolist())
+    losses = expected(embeddings, labels, centroids) * weights
     value = ContrastiveClusteringLoss(0.6, 2)(embeddings, labels, mined, reference, ref_labels)
     assert value == pytest.approx(losses.mean(), rel=1e-5)
 

@@ -37,10 +37,10 @@ def parts():
 
 
 def losses(mode):
-    centre_loss = ContrastiveClusteringLoss(margin=1.0, num_negatives=2)
+    centroid_loss = ContrastiveClusteringLoss(margin=1.0, num_negatives=2)
     if mode == "centroids":
-        centre_loss.set_centroids(torch.eye(4, 5))
-    return centre_loss, AttentionConsistencyLoss()
+        centroid_loss.set_centroids(torch.eye(4, 5))
+    return centroid_loss, AttentionConsistencyLoss()
 
 
 def gradients(model):
@@ -56,10 +56,10 @@ def one_of_two(rank, folder):
     model = DistributedDataParallel(model)
     found = {}
     for mode in MODES:
-        centre_loss, attention_loss = losses(mode)
-        centre_loss = DistributedLossWrapper(centre_loss, efficient=mode == "efficient")
+        centroid_loss, attention_loss = losses(mode)
+        centroid_loss = DistributedLossWrapper(centroid_loss, efficient=mode == "efficient")
         first, second, embeddings = model(views[rank])
-        loss = centre_loss(embeddings, LABELS[rank])
+        loss = centroid_loss(embeddings, LABELS[rank])
         loss = loss + attention_loss(first, second, points[rank], LABELS[rank])
         model.zero_grad()
         loss.backward()
@@ -69,7 +69,7 @@ def one_of_two(rank, folder):
     os._exit(0)  # torch's threads now and then abort the interpreter's own way out
 
 
-def efficient_loss(centre_loss, embeddings):
+def efficient_loss(centroid_loss, embeddings):
     """Each process's own embeddings against everyone's, as DistributedLossWrapper has it."""
     total = 0
     for own in range(WORLD):
@@ -80,7 +80,7 @@ def efficient_loss(centre_loss, embeddings):
         pairs = loss_and_miner_utils.remove_self_comparisons(
             pairs, torch.arange(EACH), WORLD * EACH
         )
-        total = total + centre_loss(current, labels, pairs, reference, ref_labels)
+        total = total + centroid_loss(current, labels, pairs, reference, ref_labels)
     return total
 
 
@@ -89,12 +89,12 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path):
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
     model, views, points = parts()
     for mode in MODES:
-        centre_loss, attention_loss = losses(mode)
+        centroid_loss, attention_loss = losses(mode)
         first, second, embeddings = model(views.transpose(0, 1).flatten(1, 2))
         if mode == "efficient":
-            loss = efficient_loss(centre_loss, embeddings)
+            loss = efficient_loss(centroid_loss, embeddings)
         else:
-            loss = centre_loss(embeddings, LABELS.flatten())
+            loss = centroid_loss(embeddings, LABELS.flatten())
         loss = loss + attention_loss(first, second, points.flatten(0, 1), LABELS.flatten())
         model.zero_grad()
         loss.backward()

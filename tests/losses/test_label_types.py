@@ -12,7 +12,7 @@ from pml_tacl import (
     ContrastiveClusteringLoss,
     ContrastiveClusteringMiner,
 )
-from pml_tacl.functional import commonness
+from pml_tacl.functional import background_score
 from pml_tacl.utils.labels import pseudo_labels
 
 N = 8
@@ -23,30 +23,30 @@ POINTS = torch.rand(N, 9, 2, generator=_GENERATOR) * 2 - 1
 CENTROIDS = torch.randn(256, 6, generator=_GENERATOR)
 
 
-def with_centres(part):
+def with_centroids(part):
     part.set_centroids(CENTROIDS)
     return part
 
 
 def moved(labels):
-    loss = with_centres(ContrastiveClusteringLoss())
+    loss = with_centroids(ContrastiveClusteringLoss())
     loss.move_centroids(EMBEDDINGS, labels, 0.3)
     return loss.centroids
 
 
 CALLS = {
     "loss, means": lambda y: ContrastiveClusteringLoss(1.0)(EMBEDDINGS, y),
-    "loss, centres": lambda y: with_centres(ContrastiveClusteringLoss(1.0))(EMBEDDINGS, y),
+    "loss, centroids": lambda y: with_centroids(ContrastiveClusteringLoss(1.0))(EMBEDDINGS, y),
     "loss, reference": lambda y: ContrastiveClusteringLoss(1.0)(
         EMBEDDINGS, torch.arange(N) % 3, None, EMBEDDINGS.flip(0), y
     ),
-    "moving centres": moved,
+    "moving centroids": moved,
     "attention loss": lambda y: AttentionConsistencyLoss()(MAPS, OTHERS, POINTS, y),
     "attention loss, pairs": lambda y: AttentionConsistencyLoss()(
         MAPS, OTHERS, POINTS, y, AttentionConsistencyMiner()(MAPS, y)
     ),
     "miner, means": lambda y: ContrastiveClusteringMiner()(EMBEDDINGS, y),
-    "miner, centres": lambda y: with_centres(ContrastiveClusteringMiner())(EMBEDDINGS, y),
+    "miner, centroids": lambda y: with_centroids(ContrastiveClusteringMiner())(EMBEDDINGS, y),
     "miner, reference": lambda y: ContrastiveClusteringMiner()(
         EMBEDDINGS, torch.arange(N) % 3, EMBEDDINGS.flip(0), y
     ),
@@ -54,7 +54,7 @@ CALLS = {
     "attention miner, reference": lambda y: AttentionConsistencyMiner()(
         MAPS, torch.arange(N) % 3, OTHERS, y
     ),
-    "commonness": lambda y: commonness(MAPS, y),
+    "background_score": lambda y: background_score(MAPS, y),
 }
 WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16,
          torch.uint32, torch.uint64)  # fmt: skip

@@ -76,7 +76,7 @@ def test_state_dict_brings_centroids_of_any_number(make, stored, before):
     assert list(y.parameters()) == list(y.buffers()) == []
 
 
-def test_stats_of_the_centre_loss():
+def test_stats_of_the_centroid_loss():
     loss = ContrastiveClusteringLoss(num_negatives=3, collect_stats=True)
     loss.set_centroids(CENTROIDS)
     loss(EMBEDDINGS, LABELS)
@@ -84,15 +84,15 @@ def test_stats_of_the_centre_loss():
     similarity = (unit(EMBEDDINGS) @ unit(CENTROIDS).T)[CLEAN]
     labels = LABELS[CLEAN, None]
     others = similarity.scatter(1, labels, -2).topk(3).values.mean()
-    assert loss.own_centre_distance == pytest.approx(similarity.gather(1, labels).mean().item())
-    assert loss.other_centre_distance == pytest.approx(others.item())
+    assert loss.own_centroid_distance == pytest.approx(similarity.gather(1, labels).mean().item())
+    assert loss.other_centroid_distance == pytest.approx(others.item())
     loss(EMBEDDINGS, torch.full((10,), -1))
-    assert loss.own_centre_distance == loss.other_centre_distance == 0
+    assert loss.own_centroid_distance == loss.other_centroid_distance == 0
     # In a batch of three clusters there are two others to compare with.
     three, two = (ContrastiveClusteringLoss(num_negatives=k, collect_stats=True) for k in (3, 2))
     three(EMBEDDINGS[:6], LABELS[:6])
     two(EMBEDDINGS[:6], LABELS[:6])
-    assert three.other_centre_distance == two.other_centre_distance != 0
+    assert three.other_centroid_distance == two.other_centroid_distance != 0
 
 
 def test_stats_of_pairs_reducer_and_distance():
@@ -107,7 +107,7 @@ def test_stats_of_pairs_reducer_and_distance():
     assert loss.reducer.losses_size == CLEAN.sum()
     norm = EMBEDDINGS.norm(dim=1).mean().item()
     assert loss.distance.initial_avg_query_norm == pytest.approx(norm)
-    assert not hasattr(loss, "own_centre_distance")
+    assert not hasattr(loss, "own_centroid_distance")
 
 
 def test_record_keeper_logs_numbers_and_never_a_list(tmp_path):

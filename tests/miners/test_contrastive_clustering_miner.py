@@ -29,28 +29,28 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def nearest_others(embedding, label, centres, measure, count):
-    ranked = sorted((measure(embedding, c), y) for y, c in centres.items() if y != label)
+def nearest_others(embedding, label, centroids, measure, count):
+    ranked = sorted((measure(embedding, c), y) for y, c in centroids.items() if y != label)
     return ranked[:count]
 
 
-def expected(embeddings, labels, reference, ref_labels, centres, measure, count, most):
+def expected(embeddings, labels, reference, ref_labels, centroids, measure, count, most):
     """Sets of positive and negative pairs, by loops."""
     same_set = reference is embeddings
     rows = slow.as_array(embeddings)
 
     def is_sure(e, y):
-        if y not in centres:
+        if y not in centroids:
             return False
-        others = nearest_others(e, y, centres, measure, 1)
-        return not others or measure(e, centres[y]) <= most * others[0][0]
+        others = nearest_others(e, y, centroids, measure, 1)
+        return not others or measure(e, centroids[y]) <= most * others[0][0]
 
     sure = [is_sure(e, y) for e, y in zip(rows, labels, strict=True)]
     positives, negatives = set(), set()
     for i, (e, y) in enumerate(zip(rows, labels, strict=True)):
         if not sure[i]:
             continue
-        hard = {label for _, label in nearest_others(e, y, centres, measure, count)}
+        hard = {label for _, label in nearest_others(e, y, centroids, measure, count)}
         for j, other in enumerate(ref_labels):
             if other < 0 or (same_set and (i == j or not sure[j])):
                 continue
@@ -70,12 +70,12 @@ def pairs(mined):
 
 
 @pytest.mark.parametrize("p", [1, 2])
-def test_centres_of_the_references_are_means(p):
+def test_centroids_of_the_references_are_means(p):
     rows = slow.as_array(normal(5, 4))
-    centres = slow.batch_means(rows, [0, 1, 0, -1, 1], p=p)
-    assert sorted(centres) == [0, 1]
+    centroids = slow.batch_means(rows, [0, 1, 0, -1, 1], p=p)
+    assert sorted(centroids) == [0, 1]
     np.testing.assert_allclose(
-        centres[0], (slow.normalise(rows[0], p) + slow.normalise(rows[2], p)) / 2
+        centroids[0], (slow.normalise(rows[0], p) + slow.normalise(rows[2], p)) / 2
     )
 
 
@@ -88,31 +88,31 @@ def test_centres_of_the_references_are_means(p):
     st.integers(1, 4),
     st.sampled_from([0.7, 0.95, 1.0, 1.5]),
 )
-def test_pairs_are_those_of_the_loops(seed, n, name, centres_of, count, most):
+def test_pairs_are_those_of_the_loops(seed, n, name, centroids_of, count, most):
     make, measure = DISTANCES[name]
     embeddings, labels = normal(n, 4, seed=seed), normal(n, seed=seed + 1)
     labels = (labels * 1.5 + 1).round().clamp(-1, 3).long()
     reference, ref_labels = embeddings, labels
-    if "reference" in centres_of:
+    if "reference" in centroids_of:
         reference = normal(8, 4, seed=seed + 2)
         ref_labels = torch.tensor([0, 3, 1, -1, 0, 1, 3, 0])
     miner = ContrastiveClusteringMiner(count, most, distance=make())
-    if "set" in centres_of:
+    if "set" in centroids_of:
         centroids = normal(4, 4, seed=seed + 3)
         miner.set_centroids(centroids)
-        centres = {y: slow.normalise(c) for y, c in enumerate(slow.as_array(centroids))}
+        centroids = {y: slow.normalise(c) for y, c in enumerate(slow.as_array(centroids))}
     else:
         p = 1 if name == "l1" else 2
-        centres = slow.batch_means(slow.as_array(reference), ref_labels.tolist(), p=p)
+        centroids = slow.batch_means(slow.as_array(reference), ref_labels.tolist(), p=p)
     given_reference = () if reference is embeddings else (reference, ref_labels)
     mined = pairs(miner(embeddings, labels, *given_reference))
     wanted = expected(
-        embeddings, labels.tolist(), reference, ref_labels.tolist(), centres, measure, count, most
+        embeddings, labels.tolist(), reference, ref_labels.tolist(), centroids, measure, count, most
     )
     assert mined == wanted
 
 
-def test_it_leaves_out_what_lies_nearer_to_another_centre():
+def test_it_leaves_out_what_lies_nearer_to_another_centroid():
     miner = ContrastiveClusteringMiner(collect_stats=True)
     miner.set_centroids(torch.eye(2))
     embeddings = torch.tensor([[1.0, 0.1], [1.0, 0.2], [0.9, 1.0], [0.1, 1.0], [0.2, 1.0]])

@@ -241,14 +241,14 @@ class TestTransform:
         """Against timm's transform, which resizes with PIL as ours does."""
         model = AttentionEmbedder("test_vit", embedding_dim=8)
         rng = np.random.default_rng(0)
-        picture = Image.fromarray(rng.integers(0, 256, (201, 300, 3), dtype=np.uint8))
+        image = Image.fromarray(rng.integers(0, 256, (201, 300, 3), dtype=np.uint8))
         theirs = timm.data.create_transform(
             **timm.data.resolve_data_config({}, model=model.trunk.model)
         )
-        torch.testing.assert_close(model.transform()(picture), theirs(picture))
+        torch.testing.assert_close(model.transform()(image), theirs(image))
 
     @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "I;16", "1"])
-    def test_any_picture(self, model, mode):
+    def test_any_image(self, model, mode):
         size = (50, 90)
         out = model.transform(image_size=32)(Image.new(mode, size))
         assert out.shape == (3, 32, 32)
@@ -265,9 +265,9 @@ class TestTransform:
 
     def test_training(self, model):
         transform = model.transform(training=True, image_size=32)
-        picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
         torch.manual_seed(0)
-        first, second = transform(picture), transform(picture)
+        first, second = transform(image), transform(image)
         assert first.shape == (3, 32, 32)
         assert not torch.equal(first, second)
 

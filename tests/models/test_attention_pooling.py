@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from pml_tacl.functional import border_similarity
 from pml_tacl.models import Embedder, TrunkOutput
-from pml_tacl.models.attention_pooling import commonness_against, resample_attention
+from pml_tacl.models.attention_pooling import background_score_against, resample_attention
 
 
 def maps(*shape, seed=0):
@@ -155,8 +155,10 @@ class TestDistinctive:
                         for r in others
                     ]
                     expected[i, y, x] = torch.stack(best).mean()
-        torch.testing.assert_close(commonness_against(feature_maps, bank), expected)
-        torch.testing.assert_close(commonness_against(feature_maps, bank, chunk_size=2), expected)
+        torch.testing.assert_close(background_score_against(feature_maps, bank), expected)
+        torch.testing.assert_close(
+            background_score_against(feature_maps, bank, chunk_size=2), expected
+        )
 
     def test_common_places_lose_weight(self):
         embedder = Embedder(5, 5, 4, "distinctive")

@@ -233,7 +233,7 @@ def test_frozen_trunk(family):
 
 
 @pytest.mark.parametrize("family", ["resnet", "vit", "swin", "hiera", "mambaout"])
-def test_maps_follow_the_picture(family):
+def test_maps_follow_the_image(family):
     """Places keep their place: a change in the last corner moves that corner's features most."""
     model, size, *_ = build(family)
     model.eval()

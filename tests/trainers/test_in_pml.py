@@ -12,11 +12,11 @@ from pytorch_metric_learning.utils.inference import InferenceModel
 from pml_tacl import RetrievalCalculator
 from pml_tacl.cli.run_folder import make_hooks
 from pml_tacl.evaluation import make_tester
-from tests.trainers.small import COUNT, SIZE, Pictures, make_model, make_trainer, same, state_of
+from tests.trainers.small import COUNT, SIZE, Images, make_model, make_trainer, same, state_of
 
 
 def labelled(trainer):
-    return [(trainer.eval_transform(p), n % 4) for n, (p, _) in enumerate(Pictures())]
+    return [(trainer.eval_transform(p), n % 4) for n, (p, _) in enumerate(Images())]
 
 
 @pytest.mark.filterwarnings("ignore")  # of PML's own saving
@@ -131,7 +131,7 @@ def test_schedulers_step_when_pml_s_names_say():
     }
 
 
-def test_a_picture_s_size_is_what_the_transform_says():
+def test_a_image_s_size_is_what_the_transform_says():
     trainer = make_trainer()
     trainer.initialize_dataloader()
     batch = trainer.get_batch()

@@ -19,8 +19,8 @@ from torch import distributed, multiprocessing, nn
 
 from pml_tacl import AttentionConsistencyMiner, ContrastiveClusteringLoss
 from pml_tacl.distributed.collectives import (
+    broadcast,
     equalise_buffers,
-    from_first,
     gather_batch,
     gather_rows,
     shard,
@@ -28,24 +28,24 @@ from pml_tacl.distributed.collectives import (
     used_anywhere,
 )
 from pml_tacl.distributed.gradients import start_alike, sum_gradients
-from pml_tacl.distributed.inference import evaluate_together
+from pml_tacl.distributed.inference import evaluate_distributed
 from pml_tacl.distributed.session import (
     ProcessLost,
+    all_reduce_max,
     barrier,
     check_same,
-    highest,
     in_use,
-    is_first,
-    on_first,
+    is_main,
     rank,
+    run_on_main,
     session,
     world_size,
 )
 from pml_tacl.evaluation import evaluate
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
 
-from .small import Pictures, make_model, make_trainer
+from .small import Images, make_model, make_trainer
 
 ROOT = Path(__file__).parents[2]
 COUNTS = [(1, 4), (7, 2), (8, 4), (23, 3)]  # rows and rows at once: some process may get none
@@ -90,7 +90,7 @@ def fail(error):
     raise error
 
 
-# Each loss sees both views of all pictures; the clusters of a picture lie on several processes.
+# Each loss sees both views of all images; the clusters of an image lie on several processes.
 VIEWS, EACH, LABELS = 2, 3, torch.tensor([0, 1, 2, 1, 0, 2, 2, 1, 0, 0, 2, 1])
 
 
@@ -127,13 +127,13 @@ def sum_of_unlike_gradients(number):
 
 def exchanging(number, world, folder):
     join(number, world, folder)
-    found = {"rank": rank(), "world": world_size(), "first": is_first(), "in use": in_use()}
+    found = {"rank": rank(), "world": world_size(), "first": is_main(), "in use": in_use()}
     found["rows"] = []
     for count, batch_size in COUNTS:
         own = shard(count, batch_size)
         found["rows"].append(gather_rows(rows_of(count)[own], count, batch_size))
     sent = [torch.arange(5) - 1, torch.eye(2, 3), None, torch.ones(2, dtype=torch.bfloat16)]
-    found["sent"] = from_first(sent if number == 0 else [None] * 4)
+    found["sent"] = broadcast(sent if number == 0 else [None] * 4)
     tensors = [torch.full((2, 3), float(number + 1)), torch.tensor(number, dtype=torch.float64)]
     last = torch.full((1, 4, 2, 2), 1.0).contiguous(memory_format=torch.channels_last)
     total([*tensors, last], 2.0)
@@ -142,10 +142,12 @@ def exchanging(number, world, folder):
     norm.running_mean.fill_(float(number))
     equalise_buffers([norm])
     found["means"] = norm.running_mean, norm.num_batches_tracked
-    found["highest"] = highest(number), highest(-number)
-    found["on first"] = on_first(lambda: {"k": [rank()]}, "counting")
+    found["highest"] = all_reduce_max(number), all_reduce_max(-number)
+    found["on first"] = run_on_main(lambda: {"k": [rank()]}, "counting")
     for error in (ValueError("two\nlines"), FileNotFoundError(2, "gone"), KeyError("k")):
-        text = message(lambda error=error: on_first(lambda: fail(error), "clustering"), Exception)
+        text = message(
+            lambda error=error: run_on_main(lambda: fail(error), "clustering"), Exception
+        )
         found[type(error).__name__] = text
     check_same("labels", [torch.arange(3), None, "x"], "")
     odd = torch.arange(3) + (number == 1)
@@ -207,22 +209,22 @@ def test_what_processes_exchange(world, tmp_path):
 
 
 def test_one_process_exchanges_nothing():
-    assert (rank(), world_size(), is_first(), in_use()) == (0, 1, True, False)
+    assert (rank(), world_size(), is_main(), in_use()) == (0, 1, True, False)
     rows = rows_of(7)
     assert torch.equal(shard(7, 2), torch.arange(7))
     assert gather_rows(rows, 7, 2) is rows
     assert gather_batch(rows, 1) is rows
-    assert from_first([rows, None]) == [rows, None]
+    assert broadcast([rows, None]) == [rows, None]
     total([rows])
     assert torch.equal(rows, rows_of(7))
-    assert highest(-3) == -3
-    assert on_first(lambda: 3, "counting") == 3
+    assert all_reduce_max(-3) == -3
+    assert run_on_main(lambda: 3, "counting") == 3
     check_same("labels", [rows], "")
     barrier()
     with session():
         pass
     with pytest.raises(KeyError):
-        on_first(lambda: fail(KeyError("as it is")), "clustering")
+        run_on_main(lambda: fail(KeyError("as it is")), "clustering")
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [*COUNTS, (0, 4)])
@@ -250,7 +252,7 @@ def exact_trainer(**kwargs):
         "optimizers": torch.optim.AdamW(model.parameters(), 1e-3),
         "accumulation_steps": 2,
         "ema_decay": 0.5,
-        "dataset": Pictures(100),
+        "dataset": Images(100),
         "iterations_per_epoch": 3,
         "gradient_clippers": {
             "trunk_grad_clipper": lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -307,7 +309,7 @@ def training(number, world, folder):
     with_statistics = make_trainer(batch_size=16, images_per_cluster=4)
     with_statistics.train(num_epochs=1)
     found["statistics"] = [b.clone() for b in with_statistics.models["trunk"].buffers()]
-    found["metrics"] = evaluate_together(make_model(), labelled(), batch_size=4, progress=False)
+    found["metrics"] = evaluate_distributed(make_model(), labelled(), batch_size=4, progress=False)
     found["labeler"] = message(lambda: exact_trainer(labeler=noise).train(), ValueError)
     other = {"iterations_per_epoch": 2 + number}
     found["settings"] = message(lambda: exact_trainer(**other), ValueError)
@@ -334,7 +336,7 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
     one, losses, _ = first_epochs(exact_trainer(checkpoint_folder=tmp_path / "one", keep=9))
-    # Pseudo-labels of epoch 1 come from the same weights. Their centres have followed its steps,
+    # Pseudo-labels of epoch 1 come from the same weights. Their centroids have followed its steps,
     # and a processor's kernels for the half of a batch need not sum as those for the whole do.
     assert torch.equal(first["epochs"][0][0], one[0][0])
     assert (torch.cosine_similarity(first["epochs"][0][1], one[0][1]) > 0.9999).all()
@@ -377,7 +379,7 @@ TRAINING = """
 import sys, warnings
 warnings.simplefilter("ignore")  # so small a network makes uneven clusters
 from pml_tacl.cli import run_folder as runs
-from pml_tacl.distributed.inference import is_first, session
+from pml_tacl.distributed.inference import is_main, session
 from tests.trainers.small import make_trainer
 with session(), runs.one_line_errors():
     begun = "--resume" in sys.argv
@@ -470,11 +472,11 @@ def test_waiting_for_the_first_process_ends_when_it_is_killed(store, processes, 
     code = """
 import time
 from pml_tacl.cli import run_folder as runs
-from pml_tacl.distributed.session import highest, on_first, rank, session
+from pml_tacl.distributed.session import all_reduce_max, run_on_main, rank, session
 with session(), runs.one_line_errors():
-    highest(0)
+    all_reduce_max(0)
     print("met", flush=True)
-    on_first(lambda: time.sleep(600), "clustering")
+    run_on_main(lambda: time.sleep(600), "clustering")
 """
     processes += begin([sys.executable, "-c", code], 2, store, tmp_path)
     for number in (0, 1):
@@ -489,13 +491,13 @@ with session(), runs.one_line_errors():
 def test_torchrun_trains_a_folder_and_writes_it_once(tmp_path):
     rng = np.random.default_rng(0)
     for number in range(36):
-        folder = "pictures" if number < 24 else "labelled"
+        folder = "images" if number < 24 else "labelled"
         path = tmp_path / folder / str(number % 4) / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         cells = rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)
         Image.fromarray(cells).resize((40, 50)).save(path)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = [ROOT / "examples" / "train_folder.py", tmp_path / "pictures"]
+    script = [ROOT / "examples" / "train_folder.py", tmp_path / "images"]
     script += ["--backbone=test_resnet", "--weights=none", "--image-size=32", "--batch-size=8"]
     script += ["--epochs=1", "--warmup-epochs=0", "--workers=0", "--embedding-dim=16"]
     script += [f"--eval-folder={tmp_path / 'labelled'}", f"--run={tmp_path / 'run'}"]
@@ -511,7 +513,7 @@ def test_torchrun_trains_a_folder_and_writes_it_once(tmp_path):
     assert done.stdout.count("testing on 12 images of 4 classes\n") == 1
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert 0 < metrics["after"]["recall_at_1"] <= 1
-    assert len(PictureIndex.load(tmp_path / "run")) == 24
+    assert len(ImageIndex.load(tmp_path / "run")) == 24
     rows = (tmp_path / "run" / "records" / "loss_histories.csv").read_text().splitlines()
     assert len(rows) == 1 + 1  # a header, and the first iteration of the epoch
 
@@ -537,11 +539,11 @@ def test_a_session_meets_the_others_with_its_timeout(monkeypatch):
 
 ENDING = """
 import atexit, sys
-from pml_tacl.distributed.session import highest, in_use, rank, session
+from pml_tacl.distributed.session import all_reduce_max, in_use, rank, session
 atexit.register(lambda: print("at exit"))
 try:
     with session():
-        print("highest", highest(rank()))
+        print("highest", all_reduce_max(rank()))
         if sys.argv[1] == "fails" and rank() == 1:
             raise KeyError("mine")
 except KeyError as error:

@@ -1,4 +1,4 @@
-"""What a trainer is given: taken apart, handed centres, emptied of old labels, or refused."""
+"""What a trainer is given: taken apart, handed centroids, emptied of old labels, or refused."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from pml_tacl.clustering import pseudo_labels_from
 from pml_tacl.trainers.arguments import check_losses
 from pml_tacl.utils.pml_compat import classes_of
 
-from .small import BATCH, COUNT, SIZE, Pictures, make_model, make_trainer
+from .small import BATCH, COUNT, SIZE, Images, make_model, make_trainer
 
 OURS = "ContrastiveClusteringLoss"
 
@@ -74,7 +74,7 @@ def first_losses(wrapped, **kwargs):
 
 @pytest.mark.filterwarnings("ignore:DistributedLossWrapper")
 @pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name != "bare"])
-def test_centres_reach_a_loss_within_every_wrapper_and_count(wrapper):
+def test_centroids_reach_a_loss_within_every_wrapper_and_count(wrapper):
     inner = ContrastiveClusteringLoss(margin=1.0)
     torch.manual_seed(3)
     np.random.seed(3)  # noqa: NPY002
@@ -90,7 +90,7 @@ def test_centres_reach_a_loss_within_every_wrapper_and_count(wrapper):
 
 def test_all_holders_share_what_the_trainer_holds_while_it_moves():
     class Foreign(nn.Module):
-        """Not of ours, but it takes centres."""
+        """Not of ours, but it takes centroids."""
 
         def set_centroids(self, centroids):
             self.given = centroids
@@ -335,8 +335,8 @@ class Views:
     def __init__(self, points=4):
         self.points = points
 
-    def __call__(self, picture):
-        view = picture[:, :SIZE, :SIZE] / 255
+    def __call__(self, image):
+        view = image[:, :SIZE, :SIZE] / 255
         return view, view.flip(-1), torch.zeros(self.points, 2)
 
 
@@ -364,11 +364,11 @@ def test_a_swap_with_masks_from_maps_needs_a_trunk_that_gives_some():
 
 def test_a_transform_of_two_values_is_told():
     with pytest.raises(ValueError, match=r"^transform must return \(view, .*\), got 2 values"):
-        make_trainer(transform=lambda picture: (picture, picture)).train()
+        make_trainer(transform=lambda image: (image, image)).train()
 
 
 def test_copies_of_one_image_are_not_called_a_collapse_alone():
-    class Copies(Pictures):
+    class Copies(Images):
         def __getitem__(self, index):
             return super().__getitem__(0)
 

@@ -21,13 +21,13 @@ def test_the_swap_s_own_pass_is_in_the_trainer_s_precision(amp_dtype, monkeypatc
     seen, scored = [], []
     conv = next(m for m in model.trunk.modules() if isinstance(m, torch.nn.Conv2d))
     conv.register_forward_hook(lambda m, i, o: seen.append((model.trunk.training, o.dtype)))
-    commonness = forward.commonness
+    background_score = forward.background_score
 
     def noted(maps, labels):
         scored.append(maps.dtype)
-        return commonness(maps, labels)
+        return background_score(maps, labels)
 
-    monkeypatch.setattr(forward, "commonness", noted)
+    monkeypatch.setattr(forward, "background_score", noted)
     trainer.train()
     swaps = [dtype for training, dtype in seen if not training][1:]  # the first embeds
     wanted = torch.float32 if amp_dtype is None else amp_dtype

@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler as schedules
 from pml_tacl import AttentionEmbedder, ContrastiveClusteringLoss, UnsupervisedTrainer
 from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
 
-from .small import Pictures, make_model, make_trainer, same, state_of
+from .small import Images, make_model, make_trainer, same, state_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -105,7 +105,7 @@ def test_the_trainer_s_own_schedule_goes_on_for_more_epochs(tmp_path):
     def own(folder=None):
         model = make_model()
         settings = {"checkpoint_folder": folder, "iterations_per_epoch": STEPS, "progress": False}
-        return UnsupervisedTrainer(model, dataset=Pictures(), image_size=32, **settings)
+        return UnsupervisedTrainer(model, dataset=Images(), image_size=32, **settings)
 
     def rates(trainer, first, last):
         seen = []
@@ -216,7 +216,7 @@ PARTS = {
     ),
     "groups": ({"groups": 2}, r"has \d+ parameters in 1 group and .* parameters in 2 groups"),
     "averaged": ({"ema_decay": 0.5}, "without averaged weights"),
-    "count": ({"dataset": 20}, "is of 24 pictures and the data set has 20"),
+    "count": ({"dataset": 20}, "is of 24 images and the data set has 20"),
 }
 
 
@@ -237,7 +237,7 @@ def test_what_differs_is_named_in_one_line_and_nothing_is_changed(tmp_path, part
             for p in (change["model"].trunk, change["model"].embedder)
         ]
     if "dataset" in change:
-        change["dataset"] = Pictures(20)
+        change["dataset"] = Images(20)
     trainer = new(None, **change)
     before = everything(trainer)
     with pytest.raises(ValueError, match=message) as told:

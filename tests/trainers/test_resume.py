@@ -26,19 +26,19 @@ from pml_tacl.trainers import checkpoint, records
 from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
 from pml_tacl.trainers.data import TwoViews, draw_order, drawing_from, make_loader
 
-from .small import BATCH, COUNT, SIZE, Pictures, make_model, make_trainer, same, state_of
+from .small import BATCH, COUNT, SIZE, Images, make_model, make_trainer, same, state_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
 
 
-class Noisy(Pictures):
+class Noisy(Images):
     """Draws from all three generators, as data sets of users do."""
 
     def __getitem__(self, index):
-        picture, label = super().__getitem__(index)
+        image, label = super().__getitem__(index)
         shift = random.randrange(9) + np.random.randint(9) + int(torch.randint(9, ()))  # noqa: NPY002
-        return picture + shift, label
+        return image + shift, label
 
 
 def views(dataset=None):
@@ -50,7 +50,7 @@ def drawn():
     return random.random(), np.random.random(), torch.rand(()).item()  # noqa: NPY002
 
 
-def test_a_picture_s_views_depend_on_its_seed_alone():
+def test_a_image_s_views_depend_on_its_seed_alone():
     items = [(3, 17), (5, 2**62 + 1), (3, 18)]
     seed_everything(0)
     first = [views()[item] for item in items]
@@ -73,7 +73,7 @@ def test_the_state_comes_back_even_after_an_error():
     assert drawn() == expected
 
 
-class Drawing(Pictures):
+class Drawing(Images):
     """Gives what the global generators give before and after an item, in a loader's process."""
 
     def __getitem__(self, index):
@@ -162,9 +162,9 @@ def fresh(folder, workers=0, epochs=3, **kwargs):
         },
         "loss_funcs": {
             "metric_loss": losses.ProxyAnchorLoss(COUNT, 16),
-            # Centres within another loss, which move in each iteration.
+            # Centroids within another loss, which move in each iteration.
             "clustering_loss": losses.MultipleLosses(
-                {"centres": ContrastiveClusteringLoss(margin=1.0)}
+                {"centroids": ContrastiveClusteringLoss(margin=1.0)}
             ),
             # Once its queue has gone round, where it stands decides what it holds.
             "memory_loss": losses.CrossBatchMemory(losses.NTXentLoss(), 16, memory_size=40),

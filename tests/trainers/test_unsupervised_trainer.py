@@ -22,7 +22,7 @@ from pml_tacl.trainers.checkpoint import checkpoints
 from pml_tacl.trainers.data import Batch
 from pml_tacl.trainers.forward import forward_of, swap_background
 
-from .small import BATCH, COUNT, SIZE, Pictures, make_model, make_trainer, same, state_of
+from .small import BATCH, COUNT, SIZE, Images, make_model, make_trainer, same, state_of
 
 
 def test_training_moves_every_trainable_part_and_sets_centroids():
@@ -39,15 +39,13 @@ def test_training_moves_every_trainable_part_and_sets_centroids():
     torch.testing.assert_close(centroids, trainer.centroids)
 
 
-def test_batches_hold_the_pseudo_labels_of_their_pictures():
+def test_batches_hold_the_pseudo_labels_of_their_images():
     trainer = make_trainer()
     trainer.set_pseudo_labels(torch.arange(COUNT) % 4, torch.eye(4, 16))
     trainer.initialize_dataloader()
-    source = Pictures().pictures
-    views = [trainer.eval_transform(picture) for picture in source]
-    trainer.transform = lambda picture: (
-        (trainer.eval_transform(picture),) * 2 + (torch.zeros(4, 2),)
-    )
+    source = Images().images
+    views = [trainer.eval_transform(image) for image in source]
+    trainer.transform = lambda image: (trainer.eval_transform(image),) * 2 + (torch.zeros(4, 2),)
     trainer.initialize_dataloader()
     batch = trainer.get_batch()
     for view, label in zip(batch.views, batch.labels, strict=True):
@@ -97,7 +95,7 @@ def test_a_new_clustering_reaches_the_next_epoch_with_workers():
         assert labels.max() < 10 * (epoch - 1) + 4
 
 
-def test_warm_up_makes_every_picture_its_own_cluster():
+def test_warm_up_makes_every_image_its_own_cluster():
     calls = []
 
     def labeler(embeddings, initial_centroids=None):
@@ -273,8 +271,8 @@ def test_checkpoints_of_something_else_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         trainer.load_checkpoint(tmp_path)
     trainer.save_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match="24 pictures and the data set has 20"):
-        make_trainer(dataset=Pictures(20)).load_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="24 images and the data set has 20"):
+        make_trainer(dataset=Images(20)).load_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="checkpoint holds loss_funcs"):
         make_trainer(loss_funcs={"metric_loss": losses.NTXentLoss()}).load_checkpoint(tmp_path)
 
@@ -291,27 +289,27 @@ def test_a_loss_that_is_not_finite_stops_with_its_name():
     assert same(before, state_of(trainer))
 
 
-def test_nan_pictures_are_reported_before_a_step():
-    class Bad(Pictures):
+def test_nan_images_are_reported_before_a_step():
+    class Bad(Images):
         def __getitem__(self, index):
             return torch.full((3, 40, 40), 255, dtype=torch.uint8), 0
 
     trainer = make_trainer(dataset=Bad())
-    trainer.eval_transform = lambda picture: torch.full((3, SIZE, SIZE), float("nan"))
+    trainer.eval_transform = lambda image: torch.full((3, SIZE, SIZE), float("nan"))
     with pytest.raises(ValueError, match=r"(?i)nan|finite"):
         trainer.train(num_epochs=1)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_nan_picture_is_named_before_it_reaches_the_model(workers):
+def test_a_nan_image_is_named_before_it_reaches_the_model(workers):
     model = make_model()
     to_input = model.transform(image_size=SIZE)
 
-    def siamese(picture):
-        view = to_input(picture)
-        if torch.equal(picture, Pictures().pictures[5]):
+    def siamese(image):
+        view = to_input(image)
+        if torch.equal(image, Images().images[5]):
             view[0, 3, 3] = float("nan")
-        return to_input(picture), view, torch.zeros(4, 2)
+        return to_input(image), view, torch.zeros(4, 2)
 
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = make_trainer(
@@ -322,7 +320,7 @@ def test_a_nan_picture_is_named_before_it_reaches_the_model(workers):
         batch_size=COUNT,
         images_per_cluster=6,
     )
-    with pytest.raises(ValueError, match="picture 5 of the data set is NaN or infinite"):
+    with pytest.raises(ValueError, match="image 5 of the data set is NaN or infinite"):
         trainer.train(num_epochs=1)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -379,13 +377,13 @@ def test_mined_clusters_follow_the_centroids():
 def test_the_clustering_is_logged(caplog):
     with caplog.at_level(logging.INFO, "pml_tacl"):
         make_trainer().relabel()
-    assert "4 clusters, 0 pictures are noise" in caplog.text
+    assert "4 clusters, 0 images are noise" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"batch_size": 25}, "batch_size must be from 1 to the number of pictures, 24, got 25"),
+        ({"batch_size": 25}, "batch_size must be from 1 to the number of images, 24, got 25"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ({"batch_size": 4.0}, "batch_size must be an integer of at least 1, got 4.0"),
         ({"images_per_cluster": 3}, "images_per_cluster must divide batch_size=8, got 3"),
@@ -414,7 +412,7 @@ def test_the_clustering_is_logged(caplog):
         ({"loss_weights": {"metric": 1.0}}, "loss_weights must be named as loss_funcs"),
         ({"labeler": 3}, "labeler must be a function or an object to call, got 3"),
         ({"eval_transform": 3}, "eval_transform must be a function .* got 3"),
-        ({"labeler": KMeansPseudoLabeler(25)}, "num_clusters=25 is more than the 24 pictures"),
+        ({"labeler": KMeansPseudoLabeler(25)}, "num_clusters=25 is more than the 24 images"),
         ({"labeler": KMeansPseudoLabeler(3)}, "3 clusters are fewer than the 4 that a batch of 8"),
         (
             {"labeler": KMeansPseudoLabeler(np.int64(3))},
@@ -422,17 +420,17 @@ def test_the_clustering_is_logged(caplog):
         ),
         ({"labeler": KMeansPseudoLabeler("auto")}, "2 clusters are fewer than the 4 that a batch"),
         (
-            {"labeler": KMeansPseudoLabeler("auto", max_points=3), "dataset": Pictures(200)},
+            {"labeler": KMeansPseudoLabeler("auto", max_points=3), "dataset": Images(200)},
             "3 clusters are fewer than the 4 that a batch",
         ),
         (
             {
                 "labeler": KMeansPseudoLabeler("auto"),
-                "dataset": Pictures(1),
+                "dataset": Images(1),
                 "batch_size": 1,
                 "images_per_cluster": 1,
             },
-            "num_clusters=2 is more than the 1 pictures",
+            "num_clusters=2 is more than the 1 images",
         ),
     ],
 )
@@ -442,7 +440,7 @@ def test_arguments_are_checked_before_anything_is_computed(kwargs, message):
 
 
 def test_auto_clusters_that_are_as_many_as_a_batch_needs_are_let_through():
-    trainer = make_trainer(dataset=Pictures(40), labeler=KMeansPseudoLabeler("auto"))
+    trainer = make_trainer(dataset=Images(40), labeler=KMeansPseudoLabeler("auto"))
     trainer.relabel()
     assert len(trainer.centroids) == 4
 

@@ -1,6 +1,6 @@
-"""The README's pictures, from a run of quickstart.py: characters never seen in training.
+"""The README's images, from a run of quickstart.py: characters never seen in training.
 
-    python examples/pictures.py runs/quickstart
+    python examples/readme_images.py runs/quickstart
 
 Writes gallery.png, attention.png, similar.png and pair.png into docs/images/.
 """
@@ -37,7 +37,7 @@ def main() -> None:
         raise InputError(f"pair must be from 0 to {SHOWN - 1}, got {args.pair}")
     model = AttentionEmbedder.from_pretrained(args.run / "model")
     test = Glyphs("test", num_classes=args.classes, transform=model.transform(image_size=SIZE))
-    pictures, labels = torch.from_numpy(test.images), torch.from_numpy(test.labels)
+    images, labels = torch.from_numpy(test.images), torch.from_numpy(test.labels)
     embeddings, _ = embed(model, test)
     shown = torch.linspace(0, len(test) - 1, SHOWN).long()  # evenly over the classes
     nearest = (embeddings[shown] @ embeddings.T).topk(NEIGHBOURS + 1).indices[:, 1:]
@@ -46,7 +46,7 @@ def main() -> None:
         return model.forward_features(torch.stack([test[int(row)][0] for row in rows]))
 
     def found_in(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """A(i|j), beyond how well each place of i is found in pictures of any kind."""
+        """A(i|j), beyond how well each place of i is found in images of any kind."""
         anywhere = [cross_image_attention(maps, o.expand_as(maps)) for o in queries.split(1)]
         return (cross_image_attention(maps, others) - torch.stack(anywhere).mean(0)).clamp_min(0)
 
@@ -73,19 +73,19 @@ def main() -> None:
         cell_offset=offset,
     )
     view, transformed, points = siamese(Image.fromarray(test.images[first]))
-    three = torch.stack([view, transformed, pictures[second].permute(2, 0, 1) / 255])
+    three = torch.stack([view, transformed, images[second].permute(2, 0, 1) / 255])
     mean, std = (model.data_config[key] for key in ("mean", "std"))
     seen = model.forward_features(v2.functional.normalize(three, mean, std)).feature_maps
     across = cross_image_attention(seen[:2], seen[2:].expand_as(seen[:2]))
 
     right = labels[nearest] == labels[shown, None]
     for name, figure in {
-        "gallery": vis.retrieval_gallery(pictures[shown], pictures[nearest], right),
+        "gallery": vis.retrieval_gallery(images[shown], images[nearest], right),
         "attention": vis.attention_overlay(
-            pictures[shown], look(shown).attention, cell_offset=offset
+            images[shown], look(shown).attention, cell_offset=offset
         ),
         "similar": vis.similar_regions(
-            pictures[shown[0]], pictures[alike], *likeness, cell_offset=offset
+            images[shown[0]], images[alike], *likeness, cell_offset=offset
         ),
         "pair": vis.cross_attention_pair(*three, *across, points),
     }.items():

@@ -1,4 +1,4 @@
-"""examples/pictures.py, from the model of a run."""
+"""examples/readme_images.py, from the model of a run."""
 
 import importlib.util
 import sys
@@ -11,12 +11,12 @@ from PIL import Image
 
 from pml_tacl import AttentionEmbedder
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "pictures.py"
+SCRIPT = Path(__file__).parent.parent / "examples" / "images.py"
 
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("pictures", SCRIPT)
+    spec = importlib.util.spec_from_file_location("images", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -24,12 +24,12 @@ def script():
 
 @pytest.mark.parametrize("pair", [-1, 8])
 def test_a_pair_that_is_not_shown_is_named(script, monkeypatch, tmp_path, pair):
-    monkeypatch.setattr(sys, "argv", ["pictures.py", str(tmp_path), f"--pair={pair}"])
+    monkeypatch.setattr(sys, "argv", ["images.py", str(tmp_path), f"--pair={pair}"])
     with pytest.raises(ValueError, match=f"pair must be from 0 to 7, got {pair}"):
         script.main()
 
 
-def test_four_pictures_the_same_each_time(script, monkeypatch, tmp_path, capsys):
+def test_four_images_the_same_each_time(script, monkeypatch, tmp_path, capsys):
     torch.manual_seed(0)
     model = AttentionEmbedder("resnet10t", embedding_dim=16, channels=[8, 8, 16, 16], stem_width=8)
     model.eval().save_pretrained(tmp_path / "run" / "model")
@@ -37,7 +37,7 @@ def test_four_pictures_the_same_each_time(script, monkeypatch, tmp_path, capsys)
         monkeypatch.setattr(
             sys,
             "argv",
-            ["pictures.py", str(tmp_path / "run"), "--out", str(tmp_path / folder), "--classes=6"],
+            ["images.py", str(tmp_path / "run"), "--out", str(tmp_path / folder), "--classes=6"],
         )
         script.main()
     names = ["attention.png", "gallery.png", "pair.png", "similar.png"]
@@ -53,6 +53,6 @@ def test_four_pictures_the_same_each_time(script, monkeypatch, tmp_path, capsys)
 
 
 def test_a_folder_without_a_model(script, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["pictures.py", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["images.py", str(tmp_path)])
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json: no saved model"):
         script.main()

@@ -1,4 +1,4 @@
-"""Centres that follow the embeddings of a training step, of the loss and of the miner."""
+"""Centroids that follow the embeddings of a training step, of the loss and of the miner."""
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ def test_order_of_the_batch_and_double_rows_change_nothing():
     ],
     ids=["empty", "noise", "NaN", "zero", "opposites"],
 )
-def test_what_has_no_mean_moves_no_centre(embeddings, labels):
+def test_what_has_no_mean_moves_no_centroid(embeddings, labels):
     moving = part()
     before = moving.centroids.clone()
     moving.move_centroids(embeddings, labels, 0)
@@ -93,7 +93,7 @@ def test_means_of_a_batch_need_no_moving():
     assert loss.centroids is None
 
 
-def test_gradients_are_those_of_the_centres_before():
+def test_gradients_are_those_of_the_centroids_before():
     loss, embeddings = part(), normal(7, 6).requires_grad_()
     expected = torch.autograd.grad(part()(embeddings, LABELS), embeddings)
     value = loss(embeddings, LABELS)

@@ -1,6 +1,6 @@
-"""The picture of a run's report for README.md and docs/report.md: its top, and its map at night.
+"""The image of a run's report for README.md and docs/report.md: its top, and its map at night.
 
-    python docs/report_picture.py runs/quickstart
+    python docs/report_image.py runs/quickstart
 
 Needs chromium and chromedriver; writes docs/images/report.png.
 """
@@ -18,7 +18,7 @@ from pml_tacl.cli import run_folder as runs
 from pml_tacl.report import write_report
 
 WINDOW, HALF = (1134, 823), (850, 617)  # of the browser and of each half, in pixels
-ZOOM, NEXT = 4, 3  # keys pressed on the map: closer, and from picture to picture
+ZOOM, NEXT = 4, 3  # keys pressed on the map: closer, and from image to image
 
 
 def open_browser(profile: Path, size: tuple[int, int] = (1200, 900)) -> Any:
@@ -67,7 +67,7 @@ def main() -> None:
             shown = driver.execute_script("return [innerWidth, innerHeight]")
             width, height = (2 * a - b for a, b in zip(WINDOW, shown, strict=True))
             driver.set_window_size(width, height)
-            halves = [picture_of(driver)]
+            halves = [image_of(driver)]
             driver.find_element("id", "theme").click()
             driver.execute_script("document.querySelectorAll('#map-sets button')[1].click()")
             canvas = driver.find_element("id", "map-canvas")
@@ -77,7 +77,7 @@ def main() -> None:
                 "document.getElementById('map-lede').scrollIntoView({behavior: 'instant'});"
                 "scrollBy({top: -110, behavior: 'instant'})"  # its heading, below the bar
             )
-            halves.append(picture_of(driver))
+            halves.append(image_of(driver))
         finally:
             driver.quit()
     whole = Image.new("RGB", (2 * HALF[0], HALF[1]))
@@ -87,7 +87,7 @@ def main() -> None:
     print(args.out)
 
 
-def picture_of(driver: Any) -> Image.Image:
+def image_of(driver: Any) -> Image.Image:
     driver.execute_async_script(
         "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done));"
     )
