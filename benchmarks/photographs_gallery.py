@@ -3,7 +3,7 @@
     python benchmarks/photographs_gallery.py ROOT
 
 Trains `full` on the training part of ROOT/grocery, as `retrieval.py folders ROOT` does (seed 0).
-Draws queries of the test part, which are chosen at random. Writes docs/images/photographs.png.
+Draws queries of the test part, which are chosen at random. Writes docs/images/photographs.jpg.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as F
 from pml_tacl.datasets import load_rgb
 from pml_tacl.trainers.guard import mean_state
 from pml_tacl.trainers.recipe import PRETRAINED
-from pml_tacl.visualize import retrieval_gallery, save_figure
+from pml_tacl.visualize import retrieval_gallery
 
 SHOWN, NEAREST, PIXELS = 4, 8, 160
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("root", type=Path, metavar="ROOT", help="holds grocery/CLASS/FILE")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of queries")
-    parser.add_argument("--out", type=Path, default=Path("docs/images/photographs.png"))
+    parser.add_argument("--out", type=Path, default=Path("docs/images/photographs.jpg"))
     args = parser.parse_args()
     config = make("full", recipe="photographs", dataset="grocery", split="test").resolved
     images = data.load("grocery", "train-for-test", config.size, data_root=args.root)
@@ -58,7 +58,8 @@ def main() -> None:
             right.append(test.labels[nearest] == test.labels[query])
             captions.append(name)
     figure = retrieval_gallery(queries, found, right, query_captions=captions, columns=NEAREST)
-    print(f"wrote {save_figure(figure, args.out)}")
+    figure.savefig(args.out, dpi=100, pil_kwargs={"quality": 82})
+    print(f"wrote {args.out}")
 
 
 def _nearest(query: Tensor, references: Tensor) -> Tensor:
