@@ -22,6 +22,7 @@ FLAT_UP_TO = 50_000
 _KINDS = ("auto", "flat", "hnsw")
 # So many steps also leave a crowd of near copies, such as the frames of a film.
 _LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 100, 256
+_ROUNDING = 1e-6  # copies of an image may differ by so much in a number of their embeddings
 _EMBEDDINGS, _FILES, _INDEX = "embeddings.npy", "files.json", "index.faiss"
 _CHUNK = 16384
 _Self = TypeVar("_Self", bound="ImageIndex")
@@ -48,7 +49,8 @@ class ImageIndex:
         kind: "flat" looks at every image; "hnsw" walks a graph, misses a few per cent of the
             neighbours at most and stays fast at millions; "auto" is flat up to ``FLAT_UP_TO``
             (50 000) images, and changes over when images are added or removed. Images with
-            one embedding are one entry of either, and are all found.
+            one embedding are one entry of either, and are all found; of "hnsw" also most whose
+            embeddings differ by rounding alone.
         exclude: patterns of files that :meth:`changes` leaves out, as of
             :class:`pml_tacl.datasets.ImageFiles`.
         fixed: :meth:`changes` finds no new files: these were listed one by one.
@@ -386,7 +388,9 @@ def _build(rows: UnitRows | FloatArray, kind: str) -> tuple[Any, IntArray]:
 def _add(index: Any, rows: UnitRows | FloatArray) -> IntArray:
     """Add the rows that an index does not hold, and give the entry of each."""
     known = int(index.ntotal)
-    firsts = first_copies(_Both(index, rows))[known:]
+    # A crowd of copies hides others from a graph, also where they differ by rounding.
+    tolerance = _ROUNDING if hasattr(index, "hnsw") else 0.0
+    firsts = first_copies(_Both(index, rows), tolerance)[known:]
     fresh = firsts == np.arange(known, known + len(rows))
     new = np.flatnonzero(fresh)
     for start in range(0, len(new), _CHUNK):

@@ -115,6 +115,10 @@ def test_arrays_tensors_and_memory_maps_agree(tmp_path):
         # Scale is of no account, not even at the ends of float32.
         embeddings * np.float32(1e30),
         embeddings * np.float32(1e-30),
+        embeddings.astype(np.float64) * 1e300,
+        torch.from_numpy(embeddings).double() * 1e-300,
+        embeddings.astype(">f4"),
+        embeddings.astype(np.longdouble),
     ):
         result = KMeansPseudoLabeler(5, max_points=100)(same)
         assert torch.equal(result.labels, expected.labels)

@@ -309,6 +309,7 @@ class TestImageFiles:
             *((f"x.{ending}", None) for ending in ("mpo", "qoi", "pcx", "ico", "dds", "pgm")),
             ("x.jfif", "JPEG"), ("x.jpg_large", "JPEG"), ("x", "PNG"), ("x.apng", "PNG"),
             ("x.bak", "TIFF"), ("x.txt", "WEBP"), ("x.pdf", "GIF"), ("x.jpg", "PNG"),
+            ("x.HEIC", "JPEG"), ("x.jxl", "PNG"), ("x.dng", "JPEG"),
         ],
     )  # fmt: skip
     def test_whatever_pillow_opens_is_read(self, tmp_path, name, kind):

@@ -5,7 +5,7 @@ import re
 import pytest
 from PIL import Image
 
-from pml_tacl.cli.eval_folder import images_to_test_on
+from pml_tacl.cli.eval_folder import can_measure, images_to_test_on
 from pml_tacl.datasets import ImageFiles
 
 
@@ -57,3 +57,14 @@ def test_what_is_trained_on_is_no_test(tmp_path, test):
     message = f"holds only images that are trained on, of {re.escape(repr(str(root)))}"
     with pytest.raises(ValueError, match=message):
         images_to_test_on(folder, trained_on)
+
+
+def test_a_training_is_told_of_lone_classes_and_goes_on(tmp_path, caplog):
+    write(tmp_path, "a/1.png", "b/1.png", "c/1.png")
+    images = images_to_test_on(tmp_path, needed=False)
+    assert images.labels.tolist() == [0, 1, 2]
+    assert not can_measure(images)
+    assert "holds 3 classes of one image each: none has another to find" in caplog.text
+    caplog.clear()
+    assert can_measure(images_to_test_on(write(tmp_path, "a/2.png"), needed=False))
+    assert not caplog.records

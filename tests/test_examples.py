@@ -274,6 +274,23 @@ def unbroken(few, labelled, tmp_path_factory):
     return Unbroken
 
 
+def test_a_test_of_lone_classes_is_left_out_and_costs_nothing(few, tmp_path, caplog, capsys):
+    for number, image in enumerate(draw(np.random.default_rng(9), 3)):
+        (tmp_path / "labelled" / f"class {number}").mkdir(parents=True)
+        image.save(tmp_path / "labelled" / f"class {number}" / "1.png")
+    run = tmp_path / "run"
+    settings = [*SMALL, "--epochs=1", "--batch-size=8", "--eval-folder", tmp_path / "labelled"]
+    for others in ([], ["--resume"]):
+        caplog.clear()
+        run_example("train_folder", few, "--run", run, *settings, *others)
+        assert "3 classes of one image each: none has another to find" in caplog.text
+        written = json.loads((run / "metrics.json").read_text(), parse_constant=pytest.fail)
+        assert (written["before"], written["after"]) == ({}, {})
+        assert len(ImageIndex.load(run)) == 24
+        assert not (run / "recall.png").exists()
+        assert "24 images indexed in" in capsys.readouterr().out
+
+
 def test_resuming_an_ended_run_changes_nothing(few, unbroken):
     run_example("train_folder", few, "--run", unbroken.run, *unbroken.settings, "--resume")
     assert contents(unbroken.run) == unbroken.files

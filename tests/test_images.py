@@ -200,6 +200,8 @@ class TestLayouts:
             (np.zeros((4, 4), np.complex64), TypeError, "got complex64"),
             (np.zeros((4, 4), np.int8), TypeError, "got int8"),
             (np.zeros((4, 4), object), TypeError, "got object"),
+            (torch.zeros(4, 4).to_sparse(), TypeError, "got torch.sparse_coo of torch.float32"),
+            (torch.zeros(4, 4, device="meta"), TypeError, "on meta"),
             (np.zeros((2, 3, 4, 4), np.uint8), ValueError, r"got \(2, 3, 4, 4\): .* one by one"),
             (np.zeros((5, 6, 7), np.uint8), ValueError, r"got \(5, 6, 7\)"),
             (torch.zeros(0, 4), ValueError, r"got \(0, 4\)"),

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import ConcatDataset, Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from pml_tacl import RetrievalCalculator
 from pml_tacl.callbacks import Evaluate
+from pml_tacl.distributed.inference import evaluate_distributed
 from pml_tacl.evaluation import embed, evaluate, nearest
 from pml_tacl.utils.copies import first_copies
 from pml_tacl.utils.precision import full_float32
@@ -236,6 +237,19 @@ def test_first_copies_are_of_equal_bytes():
     assert firsts.tolist() == [0, 1, 0, 3, 4, 0, 6]  # 6 is a copy that a collision hides
 
 
+def test_first_copies_with_a_tolerance_are_near_and_others_stay():
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((60, 16)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    copied = np.concatenate([rows, rows[:40] + 1e-7, rows[:40] + 1e-4])
+    assert first_copies(copied).tolist() == [*range(140)]
+    firsts = first_copies(copied, 1e-6)
+    assert np.abs(copied[firsts] - copied).max() <= 1e-6
+    assert (firsts[60:100] == np.arange(40)).mean() > 0.8
+    assert not (firsts[100:] < 60).any()
+    assert (firsts <= np.arange(140)).all()
+
+
 class Labelled(Dataset):
     def __init__(self, embeddings, labels):
         self.embeddings, self.labels = embeddings, labels
@@ -256,6 +270,7 @@ WHOLE = {
     "uint8": list(np.array([0, 0, 1, 1, 255, 255], np.uint8)),
     "float16": list(np.array([0, 0, 1, 1, 2047, 2047], np.float16)),
     "bfloat16": list(torch.tensor([0, 0, 1, 1, 255, 255], dtype=torch.bfloat16)),
+    "objects": np.array([0, 0, 1, 1, 2, 2], dtype=object),
     "0-d": list(torch.tensor([0, 0, 1, 1, 2, 2])),
     "levels": [(0, 1), (0, 1), (1, 0), (1, 0), (2, 2), (2, 2)],
     "level": list(torch.tensor([[0], [0], [1], [1], [2], [2]])),
@@ -277,6 +292,7 @@ OTHERS = {
     "float16": (list(np.array([2**11] * 6, np.float16)), "reach 2048, beyond .* float16"),
     "float64": ([2.0**53] * 6, "reach 9007199254740992, beyond .* float64"),
     "ragged": ([(1, 2), (1,), (1, 2), (1, 2), (1,), (1,)], "one or one for each level"),
+    "objects": (np.array(["a"] * 6, dtype=object), r"whole numbers, got 'a' \(str\)"),
     "deep": (list(torch.zeros(6, 2, 2)), r"got shape \(6, 2, 2\)"),
 }  # fmt: skip
 
@@ -362,13 +378,62 @@ def test_the_data_set_is_embedded_once_as_its_own_reference():
     assert sum(seen) == 200
 
 
+REFERENCES = {
+    "all of it": lambda queries, order: Subset(queries, range(200)),
+    "in another order": lambda queries, order: Subset(queries, order),
+    "two deep": lambda queries, order: Subset(Subset(queries, order), order),
+    "behind others": lambda queries, order: ConcatDataset([noise(50, 1), queries]),
+    "among others": lambda queries, order: Subset(ConcatDataset([noise(50, 1), queries]),
+                                                  [*range(40, 250), *range(7)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_queries_are_known_again_within_the_reference(caplog, kind):
+    queries = noise()
+    reference = REFERENCES[kind](queries, torch.randperm(200).tolist())
+    others = Subset(reference, [at for at in range(len(reference)) if not _is_of(reference, at)])
+    expected = recall(queries, reference=ConcatDataset([queries, others]))
+    assert expected < 0.1
+    caplog.clear()
+    assert recall(queries, reference=reference) == expected
+    assert "reference holds the images of dataset: each is left out" in caplog.text
+    assert recall(queries, reference=reference, ref_includes_query=True) == expected
+    assert recall(queries, reference=reference, ref_includes_query=False) == 1
+    distributed = evaluate_distributed(
+        nn.Identity(), queries, reference=reference, metrics="recall_at_1", progress=False
+    )
+    assert distributed["recall_at_1"] == expected
+    # A part of them searches in all.
+    part = Subset(queries, range(30, 90, 2))
+    assert recall(part, reference=queries) == pytest.approx(
+        recall(part, reference=Subset(queries, [*part.indices, *_rest(part.indices)]))
+    )
+    assert recall(part, reference=queries) < 0.2
+
+
+def _is_of(reference, at):
+    """Whether an item of a reference is one of the queries, which come from the first generator."""
+    rows = noise().tensors[0]
+    return bool((rows == reference[at][0]).all(dim=1).any())
+
+
+def _rest(indices):
+    return [at for at in range(200) if at not in indices]
+
+
 def test_queries_elsewhere_in_the_reference_are_told(caplog):
     caplog.set_level(logging.WARNING)
     queries = noise()
-    assert recall(queries, reference=ConcatDataset([noise(50, 1), queries])) == 1
+    embeddings, labels = queries.tensors
+    copies = TensorDataset(embeddings.clone(), labels)
+    assert recall(queries, reference=ConcatDataset([noise(50, 1), copies])) == 1
     assert "200 of 200 queries find themselves in the reference" in caplog.text
     caplog.clear()
-    embeddings, labels = queries.tensors
+    third = Subset(queries, range(100, 160))
+    assert 0.3 <= recall(queries, reference=third) < 0.4
+    assert "60 of 200 queries find themselves" in caplog.text
+    caplog.clear()
     calculator = RetrievalCalculator("recall_at_1", ks=(1,), device="cpu")
     calculator.get_accuracy(embeddings, labels, embeddings, labels)
     assert "200 of 200 queries find themselves" in caplog.text
@@ -382,6 +447,18 @@ def test_queries_elsewhere_in_the_reference_are_told(caplog):
 def test_a_reference_must_start_with_queries_that_it_is_said_to_hold():
     with pytest.raises(ValueError, match="ref_includes_query=True, but the first rows"):
         recall(noise(), reference=noise(300, 5), ref_includes_query=True)
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", np.longdouble, ">i2", np.uint16, np.float16, bool])
+def test_arrays_of_any_numbers_are_ranked(dtype):
+    embeddings = np.array([[0, 9], [0, 8], [7, 0], [6, 0]]).astype(dtype)
+    assert precision_at_1(embeddings, torch.tensor([0, 0, 1, 1]), "faiss") == 1
+
+
+@pytest.mark.parametrize("wrong", [np.full((4, 2), "a"), np.full((4, 2), None)])
+def test_arrays_of_no_numbers_are_refused(wrong):
+    with pytest.raises(ValueError, match="query must be numbers, got an array of"):
+        precision_at_1(wrong, torch.tensor([0, 0, 1, 1]), "faiss")
 
 
 def test_one_name_is_one_metric():

@@ -276,3 +276,27 @@ def test_hooks_write_csv_and_sqlite_without_tensorboard(tmp_path, monkeypatch):
     hooks.record_keeper.save_records()
     assert hooks.get_loss_history() == {"~iteration~": [0], "loss": [1.5]}
     assert "1.5" in (tmp_path / "records" / "loss_histories.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("groups", "tables"),
+    [
+        (["0_NTXentLoss", "1_NTXentLoss"], ["_0_NTXentLoss", "_1_NTXentLoss"]),
+        (["my loss_A", "x_A"], ["my_loss_A", "x_A"]),
+        (["../x_A", "a'b\"]_A"], [".*___x_A", "a_b___A"]),
+        (["a b_A", "a_b_A", "A_B_A"], ["a_b_A", r"a_b_A_\w{8}", r"A_B_A_\w{8}"]),
+    ],
+)
+def test_records_of_any_name_are_written_apart(tmp_path, groups, tables):
+    for start in (0, len(groups)):  # as a resumed run does
+        keeper = runs.make_hooks(tmp_path / "records").record_keeper
+        for at, group in enumerate(groups, start):
+            keeper.update_records({"margin": at / 2}, at, parent_name=group)
+        keeper.save_records()
+    found = sorted(path.stem for path in (tmp_path / "records").glob("*.csv"))
+    assert len(found) == len(groups)
+    for at, table in enumerate(tables):
+        (name,) = (name for name in found if re.fullmatch(table, name))
+        rows = keeper.query(f"SELECT margin FROM [{name}]")
+        assert [row["margin"] for row in rows] == [at / 2, (at + len(groups)) / 2]
+    assert not list(tmp_path.glob("*.csv"))

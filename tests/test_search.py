@@ -73,6 +73,9 @@ def test_wrong_arguments():
         index.search(rows[:, :7])
     with pytest.raises(ValueError, match="k must be an integer of at least 1, got 0"):
         index.search(rows, k=0)
+    for wrong in (rows.astype(complex), rows.astype(str), torch.from_numpy(rows).cfloat()):
+        with pytest.raises(TypeError, match="embeddings must be real numbers, got "):
+            index.search(wrong)
     rows[3] = np.nan
     with pytest.raises(ValueError, match="1 of 20 rows of embeddings are NaN"):
         index.search(rows)
@@ -336,7 +339,7 @@ def crowded(count, share, crowds, jitter=0.0, dim=64):
 
 @pytest.mark.parametrize(
     ("share", "crowds", "jitter"),
-    [(0.25, 1, 0), (0.5, 1, 0), (0.5, 20, 0), (0.5, 20, 1e-3), (1, 1000, 0)],
+    [(0.25, 1, 0), (0.5, 1, 0), (0.5, 20, 0), (0.5, 20, 1e-3), (1, 1000, 0), (0.5, 1, 1e-7)],
 )
 def test_copies_do_not_hide_others_from_a_graph(share, crowds, jitter):
     rows = crowded(4000, share, crowds, jitter)
@@ -349,6 +352,20 @@ def test_copies_do_not_hide_others_from_a_graph(share, crowds, jitter):
         # By similarity, since copies are as good as each other.
         assert (found >= exact[:, -1:] - 1e-5).mean() > 0.95
         assert (found[:, 0] >= exact[:, 0] - 1e-5).mean() > 0.98
+
+
+def test_copies_up_to_rounding_are_few_entries_of_a_graph():
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((900, 64)).astype(np.float32)
+    rows[300:] = rows[:1] * rng.uniform(0.1, 10, (600, 1))
+    files = [f"{i}.jpg" for i in range(900)]
+    index = ImageIndex(rows[:700], files[:700], "x", kind="hnsw")
+    index.add(rows[700:], files[700:])
+    assert index._index.ntotal < 330
+    similarities, found = index.search(rows[:1], k=601)
+    assert sorted(found[0]) == [0, *range(300, 900)]
+    np.testing.assert_allclose(similarities, 1, atol=1e-5)
+    assert ImageIndex(rows, files, "x", kind="flat")._index.ntotal > 330  # that one is exact
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])

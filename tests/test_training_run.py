@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_metric_learning import losses
 from torch import nn
 
-from pml_tacl import AttentionEmbedder
+from pml_tacl import AttentionEmbedder, ContrastiveClusteringLoss
 from pml_tacl.cli.run_folder import seed_everything
 from pml_tacl.cli.training_run import TrainingRun
 from pml_tacl.trainers.records import LossesFile, read_losses
@@ -124,6 +125,16 @@ def test_a_run_of_parts_and_other_metrics_is_written_too(tmp_path):
     assert not names & {"model", "recall.png"}
     with pytest.raises(ValueError, match="trainer must be new, got one in epoch 1"):
         run.train(trainer, 2)
+
+
+def test_several_losses_in_a_list_are_recorded_and_resumed(tmp_path):
+    several = [losses.ContrastiveLoss(), losses.MultipleLosses([ContrastiveClusteringLoss()])]
+    funcs = {"metric_loss": losses.MultipleLosses(several)}
+    train(tmp_path, epochs=1, loss_funcs=funcs)
+    train(tmp_path, epochs=2, loss_funcs=funcs, resume=True)
+    found = [path.name for path in (tmp_path / "records").glob("*.csv")]
+    for name in ("ContrastiveLoss", "ContrastiveClusteringLoss"):
+        assert any(table.startswith(f"_0_{name}_") for table in found)
 
 
 def test_averaged_weights_are_the_model(tmp_path):

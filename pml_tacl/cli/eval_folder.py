@@ -1,5 +1,6 @@
 """A folder of labelled images to test on: what it holds is said, and whether it can measure."""
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,15 @@ from PIL import Image
 from pml_tacl.datasets.image_files import ImageFiles
 from pml_tacl.utils.errors import InputError
 
+_LOGGER = logging.getLogger(__name__)
+
 
 def images_to_test_on(
     folder: str | Path,
     trained_on: ImageFiles | None = None,
     transform: Callable[[Image.Image], Any] | None = None,
     progress: bool = True,
+    needed: bool = True,
 ) -> ImageFiles:
     """Read a folder whose sub-folders are classes, and print how many classes and images it holds.
 
@@ -25,6 +29,8 @@ def images_to_test_on(
         trained_on: the training images, which must not be the same.
         transform: applied to the PIL RGB image.
         progress: show a bar while the images are checked.
+        needed: raise if no class has two images. False warns of it: a training goes on without
+            the test, see :func:`can_measure`.
 
     Returns:
         The images, with labels.
@@ -42,11 +48,11 @@ def images_to_test_on(
             f"{where} holds one class, {images.classes[0]!r}: every neighbour would be right; give "
             "a folder with a sub-folder for each of several classes"
         )
-    if sizes.max() < 2:
-        raise InputError(
-            f"{where} holds {len(sizes)} classes of one image each: none has another to find; give "
-            "at least two images of a class"
-        )
+    if not can_measure(images):
+        lacking = f"{where} holds {len(sizes)} classes of one image each: none has another to find"
+        if needed:
+            raise InputError(f"{lacking}; give at least two images of a class")
+        _LOGGER.warning("%s; the training goes on without this test", lacking)
     same = 0 if trained_on is None else len(_places(images) & _places(trained_on))
     if trained_on is not None and same == len(images):
         raise InputError(
@@ -58,6 +64,11 @@ def images_to_test_on(
     notes += [f"{same} of the images are also trained on"] if same else []
     print("; ".join([f"testing on {len(images)} images of {len(sizes)} classes", *notes]))
     return images
+
+
+def can_measure(images: ImageFiles) -> bool:
+    """Whether some class has two images, so that one of them can find the other."""
+    return bool(np.bincount(images.labels).max() >= 2)
 
 
 def _places(images: ImageFiles) -> set[tuple[str, str]]:

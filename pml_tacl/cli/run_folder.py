@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pml_tacl.cli.flags import by_flags
+from pml_tacl.trainers.records import Keeper
 from pml_tacl.utils.errors import InputError, PmlTaclError
 from pml_tacl.utils.files import write_json
 from pml_tacl.utils.plain import as_json
@@ -205,7 +206,7 @@ def make_hooks(folder: str | Path, log_freq: int = 10, **kwargs: Any) -> Any:
     from pytorch_metric_learning.utils import common_functions, logging_presets
 
     # PML's own get_record_keeper wants tensorboard even where nothing is written for it.
-    keeper = record_keeper.RecordKeeper(
+    keeper = Keeper(
         record_writer=record_keeper.RecordWriter(str(folder)),
         attributes_to_search_for=common_functions.list_of_recordable_attributes_list_names(),
     )

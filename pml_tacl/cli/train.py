@@ -16,7 +16,7 @@ from pml_tacl.callbacks import LogLosses, TensorBoardLogger, chain
 from pml_tacl.cli import flags
 from pml_tacl.cli import run_folder as runs
 from pml_tacl.cli.building import training_model
-from pml_tacl.cli.eval_folder import images_to_test_on
+from pml_tacl.cli.eval_folder import can_measure, images_to_test_on
 from pml_tacl.cli.training_run import TrainingRun
 from pml_tacl.clustering import KMeansPseudoLabeler
 from pml_tacl.datasets import ImageFiles
@@ -115,9 +115,10 @@ def train(args: Any) -> None:
         "reading the images",
     )
     labelled = args.eval_folder and run_on_main(
-        lambda: images_to_test_on(args.eval_folder, images, plain, progress=bars),
+        lambda: images_to_test_on(args.eval_folder, images, plain, bars, needed=False),
         "reading the test",
     )
+    tested = labelled if labelled and can_measure(labelled) else None
     count = len(images)
     epochs = recipe.epochs(count) if args.epochs is None else args.epochs
     warmup = recipe.warmup_epochs(epochs) if args.warmup_epochs is None else args.warmup_epochs
@@ -137,9 +138,9 @@ def train(args: Any) -> None:
             config[name] = run_on_main(digest, "reading the images")
 
     def measure(epoch: int) -> dict[str, float]:
-        if not labelled:
+        if tested is None:
             return {}
-        return evaluate_distributed(model, labelled, num_workers=args.workers, progress=bars)
+        return evaluate_distributed(model, tested, num_workers=args.workers, progress=bars)
 
     if epochs:
         optimizer = defaults.default_optimizer(model, replace(recipe, learning_rate=rate))
@@ -192,7 +193,7 @@ def train(args: Any) -> None:
         assert found is not None
         ImageIndex.of(images, found[0]).save(run.folder)
         run.draw(model, seen, found[0])
-        if labelled:
+        if tested is not None:
             print(f"\n{runs.metrics_table(rows)}\n\nper cent, on {args.eval_folder}")
         if epochs and trainer.verdict:
             print(f"\n{trainer.verdict}")

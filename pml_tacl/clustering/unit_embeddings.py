@@ -26,7 +26,7 @@ class UnitRows:
         chunk_size: rows in each of `chunks()`.
 
     Raises:
-        TypeError: when `embeddings` is neither a tensor nor an array.
+        TypeError: when `embeddings` is neither a tensor nor an array, or not of real numbers.
         ValueError: when it is empty or not two-dimensional, or rows are NaN, infinite or zero.
     """
 
@@ -35,6 +35,8 @@ class UnitRows:
             raise InputTypeError(
                 f"{name} must be a tensor or an array, got {type(embeddings).__name__}"
             )
+        if not _is_real(embeddings):
+            raise InputTypeError(f"{name} must be real numbers, got {embeddings.dtype}")
         if embeddings.ndim != 2 or 0 in embeddings.shape:
             raise InputError(
                 f"{name} must be (rows, dimensions) and not empty, got {tuple(embeddings.shape)}"
@@ -116,15 +118,33 @@ class UnitRows:
         source = self.source
         if isinstance(source, Tensor):
             where = index if isinstance(index, slice) else torch.from_numpy(index)
-            rows = source[where].detach().to("cpu", torch.float32)
-            return np.array(rows.numpy(), order="C")
-        copied = np.array(source[index], dtype=np.float32, order="C")
+            rows = source[where].detach().cpu()
+            if rows.dtype == torch.float64:
+                return _as_float32(rows.numpy())
+            return np.array(rows.float().numpy(), order="C")
+        copied = _as_float32(source[index])
         if isinstance(source, np.memmap) and source.mode != "c":
             # Pages once read would count as this process's memory until others need it.
             pages = getattr(source, "_mmap", None)
             if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
                 pages.madvise(mmap.MADV_DONTNEED)
         return copied
+
+
+def _is_real(embeddings: Embeddings) -> bool:
+    if isinstance(embeddings, Tensor):
+        return not embeddings.is_complex()
+    return embeddings.dtype.kind in "biuf"
+
+
+def _as_float32(rows: npt.NDArray[Any]) -> FloatArray:
+    """Copy rows, of which only the direction is asked for; those beyond float32 are scaled."""
+    if rows.dtype.kind == "f" and rows.dtype.itemsize > 4:
+        largest = np.abs(rows).max(axis=1, keepdims=True)
+        beyond = np.isfinite(largest) & ((largest > 1e30) | (largest < 1e-30)) & (largest > 0)
+        if beyond.any():
+            rows = np.where(beyond, rows / np.where(beyond, largest, 1), rows)
+    return np.array(rows, dtype=np.float32, order="C")
 
 
 def _ordinary(norms: FloatArray) -> bool:

@@ -29,7 +29,7 @@ _KNOWN_BY_ENDING = (
     "CUR", "DCX", "DIB", "FLI", "FTEX", "GBR", "ICO", "IM", "IMT", "IPTC", "MCIDAS", "MSP", "PCD",
     "PCX", "PIXAR", "SGI", "SPIDER", "SUN", "TGA", "XBM", "XPM", "XVTHUMB",
 )  # fmt: skip
-# Images that Pillow does not open without a plugin, or of which it opens a small preview.
+# Images that Pillow does not open without a plugin, or of which it opens a small preview, a TIFF.
 _OTHER_IMAGES = (
     ".3fr", ".arw", ".avif", ".cr2", ".cr3", ".crw", ".dng", ".erf", ".heic", ".heif", ".hif",
     ".jxl", ".kdc", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw", ".svg", ".svgz",
@@ -351,17 +351,18 @@ def _what_is_it(path: Path, endings: frozenset[str]) -> str | None:
     ending = path.suffix.lower()
     if ending in endings:
         return "" if path.is_file() or path.is_symlink() else None
-    if ending in _OTHER_IMAGES:
-        return f"{ending} files are not read: convert it to .png or .jpg"
+    other = f"{ending} files are not read: convert it to .png or .jpg"
+    reason = other if ending in _OTHER_IMAGES else None
     if not path.is_file():
-        return None
-    formats = [name for name in _formats() if name not in _KNOWN_BY_ENDING]
+        return reason if path.is_symlink() else None
+    left_out = (*_KNOWN_BY_ENDING, *(["TIFF"] if reason else []))
+    formats = [name for name in _formats() if name not in left_out]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again when it is read
             Image.open(path, formats=formats).close()
     except UnidentifiedImageError:
-        return None
+        return reason
     except OSError as error:
         return _reason(error)
     except Exception:  # it begins as an image does, and reading it will say what is wrong

@@ -25,6 +25,7 @@ from pml_tacl.distributed.session import (
     world_size,
 )
 from pml_tacl.evaluation import embed, evaluate
+from pml_tacl.evaluation.inputs import queries_first
 
 __all__ = [
     "ProcessLost",
@@ -88,12 +89,17 @@ def evaluate_distributed(
     Returns:
         Value in [0, 1] by name of metric, on every process.
     """
-    parts = [dataset] if reference is None else [dataset, reference]
+    parts, order = [dataset], None
+    if reference is not None and reference is not dataset:
+        parts.append(reference)
+        order = queries_first(dataset, reference)
     found = [embed_distributed(model, part, **kwargs) for part in parts]
 
     def measure() -> dict[str, float]:
         query, *gallery = [TensorDataset(*part) for part in found if part is not None]
-        searched = gallery[0] if gallery else None
+        searched: Dataset[Any] | None = gallery[0] if gallery else None
+        if searched is not None and order is not None:
+            searched = Subset(searched, order)  # it is seen to start with the queries
         settings: dict[str, Any] = {"metrics": metrics, "progress": False}
         return evaluate(nn.Identity(), query, reference=searched, **settings)
 

@@ -145,8 +145,8 @@ class RetrievalCalculator(AccuracyCalculator):
             reference: (R, D), the gallery; None for the queries themselves.
             reference_labels: (R,) whole numbers, or (R, L).
             ref_includes_query: the first Q rows of the reference are the queries, each of which
-                is left out of its own answers. Without it, a warning is logged where most queries
-                find themselves.
+                is left out of its own answers. Without it, a warning is logged where more than a
+                tenth of the queries find themselves.
             include: as for the class, among the metrics of this calculator.
             exclude: as for the class.
 
@@ -267,7 +267,7 @@ def _warn_of_queries_in_reference(
     itself = (nearest.exact(rows, found) <= 1e-9 * squares) & (squares > 0)
     agree = query_labels[rows] == reference_labels[found]
     itself &= agree if agree.ndim == 1 else agree.all(dim=1)
-    if 2 * int(itself.sum()) > len(rows):
+    if 10 * int(itself.sum()) > len(rows):
         c_f.LOGGER.warning(
             "%d of %d queries find themselves in the reference, which counts as right: take them "
             "out, or put them first and pass ref_includes_query=True",

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from tqdm import tqdm
 
 from pml_tacl.evaluation.calculator import RetrievalCalculator, as_names
-from pml_tacl.evaluation.inputs import starts_with, whole_labels
+from pml_tacl.evaluation.inputs import queries_first, starts_with, whole_labels
 from pml_tacl.utils.checks import check_count
 from pml_tacl.utils.errors import InputError, InputTypeError
 from pml_tacl.utils.modes import evaluating
@@ -147,9 +147,10 @@ def evaluate(
             `RetrievalCalculator` has.
         progress: show a bar.
         reference: the gallery to search in, if it is another data set.
-        ref_includes_query: the gallery starts with the queries, and each is left out of its own
-            answers. None finds out: they do if it is the same data set, or if its first labels
-            are the queries' and its first embeddings are, up to rounding.
+        ref_includes_query: the gallery holds the queries, and each is left out of its own answers.
+            None finds out: it does if it is the same data set, or holds all of it within torch's
+            Subset and ConcatDataset, or if its first labels are the queries' and its first
+            embeddings are, up to rounding.
 
     Returns:
         Value in [0, 1] by name of metric.
@@ -191,6 +192,18 @@ def evaluate(
     query = gallery = labelled("dataset", dataset)
     if reference is not None and reference is not dataset:
         gallery = labelled("reference", reference)
+        order = None if ref_includes_query is False else queries_first(dataset, reference)
+        if order is not None:
+            others = order[len(query[0]) :]
+            gallery = (
+                torch.cat([query[0], gallery[0][others]]),
+                torch.cat([query[1], gallery[1][others]]),
+            )
+            ref_includes_query = True
+            c_f.LOGGER.warning(
+                "reference holds the images of dataset: each is left out of its own answers "
+                "(ref_includes_query=False keeps it)"
+            )
         if ref_includes_query is None and query[0].shape[1] == gallery[0].shape[1]:
             ref_includes_query = starts_with(*query, *gallery)
             if ref_includes_query:

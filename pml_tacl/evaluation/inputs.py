@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from pml_tacl.clustering.unit_embeddings import Embeddings
 from pml_tacl.utils.errors import InputError
@@ -17,6 +18,11 @@ def finite_rows(name: str, embeddings: Embeddings, device: torch.device) -> Tens
         ValueError: if they are not (rows, dimensions), empty, NaN or infinite.
     """
     if isinstance(embeddings, np.ndarray):
+        if embeddings.dtype.kind not in "biufc":
+            raise InputError(f"{name} must be numbers, got an array of {embeddings.dtype}")
+        if embeddings.dtype.itemsize > 8 and embeddings.dtype.kind == "f":
+            embeddings = embeddings.astype(np.float64)  # torch has no wider one
+        embeddings = embeddings.astype(embeddings.dtype.newbyteorder("="), copy=False)
         # torch warns about arrays it may not write to, such as memory maps.
         embeddings = torch.from_numpy(np.require(embeddings, requirements=["C", "W"]))
     rows = torch.as_tensor(embeddings).detach()
@@ -82,6 +88,8 @@ def whole_labels(name: str, labels: Any, count: int | None = None) -> Tensor:
 
 
 def _as_array(name: str, labels: Any) -> Any:
+    if isinstance(labels, np.ma.MaskedArray) and np.ma.is_masked(labels):
+        raise InputError(f"{name} are masked in places: give a whole number for each image")
     if isinstance(labels, Tensor):
         labels = labels.detach().cpu()
         if labels.dtype == torch.bfloat16:  # NumPy has no such type
@@ -93,6 +101,8 @@ def _as_array(name: str, labels: Any) -> Any:
         if isinstance(labels, list | tuple):
             labels = [_as_array(name, x) if isinstance(x, Tensor) else x for x in labels]
         given = np.asarray(labels)
+        if given.dtype.kind == "O" and not isinstance(labels, list | tuple):
+            given = np.asarray(given.tolist())  # whole numbers in it are as good as others
     except (TypeError, ValueError, RuntimeError) as error:  # ragged, or nothing that NumPy holds
         text = " ".join(str(error).split())
         raise InputError(
@@ -131,3 +141,44 @@ def starts_with(
         # The first is much quicker, and nearly always enough.
         torch.equal(query, head) or (query.shape == head.shape and torch.allclose(query, head))
     )
+
+
+def queries_first(dataset: Dataset[Any], reference: Dataset[Any]) -> list[int] | None:
+    """Return an order of the reference that begins with the items of a data set.
+
+    Items are told by where they lie, also through torch's Subset and ConcatDataset.
+
+    Returns:
+        Indices of the reference, each once; None if it does not hold every item of the data set.
+    """
+    if not _sources(dataset) <= _sources(reference):
+        return None
+    places: dict[tuple[int, int], list[int]] = {}
+    items = _items(reference)
+    for at in reversed(range(len(items))):
+        places.setdefault(items[at], []).append(at)
+    first = [places[item].pop() for item in _items(dataset) if places.get(item)]
+    if len(first) < len(dataset):  # type: ignore[arg-type]
+        return None
+    taken = set(first)
+    return first + [at for at in range(len(items)) if at not in taken]
+
+
+def _sources(dataset: Dataset[Any]) -> set[int]:
+    """Which data sets the items come from."""
+    if type(dataset) is Subset:
+        return _sources(dataset.dataset)
+    if type(dataset) is ConcatDataset:
+        return {source for part in dataset.datasets for source in _sources(part)}
+    return {id(dataset)}
+
+
+def _items(dataset: Dataset[Any]) -> list[tuple[int, int]]:
+    """Where each item comes from: a data set, and an index in it."""
+    # Subclasses may give other items than those that they are made of.
+    if type(dataset) is Subset:
+        inner = _items(dataset.dataset)
+        return [inner[int(at)] for at in dataset.indices]
+    if type(dataset) is ConcatDataset:
+        return [item for part in dataset.datasets for item in _items(part)]
+    return [(id(dataset), at) for at in range(len(dataset))]  # type: ignore[arg-type]

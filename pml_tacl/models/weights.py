@@ -31,7 +31,10 @@ _SECONDS = 5.0  # to wait for the hub's first answer
 # Of networks that are trained in pairs, the one that is used afterwards.
 _USED = ("ema", "teacher", "q", "online", "student", "base")
 # Single tensors of trainings that no backbone needs.
-_LOOSE = ("mask_token", "logit_scale", "logit_bias", "queue", "queue_ptr")
+_LOOSE = (
+    "mask_token", "logit_scale", "logit_bias", "queue", "queue_ptr",
+    "n_averaged", "num_updates", "initted", "step", "decay",  # counters of averaged weights
+)  # fmt: skip
 _NETWORK_PACKAGES = {"huggingface_hub", "httpx", "httpx2", "requests", "urllib3", "urllib"}
 
 

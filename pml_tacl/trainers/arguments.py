@@ -14,7 +14,14 @@ from pml_tacl.clustering.kmeans import KMeansPseudoLabeler
 from pml_tacl.trainers.pseudo_labeling import check_clusters
 from pml_tacl.utils.checks import check_count, check_number
 from pml_tacl.utils.errors import InputError
-from pml_tacl.utils.pml_compat import classes_of, gathers_itself, needs_of
+from pml_tacl.utils.pml_compat import (
+    CrossBatchMemory,
+    MultipleLosses,
+    classes_of,
+    dimensions_of,
+    gathers_itself,
+    needs_of,
+)
 
 _T = TypeVar("_T")
 _MINERS = {"tuple_miner", "attention_miner"}
@@ -286,6 +293,33 @@ def check_classes(losses: Mapping[str, nn.Module], needed: int, of: str) -> None
                 raise InputError(
                     f"loss_funcs[{name!r}]: {type(module).__name__} has {classes} classes, and "
                     f"labels are of {needed} {of}"
+                )
+
+
+def check_dimensions(losses: Mapping[str, nn.Module], dim: int) -> None:
+    """Raise InputError if a loss was made for embeddings of other than `dim` dimensions."""
+    for name, loss in losses.items():
+        for module in loss.modules():
+            made_for = dimensions_of(module)
+            if made_for is not None and made_for != dim:
+                raise InputError(
+                    f"loss_funcs[{name!r}]: {type(module).__name__} is for embeddings of "
+                    f"{made_for} dimensions, and the model gives {dim} in training: make it with "
+                    f"embedding_size={dim}"
+                )
+
+
+def check_memories(losses: Mapping[str, nn.Module], batch_size: int) -> None:
+    """Raise InputError if a memory of PML's cannot take the two views of a batch."""
+    for name, loss in losses.items():
+        # A module of the user's may hand over less.
+        parts = loss.modules() if isinstance(loss, CrossBatchMemory | MultipleLosses) else ()
+        for module in parts:
+            if isinstance(module, CrossBatchMemory) and module.memory_size < 2 * batch_size:
+                raise InputError(
+                    f"loss_funcs[{name!r}]: {type(module).__name__} has "
+                    f"memory_size={module.memory_size}, fewer than the {2 * batch_size} embeddings "
+                    f"of batch_size={batch_size} images in two views: give at least as many"
                 )
 
 

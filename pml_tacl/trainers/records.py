@@ -7,12 +7,15 @@ makes again; it would stand there twice.
 import csv
 import logging
 import os
+import re
 import sqlite3
+import zlib
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from record_keeper import RecordKeeper
 from torch import Tensor
 
 from pml_tacl.utils.plain import plain
@@ -30,6 +33,25 @@ class RecordsState(TypedDict):
     """Last row of each table."""
     waiting: dict[str, dict[str, dict[int, object]]]
     """What is not written yet: iteration -> value, by group and name."""
+
+
+class Keeper(RecordKeeper):
+    """A RecordKeeper whose tables and files have names that every data base and disk can hold.
+
+    Names come from the parts of a loss: those of ``MultipleLosses([...])`` are numbers, and those
+    of a dict may be any text. Other names are as record-keeper makes them.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._taken: dict[str, str] = {}
+
+    def append_data(self, group_name: str, series_name: str, value: Any, iteration: int) -> None:
+        name = re.sub(r"\W", "_", group_name)
+        name = f"_{name}" if name[:1].isdigit() else name
+        if self._taken.setdefault(name.casefold(), group_name) != group_name:
+            name += f"_{zlib.crc32(group_name.encode()):08x}"
+        super().append_data(name, series_name, value, iteration)
 
 
 class LossesFile:

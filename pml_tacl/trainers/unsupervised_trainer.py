@@ -34,7 +34,9 @@ from pml_tacl.trainers.arguments import (
     as_models,
     check_arguments,
     check_classes,
+    check_dimensions,
     check_losses,
+    check_memories,
     check_pml_arguments,
     check_warm_up,
     device_of,
@@ -314,6 +316,8 @@ class UnsupervisedTrainer(BaseTrainer):
             processes=world_size(),
         )
         check_losses(loss_funcs, mining_funcs, world_size())
+        check_memories(loss_funcs, batch_size)
+        check_memories(loss_funcs, batch_size)
         check_warm_up(loss_funcs, labeler, count, warmup_epochs)
         self.transform, self.eval_transform, self.labeler = transform, eval_transform, labeler
         self.swap, self.amp_dtype, self.progress = swap, amp_dtype, progress
@@ -357,6 +361,7 @@ class UnsupervisedTrainer(BaseTrainer):
         self.forward_features = forward_of(self.models)
         if compile:
             self.forward_features = torch.compile(self.forward_features)
+        self._fits = False  # whether the losses are known to fit the size of the embeddings
         self.average: AveragedModel | None = None
         if ema_decay is not None:
             averaged = get_ema_multi_avg_fn(float(ema_decay))
@@ -570,6 +575,9 @@ class UnsupervisedTrainer(BaseTrainer):
             embeddings, maps = forward_in_chunks(
                 self.forward_features, images, self.accumulation_steps, list(self.models.values())
             )
+        if not self._fits:
+            check_dimensions(self.loss_funcs, embeddings.shape[1])
+            self._fits = True
         # Outside of autocast: PML's losses would round similarities to half precision, of which
         # they then take exponentials. Of all ranks, whose losses see the whole batch.
         embeddings = gather_batch(at_least_float32(embeddings), 2)

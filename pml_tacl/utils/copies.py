@@ -17,25 +17,55 @@ class Rows(Protocol):
     def __getitem__(self, index: Any, /) -> npt.NDArray[Any]: ...
 
 
-def first_copies(rows: Rows) -> IntArray:
+def first_copies(rows: Rows, tolerance: float = 0.0) -> IntArray:
     """Give for each row the index (N,) of the first one that has the same bytes.
 
     Rows are read in chunks and compared by a hash; those of one hash are then compared in full.
 
     Args:
         rows: (N, D), float32 or float64.
+        tolerance: of rows of unit norm: nearly all that differ from another by rounding, by no
+            more than this in any number, count as its copies too.
     """
     hashes = np.empty(len(rows), dtype=np.uint64)
     for start in range(0, len(rows), CHUNK):
         hashes[start : start + CHUNK] = _hashes(rows[start : start + CHUNK])
-    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
-    firsts = first[group].astype(np.int64)
+    firsts = _firsts_of(hashes)
     later = np.flatnonzero(firsts != np.arange(len(firsts)))
     for start in range(0, len(later), CHUNK):
         part = later[start : start + CHUNK]
         same = (_words(rows[part]) == _words(rows[firsts[part]])).all(axis=1)
         firsts[part[~same]] = part[~same]
-    return firsts
+    return firsts if tolerance == 0 else _near_firsts(rows, firsts, tolerance)
+
+
+def _near_firsts(rows: Rows, firsts: IntArray, tolerance: float) -> IntArray:
+    """The same where copies may differ by a tolerance: rows of one small cell are compared."""
+    distinct = np.flatnonzero(firsts == np.arange(len(firsts)))
+    cells = np.empty(len(distinct), dtype=np.uint64)
+    for start in range(0, len(distinct), CHUNK):
+        there = distinct[start : start + CHUNK]
+        cells[start : start + CHUNK] = _cells(rows[there], 100 * tolerance)
+    leaders = distinct[_firsts_of(cells)]
+    later = np.flatnonzero(leaders != distinct)
+    for start in range(0, len(later), CHUNK):
+        part = later[start : start + CHUNK]
+        apart = np.abs(rows[distinct[part]] - rows[leaders[part]]).max(axis=1) > tolerance
+        leaders[part[apart]] = distinct[part[apart]]
+    return leaders[np.searchsorted(distinct, firsts)]
+
+
+def _cells(rows: npt.NDArray[Any], width: float) -> npt.NDArray[np.uint64]:
+    """A number for the cell of a coarse grid that each row falls into, seen in 4 directions."""
+    directions = np.random.default_rng(1).standard_normal((rows.shape[1], 4))
+    directions /= np.linalg.norm(directions, axis=0)
+    places = np.floor(rows.astype(np.float64) @ directions / width)
+    return _hashes(places + 0.0)  # no -0
+
+
+def _firsts_of(hashes: npt.NDArray[np.uint64]) -> IntArray:
+    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
+    return first[group].astype(np.int64)
 
 
 def _words(rows: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:

@@ -122,7 +122,7 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _from_array(image: npt.NDArray[Any] | Tensor, name: str) -> Image.Image:
-    array = _as_array(image)
+    array = _as_array(image, name)
     channels_last = array.ndim == 3 and array.shape[2] in _CHANNELS
     channels_first = array.ndim == 3 and array.shape[0] in _CHANNELS
     if 0 in array.shape or not (array.ndim == 2 or channels_last or channels_first):
@@ -153,9 +153,13 @@ def _from_array(image: npt.NDArray[Any] | Tensor, name: str) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
 
 
-def _as_array(image: npt.NDArray[Any] | Tensor) -> npt.NDArray[Any]:
+def _as_array(image: npt.NDArray[Any] | Tensor, name: str) -> npt.NDArray[Any]:
     if isinstance(image, np.ndarray):
         return image
+    if image.layout is not torch.strided or image.is_quantized or image.is_meta:
+        raise InputTypeError(
+            f"{name} must be plain tensors, got {image.layout} of {image.dtype} on {image.device}"
+        )
     image = image.detach().as_subclass(Tensor).cpu()
     if image.is_floating_point() and image.dtype != torch.float64:
         image = image.float()  # NumPy has no bfloat16

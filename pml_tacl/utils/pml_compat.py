@@ -4,7 +4,12 @@ from typing import Any, Literal
 
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
-from pytorch_metric_learning.losses import CrossBatchMemory, MarginLoss, SelfSupervisedLoss
+from pytorch_metric_learning.losses import (
+    CrossBatchMemory,
+    MarginLoss,
+    MultipleLosses,
+    SelfSupervisedLoss,
+)
 from pytorch_metric_learning.losses.base_metric_loss_function import BaseMetricLossFunction
 from pytorch_metric_learning.miners.base_miner import BaseMiner
 from pytorch_metric_learning.reducers import (
@@ -23,6 +28,7 @@ __all__ = [
     "BaseMetricLossFunction",
     "BaseMiner",
     "CrossBatchMemory",
+    "MultipleLosses",
     "Needs",
     "PairMiner",
     "Pairs",
@@ -30,6 +36,7 @@ __all__ = [
     "as_pml_gives",
     "called_by_step",
     "classes_of",
+    "dimensions_of",
     "gathers_itself",
     "loss_dict",
     "miner_weights",
@@ -137,6 +144,21 @@ def classes_of(module: nn.Module) -> int | None:
     if number == 0 and isinstance(proxies, Tensor):
         return len(proxies)
     return int(columns.shape[1]) if number == 0 and isinstance(columns, Tensor) else None
+
+
+def dimensions_of(module: nn.Module) -> int | None:
+    """How many dimensions a loss of PML's was made for; None where it takes any embeddings."""
+    if not isinstance(module, BaseMetricLossFunction | CrossBatchMemory):
+        return None
+    for name in ("embedding_size", "descriptors_dim"):
+        number = getattr(module, name, None)
+        if isinstance(number, int) and number > 0:
+            return number
+    for name, axis in (("proxies", 1), ("W", 0), ("fc", 0)):
+        tensor = getattr(module, name, None)
+        if isinstance(tensor, Tensor):
+            return int(tensor.shape[axis])
+    return None
 
 
 def gathers_itself(module: nn.Module) -> bool:

@@ -177,6 +177,7 @@ FOREIGN = {
     "compiled in parallel": lambda s: behind("module._orig_mod.", s),
     "model": lambda s: {"model": s, "optimizer": {"state": {0: {"step": torch.ones(1)}}}},
     "average": lambda s: {"state_dict": zeros(s), "state_dict_ema": s},
+    "average of torch's": lambda s: behind("module.", s) | {"n_averaged": torch.tensor(9)},
     "lightning": lambda s: {"state_dict": behind("model.", s)},
     "encoder": lambda s: behind("encoder.", s) | {"projector.0.weight": torch.ones(3, 3)},
     "backbone": lambda s: {"state_dict": behind("backbone.", s), "hyper_parameters": {"lr": 1}},

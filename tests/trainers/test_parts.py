@@ -17,8 +17,8 @@ from pml_tacl import (
     SiameseTransform,
 )
 from pml_tacl.clustering import pseudo_labels_from
-from pml_tacl.trainers.arguments import check_losses
-from pml_tacl.utils.pml_compat import classes_of
+from pml_tacl.trainers.arguments import check_dimensions, check_losses
+from pml_tacl.utils.pml_compat import classes_of, dimensions_of
 
 from .small import BATCH, COUNT, SIZE, Images, make_model, make_trainer
 
@@ -287,6 +287,39 @@ def test_losses_of_too_few_classes_are_refused_at_the_start(name):
 
     with pytest.raises(ValueError, match="has 4 classes, and labels are of 5 clusters"):
         make_trainer(loss_funcs={"loss": Own(loss)}, labeler=five).train()
+
+
+SIZED = [name for name in CLASSIFIERS if name not in ("MarginLoss", "ClassWeightedReducer")]
+
+
+@pytest.mark.parametrize("name", [*SIZED, "CrossBatchMemory"])
+def test_losses_for_embeddings_of_another_size_are_refused_by_name(name):
+    make = {**CLASSIFIERS, "CrossBatchMemory": lambda _: losses.CrossBatchMemory(
+        losses.ContrastiveLoss(), 16)}[name]  # fmt: skip
+    assert [dimensions_of(m) for m in make(4).modules() if dimensions_of(m)] == [16]
+    check_dimensions({"a": make(4)}, 16)
+    with pytest.raises(ValueError, match=rf"^loss_funcs\['a'\]: {name} is for .* 16 dimensions"):
+        check_dimensions({"a": Own(make(4))}, 24)
+
+
+@pytest.mark.parametrize("wrap", [lambda loss: loss, lambda loss: losses.MultipleLosses([loss])])
+def test_a_memory_smaller_than_a_batch_is_refused_at_the_start(wrap):
+    small, enough = (
+        wrap(losses.CrossBatchMemory(losses.ContrastiveLoss(), 16, memory_size=size))
+        for size in (2 * BATCH - 1, 2 * BATCH)
+    )
+    make_trainer(loss_funcs={"a": enough}).train()
+    with pytest.raises(
+        ValueError, match=r"^loss_funcs\['a'\]: .*memory_size=15, fewer than the 16"
+    ):
+        make_trainer(loss_funcs={"a": small})
+
+
+def test_the_size_of_embeddings_is_compared_in_the_first_step():
+    trainer = make_trainer(loss_funcs={"a": losses.ArcFaceLoss(4, 24)})
+    with pytest.raises(ValueError, match=r"the model gives 16 in training: .*embedding_size=16"):
+        trainer.train()
+    assert dimensions_of(ContrastiveClusteringLoss()) is dimensions_of(nn.Linear(3, 4)) is None
 
 
 def test_losses_of_any_label_have_no_number_of_classes():
