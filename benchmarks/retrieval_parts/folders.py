@@ -58,7 +58,8 @@ def listed(root: Path, split: str) -> Listed:
         base = halves[1] if split == "test" else halves[0]
     else:
         base = root
-    found = ImageFiles(base, labels="folder", progress=False)
+    beside = [QUERIES] if (base / QUERIES).is_file() else []
+    found = ImageFiles(base, labels="folder", progress=False, exclude=beside)
     names = [found.classes[i] for i in np.random.default_rng(_SEED).permutation(len(found.classes))]
     count = len(names)
     if base == root:
