@@ -11,7 +11,7 @@ from PIL import Image
 
 from pml_tacl import AttentionEmbedder
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "images.py"
+SCRIPT = Path(__file__).parent.parent / "examples" / "readme_images.py"
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def script():
 
 @pytest.mark.parametrize("pair", [-1, 8])
 def test_a_pair_that_is_not_shown_is_named(script, monkeypatch, tmp_path, pair):
-    monkeypatch.setattr(sys, "argv", ["images.py", str(tmp_path), f"--pair={pair}"])
+    monkeypatch.setattr(sys, "argv", ["readme_images.py", str(tmp_path), f"--pair={pair}"])
     with pytest.raises(ValueError, match=f"pair must be from 0 to 7, got {pair}"):
         script.main()
 
@@ -37,7 +37,7 @@ def test_four_images_the_same_each_time(script, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(
             sys,
             "argv",
-            ["images.py", str(tmp_path / "run"), "--out", str(tmp_path / folder), "--classes=6"],
+            ["readme_images.py", str(tmp_path / "run"), "--out", str(tmp_path / folder), "--classes=6"],
         )
         script.main()
     names = ["attention.png", "gallery.png", "pair.png", "similar.png"]
@@ -53,6 +53,6 @@ def test_four_images_the_same_each_time(script, monkeypatch, tmp_path, capsys):
 
 
 def test_a_folder_without_a_model(script, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["images.py", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["readme_images.py", str(tmp_path)])
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json: no saved model"):
         script.main()
