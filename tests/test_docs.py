@@ -18,6 +18,8 @@ from torchvision.transforms import v2
 import pml_tacl
 from pml_tacl.cli.main import COMMANDS, main
 
+pytestmark = pytest.mark.docs
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]

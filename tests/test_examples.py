@@ -25,7 +25,7 @@ from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import embed
 from pml_tacl.search import ImageIndex
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ["--backbone=test_resnet", "--weights=none", "--image-size=32", "--embedding-dim=32"]
 SMALL += ["--workers=0", "--learning-rate=1e-3"]

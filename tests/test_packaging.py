@@ -12,6 +12,8 @@ from packaging.version import Version
 
 import pml_tacl
 
+pytestmark = pytest.mark.slow
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:

@@ -7,7 +7,7 @@ import pytest
 
 from pml_tacl import AttentionEmbedder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 SCRIPT = Path(__file__).parent.parent / "examples" / "quickstart.py"
 
 

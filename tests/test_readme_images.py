@@ -37,7 +37,13 @@ def test_four_images_the_same_each_time(script, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(
             sys,
             "argv",
-            ["readme_images.py", str(tmp_path / "run"), "--out", str(tmp_path / folder), "--classes=6"],
+            [
+                "readme_images.py",
+                str(tmp_path / "run"),
+                "--out",
+                str(tmp_path / folder),
+                "--classes=6",
+            ],
         )
         script.main()
     names = ["attention.png", "gallery.png", "pair.png", "similar.png"]

@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 from pytorch_metric_learning.utils import loss_and_miner_utils
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
@@ -9,6 +10,8 @@ from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pml_tacl import AttentionConsistencyLoss, ContrastiveClusteringLoss
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 WORLD, EACH = 2, 6
 # The matched pairs of the attention loss lie within a process, as many in each.

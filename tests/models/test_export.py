@@ -7,6 +7,8 @@ from torch.export import Dim
 
 from pml_tacl import AttentionEmbedder
 
+pytestmark = pytest.mark.slow
+
 OPSET = 20
 MODELS = {
     "test_resnet": {},

@@ -28,6 +28,8 @@ from pml_tacl.trainers.data import OneView, TwoViews, lost_workers_named
 from pml_tacl.utils.signals import Interrupted, ShieldedLoader, Signals
 from tests.trainers.small import COUNT, Images, make_trainer, same, state_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

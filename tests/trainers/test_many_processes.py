@@ -47,6 +47,8 @@ from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
 
 from .small import Images, make_model, make_trainer
 
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
 ROOT = Path(__file__).parents[2]
 COUNTS = [(1, 4), (7, 2), (8, 4), (23, 3)]  # rows and rows at once: some process may get none
 PATIENCE = timedelta(minutes=5)
