@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import cpu_model, publish
+from _common import cpu_model, publish_section
 from resume_parts.comparing import differences, last_seen, result
 from resume_parts.training import EPOCHS, ITERATIONS, SIZE, WEIGHTS, train, write_weights
 
@@ -146,12 +146,7 @@ def main() -> None:
     start = time.perf_counter()
     rows = series(arguments.kills, arguments.seed, lambda line: print(line, file=sys.stderr))
     text = report(rows, time.perf_counter() - start)
-    page = Path(arguments.output)
-    if page.is_file():  # its own section alone
-        whole = page.read_text(encoding="utf-8")
-        before, _, rest = whole.partition(BEGIN)
-        text = f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}"
-    publish(text, arguments.output)
+    publish_section(text, arguments.output, BEGIN, END)
     if any(different for *_, different in rows):
         sys.exit("error: a resumed run differs from the unbroken one")
 
