@@ -120,10 +120,11 @@ def report(rows: list[tuple[str, str, int, list[str]]], seconds: float) -> str:
         "weights and with backgrounds swapped. It is tested after each epoch, and saves a "
         "checkpoint every four iterations and after each epoch. It is killed with `kill -9`, "
         "either at a chosen moment, in the middle of the call named in the table, or at a random "
-        "moment, where the table names the last step that the run logged. It is resumed with the same "
-        "command and compared, bit for bit, with a run that was not killed: weights, averaged "
+        "moment, where the table names the last step that the run logged. It is resumed with the "
+        "same command and compared, bit for bit, with a run that was not killed: weights, averaged "
         "weights, the whole last checkpoint, metrics, every csv file and every row of the "
-        "database. Every other run is killed together with a loader process and resumed without one.",
+        "database. Every other run is killed together with a loader process and resumed without "
+        "one.",
         "",
         f"**{equal} of {len(rows)} are equal.**",
         "",
