@@ -75,3 +75,12 @@ def publish(text: str, output: str | Path) -> None:
         return
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     Path(output).write_text(text, encoding="utf-8")
+
+
+def publish_section(text: str, output: str | Path, begin: str, end: str) -> None:
+    """Write the part of a page between two markers, and keep the rest; "-" prints it instead."""
+    page = Path(output)
+    if page.is_file():
+        before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+        text = f"{before}{begin}\n\n{text}\n{end}{rest.partition(end)[2]}"
+    publish(text, output)

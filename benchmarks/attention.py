@@ -102,9 +102,9 @@ def measured(run: Path, classes: int | None, seed: int) -> tuple[dict[str, dict[
     }
     height, width = maps[f"{config['attention']}, trained"].shape[1:]
     about = (
-        f"{len(test)} images of {len(test.classes)} characters never seen in training, "
+        f"{len(test)} images of {len(test.classes)} characters that are not in the training, "
         f"{SIZE} x {SIZE} pixels; attention of `{config['backbone']}` on {height} x {width} "
-        f"places; the box covers {masks.double().mean():.1%} of an image on average"
+        f"cells; the box covers {masks.double().mean():.1%} of an image on average"
     )
     looks = trained.cell_offset(SIZE)
     return {name: scores(attention, masks, looks) for name, attention in maps.items()}, about
@@ -119,8 +119,8 @@ def report(rows: dict[str, dict[str, float]], about: str) -> str:
         f"of `examples/quickstart.py`: Python {platform.python_version()}, torch "
         f"{torch.__version__.partition('+')[0]}, timm {timm.__version__}, pml_tacl {__version__}.",
         "",
-        f"On {about}. Attention is upsampled bicubically to the image, each cell at the place "
-        "that it looks at (`AttentionEmbedder.cell_offset`).",
+        f"On {about}. Attention is upsampled bicubically to the image, with each cell at its "
+        "receptive-field centre (`AttentionEmbedder.cell_offset`).",
         "",
         f"| attention | {' | '.join(names)} |",
         "| --- |" + " ---: |" * len(names),
@@ -132,15 +132,15 @@ def report(rows: dict[str, dict[str, float]], about: str) -> str:
     ]
     lines += [
         "",
-        "- ratio: mean attention inside the glyph's box over that outside, mean over images; of "
-        "means: the two averaged over images first.",
-        "- pointing game: how often the arg-max lies inside the box. Equal places count by their "
-        "share, so that an even map scores what the box covers.",
-        "- even: the same weight everywhere, as average pooling has it.",
-        "- border, relative_border: away from what looks like the image's border; only the "
-        "features under it are trained.",
-        f"- distinctive: the same trunk, no training of the attention; {REFERENCES} images of "
-        "the training half as references, see `Embedder.set_attention_references`.",
+        "- ratio: mean attention inside the glyph's box divided by the mean outside, averaged over "
+        "images. Ratio of means: both means are averaged over images before the division.",
+        "- pointing game: how often the maximum lies inside the box. Tied places count by their "
+        "share, so a uniform map scores the area of the box.",
+        "- even: the same weight everywhere, as in average pooling.",
+        "- border, relative_border: low where the image looks like its border; only the features "
+        "are trained, not the attention.",
+        f"- distinctive: the same trunk without training of the attention; {REFERENCES} images of "
+        "the training half are the references, see `Embedder.set_attention_references`.",
     ]
     return "\n".join(lines) + "\n"
 

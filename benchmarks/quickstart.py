@@ -83,33 +83,34 @@ def report(results: list[dict], mixed: list[dict]) -> str:
         f"| {r['seed']} | {r['seconds']:.0f} | {r['bytes'] / 1e9:.2f} GB |" for r in results
     )
     rise = mean(r["after"]["recall_at_1"] - r["before"]["recall_at_1"] for r in results)
-    return f"""# What the quickstart gives
+    return f"""# Results of the quickstart
 
 Written by `benchmarks/quickstart.py` on {datetime.date.today()}: {platform.machine()}, \
 {os.cpu_count()} cores, {versions}.
 
-On the characters of the test half of Glyphs, none of which was trained on, at the last epoch; no
-label was read in training. Per cent:
+Results in per cent on the characters of the test half of Glyphs, after the last epoch. None of
+these characters is in the training, and the training uses no labels.
 
 ```
 {runs.metrics_table(rows)}
 ```
 
-Mean rise of R@1: {100 * rise:.1f} points.
+Mean increase of R@1: {100 * rise:.1f} points.
 
-| seed | seconds, from start to end | peak memory, all processes |
+| seed | total seconds | peak memory of all processes |
 | ---: | ---: | ---: |
 {cost}
 
-In mixed precision (`--amp bfloat16`: the backbone in bf16, losses and weights in fp32) R@1 is
+R@1 in fp32 and in mixed precision (`--amp bfloat16`: the backbone in bf16, losses and weights in
+fp32):
 
 {precision(results, mixed)}
 
-The learning rate was chosen with the halves exchanged: trained on the test half, measured on the
-training half. The size of the network and the number of epochs were set by the two minutes, with
-results on the test half in view; no epoch was chosen by them. The head and the weights of the
-losses are those of [the benchmark](results_drawings.md), whose validation third shares characters
-with this test half.
+How the settings were chosen: the learning rate by training on the test half and measuring on the
+training half; the size of the network and the number of epochs by the limit of two minutes, while
+results on the test half were known. No epoch was selected by its results. The head and the weights
+of the losses are those of [the benchmark](results_drawings.md), whose validation third has
+characters in common with this test half.
 """
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import cpu_model, publish
+from _common import cpu_model, publish_section
 from resume_parts.comparing import differences, last_seen, result
 from resume_parts.training import EPOCHS, ITERATIONS, SIZE, WEIGHTS, train, write_weights
 
@@ -116,14 +116,15 @@ def report(rows: list[tuple[str, str, int, list[str]]], seconds: float) -> str:
         f"Python {platform.python_version()}, torch {torch.__version__.partition('+')[0]}, "
         f"pml_tacl {__version__}; {seconds:.0f} s.",
         "",
-        f"Runs of {EPOCHS} epochs of {ITERATIONS} iterations on Glyphs, from a file of weights and "
-        "with backgrounds swapped, tested after each epoch, a checkpoint every four iterations and "
-        "after each epoch; killed with `kill -9` at a chosen moment, in the middle "
-        "of the call named, or at a random one, of which what the run had last noted is given; "
-        "resumed by the same command, and compared with the run that was never killed: weights, "
-        "averaged weights, the whole last checkpoint, metrics, every csv file and every row of the "
-        "data base, bit for bit. Every other run was killed with a loader's process beside it, and "
-        "resumed without.",
+        f"Each run trains for {EPOCHS} epochs of {ITERATIONS} iterations on Glyphs, from a file of "
+        "weights and with backgrounds swapped. It is tested after each epoch, and saves a "
+        "checkpoint every four iterations and after each epoch. It is killed with `kill -9`, "
+        "either at a chosen moment, in the middle of the call named in the table, or at a random "
+        "moment, where the table names the last step that the run logged. It is resumed with the "
+        "same command and compared, bit for bit, with a run that was not killed: weights, averaged "
+        "weights, the whole last checkpoint, metrics, every csv file and every row of the "
+        "database. Every other run is killed together with a loader process and resumed without "
+        "one.",
         "",
         f"**{equal} of {len(rows)} are equal.**",
         "",
@@ -146,12 +147,7 @@ def main() -> None:
     start = time.perf_counter()
     rows = series(arguments.kills, arguments.seed, lambda line: print(line, file=sys.stderr))
     text = report(rows, time.perf_counter() - start)
-    page = Path(arguments.output)
-    if page.is_file():  # its own section alone
-        whole = page.read_text(encoding="utf-8")
-        before, _, rest = whole.partition(BEGIN)
-        text = f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}"
-    publish(text, arguments.output)
+    publish_section(text, arguments.output, BEGIN, END)
     if any(different for *_, different in rows):
         sys.exit("error: a resumed run differs from the unbroken one")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
-from figure_parts.diagrams import attention_embedder, code_map, unsupervised_trainer
+from figure_parts.diagrams import attention_embedder, unsupervised_trainer
 from figure_parts.strokes import (
     BLUE,
     GREEN,
@@ -260,7 +260,6 @@ DRAWINGS = (
     background_swap,
     unsupervised_trainer,
     retrieval_calculator,
-    code_map,
 )
 
 

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's loss and test, as the files that a contributor makes of them."""
+"""The loss and the test of docs/project/new_loss.md, as the files that a contributor makes."""
 
 import re
 import subprocess
@@ -16,7 +16,8 @@ TEST = "test_centroid_pull_loss.py"
 @pytest.fixture
 def files(tmp_path):
     """The loss, its test, and what `pml_tacl/__init__.py` would say of it."""
-    loss, test = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    page = (ROOT / "docs" / "project" / "new_loss.md").read_text("utf-8")
+    loss, test = re.findall(r"```python\n(.*?)```", page, re.S)
     (tmp_path / "centroid_pull_loss.py").write_text(loss)
     (tmp_path / TEST).write_text(test)
     named = "import pml_tacl\nfrom centroid_pull_loss import CentroidPullLoss\n"
