@@ -85,6 +85,7 @@ class ImageIndex:
     _index: Any
     _rows: "_Rows | None"  # where _index has codes alone: unit rows (N, D)
     _entries: IntArray  # (N,), of the images in _index, which holds each embedding once
+    _firsts: tuple[IntArray, IntArray] | None  # the entries, and the first image of each
     _asked: str
     _stamps: list[list[int] | None]
     _exclude: list[str]
@@ -225,7 +226,9 @@ class ImageIndex:
 
     def _first_rows(self) -> IntArray:
         """The first image of each entry."""
-        return np.unique(self._entries, return_index=True)[1]
+        if self._firsts is None or self._firsts[0] is not self._entries:
+            self._firsts = self._entries, np.unique(self._entries, return_index=True)[1]
+        return self._firsts[1]
 
     def _images(
         self, similarities: FloatArray, entries: IntArray, inside: IntArray, k: int
@@ -413,7 +416,7 @@ class ImageIndex:
         kind: str,
     ) -> None:
         self._index, self._entries, self._asked = index, entries, kind
-        self._rows = None
+        self._rows = self._firsts = None
         self.files = list(files)
         self.root = Path(root).absolute()
 
