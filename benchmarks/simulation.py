@@ -42,9 +42,9 @@ from pml_tacl import (
     UnsupervisedTrainer,
     __version__,
 )
-from pml_tacl.distributed.inference import embed_together
+from pml_tacl.distributed.inference import embed_distributed
 from pml_tacl.distributed.store import EmbeddingFile
-from pml_tacl.search import IVFPQ_FROM, PictureIndex
+from pml_tacl.search import IVFPQ_FROM, ImageIndex
 from pml_tacl.trainers.data import draw_order
 from pml_tacl.trainers.state import TrainingState
 
@@ -75,15 +75,15 @@ class Generator(nn.Module):
     def __init__(self, classes: int, dim: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        centres = torch.randn(classes, dim, generator=generator)
-        self.register_buffer("centres", nn.functional.normalize(centres))
+        centroids = torch.randn(classes, dim, generator=generator)
+        self.register_buffer("centroids", nn.functional.normalize(centroids))
 
     def forward(self, numbers: Tensor) -> Tensor:
         index = numbers[:, 0]
         generator = torch.Generator().manual_seed(int(index[0]))
-        noise = torch.randn(len(index), self.centres.shape[1], generator=generator)
-        noise *= NOISE / self.centres.shape[1] ** 0.5
-        return self.centres[index % len(self.centres)] + noise
+        noise = torch.randn(len(index), self.centroids.shape[1], generator=generator)
+        noise *= NOISE / self.centroids.shape[1] ** 0.5
+        return self.centroids[index % len(self.centroids)] + noise
 
 
 class Blank(Dataset[Any]):
@@ -109,7 +109,7 @@ def labels_of(given: Namespace) -> Tensor:
 
 def embedding_pass(given: Namespace) -> Found:
     classes = max(2, given.images // given.per_class)
-    found = embed_together(
+    found = embed_distributed(
         Generator(classes, given.dim),
         Numbers(given.images, classes),
         batch_size=1024,
@@ -225,14 +225,14 @@ def evaluation(given: Namespace) -> Found:
 def index(given: Namespace) -> Found:
     names = json.loads((given.folder / "names.json").read_text())
     kind = "ivfpq" if given.images >= IVFPQ_FROM else "auto"
-    made = PictureIndex(rows_of(given), names, given.folder / "images", kind=kind)
+    made = ImageIndex(rows_of(given), names, given.folder / "images", kind=kind)
     made.save(given.folder / "index")
     size = (given.folder / "index" / "index.faiss").stat().st_size
     return {"kind": made.kind, "bytes an image, of codes": size / given.images}
 
 
 def search(given: Namespace) -> Found:
-    made = PictureIndex.load(given.folder / "index")
+    made = ImageIndex.load(given.folder / "index")
     rows = np.load(given.folder / "index" / "embeddings.npy", mmap_mode="r")
     # Between images and other images, as queries are that are not indexed.
     noise = np.random.default_rng(1).standard_normal((SEARCHED, given.dim), dtype=np.float32)

@@ -176,7 +176,7 @@ class ImageIndex:
             if self._rows is not None:
                 wanted = min(k, len(selected))
                 similarities, entries = self._look_through(unit.hold(), selected, wanted)
-                return self._pictures(np.clip(similarities, -1.0, 1.0), entries, inside, k)
+                return self._images(np.clip(similarities, -1.0, 1.0), entries, inside, k)
             chosen = faiss.SearchParameters(sel=faiss.IDSelectorBatch(selected))  # type: ignore
             flat = faiss.downcast_index(getattr(self._index, "storage", self._index))
             # faiss's own additions for torch, which PML loads, hide the search that takes params.
@@ -556,7 +556,7 @@ def _save_in_parts(file: IO[Any], rows: _Rows) -> None:
 
 
 def _mapped(path: Path) -> FloatArray:
-    """Embeddings as :meth:`PictureIndex.save` has written them, which are read when asked for."""
+    """Embeddings as :meth:`ImageIndex.save` has written them, which are read when asked for."""
     try:
         rows = np.load(path, mmap_mode="r")
     except FileNotFoundError:

@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 
 from pml_tacl.clustering import KMeansPseudoLabeler
 from pml_tacl.distributed import inference
-from pml_tacl.distributed.inference import embed_together
+from pml_tacl.distributed.inference import embed_distributed
 from pml_tacl.distributed.store import EmbeddingFile
 from pml_tacl.evaluation import embed
 from pml_tacl.trainers import unsupervised_trainer
@@ -31,7 +31,9 @@ def model():
 def test_the_file_holds_what_memory_would(tmp_path, dtype):
     expected, labels = embed(model(), images(), batch_size=4, progress=False)
     path = tmp_path / "new" / "embeddings.npy"
-    found = embed_together(model(), images(), batch_size=4, progress=False, file=path, dtype=dtype)
+    found = embed_distributed(
+        model(), images(), batch_size=4, progress=False, file=path, dtype=dtype
+    )
     assert torch.equal(found[0], expected.to(dtype))
     assert torch.equal(found[1], labels)
     assert np.array_equal(np.load(path), expected.to(dtype).numpy())
@@ -49,11 +51,11 @@ def test_each_process_writes_its_part(tmp_path, monkeypatch, world):
         for name in ("pml_tacl.distributed.collectives", "pml_tacl.distributed.inference"):
             monkeypatch.setattr(f"{name}.world_size", lambda: world)
         monkeypatch.setattr("pml_tacl.distributed.collectives.rank", lambda n=number: n)
-        monkeypatch.setattr(inference, "is_first", lambda n=number: n == 0)
+        monkeypatch.setattr(inference, "is_main", lambda n=number: n == 0)
         monkeypatch.setattr(inference, "barrier", lambda: None)
         monkeypatch.setattr(inference, "gather_rows", lambda rows, *_: mine.append(rows))
-        monkeypatch.setattr(inference, "on_first", lambda make, _, n=number: n or make())
-        found = embed_together(model(), images(), batch_size=4, progress=False, file=path)
+        monkeypatch.setattr(inference, "run_on_main", lambda make, _, n=number: n or make())
+        found = embed_distributed(model(), images(), batch_size=4, progress=False, file=path)
         assert found is None
     assert torch.equal(torch.from_numpy(np.load(path)), expected)
     assert torch.equal(torch.cat(mine).sort().values, labels)

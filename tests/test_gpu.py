@@ -300,7 +300,7 @@ def test_a_training_resumes_on_the_device(device, tmp_path):
 SCRIPT = """
 import sys, torch
 from pml_tacl.cli.run_folder import seed_everything
-from pml_tacl.distributed.session import is_first, rank, session
+from pml_tacl.distributed.session import is_main, rank, session
 from tests.trainers.small import make_model, make_trainer
 
 with session():
@@ -312,7 +312,7 @@ with session():
         end_of_iteration_hook=lambda t: losses.append(float(t.losses["total_loss"])),
     )
     trainer.train(num_epochs=2)
-    if is_first():
+    if is_main():
         torch.save(losses, sys.argv[1])
 """
 

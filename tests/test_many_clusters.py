@@ -13,8 +13,8 @@ CLUSTERS = COUNT // PER_CLASS
 def classes(seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(COUNT) // PER_CLASS)
-    centres = rng.standard_normal((CLUSTERS, D), dtype=np.float32)
-    rows = centres[labels] + 0.6 * rng.standard_normal((COUNT, D), dtype=np.float32)
+    centroids = rng.standard_normal((CLUSTERS, D), dtype=np.float32)
+    rows = centroids[labels] + 0.6 * rng.standard_normal((COUNT, D), dtype=np.float32)
     return rows, labels
 
 

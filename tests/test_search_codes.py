@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pml_tacl import search
-from pml_tacl.search import PictureIndex
+from pml_tacl.search import ImageIndex
 
 COUNT, D, K = 3_000, 16, 10
 LEAST = 2_000  # as if so few were enough to learn from: the tests stay short
@@ -13,8 +13,8 @@ LEAST = 2_000  # as if so few were enough to learn from: the tests stay short
 def clustered(count=COUNT, dim=D, seed=0):
     """Unit rows around a centre for each twenty."""
     rng = np.random.default_rng(seed)
-    centres = rng.standard_normal((count // 20, dim), dtype=np.float32)
-    rows = centres[np.arange(count) % len(centres)]
+    centroids = rng.standard_normal((count // 20, dim), dtype=np.float32)
+    rows = centroids[np.arange(count) % len(centroids)]
     rows = rows + 0.5 * rng.standard_normal((count, dim), dtype=np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
@@ -40,7 +40,7 @@ def made(rows, tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "rows.npy"
     np.save(path, 3 * rows)  # of any length
     mapped = np.load(path, mmap_mode="r")
-    return PictureIndex(mapped, names(COUNT), "x", kind="ivfpq")
+    return ImageIndex(mapped, names(COUNT), "x", kind="ivfpq")
 
 
 def exact(rows, queries, k=K):
@@ -76,7 +76,7 @@ def test_memory_is_a_byte_for_eight_dimensions(made):
 
 def test_what_is_saved_finds_the_same_from_a_memory_map(made, rows, tmp_path):
     made.save(tmp_path)
-    loaded = PictureIndex.load(tmp_path)
+    loaded = ImageIndex.load(tmp_path)
     assert loaded.kind == "ivfpq"
     assert isinstance(loaded._rows, np.memmap)
     for one, other in zip(made.search(rows[:50], K), loaded.search(rows[:50], K), strict=True):
@@ -84,10 +84,10 @@ def test_what_is_saved_finds_the_same_from_a_memory_map(made, rows, tmp_path):
     assert np.allclose(np.load(tmp_path / "embeddings.npy"), rows, atol=1e-6)
     assert np.allclose(loaded.embeddings, rows, atol=1e-6)
     loaded.save(tmp_path)  # over the file that it reads
-    assert np.allclose(PictureIndex.load(tmp_path).embeddings, rows, atol=1e-6)
+    assert np.allclose(ImageIndex.load(tmp_path).embeddings, rows, atol=1e-6)
     np.save(tmp_path / "embeddings.npy", rows[:-1])
     with pytest.raises(ValueError, match=r"embeddings\.npy"):
-        PictureIndex.load(tmp_path)
+        ImageIndex.load(tmp_path)
 
 
 def test_a_folder_is_searched_exactly(made, rows):
@@ -100,7 +100,7 @@ def test_a_folder_is_searched_exactly(made, rows):
 
 def test_copies_are_all_found_in_the_order_of_the_files(rows):
     many = np.concatenate([rows, rows[:3], rows[:3]])
-    index = PictureIndex(many, names(len(many)), "x", kind="ivfpq")
+    index = ImageIndex(many, names(len(many)), "x", kind="ivfpq")
     similarities, found = index.search(rows[:3], 4)
     assert np.allclose(similarities[:, :3], 1, atol=1e-5)
     expected = np.arange(3)[:, None] + np.array([0, COUNT, COUNT + 3])
@@ -108,7 +108,7 @@ def test_copies_are_all_found_in_the_order_of_the_files(rows):
 
 
 def test_images_come_and_go(rows):
-    index = PictureIndex(rows, names(COUNT), "x", kind="ivfpq")
+    index = ImageIndex(rows, names(COUNT), "x", kind="ivfpq")
     new = clustered(500, seed=2)
     index.add(new, names(500, COUNT))
     assert len(index) == COUNT + 500
@@ -125,8 +125,8 @@ def test_images_come_and_go(rows):
 def test_auto_takes_codes_above_a_number_of_images(rows, monkeypatch):
     monkeypatch.setattr(search, "FLAT_UP_TO", 100)
     monkeypatch.setattr(search, "HNSW_UP_TO", COUNT - 1)
-    assert PictureIndex(rows[:200], names(200), "x").kind == "hnsw"
-    index = PictureIndex(rows, names(COUNT), "x")
+    assert ImageIndex(rows[:200], names(200), "x").kind == "hnsw"
+    index = ImageIndex(rows, names(COUNT), "x")
     assert index.kind == "ivfpq"
     index.remove(names(COUNT - 200))
     assert index.kind == "hnsw"
@@ -134,10 +134,10 @@ def test_auto_takes_codes_above_a_number_of_images(rows, monkeypatch):
 
 @pytest.mark.parametrize("count", [3, LEAST - 1])
 def test_few_images_are_looked_at_one_by_one(rows, count):
-    assert PictureIndex(rows[:count], names(count), "x", kind="ivfpq").kind == "flat"
+    assert ImageIndex(rows[:count], names(count), "x", kind="ivfpq").kind == "flat"
 
 
 def test_any_number_of_dimensions_fits():
     rows = clustered(2_200, 13)
-    index = PictureIndex(rows, names(len(rows)), "x", kind="ivfpq")
+    index = ImageIndex(rows, names(len(rows)), "x", kind="ivfpq")
     assert recall(index.search(rows[:100], K)[1], exact(rows, rows[:100])[1]) > 0.95
