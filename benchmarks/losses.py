@@ -54,7 +54,7 @@ def train_step(loss: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], Non
 
 
 def centroid_losses(num_centroids: int) -> Contenders:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     embeddings, labels = clustered(generator)
     embeddings.requires_grad_()
     centroids = torch.randn(num_centroids, DIMENSIONS, generator=generator)
@@ -89,7 +89,7 @@ def centroid_losses(num_centroids: int) -> Contenders:
 
 
 def attention_losses(channels: int, side: int, pairs: int) -> Contenders:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     first, second = (
         torch.randn(pairs, channels, side, side, generator=generator).requires_grad_()
         for _ in range(2)
@@ -119,7 +119,7 @@ def attention_losses(channels: int, side: int, pairs: int) -> Contenders:
 
 
 def miners() -> Contenders:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     embeddings, labels = clustered(generator)
     maps = torch.randn(BATCH, DIMENSIONS, 7, 7, generator=generator)
     with_centroids = ContrastiveClusteringMiner(num_negatives=NEGATIVES)

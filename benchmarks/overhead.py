@@ -11,6 +11,8 @@ import argparse
 import datetime
 import platform
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import PIL.Image
 import timm
@@ -34,12 +36,17 @@ PER_CLUSTER, CLUSTERS = 4, 100
 
 
 def learns(
-    model: nn.Module, loss: Callable[[], Tensor], after: Callable[[], None] = lambda: None
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    after: Callable[[], None] = lambda: None,
+    precision: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Callable[[], None]:
     """A forward and backward, and what comes after; gradients thrown away."""
 
     def step() -> None:
-        loss().backward()
+        with precision():
+            value = loss()
+        value.backward()
         after()
         model.zero_grad(set_to_none=True)
 
@@ -60,11 +67,17 @@ def measure(arguments: argparse.Namespace) -> list[str]:
         times = take_turns(contenders, arguments.rounds, device.type == "cuda")
         return ratio_line(title, times["ours"], times["base"])
 
+    half_type = getattr(torch, arguments.amp) if arguments.amp else None
+    precision = partial(torch.autocast, device.type, half_type, half_type is not None)
     half = images[:batch]
     lines = [
         turns(
-            learns(bare, lambda: bare(half).square().sum()),
-            learns(ours, lambda: ours.forward_features(half).embeddings.square().sum()),
+            learns(bare, lambda: bare(half).square().sum(), precision=precision),
+            learns(
+                ours,
+                lambda: ours.forward_features(half).embeddings.square().sum(),
+                precision=precision,
+            ),
             f"training pass: timm to pooled features / `AttentionEmbedder` to embeddings, maps "
             f"and attention, {batch} images",
         )
@@ -94,8 +107,8 @@ def measure(arguments: argparse.Namespace) -> list[str]:
 
     lines.append(
         turns(
-            learns(ours, lambda: similarity(ours(images), twice)),
-            learns(ours, full, lambda: clustering.move_centroids(seen[0], twice)),
+            learns(ours, lambda: similarity(ours(images), twice), precision=precision),
+            learns(ours, full, lambda: clustering.move_centroids(seen[0], twice), precision),
             f"training step, both views of {batch} images: MultiSimilarityLoss / with CCL, TAC "
             "and its miner",
         )
@@ -106,13 +119,18 @@ def measure(arguments: argparse.Namespace) -> list[str]:
     @torch.inference_mode()
     def inference() -> None:
         bare.eval()
-        for part in images.split(batch):
-            bare(part)
+        with precision():
+            for part in images.split(batch):
+                bare(part)
+
+    def embedding() -> None:
+        with precision():
+            embed(ours, data, batch_size=batch, progress=False)
 
     lines.append(
         turns(
             inference,
-            lambda: embed(ours, data, batch_size=batch, progress=False),
+            embedding,
             f"embedding pass of {2 * batch} images: timm's inference / `embed`",
         )
     )
@@ -127,7 +145,7 @@ def report(arguments: argparse.Namespace, rows: list[str]) -> str:
         "# What the parts cost beside the backbone",
         "",
         f"Written by `benchmarks/overhead.py` on {datetime.date.today()}: {machine}, {clock}, "
-        f"fp32, channels_last, Python {platform.python_version()}, torch "
+        f"{arguments.amp or 'fp32'}, channels_last, Python {platform.python_version()}, torch "
         f"{torch.__version__.partition('+')[0]}, timm {timm.__version__}, pml_tacl {__version__}.",
         "",
         f"`{arguments.backbone}`, {arguments.side} x {arguments.side} pixels; each row in "
@@ -148,6 +166,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU; 1 disturbs least")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--amp", default="", help="type of autocast, such as bfloat16")
     parser.add_argument("--output", default="docs/benchmarks/overhead.md", help="- prints it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

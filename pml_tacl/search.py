@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 import faiss
 import numpy as np
@@ -19,12 +19,18 @@ from pml_tacl.utils.files import atomic_write
 
 # Up to here a look at every image takes hundredths of a second: a graph would win nothing.
 FLAT_UP_TO = 50_000
-_KINDS = ("auto", "flat", "hnsw")
+# A graph takes 4 D + 270 bytes of memory for each image, 2.3 GB here with D = 512.
+HNSW_UP_TO = 1_000_000
+# Codewords of a part of the vector are 256, and faiss wants 39 images to learn each from.
+IVFPQ_FROM = 10_000
+_KINDS = ("auto", "flat", "hnsw", "ivfpq")
 # So many steps also leave a crowd of near copies, such as the frames of a film.
 _LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 100, 256
 _ROUNDING = 1e-6  # copies of an image may differ by so much in a number of their embeddings
 _EMBEDDINGS, _FILES, _INDEX = "embeddings.npy", "files.json", "index.faiss"
 _CHUNK = 16384
+_DIMS_A_BYTE = 8  # of a vector, that one byte of its code stands for
+_POINTS_A_LIST, _LISTS_SEARCHED, _RANKED_AGAIN = 64, 32, 200
 _Self = TypeVar("_Self", bound="ImageIndex")
 
 
@@ -47,9 +53,13 @@ class ImageIndex:
         files: of the N images, relative to ``root``, each once.
         root: the folder that they lie in.
         kind: "flat" looks at every image; "hnsw" walks a graph, misses a few per cent of the
-            neighbours at most and stays fast at millions; "auto" is flat up to ``FLAT_UP_TO``
-            (50 000) images, and changes over when images are added or removed. Images with
-            one embedding are one entry of either, and are all found; of "hnsw" also most whose
+            neighbours at most and stays fast at millions; "ivfpq" keeps a code of about D / 8
+            bytes for each image in memory, and ranks what the codes find by the embeddings
+            themselves, which stay where they were given: a memory map is never held. It is flat
+            below ``IVFPQ_FROM`` (10 000) images, too few to learn codes from. "auto" is flat up
+            to ``FLAT_UP_TO`` (50 000) images, hnsw up to ``HNSW_UP_TO`` (1 000 000) and ivfpq
+            above, and changes over when images are added or removed. Images with one
+            embedding are one entry of each, and are all found; of "hnsw" also most whose
             embeddings differ by rounding alone.
         exclude: patterns of files that :meth:`changes` leaves out, as of
             :class:`pml_tacl.datasets.ImageFiles`.
@@ -73,7 +83,9 @@ class ImageIndex:
     files: list[str]
     root: Path
     _index: Any
+    _rows: "_Rows | None"  # where _index has codes alone: unit rows (N, D)
     _entries: IntArray  # (N,), of the images in _index, which holds each embedding once
+    _firsts: tuple[IntArray, IntArray] | None  # the entries, and the first image of each
     _asked: str
     _stamps: list[list[int] | None]
     _exclude: list[str]
@@ -93,6 +105,7 @@ class ImageIndex:
             raise InputError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
         unit = _checked(embeddings, files)
         self._set(*_build(unit, _chosen(kind, len(unit))), files, root, kind)
+        self._rows = unit if self.kind == "ivfpq" else None
         self._stamps = [_stamp(self.root / file) for file in files]
         self._exclude, self._fixed = [*exclude], fixed
 
@@ -112,16 +125,22 @@ class ImageIndex:
 
     @property
     def kind(self) -> str:
-        """ "flat" or "hnsw": what searches now."""
+        """ "flat", "hnsw" or "ivfpq": what searches now."""
+        if isinstance(self._index, faiss.IndexPreTransform):
+            return "ivfpq"
         return "hnsw" if hasattr(self._index, "hnsw") else "flat"
 
     @property
     def embeddings(self) -> FloatArray:
-        """(N, D) float32, unit norm."""
+        """(N, D) float32, unit norm; all in memory."""
+        if self._rows is not None:
+            return np.ascontiguousarray(self._rows[:])
         return np.asarray(self._index.reconstruct_n(0, self._index.ntotal))[self._entries]
 
     def embeddings_of(self, rows: Sequence[int] | IntArray) -> FloatArray:
         """Return the embeddings (M, D) of some rows, unit norm."""
+        if self._rows is not None:
+            return np.ascontiguousarray(self._rows[np.asarray(rows)])
         return np.asarray(self._index.reconstruct_batch(self._entries[np.asarray(rows)]))
 
     def search(
@@ -148,12 +167,16 @@ class ImageIndex:
         self._check_dim(unit)
         if folder is None:
             inside, wanted = np.arange(len(self)), min(k, self._index.ntotal)
-            similarities, entries = self._index.search(unit.hold(), wanted)
+            similarities, entries = self._look_up(unit.hold(), wanted)
             if (entries < 0).any():  # a graph's walk may end before it has met k
                 return self.search(embeddings, k, folder=".")
         else:
             inside = self.rows_in(folder)
             selected = np.unique(self._entries[inside])
+            if self._rows is not None:
+                wanted = min(k, len(selected))
+                similarities, entries = self._look_through(unit.hold(), selected, wanted)
+                return self._images(np.clip(similarities, -1.0, 1.0), entries, inside, k)
             chosen = faiss.SearchParameters(sel=faiss.IDSelectorBatch(selected))  # type: ignore
             flat = faiss.downcast_index(getattr(self._index, "storage", self._index))
             # faiss's own additions for torch, which PML loads, hide the search that takes params.
@@ -161,6 +184,51 @@ class ImageIndex:
             wanted = min(k, len(selected))
             similarities, entries = search(unit.hold(), wanted, params=chosen)
         return self._images(np.clip(similarities, -1.0, 1.0), entries, inside, k)
+
+    def _look_up(self, queries: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
+        """Similarities and entries (Q, k) by the index; of codes, ranked again exactly."""
+        if self._rows is None:
+            similarities, entries = self._index.search(queries, k)
+            return similarities, entries
+        candidates = min(_RANKED_AGAIN + 2 * k, self._index.ntotal)
+        firsts = self._first_rows()
+        similarities = np.full((len(queries), k), -np.inf, dtype=np.float32)
+        entries = np.full((len(queries), k), -1, dtype=np.int64)
+        step = max(1, _CHUNK // candidates)
+        for start in range(0, len(queries), step):
+            part = queries[start : start + step]
+            found = self._index.search(part, candidates)[1]
+            known, place = np.unique(found, return_inverse=True)
+            exact = self._rows[firsts[np.maximum(known, 0)]]
+            near = np.einsum("qd,qcd->qc", part, exact[place.reshape(found.shape)])
+            near[found < 0] = -np.inf
+            # Entries are in the order of the images, which decides where none is nearer.
+            order = np.lexsort((found, -near))[:, :k]
+            entries[start : start + step] = np.take_along_axis(found, order, axis=1)
+            similarities[start : start + step] = np.take_along_axis(near, order, axis=1)
+        return similarities, entries
+
+    def _look_through(
+        self, queries: FloatArray, selected: IntArray, k: int
+    ) -> tuple[FloatArray, IntArray]:
+        """The same among some entries, sorted, by looking at all of their embeddings in chunks."""
+        assert self._rows is not None
+        firsts = self._first_rows()[selected]
+        best = faiss.ResultHeap(len(queries), k, keep_max=True)
+        for start in range(0, len(firsts), _CHUNK):
+            rows = self._rows[firsts[start : start + _CHUNK]]
+            near, found = faiss.knn(
+                queries, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT
+            )
+            best.add_result(near, found + start)
+        best.finalize()
+        return best.D, selected[best.I]
+
+    def _first_rows(self) -> IntArray:
+        """The first image of each entry."""
+        if self._firsts is None or self._firsts[0] is not self._entries:
+            self._firsts = self._entries, np.unique(self._entries, return_index=True)[1]
+        return self._firsts[1]
 
     def _images(
         self, similarities: FloatArray, entries: IntArray, inside: IntArray, k: int
@@ -231,12 +299,14 @@ class ImageIndex:
         given = set(files)
         kept = np.flatnonzero([file not in given for file in self.files])
         kind = _chosen(self._asked, len(kept) + len(unit))
-        if kind == self.kind and len(kept) == len(self):
+        if kind == self.kind == "ivfpq":  # codes are learnt anew: copies must be looked for again
+            assert self._rows is not None
+            self._rebuild(_Joined(_Chosen(self._rows, kept), unit), kind)
+        elif kind == self.kind and len(kept) == len(self):
             entries = _add(self._index, unit)
             self._entries = np.concatenate([self._entries, entries])
         else:
-            rows = np.concatenate([self.embeddings[kept], unit.hold()])
-            self._index, self._entries = _build(rows, kind)
+            self._rebuild(np.concatenate([self.embeddings[kept], unit.hold()]), kind)
         self.files = [*(self.files[row] for row in kept), *files]
         self._stamps = [*(self._stamps[row] for row in kept), *stamps]
 
@@ -255,9 +325,14 @@ class ImageIndex:
         if not len(kept):
             raise InputError("files are all that the index holds: delete the index instead")
         kind = _chosen(self._asked, len(kept))
-        self._index, self._entries = _build(self.embeddings[kept], kind)
+        rows = self.embeddings if self._rows is None or kind != "ivfpq" else self._rows
+        self._rebuild(_Chosen(rows, kept), kind)
         self.files = [self.files[row] for row in kept]
         self._stamps = [self._stamps[row] for row in kept]
+
+    def _rebuild(self, rows: "_Rows", kind: str) -> None:
+        index, self._entries = _build(rows, kind)
+        self._index, self._rows = index, rows if kind == "ivfpq" else None
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write ``embeddings.npy``, ``files.json`` and ``index.faiss``, each whole or not at all.
@@ -266,7 +341,10 @@ class ImageIndex:
         """
         folder = Path(folder)
         with atomic_write(folder / _EMBEDDINGS) as file:
-            np.save(file, self.embeddings)
+            if self._rows is None:
+                np.save(file, self.embeddings)
+            else:
+                _save_in_parts(file, self._rows)
         # As ASCII, which keeps also names that are no text in any encoding.
         listed: dict[str, Any] = {"root": str(self.root), "kind": self._asked}
         listed["files"] = self.files
@@ -319,6 +397,14 @@ class ImageIndex:
         loaded._set(index, entries, files, root, kind)
         loaded._stamps = stamps
         loaded._exclude, loaded._fixed = exclude, fixed
+        if loaded.kind == "ivfpq":
+            rows = _mapped(folder / _EMBEDDINGS)
+            if rows.shape != (len(files), index.d):
+                raise InputError(
+                    f"{folder / _EMBEDDINGS} holds {rows.shape} numbers and must hold "
+                    f"{(len(files), index.d)}: train and index again"
+                )
+            loaded._rows = rows
         return loaded
 
     def _set(
@@ -330,6 +416,7 @@ class ImageIndex:
         kind: str,
     ) -> None:
         self._index, self._entries, self._asked = index, entries, kind
+        self._rows = self._firsts = None
         self.files = list(files)
         self.root = Path(root).absolute()
 
@@ -351,46 +438,140 @@ def _checked(embeddings: Embeddings, files: Sequence[str]) -> UnitRows:
 
 
 def _chosen(kind: str, count: int) -> str:
-    return kind if kind != "auto" else "flat" if count <= FLAT_UP_TO else "hnsw"
+    if kind == "auto":
+        kind = "flat" if count <= FLAT_UP_TO else "hnsw" if count <= HNSW_UP_TO else "ivfpq"
+    return "flat" if kind == "ivfpq" and count < IVFPQ_FROM else kind
 
 
-class _Both:
-    """The entries of an index and rows that are to be added, one after the other."""
+class _Rows(Protocol):
+    """Unit rows (N, D), read a part at a time."""
 
-    def __init__(self, index: Any, rows: UnitRows | FloatArray) -> None:
-        self.index, self.rows = index, rows
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> FloatArray: ...
+
+
+class _Chosen:
+    """Some of the rows, in ascending order."""
+
+    def __init__(self, rows: _Rows, index: IntArray) -> None:
+        self.rows, self.index = rows, index
 
     def __len__(self) -> int:
-        return int(self.index.ntotal) + len(self.rows)
+        return len(self.index)
+
+    def __getitem__(self, index: slice | IntArray) -> FloatArray:
+        return self.rows[self.index[index]]
+
+
+class _Held:
+    """The entries of an index, as rows."""
+
+    def __init__(self, index: Any) -> None:
+        self.index = index
+
+    def __len__(self) -> int:
+        return int(self.index.ntotal)
+
+    def __getitem__(self, index: IntArray) -> FloatArray:
+        return np.asarray(self.index.reconstruct_batch(index))
+
+
+class _Joined:
+    """Rows and other rows, one after the other."""
+
+    def __init__(self, rows: _Rows, others: _Rows) -> None:
+        self.rows, self.others = rows, others
+
+    def __len__(self) -> int:
+        return len(self.rows) + len(self.others)
 
     def __getitem__(self, index: slice | IntArray) -> FloatArray:
         if isinstance(index, slice):
             index = np.arange(*index.indices(len(self)))
-        known = index < self.index.ntotal
+        known = index < len(self.rows)
         if not known.any():
-            return self.rows[index - self.index.ntotal]
-        taken = np.empty((len(index), self.index.d), dtype=np.float32)
-        taken[known] = self.index.reconstruct_batch(index[known])
-        taken[~known] = self.rows[index[~known] - self.index.ntotal]
+            return self.others[index - len(self.rows)]
+        if known.all():
+            return self.rows[index]
+        first, second = self.rows[index[known]], self.others[index[~known] - len(self.rows)]
+        taken = np.empty((len(index), first.shape[1]), dtype=np.float32)
+        taken[known], taken[~known] = first, second
         return taken
 
 
-def _build(rows: UnitRows | FloatArray, kind: str) -> tuple[Any, IntArray]:
+def _dim(rows: _Rows) -> int:
+    return int(rows[:1].shape[1])
+
+
+def _build(rows: _Rows, kind: str) -> tuple[Any, IntArray]:
     """An index that holds each row once, and the entry of each row."""
-    dim = rows.dim if isinstance(rows, UnitRows) else rows.shape[1]
+    dim = _dim(rows)
     index: Any = faiss.IndexFlatIP(dim)
     if kind == "hnsw":
         index = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction, index.hnsw.efSearch = _BUILD_EFFORT, _SEARCH_EFFORT
+    if kind == "ivfpq":
+        firsts = first_copies(rows)
+        fresh = np.flatnonzero(firsts == np.arange(len(rows)))
+        if len(fresh) >= IVFPQ_FROM:
+            index = _trained(rows, fresh)
+        for start in range(0, len(fresh), _CHUNK):
+            index.add(rows[fresh[start : start + _CHUNK]])
+        return index, np.searchsorted(fresh, firsts)
     return index, _add(index, rows)
 
 
-def _add(index: Any, rows: UnitRows | FloatArray) -> IntArray:
+def _trained(rows: _Rows, fresh: IntArray) -> Any:
+    """An index of codes without an entry, from a sample of some rows.
+
+    A random rotation comes first: it makes the parts of a vector, each of which is a byte of its
+    code, equally long whatever D is, and spreads what it holds over them.
+    """
+    dim, count = _dim(rows), len(fresh)
+    code = -(-dim // _DIMS_A_BYTE)
+    lists = min(round(4 * count**0.5), count // 39)
+    index: Any = faiss.index_factory(
+        dim, f"RR{code * _DIMS_A_BYTE},IVF{lists},PQ{code}", faiss.METRIC_INNER_PRODUCT
+    )
+    size = min(count, max(_POINTS_A_LIST * lists, 256 * 64))
+    chosen = np.random.default_rng(0).choice(count, size, replace=False)
+    points = np.empty((size, dim), dtype=np.float32)
+    where = fresh[np.sort(chosen)]  # a memory map is read once from front to back
+    for start in range(0, size, _CHUNK):
+        points[start : start + _CHUNK] = rows[where[start : start + _CHUNK]]
+    inverted: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
+    inverted.pq.cp.niter = 10  # as of the lists; what it finds is ranked again
+    index.train(points)
+    inverted.nprobe = min(lists, _LISTS_SEARCHED)
+    return index
+
+
+def _save_in_parts(file: IO[Any], rows: _Rows) -> None:
+    """Write rows as ``np.save`` does, a chunk at a time."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(rows), _dim(rows))}
+    np.lib.format.write_array_header_1_0(file, header)
+    for start in range(0, len(rows), _CHUNK):
+        file.write(np.ascontiguousarray(rows[start : start + _CHUNK], dtype="<f4").data)
+
+
+def _mapped(path: Path) -> FloatArray:
+    """Embeddings as :meth:`ImageIndex.save` has written them, which are read when asked for."""
+    try:
+        rows = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: give the folder of a whole index") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path} is no array, or damaged: {error}") from error
+    return np.asarray(rows) if rows.ndim != 2 else rows
+
+
+def _add(index: Any, rows: _Rows) -> IntArray:
     """Add the rows that an index does not hold, and give the entry of each."""
     known = int(index.ntotal)
     # A crowd of copies hides others from a graph, also where they differ by rounding.
     tolerance = _ROUNDING if hasattr(index, "hnsw") else 0.0
-    firsts = first_copies(_Both(index, rows), tolerance)[known:]
+    firsts = first_copies(_Joined(_Held(index), rows), tolerance)[known:]
     fresh = firsts == np.arange(known, known + len(rows))
     new = np.flatnonzero(fresh)
     for start in range(0, len(new), _CHUNK):

@@ -8,6 +8,38 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="", help="of the fixture `device`; left out: a GPU if any")
+    parser.addoption(
+        "--dtype",
+        default="float32,bfloat16,float16",
+        help="of the fixture `dtype`: one or more with commas between, a test for each",
+    )
+
+
+def pytest_generate_tests(metafunc):
+    if "dtype" in metafunc.fixturenames and metafunc.definition.get_closest_marker("gpu"):
+        given = metafunc.definition.iter_markers("parametrize")
+        if not any("dtype" in str(mark.args[0]) for mark in given):
+            names = metafunc.config.getoption("dtype").split(",")
+            metafunc.parametrize("dtype", [getattr(torch, name) for name in names], ids=str)
+
+
+@pytest.fixture
+def device(request):
+    """Where tests of the marker gpu run."""
+    name = request.config.getoption("device")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@pytest.fixture
+def cuda(device):
+    """The same for tests that say nothing on a CPU."""
+    if device.type != "cuda":
+        pytest.skip("needs CUDA")
+    return device
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Sums come out the same each time, and small nets gain nothing from more."""

@@ -218,6 +218,7 @@ def test_on_a_device_there_is_no_content_to_ask_for():
     assert embeddings.grad.shape == embeddings.shape
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_sync_on_cuda():
     arguments = batch(device="cuda")

@@ -717,6 +717,7 @@ def test_swap_never_reads_a_value_back(mask):
     assert cell_weights(output.masks, 3).shape == (6, 9)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mask", ["border", "distinctive", "centred"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

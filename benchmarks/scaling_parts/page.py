@@ -180,20 +180,21 @@ def takeovers(drawn: dict[int, dict[str, np.ndarray]], parts: dict[int, dict[str
                 )
             ),
             "faiss with GPUs (used if installed); several: `IndexShards`; "
-            "or two levels, `two_level` of this script as the labeler",
+            "above 20 000 clusters `KMeansPseudoLabeler` has two levels",
         ],
         [
             "all embeddings in the first process's memory",
             "more than 16 GB together",
             first(lambda n: sum(parts[n].values()) > 16e9),
-            "a memory map (the labeler takes one, with `max_points`); the trainer keeps them in "
-            "memory, so its machine must have it",
+            "one file that all processes write (above 1 000 000 images, with `checkpoint_folder`); "
+            "k-means learns from a sample of it",
         ],
         [
             "exact search of everything in everything",
             "more than an hour",
             first(slow("exact search, all in all", 3600.0)),
-            "faiss on GPUs, or an IVF index; evaluation on a sample of queries",
+            'faiss on GPUs, or an IVF index (`kind="ivfpq"` of the index of images); '
+            "evaluation on a sample of queries",
         ],
         [
             "lists of files and order as Python's",

@@ -1,7 +1,7 @@
 """Pseudo-labels from embeddings: spherical k-means through faiss, or any clusterer's labels."""
 
 import warnings
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import faiss
 import numpy as np
@@ -12,11 +12,22 @@ from torch import Tensor
 from pml_tacl.clustering.unit_embeddings import Embeddings, FloatArray, IntArray, UnitRows
 from pml_tacl.utils.checks import check_count
 from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.neighbours import flat_index
 
 # Mean cosine distance to the common direction below which rows differ by rounding alone.
 _COLLAPSED = 1e-6
 _MOST_CLUSTERS = 10_000
 _CHUNK = 16384  # rows in memory at once
+# Points that k-means trains on where there are more and `max_points` does not say.
+_MOST_POINTS, _POINTS_A_CLUSTER = 1_000_000, 50
+TWO_LEVELS_ABOVE = 20_000
+"""Clusters above which k-means has two levels.
+
+The work of k-means grows with points times clusters. On two cores 10 000 clusters take minutes and
+100 000 hours (docs/scaling.md).
+"""
+_CELLS_SEARCHED = 8  # of the first level, for a row's nearest centroid
+_ROUNDS = 5  # of k-means after two levels, over all centroids
 
 
 class PseudoLabels(NamedTuple):
@@ -105,9 +116,13 @@ class KMeansPseudoLabeler:
     Embeddings are L2-normalised inside. With one seed, one thread count and one faiss build, a
     call on CPU gives the same result every time; when the installed faiss has GPUs it uses them,
     and then gives no such promise. Empty clusters are dropped and the rest renumbered 0..K'-1
-    in order; centroids are then the normalised means of their members, so that labels and
-    centroids agree (a row may lie a little nearer to another centroid, since that is half an
-    iteration more than faiss made).
+    in order. Above ``TWO_LEVELS_ABOVE`` (20 000) clusters the rows are divided into about the root
+    of so many groups, each is clustered by itself, and a few rounds of k-means over all centroids
+    follow in which a row looks at those near it alone; labels then come from the same search.
+    Rows lie a little farther from their centroids than with all clusters at once, and the work
+    grows with the root of the number of clusters. Centroids are then the normalised means of their
+    members, so that labels and centroids agree (a row may lie a little nearer to another centroid,
+    since that is half an iteration more than faiss made).
 
     Args:
         num_clusters: at least 2, or "auto": a tenth of the images, at least 2 and at most
@@ -117,8 +132,9 @@ class KMeansPseudoLabeler:
         num_iterations: of k-means.
         seed: of k-means and of the sampling.
         max_points: train k-means on at most that many rows, drawn at random; all rows are still
-            assigned. None trains on all, which takes a normalised copy of the embeddings;
-            otherwise memory is max_points rows, one chunk, centroids and labels.
+            assigned. None trains on all up to a million rows, which takes a normalised copy of
+            them, and above on a million or 50 for each cluster, whichever is more. Otherwise
+            memory is max_points rows, one chunk, centroids and labels.
         min_cluster_size: clusters with fewer members become noise (-1). 1 keeps all: two views
             of one image are a positive pair already.
         chunk_size: rows that are checked and assigned at once.
@@ -200,8 +216,15 @@ class KMeansPseudoLabeler:
                 "collapsed; look at the images, else lower the learning rate, raise the weight of "
                 "the metric loss or go back to an earlier checkpoint"
             )
-        centroids = self._train(rows, number, self._start(rows, initial_centroids, number))
-        labels = rows.nearest(centroids)
+        start = self._start(rows, initial_centroids, number)
+        points = self._points(rows, number)
+        if number > TWO_LEVELS_ABOVE:
+            centroids = self._train_levels(points, number, start)
+            index = _cells_of(centroids, self.seed)
+            labels = np.concatenate([_nearest(index, rows[chunk]) for chunk in rows.chunks()])
+        else:
+            centroids = self._train(points, number, start)
+            labels = rows.nearest(centroids)
         _check_use(np.bincount(labels, minlength=number))
         return _summarise(labels, rows, self.min_cluster_size)
 
@@ -228,15 +251,20 @@ class KMeansPseudoLabeler:
             start = start[np.sort(np.argsort(-members, kind="stable")[:number])]
         return start
 
-    def _train(self, rows: UnitRows, number: int, start: FloatArray | None) -> FloatArray:
-        if self.max_points is not None and self.max_points < len(rows):
-            rng = np.random.default_rng(self.seed)
-            # Sorted, so that a memory map is read once from front to back.
-            points = rows.take(np.sort(rng.choice(len(rows), self.max_points, replace=False)))
-        else:
-            points = rows.hold()
+    def _points(self, rows: UnitRows, number: int) -> FloatArray:
+        """The rows that k-means trains on."""
+        most = self.max_points or max(_MOST_POINTS, _POINTS_A_CLUSTER * number)
+        if most >= len(rows):
+            return rows.hold()
+        rng = np.random.default_rng(self.seed)
+        # Sorted, so that a memory map is read once from front to back.
+        return rows.take(np.sort(rng.choice(len(rows), most, replace=False)))
+
+    def _train(
+        self, points: FloatArray, number: int, start: FloatArray | None = None
+    ) -> FloatArray:
         kmeans = faiss.Kmeans(
-            rows.dim,
+            points.shape[1],
             number,
             niter=self.num_iterations,
             seed=self.seed,
@@ -248,6 +276,79 @@ class KMeansPseudoLabeler:
         )
         kmeans.train(points, init_centroids=start)
         return np.asarray(kmeans.centroids, dtype=np.float32)
+
+    def _train_levels(
+        self, points: FloatArray, number: int, start: FloatArray | None
+    ) -> FloatArray:
+        """k-means of the members of each cluster of a coarse k-means, then rounds over all."""
+        rng, rounds = np.random.default_rng(self.seed), _ROUNDS
+        if start is None:
+            coarse = self._train(points, round(number**0.5))
+            groups = flat_index(coarse).search(points, 1)[1][:, 0]
+            members = np.split(
+                np.argsort(groups, kind="stable"),
+                np.cumsum(np.bincount(groups, minlength=len(coarse)))[:-1],
+            )
+            shares = _shares(number, [len(own) for own in members])
+            parts = [
+                points[own] if share == len(own) else self._train(points[own], share)
+                for own, share in zip(members, shares, strict=True)
+                if share
+            ]
+            centroids = np.concatenate(parts)
+        else:
+            others = rng.choice(len(points), number - len(start), replace=False)
+            centroids = np.concatenate([start, points[np.sort(others)]])
+            rounds = self.num_iterations
+        for _ in range(rounds):
+            index = _cells_of(centroids, self.seed)
+            chunks = [slice(i, i + _CHUNK) for i in range(0, len(points), _CHUNK)]
+            labels = np.concatenate([_nearest(index, points[chunk]) for chunk in chunks])
+            sums = torch.zeros(number, points.shape[1])
+            for chunk in chunks:
+                own = torch.from_numpy(labels[chunk])
+                sums.index_add_(0, own, torch.from_numpy(points[chunk]))
+            means = sums.numpy()
+            norms = np.linalg.norm(means, axis=1, keepdims=True)
+            empty = norms[:, 0] < 1e-6
+            centroids = np.where(empty[:, None], centroids, means / np.maximum(norms, 1e-6))
+            # One without a point goes to one of a large cluster.
+            large = np.argsort(-np.bincount(labels, minlength=number), kind="stable")
+            for place, cluster in zip(np.flatnonzero(empty), large, strict=False):
+                centroids[place] = points[rng.choice(np.flatnonzero(labels == cluster))]
+        return np.ascontiguousarray(centroids, dtype=np.float32)
+
+
+def _shares(number: int, sizes: list[int]) -> list[int]:
+    """Divide a number among groups by their sizes: whole parts, none above the size of its own."""
+    exact = np.array(sizes) * (number / sum(sizes))
+    shares = np.floor(exact).astype(np.int64)
+    left = int(number - shares.sum())
+    shares[np.argsort(shares - exact, kind="stable")[:left]] += 1
+    return [int(share) for share in shares]
+
+
+def _cells_of(centroids: FloatArray, seed: int) -> Any:
+    """An index of centroids that compares a row with those of the nearest cells alone."""
+    lists = max(1, round(len(centroids) ** 0.5))
+    index: Any = faiss.index_factory(
+        centroids.shape[1], f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT
+    )
+    index.cp.seed, index.cp.min_points_per_centroid, index.cp.spherical = seed, 1, True
+    index.train(centroids)
+    index.add(centroids)
+    index.nprobe = min(lists, _CELLS_SEARCHED)
+    return index
+
+
+def _nearest(index: Any, rows: FloatArray) -> IntArray:
+    labels = np.asarray(index.search(rows, 1)[1][:, 0])
+    missed = labels < 0  # all cells that were searched are empty
+    if missed.any():
+        before, index.nprobe = index.nprobe, index.nlist
+        labels[missed] = index.search(rows[missed], 1)[1][:, 0]
+        index.nprobe = before
+    return labels
 
 
 def have_collapsed(embeddings: Embeddings) -> bool:

@@ -8,6 +8,8 @@ if __name__ == "__main__":
 """
 
 from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,9 @@ from pml_tacl.distributed.session import (
     session,
     world_size,
 )
+from pml_tacl.distributed.store import EmbeddingFile
 from pml_tacl.evaluation import embed, evaluate
+from pml_tacl.evaluation.inference import embed_in_batches
 from pml_tacl.evaluation.inputs import queries_first
 
 __all__ = [
@@ -41,7 +45,13 @@ __all__ = [
 
 
 def embed_distributed(
-    model: nn.Module, dataset: Dataset[Any], *, batch_size: int = 64, **kwargs: Any
+    model: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    batch_size: int = 64,
+    file: str | PathLike[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor] | None:
     """As :func:`pml_tacl.evaluation.embed`, shared by all processes; all of them must call it.
 
@@ -49,13 +59,22 @@ def embed_distributed(
         model: images (N, C, H, W) -> embeddings (N, D).
         dataset: items (image, label).
         batch_size: images at once in each process.
+        file: an .npy file, which all processes must see: each writes its embeddings to their
+            place in it, and no process holds all of them. None: they are sent to the first one.
+        dtype: of the embeddings in the file, torch.float32 or torch.float16.
         **kwargs: of ``embed``.
 
     Returns:
         Embeddings (N, D) and labels on the first process, in the order of the data set and in
-        every bit those of one process; None on the others.
+        every bit those of one process (rounded to ``dtype``); None on the others. With ``file``
+        the embeddings are the file, mapped: what is written to them is written there.
+
+    Raises:
+        ValueError: as ``embed``, or for another dtype, on all processes.
     """
     count = len(dataset)  # type: ignore[arg-type]
+    if file is not None:
+        return _into_file(model, dataset, batch_size, Path(file), dtype, kwargs)
     if world_size() == 1:
         return embed(model, dataset, batch_size=batch_size, **kwargs)
     own = shard(count, batch_size)
@@ -67,6 +86,39 @@ def embed_distributed(
     embeddings = gather_rows(rows, count, batch_size)
     found = gather_rows(labels, count, batch_size)
     return None if embeddings is None or found is None else (embeddings, found)
+
+
+def _into_file(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    batch_size: int,
+    path: Path,
+    dtype: torch.dtype,
+    settings: dict[str, Any],
+) -> tuple[Tensor, Tensor] | None:
+    count = len(dataset)  # type: ignore[arg-type]
+    progress = settings.pop("progress", True)
+
+    def make() -> None:
+        first, _ = embed(model, Subset(dataset, range(min(1, count))), progress=False, **settings)
+        EmbeddingFile.create(path, count, first.shape[1], dtype)
+
+    run_on_main(make, "making the file of embeddings")
+    store = EmbeddingFile(path)
+    own = shard(count, batch_size)
+    labels, done = [torch.empty(0, dtype=torch.long)], 0
+    if len(own):
+        mine: Dataset[Any] = Subset(dataset, own.tolist())
+        settings["progress"] = progress and is_main()
+        for rows, batch_labels in embed_in_batches(model, mine, batch_size=batch_size, **settings):
+            start = int(own[done])  # a batch is whole batches of one process, so neighbours
+            store.write(start, rows)
+            labels.append(batch_labels)
+            done += len(rows)
+    store.flush()
+    barrier()  # nobody reads before all have written
+    found = gather_rows(torch.cat(labels[1:] or labels), count, batch_size)
+    return None if found is None else (store.tensor(), found)
 
 
 def evaluate_distributed(

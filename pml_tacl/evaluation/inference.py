@@ -1,6 +1,6 @@
 """How well embeddings retrieve: PML's tester with our calculator, and evaluation in one line."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,41 @@ def embed(
         TypeError: for a data set without a length, or items that are not (image, label) pairs
             with a tensor as the image.
     """
+    embeddings, labels, done = torch.empty(0), [], 0
+    for rows, batch_labels in embed_in_batches(
+        model,
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=device,
+        progress=progress,
+    ):
+        if not done:
+            embeddings = torch.empty(_length(dataset), rows.shape[1])
+        embeddings[done : done + len(rows)] = rows
+        labels.append(batch_labels)
+        done += len(rows)
+    return embeddings, torch.cat(labels)
+
+
+def embed_in_batches(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give the embeddings and labels of one batch after the other, as :func:`embed` does of all.
+
+    Returns:
+        Embeddings (n, D) where the model gives them, and labels (n,) or (n, L) on the CPU.
+
+    Raises:
+        ValueError: as :func:`embed`, also after the last batch for items that are missing.
+        TypeError: as :func:`embed`.
+    """
     check_count("batch_size", batch_size, 1)
     check_count("num_workers", num_workers, 0)
     count = _length(dataset)
@@ -69,7 +104,6 @@ def embed(
     loader = ShieldedLoader(
         dataset, batch_size, num_workers=num_workers, collate_fn=_images_and_labels
     )
-    embeddings, labels = torch.empty(0), []
     done = 0
     with (
         evaluating(model),
@@ -89,17 +123,13 @@ def embed(
                     f"model must turn {len(images)} images into ({len(images)}, D) embeddings, "
                     f"got {shape}"
                 )
-            if not done:
-                embeddings = torch.empty(count, rows.shape[1])
-            embeddings[done : done + len(rows)] = rows
-            labels.append(whole_labels("labels of dataset", batch_labels, len(images)))
+            yield rows, whole_labels("labels of dataset", batch_labels, len(images))
             done += len(rows)
             bar.update(len(rows))
     if done < count:
         raise InputError(
             f"dataset gives {done} items and its length is {count}: mend its __len__ or its items"
         )
-    return embeddings, torch.cat(labels)
 
 
 def make_tester(

@@ -18,6 +18,7 @@ from torch.utils.data._utils import signal_handling
 
 from pml_tacl.distributed.collectives import broadcast
 from pml_tacl.distributed.session import is_main, rank, world_size
+from pml_tacl.trainers.order import draw_by_clusters
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.signals import ShieldedLoader
 
@@ -27,6 +28,14 @@ Views: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """(view, transformed view, points) of one image."""
 Item: TypeAlias = tuple[Tensor, Tensor, Tensor, int, str]
 
+ORDER_OF_PML_UP_TO = 100_000
+"""Images of a data set up to which PML's sampler draws the order of an epoch.
+
+It takes a second there and its time grows faster than the images. Above, the order is drawn in
+arrays (:func:`pml_tacl.trainers.order.draw_by_clusters`), so that smaller trainings keep, number
+for number, the order that they had.
+"""
+_ITEMS = 1 << 16  # of an order that are Python's numbers at once
 _TRIES = 5  # images in a row that cannot be read: it is the storage then, not an image
 _LOGGER = logging.getLogger(__name__)
 
@@ -213,6 +222,9 @@ def draw_order(
 ) -> Tensor:
     """Draw an epoch from the global random state.
 
+    Up to ``ORDER_OF_PML_UP_TO`` images PML's MPerClassSampler and torch's RandomSampler draw it;
+    above, arrays are drawn from a seed that is torch's next number.
+
     Args:
         labels: (N,) pseudo-labels, -1 for noise.
         clustered: whether to draw by clusters; else every image alike.
@@ -223,7 +235,17 @@ def draw_order(
     Returns:
         (size, 2) int64: index of each image and the seed of its views.
     """
-    if clustered:
+    if len(labels) > ORDER_OF_PML_UP_TO:
+        generator = np.random.default_rng(int(torch.randint(2**63 - 1, ())))
+        if clustered:
+            drawn = draw_by_clusters(
+                labels.numpy(), images_per_cluster, batch_size, size, generator
+            )
+        else:
+            passes = [generator.permutation(len(labels)) for _ in range(-(-size // len(labels)))]
+            drawn = np.concatenate(passes)[:size]
+        index = torch.from_numpy(drawn)
+    elif clustered:
         chosen = torch.where(labels >= 0)[0]
         sampler = MPerClassSampler(labels[chosen], images_per_cluster, batch_size, size)
         index = chosen[list(sampler)]
@@ -272,7 +294,8 @@ class _Items(Sampler[tuple[int, int]]):
         return len(self.order)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return zip(self.order[:, 0].tolist(), self.order[:, 1].tolist(), strict=True)
+        for part in self.order.split(_ITEMS):
+            yield from zip(part[:, 0].tolist(), part[:, 1].tolist(), strict=True)
 
 
 def make_loader(

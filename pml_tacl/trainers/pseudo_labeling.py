@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -45,6 +46,8 @@ class EmbeddingPass:
         batch_size: images at once, on each rank.
         num_workers: processes that read images.
         progress: show a bar.
+        file: that all ranks see, for the embeddings of all images
+            (:func:`pml_tacl.distributed.inference.embed_together`); None keeps them in memory.
     """
 
     models: Mapping[str, nn.Module]
@@ -53,6 +56,7 @@ class EmbeddingPass:
     batch_size: int
     num_workers: int
     progress: bool
+    file: Path | None = None
 
     def __call__(self, index: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """Embed images; all ranks share the work. Collective.
@@ -71,6 +75,7 @@ class EmbeddingPass:
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             progress=self.progress,
+            file=self.file if index is None else None,
         )
 
     def readable(
@@ -125,9 +130,14 @@ def cluster(
     return labels, clusters.centroids
 
 
-def sample(count: int) -> Tensor:
-    """Return the index of the images that stand for all `count`, evenly over the data set."""
-    size = min(_SAMPLE, count)
+def sample(count: int, most: int = _SAMPLE) -> Tensor:
+    """Return the index of the images that stand for all `count`, evenly over the data set.
+
+    Args:
+        count: images.
+        most: that stand for them.
+    """
+    size = min(most, count)
     return torch.arange(size) * count // size
 
 

@@ -25,6 +25,7 @@ from pml_tacl.distributed.session import (
     run_on_main,
     world_size,
 )
+from pml_tacl.distributed.store import IN_MEMORY_UP_TO
 from pml_tacl.models import AttentionEmbedder
 from pml_tacl.models.preprocessing import size_in_pixels
 from pml_tacl.models.receptive_field import measure_grid
@@ -178,7 +179,8 @@ class UnsupervisedTrainer(BaseTrainer):
         centroids: (K, D) of unit norm, which losses and miners share; None before the first
             clustering.
         embeddings: (N, D) of the last embedding pass, NaN for unreadable images; not kept in
-            checkpoints, and only on the first of many processes.
+            checkpoints, and only on the first of many processes. Of more than 1 000 000 images
+            they are a file in ``checkpoint_folder``, if it is given, which all processes write.
         extra: a dict of the user's tensors, numbers, strings and containers, in checkpoints too.
             NumPy's numbers become plain ones there, and arrays tensors; other types are refused.
 
@@ -718,7 +720,11 @@ class UnsupervisedTrainer(BaseTrainer):
 
         def find() -> None:
             embeddings, readable = embed_images.readable(found, state.unreadable)
-            seen.append(embeddings if readable.all() else embeddings[readable])
+            if embed_images.file is not None:  # a comparison would copy what memory cannot hold
+                some = sample(len(embeddings), IN_MEMORY_UP_TO // 10)
+                seen.append(embeddings[some][readable[some]])
+            else:
+                seen.append(embeddings if readable.all() else embeddings[readable])
             labels, centroids = cluster(self.labeler, embeddings, readable, self.centroids)
             state.embeddings = embeddings
             made[:] = labels, centroids, embeddings[sample(len(labels))].clone()
@@ -798,6 +804,9 @@ class UnsupervisedTrainer(BaseTrainer):
     def _embedding_pass(self) -> EmbeddingPass:
         """Return what embeds the data set, with one set of statistics on all ranks. Collective."""
         equalise([*self.models.values(), self.average])
+        folder = self.checkpoint_folder
+        if len(self.state.labels) <= IN_MEMORY_UP_TO:
+            folder = None
         return EmbeddingPass(
             self.models,
             OneView(self.dataset, self.eval_transform),
@@ -805,6 +814,7 @@ class UnsupervisedTrainer(BaseTrainer):
             batch_size=max(64, self.batch_size),
             num_workers=self.dataloader_num_workers,
             progress=self.progress,
+            file=None if folder is None else folder / "embeddings.npy",
         )
 
     def initialize_dataloader(self) -> None:

@@ -1,0 +1,354 @@
+"""What a training of a million images does beside the network, really done and measured.
+
+A stated generator stands for the network: a unit centre for each hundred images (``--per-class``)
+and normal noise of length ``NOISE``. All else is the code that a training runs: the embedding pass
+into one file, clustering, the order of an epoch, its batches, checkpoint and resume, evaluation,
+index and search. Each part is a process of its own, so that its peak memory is its own; the next
+reads what it has left in the folder.
+
+    python benchmarks/simulation.py                      # 1 000 000 images
+    python benchmarks/simulation.py --images 20000       # seconds
+    python benchmarks/simulation.py --output table.md --json table.json
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from _common import cpu_model, publish
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from pml_tacl import (
+    AttentionEmbedder,
+    KMeansPseudoLabeler,
+    RetrievalCalculator,
+    SiameseTransform,
+    UnsupervisedTrainer,
+    __version__,
+)
+from pml_tacl.distributed.inference import embed_distributed
+from pml_tacl.distributed.store import EmbeddingFile
+from pml_tacl.search import IVFPQ_FROM, ImageIndex
+from pml_tacl.trainers.data import draw_order
+from pml_tacl.trainers.state import TrainingState
+
+NOISE = 0.8
+BATCH, PER_CLUSTER, BATCHES, SIDE = 32, 4, 200, 32
+QUERIES, SEARCHED, NEIGHBOURS = 50_000, 1_000, 10
+ITERATIONS, POINTS_A_CLUSTER = 10, 50
+PER_MIB = 1 << 20 if sys.platform == "darwin" else 1 << 10
+Found = dict[str, Any]
+
+
+class Numbers(Dataset[Any]):
+    """The number of each image in the place of its pixels, and its class."""
+
+    def __init__(self, count: int, classes: int) -> None:
+        self.count, self.classes = count, classes
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.tensor([index]), index % self.classes
+
+
+class Generator(nn.Module):
+    """What stands for the network: numbers of images (n, 1) -> embeddings (n, D)."""
+
+    def __init__(self, classes: int, dim: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        centroids = torch.randn(classes, dim, generator=generator)
+        self.register_buffer("centroids", nn.functional.normalize(centroids))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        index = numbers[:, 0]
+        generator = torch.Generator().manual_seed(int(index[0]))
+        noise = torch.randn(len(index), self.centroids.shape[1], generator=generator)
+        noise *= NOISE / self.centroids.shape[1] ** 0.5
+        return self.centroids[index % len(self.centroids)] + noise
+
+
+class Blank(Dataset[Any]):
+    """As many images as asked, of one colour, for the trainer."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.image = count, torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.image, 0
+
+
+def rows_of(given: Namespace) -> np.ndarray:
+    return EmbeddingFile(given.folder / "embeddings.npy").rows
+
+
+def labels_of(given: Namespace) -> Tensor:
+    return torch.from_numpy(np.load(given.folder / "labels.npy").astype(np.int64))
+
+
+def embedding_pass(given: Namespace) -> Found:
+    classes = max(2, given.images // given.per_class)
+    found = embed_distributed(
+        Generator(classes, given.dim),
+        Numbers(given.images, classes),
+        batch_size=1024,
+        file=given.folder / "embeddings.npy",
+        dtype=torch.float16 if given.half else torch.float32,
+        progress=False,
+    )
+    assert found is not None
+    np.save(given.folder / "classes.npy", found[1].numpy().astype(np.int32))
+    return {"bytes an image": (given.folder / "embeddings.npy").stat().st_size / given.images}
+
+
+def list_of_files(given: Namespace) -> Found:
+    names = [f"{i // 1000:06}/{i:09}.jpg" for i in range(given.images)]
+    (given.folder / "names.json").write_text(json.dumps(names))
+    return {}
+
+
+def clustering(given: Namespace) -> Found:
+    clusters = given.clusters
+    labeler = KMeansPseudoLabeler(
+        clusters, num_iterations=ITERATIONS, max_points=max(1000, POINTS_A_CLUSTER * clusters)
+    )
+    found = labeler(rows_of(given))
+    np.save(given.folder / "labels.npy", found.labels.numpy().astype(np.int32))
+    np.save(given.folder / "centroids.npy", found.centroids.numpy())
+    pairs = np.stack([found.labels.numpy(), np.load(given.folder / "classes.npy")])
+    _, counts = np.unique(pairs, axis=1, return_counts=True)
+    same = float((counts.astype(float) ** 2).sum() / (np.bincount(pairs[0]) ** 2.0).sum())
+    return {"clusters": len(found.centroids), "pairs of a cluster that are of one class": same}
+
+
+def order_of_an_epoch(given: Namespace) -> Found:
+    labels = labels_of(given)
+    torch.manual_seed(0)
+    size = given.images // BATCH * BATCH
+    began = time.perf_counter()
+    order = draw_order(labels, True, size, PER_CLUSTER, BATCH)
+    drawn = time.perf_counter() - began
+    batches = order[: BATCHES * BATCH, 0].view(-1, BATCH // PER_CLUSTER, PER_CLUSTER)
+    groups = labels[batches]
+    assert (groups == groups[..., :1]).all()
+    return {"drawn in seconds": drawn, "images that come": len(order[:, 0].unique()) / len(labels)}
+
+
+class Enough(Exception):
+    """Ends a training that is stopped in an epoch."""
+
+
+def trainer_of(given: Namespace, folder: Path, steps: int) -> UnsupervisedTrainer:
+    torch.manual_seed(0)
+    model = AttentionEmbedder("test_resnet", embedding_dim=16)
+
+    def end_iteration(trainer: UnsupervisedTrainer) -> None:
+        if trainer.iteration >= steps:
+            raise Enough
+
+    return UnsupervisedTrainer(
+        model,
+        torch.optim.SGD(model.parameters(), 0.01),
+        BATCH,
+        {"metric_loss": MultiSimilarityLoss()},
+        Blank(given.images),
+        transform=SiameseTransform(SIDE, grid=2),
+        eval_transform=model.transform(image_size=SIDE),
+        labeler=KMeansPseudoLabeler(given.clusters),
+        images_per_cluster=PER_CLUSTER,
+        warmup_epochs=1,  # the clusters are given, and no pass of a real network is made
+        iterations_per_epoch=given.images // BATCH,
+        checkpoint_folder=folder,
+        checkpoint_every=2,
+        progress=False,
+        data_device=torch.device("cpu"),
+        end_of_iteration_hook=end_iteration,
+    )
+
+
+def checkpoint(given: Namespace) -> Found:
+    trainer = trainer_of(given, given.folder / "checkpoints", steps=3)
+    centroids = torch.from_numpy(np.load(given.folder / "centroids.npy"))
+    trainer.set_pseudo_labels(labels_of(given), centroids)
+    with suppress(Enough):
+        trainer.train(num_epochs=1)
+    assert trainer.state.order is not None
+    np.save(given.folder / "order.npy", trainer.state.order.numpy())
+    size = max(p.stat().st_size for p in (given.folder / "checkpoints").glob("*.pt"))
+    return {"bytes an image": size / given.images}
+
+
+def resume(given: Namespace) -> Found:
+    trainer = trainer_of(given, given.folder / "resumed", steps=3)
+    path = max((given.folder / "checkpoints").glob("*.pt"))
+    trainer.load_checkpoint(path)
+    state: TrainingState = trainer.state
+    order = np.load(given.folder / "order.npy")
+    assert state.order is not None
+    assert np.array_equal(state.order.numpy(), order)
+    assert torch.equal(state.labels, labels_of(given))
+    with suppress(Enough):
+        trainer.train(num_epochs=1)
+    return {"the order is that of the first process": True}
+
+
+def evaluation(given: Namespace) -> Found:
+    count = min(QUERIES, given.images)
+    # Images of one class are every so many: the first so many hold whole parts of all classes.
+    rows = torch.from_numpy(np.array(rows_of(given)[:count], dtype=np.float32))
+    labels = torch.from_numpy(np.load(given.folder / "classes.npy")[:count].astype(np.int64))
+    found = RetrievalCalculator(include=("recall_at_1",)).get_accuracy(rows, labels)
+    return {"queries": count, "recall at 1": found["recall_at_1"]}
+
+
+def index(given: Namespace) -> Found:
+    names = json.loads((given.folder / "names.json").read_text())
+    kind = "ivfpq" if given.images >= IVFPQ_FROM else "auto"
+    made = ImageIndex(rows_of(given), names, given.folder / "images", kind=kind)
+    made.save(given.folder / "index")
+    size = (given.folder / "index" / "index.faiss").stat().st_size
+    return {"kind": made.kind, "bytes an image, of codes": size / given.images}
+
+
+def search(given: Namespace) -> Found:
+    made = ImageIndex.load(given.folder / "index")
+    rows = np.load(given.folder / "index" / "embeddings.npy", mmap_mode="r")
+    # Between images and other images, as queries are that are not indexed.
+    noise = np.random.default_rng(1).standard_normal((SEARCHED, given.dim), dtype=np.float32)
+    wanted = np.linspace(0, given.images - 1, SEARCHED).astype(np.int64)
+    queries = rows[wanted] + 0.3 * noise / given.dim**0.5
+    began = time.perf_counter()
+    found = made.search(queries, NEIGHBOURS)[1]
+    seconds = time.perf_counter() - began
+    best = faiss.ResultHeap(SEARCHED, NEIGHBOURS, keep_max=True)
+    for start in range(0, len(rows), 1 << 16):
+        part = np.array(rows[start : start + (1 << 16)])
+        near, there = faiss.knn(queries, part, NEIGHBOURS, metric=faiss.METRIC_INNER_PRODUCT)
+        best.add_result(near, there + start)
+    best.finalize()
+    shared = [len(set(a) & set(b)) for a, b in zip(found, best.I, strict=True)]
+    return {
+        f"recall at {NEIGHBOURS}": float(np.mean(shared)) / NEIGHBOURS,
+        "milliseconds a query": seconds / SEARCHED * 1e3,
+    }
+
+
+PARTS: dict[str, Callable[[Namespace], Found]] = {
+    "embedding pass into one file": embedding_pass,
+    "list of files": list_of_files,
+    "clustering": clustering,
+    "order of an epoch": order_of_an_epoch,
+    "checkpoint within an epoch": checkpoint,
+    "resume": resume,
+    "evaluation": evaluation,
+    "index": index,
+    "search": search,
+}
+
+
+def measure(part: str, given: Namespace) -> Found:
+    """Run one part in this process."""
+    # Linux passes on the peak of the process that has started this one; that is written off.
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    start = time.perf_counter()
+    said = PARTS[part](given)
+    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    status = Path("/proc/self/status")
+    peak = after.ru_maxrss / PER_MIB
+    if status.exists():
+        peak = int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024
+    return {
+        "seconds": seconds,
+        "of a core": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "peak MiB": peak,
+        "said": said,
+    }
+
+
+def report(given: Namespace, found: dict[str, Found], seconds: float) -> str:
+    lines = [
+        "# A training of many images, simulated",
+        "",
+        f"Written by `benchmarks/simulation.py --images {given.images}` in {seconds:.0f} s: "
+        f"{cpu_model()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+        f"torch {torch.__version__.partition('+')[0]}, faiss {faiss.__version__}, pml_tacl "
+        f"{__version__}. {given.clusters} clusters, embeddings of {given.dim} numbers in "
+        f"{'float16' if given.half else 'float32'}. Peak memory is of the whole process: about "
+        "0.5 GiB of it are torch and its libraries, and mapped files count while they are read.",
+        "",
+        "| part | time | of a core | peak memory | |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for name, one in found.items():
+        said = ", ".join(
+            f"{what} {value:.4g}" if isinstance(value, float) else f"{what} {value}"
+            for what, value in one["said"].items()
+        )
+        times = f"{one['seconds']:.1f} s | {one['of a core']:.1f} s"
+        lines.append(f"| {name} | {times} | {one['peak MiB'] / 1024:.2f} GiB | {said} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=1_000_000)
+    parser.add_argument("--clusters", type=int, help="left out: a hundredth of the images")
+    parser.add_argument("--per-class", type=int, default=100, help="images of the generator's")
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--half", action="store_true", help="embeddings in float16")
+    parser.add_argument("--folder", type=Path, help="left out: a temporary one, removed again")
+    parser.add_argument("--output", default="-", help="page; - prints it")
+    parser.add_argument("--json", type=Path, help="the same as JSON")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    given.clusters = given.clusters or max(8, given.images // 100)
+    if given.part:
+        print(json.dumps(measure(given.part, given)))
+        return 0
+    start, found = time.perf_counter(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        given.folder = given.folder or Path(folder)
+        for part in PARTS:
+            command = [sys.executable, os.path.abspath(__file__), "--part", part]
+            for name in ("images", "clusters", "per_class", "dim", "folder"):
+                command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
+            command += ["--half"] if given.half else []
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+            if done.returncode:
+                print(f"{part} failed with exit status {done.returncode}", file=sys.stderr)
+                return 1
+            found[part] = json.loads(done.stdout.splitlines()[-1])
+            print(part, found[part], file=sys.stderr, flush=True)
+    publish(report(given, found, time.perf_counter() - start), given.output)
+    if given.json:
+        publish(json.dumps({"images": given.images, "parts": found}, indent=1) + "\n", given.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
