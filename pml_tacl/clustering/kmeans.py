@@ -1,4 +1,4 @@
-"""Pseudo-labels from embeddings: spherical k-means through faiss, or any clusterer's labels."""
+"""Pseudo-labels from embeddings, by spherical k-means (faiss) or any other clusterer."""
 
 import warnings
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -13,21 +13,21 @@ from pml_tacl.clustering.unit_embeddings import Embeddings, FloatArray, IntArray
 from pml_tacl.utils.checks import check_count
 from pml_tacl.utils.errors import InputError
 
-# Mean cosine distance to the common direction below which rows differ by rounding alone.
+# Below this mean cosine distance to the mean direction, embeddings differ only by rounding.
 _COLLAPSED = 1e-6
 _MOST_CLUSTERS = 10_000
-_CHUNK = 16384  # rows in memory at once
+_CHUNK = 16384  # embeddings in memory at once
 
 
 class PseudoLabels(NamedTuple):
-    """What a clusterer found.
+    """Labels, centroids and distances found by a clusterer.
 
     Attributes:
-        labels: (N,) int64, in {-1, 0..K'-1}; -1 is noise, every other label has a member.
+        labels: (N,) int64, in {-1, 0..K'-1}; -1 is noise, and every other label has a member.
         centroids: (K', D) float32, unit norm; row `y` is the normalised mean of the normalised
             members of cluster `y`.
         distances: (N,) float32 in [0, 2], cosine distance (1 - cosine) to the own centroid; for
-            noise, to the nearest one.
+            noise, to the nearest centroid.
     """
 
     labels: Tensor
@@ -37,13 +37,13 @@ class PseudoLabels(NamedTuple):
 
 @runtime_checkable
 class PseudoLabeler(Protocol):
-    """Anything that turns embeddings into pseudo-labels can take the place of k-means.
+    """Protocol of a clusterer: any callable that turns embeddings into pseudo-labels.
 
-    `initial_centroids` are those of the previous call, which a training may have moved since, or
-    None; a clusterer that has no use for them ignores them.
+    `initial_centroids` are the centroids of the previous call, possibly moved by training, or
+    None. A clusterer may ignore them.
 
     Example:
-        HDBSCAN of scikit-learn; its noise (-1) goes through the whole training.
+        HDBSCAN from scikit-learn. Images that it labels as noise (-1) are ignored by the losses.
 
         >>> import numpy as np
         >>> from sklearn.cluster import HDBSCAN
@@ -71,20 +71,20 @@ def pseudo_labels_from(
 ) -> PseudoLabels:
     """Turn the integer labels of any clusterer into `PseudoLabels`.
 
-    Labels are renumbered 0..K'-1 in ascending order, so their order is kept.
+    Labels are renumbered to 0..K'-1 in ascending order.
 
     Args:
-        labels: (N,) integers; a negative one is noise.
-        embeddings: (N, D), array (a memory map too) or tensor on any device; normalised here.
+        labels: (N,) integers; negative labels are noise.
+        embeddings: (N, D), array (also a memory map) or tensor on any device; normalised here.
         min_cluster_size: clusters with fewer members become noise.
-        chunk_size: rows held in memory at once.
+        chunk_size: number of embeddings held in memory at once.
 
     Returns:
         PseudoLabels on the device of `embeddings` (CPU for arrays).
 
     Raises:
-        ValueError: for shapes that do not fit, labels that are not integers, rows that are NaN,
-            infinite or zero, or when nothing but noise is left.
+        ValueError: if shapes do not match, labels are not integers, embeddings are NaN, infinite
+            or zero, or all labels are noise.
     """
     check_count("min_cluster_size", min_cluster_size, 1)
     check_count("chunk_size", chunk_size, 1)
@@ -100,31 +100,31 @@ def pseudo_labels_from(
 
 
 class KMeansPseudoLabeler:
-    """Spherical k-means of faiss as a source of pseudo-labels.
+    """Spherical k-means (faiss) that returns pseudo-labels.
 
-    Embeddings are L2-normalised inside. With one seed, one thread count and one faiss build, a
-    call on CPU gives the same result every time; when the installed faiss has GPUs it uses them,
-    and then gives no such promise. Empty clusters are dropped and the rest renumbered 0..K'-1
-    in order; centroids are then the normalised means of their members, so that labels and
-    centroids agree (a row may lie a little nearer to another centroid, since that is half an
-    iteration more than faiss made).
+    Embeddings are L2-normalised here. On a CPU, results are reproducible for the same seed,
+    number of threads and faiss build. If the installed faiss supports GPUs, it uses them, and
+    results may vary. Empty clusters are dropped and the others renumbered to 0..K'-1 in order.
+    Centroids are then recomputed as the normalised means of their members, so that they agree
+    with the labels. After this step an embedding may be slightly nearer to another centroid.
 
     Args:
-        num_clusters: at least 2, or "auto": a tenth of the images, at least 2 and at most
-            10 000. About ten images a cluster leave enough positives, and clusters that split a
-            class do less harm than clusters that merge two; the bound keeps the cost linear in
-            the number of images.
-        num_iterations: of k-means.
-        seed: of k-means and of the sampling.
-        max_points: train k-means on at most that many rows, drawn at random; all rows are still
-            assigned. None trains on all, which takes a normalised copy of the embeddings;
-            otherwise memory is max_points rows, one chunk, centroids and labels.
-        min_cluster_size: clusters with fewer members become noise (-1). 1 keeps all: two views
-            of one image are a positive pair already.
-        chunk_size: rows that are checked and assigned at once.
+        num_clusters: at least 2, or "auto": a tenth of the number of images, at least 2 and at
+            most 10 000. About ten images per cluster give enough positives, and clusters that
+            split a class do less harm than clusters that merge two. The upper limit keeps the
+            cost linear in the number of images.
+        num_iterations: number of k-means iterations.
+        seed: of k-means and of the random sample.
+        max_points: train k-means on at most this many embeddings, drawn at random; all
+            embeddings are still assigned. None trains on all of them and needs memory for a
+            normalised copy. Otherwise memory holds max_points embeddings, one chunk, the
+            centroids and the labels.
+        min_cluster_size: clusters with fewer members become noise (-1). 1 keeps all clusters: a
+            single image still has a positive pair, its two views.
+        chunk_size: number of embeddings checked and assigned at once.
 
     Raises:
-        ValueError: when an argument is out of range.
+        ValueError: if an argument is out of range.
 
     Example:
         >>> import torch
@@ -170,20 +170,23 @@ class KMeansPseudoLabeler:
         """Cluster embeddings.
 
         Args:
-            embeddings: (N, D), array (a memory map too) or tensor on any device, any float type.
-            initial_centroids: (K0, D), centroids to start from, so that labels keep their
-                meaning. Too few: the others are drawn from the embeddings. Too many: those with
-                most members are kept, in order.
+            embeddings: (N, D), array (also a memory map) or tensor on any device, of any float
+                type.
+            initial_centroids: (K0, D), centroids to start from, so that clusters keep their
+                labels. If K0 is smaller than the number of clusters, the others are drawn from
+                the embeddings. If it is larger, the centroids with the most members are kept, in
+                order.
 
         Returns:
             PseudoLabels on the device of `embeddings` (CPU for arrays).
 
         Raises:
-            ValueError: for fewer rows than clusters, rows that are NaN, infinite or zero, wrong
-                shapes, all rows (nearly) in one direction, or nothing but noise in the end.
+            ValueError: if there are fewer embeddings than clusters, embeddings are NaN, infinite
+                or zero, shapes are wrong, all embeddings have (nearly) the same direction, or
+                all clusters are smaller than `min_cluster_size`.
 
         Warns:
-            UserWarning: when less than half of the clusters are used, or one cluster holds more
+            UserWarning: if less than half of the clusters are used, or one cluster holds more
                 than half of the images.
         """
         rows = UnitRows("embeddings", embeddings, self.chunk_size)
@@ -206,7 +209,7 @@ class KMeansPseudoLabeler:
         return _summarise(labels, rows, self.min_cluster_size)
 
     def number_for(self, count: int) -> int:
-        """Return how many clusters are asked of `count` images."""
+        """Return the number of clusters for `count` images."""
         if self.num_clusters != "auto":
             return int(self.num_clusters)
         wanted = auto_clusters(count)
@@ -231,7 +234,7 @@ class KMeansPseudoLabeler:
     def _train(self, rows: UnitRows, number: int, start: FloatArray | None) -> FloatArray:
         if self.max_points is not None and self.max_points < len(rows):
             rng = np.random.default_rng(self.seed)
-            # Sorted, so that a memory map is read once from front to back.
+            # Sort the indices so that a memory map is read once from front to back.
             points = rows.take(np.sort(rng.choice(len(rows), self.max_points, replace=False)))
         else:
             points = rows.hold()
@@ -242,7 +245,7 @@ class KMeansPseudoLabeler:
             seed=self.seed,
             spherical=True,
             gpu=faiss.get_num_gpus() > 0,
-            # faiss warns below the first bound and silently subsamples above the second.
+            # faiss warns below the first limit and silently subsamples above the second.
             min_points_per_centroid=1,
             max_points_per_centroid=2**31 - 1,
         )
@@ -251,9 +254,9 @@ class KMeansPseudoLabeler:
 
 
 def have_collapsed(embeddings: Embeddings) -> bool:
-    """Whether all embeddings (N, D) are nearly the same, so that only rounding tells them apart.
+    """Return whether all embeddings (N, D) are equal up to rounding errors.
 
-    Those that are NaN, infinite or zero are left out; fewer than two have collapsed.
+    Embeddings that are NaN, infinite or zero are ignored. Fewer than two count as collapsed.
     """
     rows = torch.as_tensor(embeddings)
     rows = rows[rows.isfinite().all(dim=1) & rows.any(dim=1)]
@@ -261,17 +264,17 @@ def have_collapsed(embeddings: Embeddings) -> bool:
 
 
 def auto_clusters(count: int, least: int = 2) -> int:
-    """Return the number of clusters that "auto" stands for: a tenth of `count` images.
+    """Return the number of clusters for "auto": a tenth of the number of images.
 
     Args:
-        count: images.
-        least: fewest clusters; 10 000 are the most, unless `least` is more.
+        count: number of images.
+        least: smallest number of clusters. The largest is 10 000, or `least` if that is more.
     """
     return max(2, min(count // 10, _MOST_CLUSTERS), least)
 
 
 def _check_use(members: IntArray) -> None:
-    """Warn in one line when the assigned clusters are few or one of them is huge."""
+    """Warn if few clusters are used, or if one of them holds most images."""
     wanted, used = len(members), int((members > 0).sum())
     if 2 * used < wanted:
         trouble = (
@@ -289,7 +292,7 @@ def _check_use(members: IntArray) -> None:
 
 
 def _summarise(labels: IntArray, rows: UnitRows, min_cluster_size: int) -> PseudoLabels:
-    """Drop small clusters, renumber, and compute centroids and distances that agree."""
+    """Drop small clusters, renumber the others, and compute their centroids and distances."""
     found, inverse, members = np.unique(labels, return_inverse=True, return_counts=True)
     keep = (found >= 0) & (members >= min_cluster_size)
     if not keep.any():

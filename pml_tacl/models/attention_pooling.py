@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pml_tacl.functional import background_score, border_similarity
-from pml_tacl.functional.background import figure_scores
+from pml_tacl.functional.background import foreground_scores
 from pml_tacl.models.covariance import Covariance
 from pml_tacl.models.projection import Projection
 from pml_tacl.models.trunk import TrunkOutput
@@ -76,7 +76,7 @@ class RelativeBorderAttention(nn.Module):
     """
 
     def forward(self, trunk_output: TrunkOutput) -> Tensor:
-        scores = figure_scores(border_similarity(trunk_output.feature_maps))
+        scores = foreground_scores(border_similarity(trunk_output.feature_maps))
         return F.logsigmoid(_RELATIVE_SHARPNESS * scores)
 
 

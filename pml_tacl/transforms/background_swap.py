@@ -10,7 +10,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from pml_tacl.functional import to_image
-from pml_tacl.functional.background import figure_scores
+from pml_tacl.functional.background import foreground_scores
 from pml_tacl.utils.checks import as_numbers, as_pair, check_number
 from pml_tacl.utils.errors import InputError, InputTypeError
 
@@ -159,7 +159,7 @@ class BackgroundSwap(nn.Module):
                 f"background must have the shape (N, h, w) with N = {len(images)} images, "
                 f"got {tuple(background.shape)}"
             )
-        z = figure_scores(background.float())
+        z = foreground_scores(background.float())
         height, width = images.shape[-2:]
         z = to_image(z, (height, width), self.cell_offset)
         return torch.sigmoid(self.sharpness * z)
