@@ -1,4 +1,4 @@
-"""An index of images that finds those with the nearest embeddings."""
+"""Index of images that is searched by their embeddings."""
 
 import json
 from collections.abc import Sequence
@@ -17,21 +17,21 @@ from pml_tacl.utils.copies import first_copies
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.files import atomic_write
 
-# Up to here a look at every image takes hundredths of a second: a graph would win nothing.
+# Up to this size an exact search takes hundredths of a second, and a graph would not be faster.
 FLAT_UP_TO = 50_000
 _KINDS = ("auto", "flat", "hnsw")
-# So many steps also leave a crowd of near copies, such as the frames of a film.
+# The search effort is high enough to find neighbours beyond near copies, such as film frames.
 _LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 100, 256
-_ROUNDING = 1e-6  # copies of an image may differ by so much in a number of their embeddings
+_ROUNDING = 1e-6  # embeddings of copies may differ by this much in each number
 _EMBEDDINGS, _FILES, _INDEX = "embeddings.npy", "files.json", "index.faiss"
 _CHUNK = 16384
 _Self = TypeVar("_Self", bound="ImageIndex")
 
 
 class Changes(NamedTuple):
-    """How a folder differs from an index: files relative to its root, sorted.
+    """Differences between a folder and an index, as sorted files relative to its root.
 
-    Those of ``changed`` are in both, with another size or modification time.
+    Files in ``changed`` are in both, with another size or modification time.
     """
 
     added: list[str]
@@ -40,28 +40,28 @@ class Changes(NamedTuple):
 
 
 class ImageIndex:
-    """Images by their embeddings, searched by cosine similarity.
+    """Index of images that is searched by the cosine similarity of their embeddings.
 
     Args:
         embeddings: (N, D), array or tensor on any device; L2-normalised here.
-        files: of the N images, relative to ``root``, each once.
-        root: the folder that they lie in.
-        kind: "flat" looks at every image; "hnsw" walks a graph, misses a few per cent of the
-            neighbours at most and stays fast at millions; "auto" is flat up to ``FLAT_UP_TO``
-            (50 000) images, and changes over when images are added or removed. Images with
-            one embedding are one entry of either, and are all found; of "hnsw" also most whose
-            embeddings differ by rounding alone.
-        exclude: patterns of files that :meth:`changes` leaves out, as of
+        files: files of the N images, relative to ``root``, each once.
+        root: the folder that contains them.
+        kind: "flat" compares with every image. "hnsw" searches a graph: it misses at most a few
+            per cent of the neighbours and stays fast for millions of images. "auto" is flat up
+            to ``FLAT_UP_TO`` (50 000) images, and switches when images are added or removed.
+            Images with equal embeddings share one entry, and all of them are found. In "hnsw",
+            this also holds for most embeddings that differ only by rounding.
+        exclude: patterns of files that :meth:`changes` ignores, see
             :class:`pml_tacl.datasets.ImageFiles`.
-        fixed: :meth:`changes` finds no new files: these were listed one by one.
+        fixed: :meth:`changes` reports no new files, because these were listed explicitly.
 
     Attributes:
         files: as given.
         root: as an absolute path; set it if the images have moved.
 
     Raises:
-        ValueError: for embeddings that are NaN, infinite, zero or of another count than the files,
-            a file given twice, or an unknown kind.
+        ValueError: if embeddings are NaN, infinite or zero, their number differs from that of the
+            files, a file is given twice, or the kind is unknown.
 
     Example:
         >>> import torch
@@ -73,7 +73,7 @@ class ImageIndex:
     files: list[str]
     root: Path
     _index: Any
-    _entries: IntArray  # (N,), of the images in _index, which holds each embedding once
+    _entries: IntArray  # (N,), entry of each image in _index, which holds each embedding once
     _asked: str
     _stamps: list[list[int] | None]
     _exclude: list[str]
@@ -112,16 +112,16 @@ class ImageIndex:
 
     @property
     def kind(self) -> str:
-        """ "flat" or "hnsw": what searches now."""
+        """Return the kind in use now: "flat" or "hnsw"."""
         return "hnsw" if hasattr(self._index, "hnsw") else "flat"
 
     @property
     def embeddings(self) -> FloatArray:
-        """(N, D) float32, unit norm."""
+        """Return all embeddings (N, D), float32, unit norm."""
         return np.asarray(self._index.reconstruct_n(0, self._index.ntotal))[self._entries]
 
     def embeddings_of(self, rows: Sequence[int] | IntArray) -> FloatArray:
-        """Return the embeddings (M, D) of some rows, unit norm."""
+        """Return the embeddings (M, D) of the images at some rows, unit norm."""
         return np.asarray(self._index.reconstruct_batch(self._entries[np.asarray(rows)]))
 
     def search(
@@ -131,17 +131,17 @@ class ImageIndex:
 
         Args:
             embeddings: (Q, D) of the queries; L2-normalised here.
-            k: images for each query, at least 1; all there are if there are fewer.
-            folder: only images in this folder, relative to ``root``, or below it. Such a search
-                is exact whatever the kind.
+            k: number of images per query, at least 1; all images if there are fewer.
+            folder: search only images in this folder or below it, relative to ``root``. Such a
+                search is exact for every kind.
 
         Returns:
-            Cosine similarities (Q, k) in [-1, 1], nearest first, and rows (Q, k) of ``files``;
-            rows with one embedding are in the order of ``files``.
+            Cosine similarities (Q, k) in [-1, 1], nearest first, and rows (Q, k) of ``files``.
+            Images with equal embeddings are in the order of ``files``.
 
         Raises:
-            ValueError: for another D than the index has, embeddings that are NaN or zero, or a
-                folder without an indexed image.
+            ValueError: if D differs from that of the index, embeddings are NaN or zero, or the
+                folder has no indexed image.
         """
         check_count("k", k, 1)
         unit = UnitRows("embeddings", embeddings, _CHUNK)
@@ -149,14 +149,14 @@ class ImageIndex:
         if folder is None:
             inside, wanted = np.arange(len(self)), min(k, self._index.ntotal)
             similarities, entries = self._index.search(unit.hold(), wanted)
-            if (entries < 0).any():  # a graph's walk may end before it has met k
+            if (entries < 0).any():  # a graph search may return fewer than k
                 return self.search(embeddings, k, folder=".")
         else:
             inside = self.rows_in(folder)
             selected = np.unique(self._entries[inside])
             chosen = faiss.SearchParameters(sel=faiss.IDSelectorBatch(selected))  # type: ignore
             flat = faiss.downcast_index(getattr(self._index, "storage", self._index))
-            # faiss's own additions for torch, which PML loads, hide the search that takes params.
+            # PML loads faiss's extensions for torch, which hide the search method with params.
             search = getattr(flat, "search_numpy", flat.search)
             wanted = min(k, len(selected))
             similarities, entries = search(unit.hold(), wanted, params=chosen)
@@ -165,7 +165,7 @@ class ImageIndex:
     def _images(
         self, similarities: FloatArray, entries: IntArray, inside: IntArray, k: int
     ) -> tuple[FloatArray, IntArray]:
-        """The first k images of the entries found, of those inside."""
+        """Return the first k images of the entries found, limited to those inside a folder."""
         if len(inside) == self._index.ntotal == len(self):
             return similarities, entries
         k = min(k, len(inside))
@@ -179,10 +179,10 @@ class ImageIndex:
         return np.repeat(similarities.ravel(), taken).reshape(-1, k), rows.reshape(-1, k)
 
     def rows_in(self, folder: str) -> IntArray:
-        """Rows of the images in a folder, relative to ``root``, or below it.
+        """Return the rows of the images in a folder or below it, relative to ``root``.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if there are none.
         """
         name = Path(folder).as_posix().rstrip("/")
         start = "" if name in ("", ".") else f"{name}/"
@@ -194,14 +194,14 @@ class ImageIndex:
         return np.array(rows, dtype=np.int64)
 
     def paths(self, rows: Sequence[int] | IntArray) -> list[Path]:
-        """Where the images of some rows lie."""
+        """Return the paths of the images at some rows."""
         return [self.root / self.files[int(row)] for row in rows]
 
     def changes(self) -> Changes:
-        """How the images under ``root`` differ from those indexed, without reading a pixel.
+        """Return how the images under ``root`` differ from those indexed; reads no pixels.
 
         Raises:
-            ValueError: if ``root`` is no folder or holds no image.
+            ValueError: if ``root`` is not a folder or contains no images.
         """
         if self._fixed:
             listed = [path for path in map(self.root.joinpath, self.files) if path.is_file()]
@@ -216,14 +216,14 @@ class ImageIndex:
         )
 
     def add(self, embeddings: Embeddings, files: Sequence[str]) -> None:
-        """Add images; those that are there already are replaced.
+        """Add images, and replace those that are already in the index.
 
         Args:
-            embeddings: (M, D), of the same model as the others; L2-normalised here.
-            files: M of them, relative to ``root``, each once.
+            embeddings: (M, D), from the same model as the others; L2-normalised here.
+            files: M files, relative to ``root``, each once.
 
         Raises:
-            ValueError: as of the class, or for another D; nothing is changed then.
+            ValueError: as in the class, or if D differs. The index is then unchanged.
         """
         unit = _checked(embeddings, files)
         self._check_dim(unit)
@@ -241,7 +241,7 @@ class ImageIndex:
         self._stamps = [*(self._stamps[row] for row in kept), *stamps]
 
     def remove(self, files: Sequence[str]) -> None:
-        """Take images out. An hnsw index is built anew, since a graph loses no node.
+        """Remove images. An hnsw index is rebuilt, because nodes cannot be removed from a graph.
 
         Raises:
             ValueError: if one of them is not in the index, or none would be left.
@@ -260,14 +260,14 @@ class ImageIndex:
         self._stamps = [self._stamps[row] for row in kept]
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write ``embeddings.npy``, ``files.json`` and ``index.faiss``, each whole or not at all.
+        """Write ``embeddings.npy``, ``files.json`` and ``index.faiss`` atomically.
 
-        The index comes last: where it is, the other two are.
+        The index is written last, so if it exists, the other two exist, too.
         """
         folder = Path(folder)
         with atomic_write(folder / _EMBEDDINGS) as file:
             np.save(file, self.embeddings)
-        # As ASCII, which keeps also names that are no text in any encoding.
+        # ASCII escapes also preserve file names that are not valid text.
         listed: dict[str, Any] = {"root": str(self.root), "kind": self._asked}
         listed["files"] = self.files
         if self._exclude:
@@ -284,11 +284,11 @@ class ImageIndex:
 
     @classmethod
     def load(cls: type[_Self], folder: str | PathLike[str]) -> _Self:
-        """Read what :meth:`save` wrote.
+        """Read an index that :meth:`save` wrote.
 
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: if a file is damaged, or the index is of another count than the files.
+            ValueError: if a file is damaged, or the numbers of embeddings and files differ.
         """
         folder = Path(folder)
         for name in (_INDEX, _FILES):
@@ -355,7 +355,7 @@ def _chosen(kind: str, count: int) -> str:
 
 
 class _Both:
-    """The entries of an index and rows that are to be added, one after the other."""
+    """View of the entries of an index, followed by embeddings that will be added."""
 
     def __init__(self, index: Any, rows: UnitRows | FloatArray) -> None:
         self.index, self.rows = index, rows
@@ -376,7 +376,7 @@ class _Both:
 
 
 def _build(rows: UnitRows | FloatArray, kind: str) -> tuple[Any, IntArray]:
-    """An index that holds each row once, and the entry of each row."""
+    """Return an index that contains each distinct embedding once, and the entry of each row."""
     dim = rows.dim if isinstance(rows, UnitRows) else rows.shape[1]
     index: Any = faiss.IndexFlatIP(dim)
     if kind == "hnsw":
@@ -386,7 +386,7 @@ def _build(rows: UnitRows | FloatArray, kind: str) -> tuple[Any, IntArray]:
 
 
 def _add(index: Any, rows: UnitRows | FloatArray) -> IntArray:
-    """Add the rows that an index does not hold, and give the entry of each."""
+    """Add embeddings that are not in an index yet, and return the entry of each."""
     known = int(index.ntotal)
     # A crowd of copies hides others from a graph, also where they differ by rounding.
     tolerance = _ROUNDING if hasattr(index, "hnsw") else 0.0
@@ -401,7 +401,7 @@ def _add(index: Any, rows: UnitRows | FloatArray) -> IntArray:
 
 
 def _stamp(path: Path) -> list[int] | None:
-    """Size and time of change, which tell an image that was edited."""
+    """Return size and modification time, which change if an image is edited."""
     with suppress(OSError):
         return [path.stat().st_size, path.stat().st_mtime_ns]
     return None
