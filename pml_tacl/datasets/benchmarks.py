@@ -162,7 +162,7 @@ class InShop(Benchmark):
     was unpacked beside ``Eval/``). There are 25882 images for training. In the test half, 14218
     queries search for the same item among 12612 images of the gallery. Arguments: see
     :class:`Benchmark`. Further splits are ``"query"`` and ``"gallery"``, with common labels;
-    ``"test"`` is both. The data set is available on request only, so ``download=True`` raises.
+    ``"test"`` is both. The data set is available on request only; there is no ``download=True``.
 
     Example:
         >>> query = InShop("data/inshop", split="query")  # doctest: +SKIP
