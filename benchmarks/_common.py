@@ -1,4 +1,4 @@
-"""What the benchmarks share: taking turns, peak memory, the machine's name, where a page goes."""
+"""Shared code of the benchmarks: alternating timings, peak memory, and output of pages."""
 
 import platform
 import statistics
@@ -14,15 +14,15 @@ from torch.profiler import ProfilerActivity, profile
 def take_turns(
     contenders: dict[str, Callable[[], object]], rounds: int, cuda: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, after one that warms up.
+    """Return the seconds of each contender in each round, after a round of warm-up.
 
-    On a CPU these are seconds of work of this process, which other processes disturb least; on a
-    GPU those of the clock.
+    On a CPU they are CPU seconds of this process, which other processes disturb least. On a GPU
+    they are wall-clock seconds.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     clock = time.perf_counter if cuda else time.process_time
     for turn in range(rounds + 1):
-        # Who goes first alternates, so that neither always follows the other.
+        # Alternate the order, so that no contender always follows the other.
         for name in list(contenders)[:: 1 if turn % 2 else -1]:
             if cuda:
                 torch.cuda.synchronize()
@@ -37,7 +37,7 @@ def take_turns(
 
 
 def ratio_line(title: str, ours: list[float], base: list[float]) -> str:
-    """A table's line: medians in seconds, and the ratio of neighbouring turns."""
+    """Return a table row: medians in seconds, and the ratio of neighbouring turns."""
     ratios = [a / b for a, b in zip(ours, base, strict=True)]
     return (
         f"| {title} | {statistics.median(base):.2f} s | {statistics.median(ours):.2f} s "
@@ -46,7 +46,7 @@ def ratio_line(title: str, ours: list[float], base: list[float]) -> str:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Most memory that the CPU allocator held at once beyond what there was before."""
+    """Return the peak memory of the CPU allocator during a call, above that before the call."""
     run()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
@@ -69,7 +69,7 @@ def cpu_model() -> str:
 
 
 def publish(text: str, output: str | Path) -> None:
-    """Write a page, making its folder; "-" prints it instead."""
+    """Write a page and create its folder; "-" prints the page instead."""
     if str(output) == "-":
         print(text, end="")
         return

@@ -1,7 +1,7 @@
-"""Does attention find the glyph? Pointing game and inside / outside ratio, before and after.
+"""Measure how well attention finds the glyph: pointing game and inside / outside ratio.
 
-Glyphs knows the box of each character. Attention is upsampled bicubically to the image, each cell
-at the place that it looks at; a hit of the pointing game is an arg-max inside the box.
+Glyphs provides the box of each character. Attention is upsampled bicubically to the image, aligned
+to receptive-field centres. The pointing game counts an arg-max inside the box as a hit.
 
     python benchmarks/attention.py runs/quickstart       # writes docs/attention.md
     python benchmarks/attention.py RUN --classes 20 --output -
@@ -30,7 +30,7 @@ SIZE, REFERENCES = 64, 64
 
 
 def box_masks(boxes: Tensor) -> Tensor:
-    """(N, SIZE, SIZE): whether the centre of a pixel lies in the box (x0, y0, x1, y1)."""
+    """Return (N, SIZE, SIZE): whether the centre of a pixel is in the box (x0, y0, x1, y1)."""
     centres = torch.arange(SIZE) + 0.5
     x0, y0, x1, y1 = (side[:, None] for side in boxes.unbind(1))
     across, down = (centres > x0) & (centres < x1), (centres > y0) & (centres < y1)
@@ -38,7 +38,7 @@ def box_masks(boxes: Tensor) -> Tensor:
 
 
 def moved_boxes(dataset: Glyphs, transform: v2.Compose) -> Tensor:
-    """The boxes where the model's own transform, which resizes and crops, puts them."""
+    """Return the boxes after the transform of the model, which resizes and crops."""
     boxes = tv_tensors.BoundingBoxes(dataset.boxes, format="XYXY", canvas_size=(SIZE, SIZE))
     for step in transform.transforms:
         if isinstance(step, v2.Resize | v2.CenterCrop):
@@ -49,12 +49,12 @@ def moved_boxes(dataset: Glyphs, transform: v2.Compose) -> Tensor:
 def scores(
     attention: Tensor, masks: Tensor, cell_offset: tuple[float, float] = (0.0, 0.0)
 ) -> dict[str, float]:
-    """The three numbers, of attention (N, H, W) and masks (N, SIZE, SIZE)."""
+    """Return the three scores of attention (N, H, W) with masks (N, SIZE, SIZE)."""
     large = to_image(attention.double(), (SIZE, SIZE), cell_offset, "bicubic").clamp_min(0)
     box = masks.double()
     inside = (large * box).sum((1, 2)) / box.sum((1, 2))
     outside = (large * (1 - box)).sum((1, 2)) / (1 - box).sum((1, 2))
-    # Of places equally great (an even map: all of them) each is the arg-max in its share.
+    # If several positions have the maximum (in a constant map: all), each counts by its share.
     greatest = large >= large.amax((1, 2), keepdim=True) * (1 - 1e-6)
     hits = (greatest & masks).sum((1, 2)) / greatest.sum((1, 2))
     return {
@@ -72,7 +72,7 @@ def attention_maps(model: AttentionEmbedder, dataset: Glyphs) -> Tensor:
 
 @torch.inference_mode()
 def distinctive(model: AttentionEmbedder, config: dict, train: Glyphs) -> AttentionEmbedder:
-    """The same weights with attention to what other images of the training half lack."""
+    """Return a model with the same weights and `attention="distinctive"`."""
     other = AttentionEmbedder(**{**config, "attention": "distinctive"}).eval()
     other.trunk.load_state_dict(model.trunk.state_dict())
     rows = torch.linspace(0, len(train) - 1, REFERENCES).long().tolist()
@@ -82,12 +82,12 @@ def distinctive(model: AttentionEmbedder, config: dict, train: Glyphs) -> Attent
 
 
 def measured(run: Path, classes: int | None, seed: int) -> tuple[dict[str, dict[str, float]], str]:
-    """A row of numbers for each source of attention, and what was measured on."""
+    """Return the scores of each source of attention, and a text about the data."""
     trained = AttentionEmbedder.from_pretrained(run / "model")
     config = json.loads((run / "model" / "config.json").read_text("utf-8"))
     del config["format_version"]
     config.update(config.pop("timm_kwargs"))
-    config["attention"] = trained.embedder.attention_name  # older runs name it otherwise
+    config["attention"] = trained.embedder.attention_name  # older runs use other names
     runs.seed_everything(seed)
     fresh = AttentionEmbedder(**config).eval()
     transform = trained.transform(image_size=SIZE)
@@ -148,9 +148,9 @@ def report(rows: dict[str, dict[str, float]], about: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder written by quickstart.py")
-    parser.add_argument("--classes", type=int, help="characters to test on (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the untrained weights")
-    parser.add_argument("--output", default="docs/attention.md", help="- prints it")
+    parser.add_argument("--classes", type=int, help="number of test characters (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the untrained weights")
+    parser.add_argument("--output", default="docs/attention.md", help="page; - prints it")
     arguments = parser.parse_args()
     text = report(*measured(arguments.run, arguments.classes, arguments.seed))
     publish(text, arguments.output)

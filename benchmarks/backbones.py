@@ -1,7 +1,7 @@
-"""What each family of backbones gives at 224 pixels: stage, grid, channels, output.
+"""List the stage, grid, channels and output of each family of backbones at 224 pixels.
 
-Shapes and parameters do not depend on weights, so the backbones are built and run without memory,
-on torch's meta device; only the embedder's few tensors are real.
+Shapes and numbers of parameters do not depend on weights, so the backbones are built and run on
+torch's meta device, without memory. Only the few tensors of the embedder are real.
 
     python benchmarks/backbones.py              # writes docs/backbones.md
     python benchmarks/backbones.py --output -
@@ -50,20 +50,20 @@ FAMILIES: list[tuple[str, str, dict[str, Any]]] = [
 
 
 def own_module() -> nn.Module:
-    """A module that is not timm's: torchvision's ResNet-18 up to its maps."""
+    """Return a module from outside timm: the layers of torchvision's ResNet-18 up to its maps."""
     return nn.Sequential(*list(torchvision.models.resnet18().children())[:-2])
 
 
 def given(
     backbone: str | nn.Module, pooling: str, kwargs: dict[str, Any]
 ) -> tuple[int | None, int, torch.Size, float]:
-    """The stage of attention, dimensions, shape of its maps, millions of parameters."""
+    """Return the stage for attention, dimensions, shape of the maps, millions of parameters."""
     with torch.device("meta"):
         model = AttentionEmbedder(
             backbone, embedding_dim=DIMENSIONS, pooling=pooling, **kwargs
         ).eval()
         output = model.trunk(torch.empty(1, 3, SIDE, SIDE))
-    # Autocast, which the pooling switches off for itself, knows no meta device.
+    # The pooling switches autocast off, which does not support the meta device.
     embedder = model.embedder.to_empty(device="cpu")
     for parameter in embedder.parameters():
         nn.init.ones_(parameter)
@@ -120,7 +120,7 @@ def report(rows: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="docs/backbones.md", help="- prints it")
+    parser.add_argument("--output", default="docs/backbones.md", help="page; - prints it")
     arguments = parser.parse_args()
     rows = [row(*family) for family in FAMILIES]
     with torch.device("meta"):

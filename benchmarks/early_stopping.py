@@ -1,9 +1,9 @@
-"""Do the label-free criteria of EarlyStopping follow what labels say? Trained on Glyphs.
+"""Measure how well the label-free criteria of EarlyStopping correlate with R@1, on Glyphs.
 
     python benchmarks/early_stopping.py    # writes docs/benchmarks/early_stopping.md; 15 minutes
 
-The quickstart's network, losses and clusters, but at a constant rate and for more epochs, so that
-there is something to stop.
+The network, losses and clusters are those of the quickstart. The learning rate is constant and
+there are more epochs than in the quickstart, so that there is a reason to stop.
 """
 
 import argparse
@@ -34,12 +34,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from _common import cpu_model, publish
 from quickstart import CONFIG, MODEL
 
-RATE = 2e-3  # the quickstart's is 5e-3 at its highest, and falls to nothing
+RATE = 2e-3  # the quickstart has a peak of 5e-3 and ends at 0
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "early_stopping.md"
 
 
 def trained(seed: int, epochs: int, classes: int | None) -> list[tuple[int, float, float, float]]:
-    """Epoch, R@1 on characters never seen, stability and separation (nan: none yet)."""
+    """Return epoch, R@1 on unseen characters, stability and separation (nan: not available)."""
     runs.seed_everything(seed)
     train, test = (Glyphs(split, num_classes=classes) for split in ("train", "test"))
     model = AttentionEmbedder(**MODEL)
@@ -93,7 +93,7 @@ def trained(seed: int, epochs: int, classes: int | None) -> list[tuple[int, floa
 
 
 def rank_correlation(first: list[float], second: list[float]) -> float:
-    """Spearman's, for values without ties; nan for fewer than three."""
+    """Return Spearman's rank correlation of values without ties; nan for fewer than three."""
     if len(first) < 3:
         return float("nan")
     ranks = [[sorted(values).index(value) for value in values] for values in (first, second)]
@@ -132,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=16)
-    parser.add_argument("--classes", type=int, help="of each half; all if not given")
+    parser.add_argument("--classes", type=int, help="characters of each half (default: all)")
     parser.add_argument("--out", type=Path, default=PAGE)
     args = parser.parse_args()
     results = {seed: trained(seed, args.epochs, args.classes) for seed in args.seeds}

@@ -1,7 +1,7 @@
-"""RetrievalCalculator beside PML's AccuracyCalculator: values, time and memory of one run.
+"""Compare values, time and memory of RetrievalCalculator and PML's AccuracyCalculator.
 
-Each variant runs in its own process, one after the other, so that its peak memory is its own. The
-stock calculator needs 8 GB at full size.
+Each variant runs in its own process, one after the other, so that peak memory is measured
+separately. The stock calculator needs 8 GB at full size.
 
     python benchmarks/evaluation.py                        # writes docs/benchmarks/evaluation.md
     python benchmarks/evaluation.py --count 6000 --classes 1200 --output -
@@ -28,7 +28,8 @@ from torch import Tensor
 
 from pml_tacl import RetrievalCalculator, __version__
 
-# What the stock calculator gets right when k="max_bin_count"; with k=None it needs 61 bytes a pair.
+# Metrics that the stock calculator computes correctly with k="max_bin_count". With k=None it needs
+# 61 bytes per pair.
 RANKING = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
 CLUSTERING = ("NMI", "AMI")
 DIMENSIONS = 512
@@ -47,7 +48,7 @@ VARIANTS: dict[str, tuple[str, Any]] = {
 
 
 def data(count: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Unit embeddings around one centre for each class, so loose that two in three are right."""
+    """Return unit embeddings around class centres, with noise so that two thirds are right."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randperm(count, generator=generator) % classes
     centres = F.normalize(torch.randn(classes, DIMENSIONS, generator=generator))
@@ -64,12 +65,12 @@ def calculator(kind: str, metrics: tuple[str, ...] | None) -> AccuracyCalculator
 
 
 def run(variant: str, count: int, classes: int) -> dict[str, Any]:
-    """One call, with its time and the peak memory of this process."""
+    """Run one call, and return its values, its time and the peak memory of this process."""
     kind, metrics = VARIANTS[variant]
     embeddings, labels = data(count, classes)
     calls = calculator(kind, metrics)
     start, busy = time.perf_counter(), time.process_time()
-    # As PML's tester calls it: the reference is a copy that starts with the queries.
+    # As in PML's tester, the reference is a copy that starts with the queries.
     values = calls.get_accuracy(embeddings, labels, embeddings.clone(), labels.clone(), True)
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / PER_MIB
@@ -77,7 +78,7 @@ def run(variant: str, count: int, classes: int) -> dict[str, Any]:
 
 
 def beside_floor(count: int = 6000, classes: int = 1200, rounds: int = 15) -> dict[str, float]:
-    """Medians of the calculator and of a bare search as deep, taking turns."""
+    """Return median times of the calculator and of a plain search of equal depth, in turns."""
     embeddings, labels = data(count, classes)
     ours = calculator(
         "ours", (*RANKING, "recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8")
@@ -157,7 +158,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=60_000)
     parser.add_argument("--classes", type=int, default=12_000)
-    parser.add_argument("--output", default="docs/benchmarks/evaluation.md", help="- prints it")
+    parser.add_argument(
+        "--output", default="docs/benchmarks/evaluation.md", help="page; - prints it"
+    )
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     size = (arguments.count, arguments.classes)

@@ -1,4 +1,4 @@
-"""What it costs to import the package, and each of its names, beside PML and timm.
+"""Measure the time to import the package and each of its names, beside PML and timm.
 
 python benchmarks/imports.py                 # writes docs/benchmarks/imports.md
 """
@@ -18,7 +18,7 @@ SCRIPT = "import time; start = time.perf_counter()\n{}\nprint(time.perf_counter(
 
 
 def seconds(code: str, rounds: int) -> float:
-    """The best of several fresh interpreters, so that the files are in memory."""
+    """Return the best time of several new interpreters; the first one loads files into memory."""
     command = [sys.executable, "-c", SCRIPT.format(code)]
     return min(float(subprocess.check_output(command)) for _ in range(rounds))
 
@@ -26,7 +26,7 @@ def seconds(code: str, rounds: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", default="docs/benchmarks/imports.md", help="- prints it")
+    parser.add_argument("--output", default="docs/benchmarks/imports.md", help="page; - prints it")
     arguments = parser.parse_args()
     names = {name: f"from pml_tacl import {name}" for name in pml_tacl.__all__}
     codes = {"PML and timm": BESIDE, "pml_tacl": "import pml_tacl"}

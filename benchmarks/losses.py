@@ -1,7 +1,7 @@
-"""Forward + backward time of the losses and miners beside PML's own and beside a dense floor.
+"""Compare forward + backward times of our losses and miners with PML's and a dense lower bound.
 
-All contenders of a case take turns in one run, on one thread; what is written down is the ratio
-of their medians. Times of one machine say little about another, ratios more.
+All contenders of a case take turns in one run, on one thread. The page shows the ratios of their
+medians, because ratios transfer better to other machines than times.
 
     python benchmarks/losses.py                 # writes docs/benchmarks/losses.md
     python benchmarks/losses.py --only miners --rounds 5 --output -
@@ -36,14 +36,14 @@ Contenders = dict[str, Callable[[], object]]
 
 
 def clustered(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A batch of embeddings in loose clusters of five, and their labels."""
+    """Return a batch of embeddings in loose clusters of five, and their labels."""
     labels = torch.arange(BATCH) // PER_CLUSTER
     middles = torch.randn(BATCH // PER_CLUSTER, DIMENSIONS, generator=generator)
     return middles[labels] + 2 * torch.randn(BATCH, DIMENSIONS, generator=generator), labels
 
 
 def train_step(loss: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], None]:
-    """Forward and backward, gradients thrown away."""
+    """Return a function that runs forward and backward and discards the gradients."""
 
     def step() -> None:
         loss().backward()
@@ -151,12 +151,12 @@ MEMORY_UNITS = {
 
 
 def medians(contenders: Contenders, rounds: int) -> dict[str, float]:
-    """Median seconds of each, taking turns, so that a slow minute slows all of them alike."""
+    """Return the median seconds of each; they take turns, so that disturbances affect all."""
     timers = {
         name: Timer("run()", globals={"run": run}, num_threads=1)
         for name, run in contenders.items()
     }
-    # Enough calls in a round to last some milliseconds.
+    # Choose the number of calls per round so that it takes some milliseconds.
     calls = {name: max(1, round(5e-3 / timer.timeit(2).median)) for name, timer in timers.items()}
     rows: dict[str, list[Measurement]] = {name: [] for name in timers}
     for _ in range(rounds):
@@ -204,7 +204,7 @@ def report(results: Results, rounds: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="run cases whose name contains this")
     parser.add_argument("--output", default="docs/benchmarks/losses.md", help="- prints it")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

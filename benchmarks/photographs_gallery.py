@@ -1,9 +1,9 @@
-"""The gallery of README.md: grocery images and their eight nearest, before and after.
+"""Draw the gallery of README.md: grocery images and their eight nearest, before and after.
 
     python benchmarks/photographs_gallery.py ROOT
 
-Trains `full` on the training part of ROOT/grocery, as `retrieval.py folders ROOT` does (seed 0).
-Draws queries of the test part, which are chosen at random. Writes docs/images/photographs.jpg.
+The script trains `full` on the training part of ROOT/grocery, as `retrieval.py folders ROOT` does
+(seed 0). It draws random queries from the test part, and writes docs/images/photographs.jpg.
 """
 
 import argparse
@@ -29,8 +29,8 @@ SHOWN, NEAREST, PIXELS = 4, 8, 160
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("root", type=Path, metavar="ROOT", help="holds grocery/CLASS/FILE")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of queries")
+    parser.add_argument("root", type=Path, metavar="ROOT", help="folder with grocery/CLASS/FILE")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of queries")
     parser.add_argument("--out", type=Path, default=Path("docs/images/photographs.jpg"))
     args = parser.parse_args()
     config = make("full", recipe="photographs", dataset="grocery", split="test").resolved

@@ -1,9 +1,9 @@
-"""What the README's main command gives: recall, time and memory, several seeds in turn.
+"""Measure recall, time and memory of the README's main command for several seeds.
 
-    python benchmarks/quickstart.py       # writes docs/quickstart.md; two minutes a run, two a seed
+    python benchmarks/quickstart.py   # writes docs/quickstart.md; two runs of 2 minutes per seed
 
-Each seed is a process of its own, started as a user would. Memory is the proportional set size of
-the process and its workers together, sampled twice a second (Linux).
+Each seed runs in its own process, started as a user would. Memory is the proportional set size of
+the process and its workers, sampled twice a second (Linux).
 """
 
 import argparse
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that it started."""
+    """Return a process and all its descendants."""
     found = [pid]
     for listing in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in listing.read_text().split():
@@ -33,12 +33,12 @@ def family(pid: int) -> list[int]:
 
 
 def memory(pid: int) -> int:
-    """Bytes held by a process and its children, each shared page counted once; 0 if unknown."""
+    """Return the bytes of a process and its children, with shared pages once; 0 if unknown."""
     total = 0
     for one in family(pid):
         try:
             lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
     return total
@@ -61,7 +61,7 @@ def measure(seed: int, folder: Path, *flags: str) -> dict:
 
 
 def precision(results: list[dict], mixed: list[dict]) -> str:
-    """R@1 of the same seeds in fp32 and in mixed precision, as a table."""
+    """Return a table of R@1 in fp32 and in mixed precision, for the same seeds."""
     both = [[100 * r["after"]["recall_at_1"] for r in group] for group in (results, mixed)]
     rows = [(str(r["seed"]), *pair) for r, *pair in zip(results, *both, strict=True)]
     rows.append(

@@ -1,7 +1,7 @@
-"""kill -9 at moments of a training that are random, or the worst there are; then resume.
+"""Kill trainings (kill -9) at random or especially critical moments, then resume them.
 
-Every run that was killed is resumed by the same command and must end with the weights, records
-and metrics of the run that nobody killed, bit for bit: on the CPU, with one thread.
+Every killed run is resumed by the same command. It must end with the same weights, records and
+metrics as the uninterrupted run, bit for bit, on a CPU with one thread.
 
     python benchmarks/resume.py                  # 20 kills, writes a section of docs/reliability.md
     python benchmarks/resume.py --kills 3 --output -
@@ -30,7 +30,7 @@ from pml_tacl import __version__
 from pml_tacl.datasets import Glyphs
 
 BEGIN, END = "<!-- begin benchmarks/resume.py -->", "<!-- end benchmarks/resume.py -->"
-# Where a process kills itself: in the middle of that call, the so-manieth time.
+# Where a process kills itself: in the middle of this call, and in which call of this kind.
 FORCED = [
     ("between records and checkpoint", 2),
     ("writing a checkpoint", 3),
@@ -50,7 +50,7 @@ def run(
     forced: tuple[str, int] | None = None,
     after: float | None = None,
 ) -> tuple[int, float]:
-    """Train in a process of its own, killed ``after`` so many seconds: exit code and seconds."""
+    """Train in a new process, killed after ``after`` seconds; return exit code and seconds."""
     process = multiprocessing.get_context("fork").Process(
         target=train, args=(folder, halves, workers, forced)
     )
@@ -65,7 +65,7 @@ def run(
 def series(
     kills: int, seed: int, note: Callable[[str], None]
 ) -> list[tuple[str, str, int, list[str]]]:
-    """Kill and resume; gives (moment, place, kills, what differs from the unbroken) of each run."""
+    """Kill and resume; return (moment, place, kills, differences) of each run."""
     halves = Glyphs("train", size=SIZE, num_classes=16), Glyphs("test", size=SIZE, num_classes=6)
     for half in halves:
         half.preload(progress=False)
@@ -82,13 +82,13 @@ def series(
         for number in range(kills):
             folder = Path(base) / f"killed {number}"
             forced = FORCED[number] if number < min(len(FORCED), (kills + 1) // 2) else None
-            # The last one is killed again and again.
+            # Kill the last run several times.
             times = 5 if number == kills - 1 else 1
             killed, places, share = 0, [], 0.95 if times == 1 else 0.4
             while killed < times:
                 after = None if forced else rng.uniform(0.05, share) * seconds
                 code, _ = run(folder, halves, number % 2, forced, after)
-                if code == 0 and killed == 0:  # it was faster than the unbroken one: again, sooner
+                if code == 0 and killed == 0:  # it ended before the kill: try again, earlier
                     shutil.rmtree(folder)
                     share *= 0.7
                     continue
@@ -140,8 +140,8 @@ def report(rows: list[tuple[str, str, int, list[str]]], seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--output", default="docs/reliability.md", help="- prints it")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--output", default="docs/reliability.md", help="page; - prints it")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     start = time.perf_counter()

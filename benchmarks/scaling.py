@@ -1,8 +1,9 @@
-"""What 6 thousand to 100 million images cost: every term measured here, fitted, extrapolated.
+"""Measure the cost of each step, and extrapolate it to 6 thousand to 100 million images.
 
-Each measurement is a process of its own, so that its peak memory is its own. A term is a line in
-its work; the largest size is also predicted from the smaller ones, and that error, grown with the
-decades between measured and asked, is the width of what the simulation draws.
+Each measurement runs in its own process, so that peak memory is measured separately. The cost of a
+step is fitted by a line in its work. The error of the largest size, predicted from the smaller
+ones, gives the width of the simulated distribution. The width grows with each decade of
+extrapolation.
 
     python benchmarks/scaling.py                 # writes docs/scaling.md; six minutes
     python benchmarks/scaling.py --quick --output -
@@ -22,12 +23,12 @@ from scaling_parts.terms import TERMS, measure
 
 from pml_tacl import KMeansPseudoLabeler
 
-# Of one GPU of the data-centre kind, and of faiss on it. Assumed, not measured.
+# Speed of a data-centre GPU, and of faiss on it. Assumed, not measured.
 GPUS = Gpus(count=8, embed=2_000.0, train=300.0, flops=2e13)
 
 
 def quality(count: int = 20_000, clusters: int = 900) -> dict[str, float]:
-    """Mean cosine distance to the own centroid, by both ways of k-means."""
+    """Return the mean cosine distance to the own centroid for both variants of k-means."""
     embeddings = rows(count)
     flat = KMeansPseudoLabeler(clusters)(embeddings)
     levels = two_level(embeddings, clusters)
@@ -36,8 +37,8 @@ def quality(count: int = 20_000, clusters: int = 900) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the two smaller sizes: for trying")
-    parser.add_argument("--output", default="docs/scaling.md", help="- prints it")
+    parser.add_argument("--quick", action="store_true", help="measure only the two smaller sizes")
+    parser.add_argument("--output", default="docs/scaling.md", help="page; - prints it")
     parser.add_argument("--term", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.term:

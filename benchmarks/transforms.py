@@ -1,8 +1,8 @@
-"""Images a second of `SiameseTransform`, decoding included, beside the same views without points.
+"""Compare the speed of `SiameseTransform`, with decoding, to the same views without points.
 
-The other side is plain torchvision: a random resized crop for each view, flip, the geometric
-transform on the second, photometric ones, normalisation. Both take turns on one thread over the
-same JPEG files, held in memory; what counts is the ratio of their medians.
+The views without points use plain torchvision: a random resized crop for each view, a flip, the
+geometric transform on the second view, photometric transforms and normalisation. Both take turns
+on one thread over the same JPEG files in memory. The result is the ratio of their medians.
 
     python benchmarks/transforms.py               # writes docs/benchmarks/transforms.md
     python benchmarks/transforms.py --images 8 --rounds 3 --output -
@@ -42,7 +42,7 @@ GEOMETRIC: dict[str, nn.Module | None] = {
 
 
 def jpeg_files(count: int) -> list[bytes]:
-    """Photograph-like images: smooth colours with grain, as long to decode as a photograph."""
+    """Return JPEG files like photographs (smooth colours with grain), with similar decode time."""
     generator = torch.Generator().manual_seed(0)
     files = []
     for _ in range(count):
@@ -57,7 +57,7 @@ def jpeg_files(count: int) -> list[bytes]:
 
 
 def without_points(ours: SiameseTransform) -> Callable[[Image.Image], tuple[Tensor, Tensor]]:
-    """torchvision's own steps with the same amounts."""
+    """Return the same steps of torchvision with the same parameters."""
     crop = v2.RandomResizedCrop(ours.size, ours.crop_scale, ours.crop_ratio, ours.interpolation)
     finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(ours.mean, ours.std)]
     first = v2.Compose([crop, ours.photometric, *finish])
@@ -73,7 +73,7 @@ def without_points(ours: SiameseTransform) -> Callable[[Image.Image], tuple[Tens
 
 
 def seconds(transform: Callable[[Image.Image], object], files: list[bytes], turn: int) -> float:
-    """CPU time of one thread, which other work on the machine changes little."""
+    """Return the CPU time of one thread, which other processes hardly change."""
     torch.manual_seed(turn)
     start = time.process_time()
     for file in files:
@@ -82,13 +82,13 @@ def seconds(transform: Callable[[Image.Image], object], files: list[bytes], turn
 
 
 def measure(count: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """Median images a second with and without points, for each geometric transform."""
+    """Return median images per second with and without points for each geometric transform."""
     files, found = jpeg_files(count), {}
     for name, geometric in GEOMETRIC.items():
         ours = SiameseTransform(SIZE, GRID, geometric=geometric)
         contenders = [ours, without_points(ours)]
         times: list[list[float]] = [[], []]
-        for turn in range(rounds + 1):  # the first one warms up
+        for turn in range(rounds + 1):  # the first round is a warm-up
             for index in (0, 1) if turn % 2 else (1, 0):
                 taken = seconds(contenders[index], files, turn)
                 if turn:
@@ -126,7 +126,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", default="docs/benchmarks/transforms.md", help="- prints it")
+    parser.add_argument(
+        "--output", default="docs/benchmarks/transforms.md", help="page; - prints it"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = measure(arguments.images, arguments.rounds)

@@ -1,8 +1,9 @@
-"""A folder of images, without labels, as one flat PyTorch loop: model, data, losses, loop.
+"""Train on a folder of images without labels, in a plain PyTorch loop: model, data, losses, loop.
 
     python examples/folder_loop.py
 
-Set FOLDER to your images. Writes the model and an index, and prints what is like the first image.
+Set FOLDER to the folder of your images. The script writes the model and an index, and prints the
+images most similar to the first one.
 """
 
 import torch
@@ -18,7 +19,7 @@ from pml_tacl.search import ImageIndex
 FOLDER = "photos"
 RUN = "runs/folder_loop"
 BACKBONE = "resnet50"
-WEIGHTS = True  # of ImageNet, through timm; or the path of a file
+WEIGHTS = True  # ImageNet weights, through timm; or the path of a file
 IMAGE_SIZE = 224
 EPOCHS = 5
 BATCH_SIZE = 64
@@ -30,7 +31,7 @@ torch.manual_seed(0)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 model = pml_tacl.AttentionEmbedder(BACKBONE, pretrained=WEIGHTS).to(device)
 
-# Data: the images in two views to train on, and as they are to embed
+# Data: two views of each image for training, and the plain images for embedding
 views = ImageFiles(FOLDER, transform=pml_tacl.SiameseTransform.for_model(model, IMAGE_SIZE))
 plain = views.with_transform(model.transform(image_size=IMAGE_SIZE))
 
@@ -46,7 +47,7 @@ optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
 # Loop
 centroids = None
 for epoch in range(1, EPOCHS + 1):
-    # The clusters of all images are the labels of this epoch.
+    # Cluster all images; the clusters are the labels in this epoch.
     labels, centroids, _ = labeler(embed(model, plain)[0], centroids)
     clustering.set_centroids(centroids.to(device))
     sampler = MPerClassSampler(labels, IMAGES_PER_CLUSTER, BATCH_SIZE, len(plain))
@@ -67,7 +68,7 @@ for epoch in range(1, EPOCHS + 1):
         optimizer.step()
     print(f"epoch {epoch} of {EPOCHS}, last loss {loss.item():.3f}")
 
-# Search: fit the projection, without labels, then index
+# Search: fit the projection without labels, then build an index
 model.fit_projection(DataLoader(plain, BATCH_SIZE, shuffle=True))
 embeddings, _ = embed(model, plain)
 model.save_pretrained(f"{RUN}/model")

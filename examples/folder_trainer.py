@@ -1,8 +1,9 @@
-"""A folder of images, without labels, in three lines, and a search in it.
+"""Train on a folder of images without labels in three lines, and search in it.
 
     python examples/folder_trainer.py
 
-Set FOLDER to your images. Writes the model and an index to RUN, and says whether training helped.
+Set FOLDER to the folder of your images. The script writes the model and an index to RUN, and prints
+whether training helped.
 """
 
 from pml_tacl import AttentionEmbedder, UnsupervisedTrainer
@@ -12,7 +13,7 @@ from pml_tacl.search import ImageIndex
 FOLDER = "photos"
 RUN = "runs/folder_trainer"
 BACKBONE = "resnet50"
-WEIGHTS = True  # of ImageNet, through timm; or the path of a file
+WEIGHTS = True  # ImageNet weights, through timm; or the path of a file
 IMAGE_SIZE = 224
 EPOCHS = 10
 
@@ -21,7 +22,7 @@ model = AttentionEmbedder(BACKBONE, pretrained=WEIGHTS)
 trainer = UnsupervisedTrainer(model, dataset=FOLDER, image_size=IMAGE_SIZE, run=RUN)
 trainer.train(num_epochs=EPOCHS)
 
-# Search with an image, here the first of the folder
+# Search with an image; here the first one of the folder
 index = ImageIndex.load(RUN)
 query = load_rgb(index.paths([0])[0])
 device = next(model.parameters()).device

@@ -1,9 +1,10 @@
-"""Our losses and miners beside pytorch-metric-learning's own, in one trainer: what each mix gives.
+"""Combine our losses and miners with those of pytorch-metric-learning, and compare the results.
 
     python examples/mix_losses.py
 
-A network learns from two views of each image (NTXentLoss in SelfSupervisedLoss); from there each
-mix learns from clusters. Prints how well characters never seen are retrieved after each.
+A network first learns from two views of each image (NTXentLoss in SelfSupervisedLoss). Starting
+from this network, each combination learns from clusters. The script prints R@1 on unseen
+characters for each combination.
 """
 
 import copy
@@ -26,20 +27,20 @@ EPOCHS = 2
 BATCH_SIZE = 64
 DIM = 64
 LEARNING_RATE = 5e-3
-WORKERS = 1  # processes that make the views
+WORKERS = 1  # number of processes that compute the views
 BACKBONE = {"channels": [16, 32, 64, 128], "stem_width": 8, "output_stride": 16}
 
 
 def mixes(clusters: int) -> dict[str, tuple[dict[str, nn.Module], dict[str, nn.Module]]]:
-    """Losses and miners by name of the mix; the trainer gives each loss what it takes."""
+    """Return losses and miners by name; the trainer passes each loss the inputs it needs."""
     two_views = losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=0.1))
-    # A memory holds embeddings with their pseudo-labels, so it must go when clusters are new.
+    # The memory stores embeddings with pseudo-labels, so it must be emptied after a new clustering.
     contrastive = losses.ContrastiveLoss(pos_margin=1, neg_margin=0.5, distance=CosineSimilarity())
     memory = losses.CrossBatchMemory(contrastive, DIM, memory_size=4 * BATCH_SIZE)
-    # A classifier of the clusters: its weights are trained with the network.
+    # Classifies the clusters; its weights are trained together with the network.
     classifier = losses.ArcFaceLoss(clusters, DIM)
     matched = {"attention_miner": pml_tacl.AttentionConsistencyMiner()}
-    hard = {"tuple_miner": pml_tacl.ContrastiveClusteringMiner()}  # for losses that take pairs
+    hard = {"tuple_miner": pml_tacl.ContrastiveClusteringMiner()}  # for losses that need pairs
     clustering = pml_tacl.ContrastiveClusteringLoss()
     attention = pml_tacl.AttentionConsistencyLoss()
     return {
@@ -65,9 +66,7 @@ def main() -> dict[str, float]:
     )
     train, test = Glyphs("train", num_classes=CLASSES), Glyphs("test", num_classes=CLASSES)
     train.transform = test.transform = start.transform(image_size=64)
-    start.fit_projection(
-        DataLoader(train, BATCH_SIZE), progress=False
-    )  # where the projection starts
+    start.fit_projection(DataLoader(train, BATCH_SIZE), progress=False)  # initial projection
     train.transform = None
     clusters = len(train) // 10
     affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), fill=220)
@@ -80,7 +79,7 @@ def main() -> dict[str, float]:
         return evaluate(model, test, metrics=["recall_at_1"], progress=False)["recall_at_1"]
 
     def fit(model: nn.Module, loss_funcs: dict, miners: dict, epochs: int, warmup: int) -> float:
-        parameters = [model, *loss_funcs.values()]  # ArcFace has weights, the others have none
+        parameters = [model, *loss_funcs.values()]  # only ArcFace has weights
         parameters = [p for module in parameters for p in module.parameters()]
         trainer = pml_tacl.UnsupervisedTrainer(
             model,
@@ -93,7 +92,7 @@ def main() -> dict[str, float]:
             mining_funcs=miners,
             labeler=pml_tacl.KMeansPseudoLabeler(clusters),
             warmup_epochs=warmup,
-            recluster_every=epochs,  # once: ArcFace's classes and the memory keep their meaning
+            recluster_every=epochs,  # cluster once: ArcFace and the memory depend on the labels
             progress=False,
             dataloader_num_workers=WORKERS,
         )

@@ -1,8 +1,8 @@
-"""The quickstart's job as one plain PyTorch loop, to copy from: no trainer, no hooks.
+"""Train like the quickstart in a plain PyTorch loop, without trainer and hooks.
 
     python examples/plain_loop.py
 
-Prints how well characters never seen are retrieved, before and after training without labels.
+The script prints the retrieval of unseen characters before and after training without labels.
 """
 
 import torch
@@ -30,7 +30,7 @@ def main():
     train, seen, test = (Glyphs(half, num_classes=CLASSES) for half in ("train", "train", "test"))
     seen.transform = test.transform = model.transform(image_size=64)
     train.preload()
-    model.fit_projection(DataLoader(seen, BATCH_SIZE))  # where the projection starts
+    model.fit_projection(DataLoader(seen, BATCH_SIZE))  # initial projection
     colours = [v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5)], 0.9), v2.RandomChannelPermutation()]
     colours += [v2.RandomGrayscale(0.2), v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.5))], 0.3)]
     affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), shear=10, fill=220)
@@ -47,7 +47,7 @@ def main():
     )
     rows = {"before": evaluate(model, test)}
     for epoch in range(1, EPOCHS + 1):
-        if epoch <= WARMUP_EPOCHS:  # features are not worth clustering: each image by itself
+        if epoch <= WARMUP_EPOCHS:  # features are still poor: each image is its own cluster
             labels, sampler = torch.arange(len(train)), RandomSampler(train)
         else:
             labels, centroids, _ = labeler(embed(model, seen)[0], centroids)
@@ -55,7 +55,10 @@ def main():
             sampler = MPerClassSampler(labels, PER_CLUSTER, BATCH_SIZE, steps * BATCH_SIZE)
         images = StackDataset(train, labels)
         loader = DataLoader(images, BATCH_SIZE, sampler=sampler, num_workers=1, drop_last=True)
-        for ((views, transformed, points), _), y in loader:  # _ is the true label: it stays unread
+        for (
+            (views, transformed, points),
+            _,
+        ), y in loader:  # _ is the true label, which is not used
             both, points, y = torch.cat([views, transformed]), points.to(device), y.to(device)
             out = model.forward_features(both.to(device, memory_format=torch.channels_last))
             e, first, second = out.embeddings, *out.feature_maps.chunk(2)

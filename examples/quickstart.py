@@ -1,9 +1,9 @@
-"""Train on characters without reading a label, then retrieve characters never seen before.
+"""Train on images of characters without labels, then retrieve unseen characters.
 
     python examples/quickstart.py
 
-Writes runs/quickstart/: metrics.json, loss and recall curves, attention overlays, a retrieval
-gallery and record-keeper's records. The same script runs on a GPU if there is one.
+The script writes to runs/quickstart/: metrics.json, curves of losses and recall, attention
+overlays, a retrieval gallery and the records of record-keeper. It uses a GPU if there is one.
 """
 
 import torch
@@ -22,11 +22,11 @@ from pml_tacl.evaluation import embed, make_tester
 
 MODEL = {"backbone": "resnet10t", "embedding_dim": 128, "pooling": "covariance"}  # a small ResNet
 MODEL |= {"channels": [32, 64, 128, 256], "stem_width": 16, "output_stride": 16}
-MODEL["feature_index"] = 2  # the stage of attention: 8 x 8 places of a 64-pixel image
-CONFIG = {"run": "runs/quickstart", "seed": 0}  # flags, as what follows: see --help
-CONFIG |= {"num_clusters": "auto", "batch_size": 64, "images_per_cluster": 4}  # auto: a tenth
+MODEL["feature_index"] = 2  # the stage for attention: 8 x 8 cells at 64 pixels
+CONFIG = {"run": "runs/quickstart", "seed": 0}  # defaults of the flags, see --help
+CONFIG |= {"num_clusters": "auto", "batch_size": 64, "images_per_cluster": 4}  # auto: images / 10
 CONFIG |= {"epochs": 6, "learning_rate": 5e-3}
-CONFIG["warmup_epochs"] = 3  # each image by itself until features are worth clustering
+CONFIG["warmup_epochs"] = 3  # each image is its own cluster until features are good enough
 CONFIG["loss_weights"] = {"metric_loss": 1.0, "clustering_loss": 0.5, "attention_loss": 3.0}
 
 
@@ -37,20 +37,23 @@ def main() -> None:
     run = TrainingRun(args.run, resume=args.resume, overwrite=args.overwrite)
     runs.seed_everything(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train, test = Glyphs("train"), Glyphs("test")  # other characters; train's labels stay unread
+    train, test = (
+        Glyphs("train"),
+        Glyphs("test"),
+    )  # different characters; train's labels are not used
     for half in (train, test):
         half.preload()
     model = pml_tacl.AttentionEmbedder(**MODEL)
     model = model.to(device, memory_format=torch.channels_last)
     train.transform = test.transform = model.transform(image_size=64)
     if not run.begun:
-        model.fit_projection(DataLoader(train, 128))  # where the projection starts
+        model.fit_projection(DataLoader(train, 128))  # initial projection
     train.transform = None
     colours = [v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5)], 0.9), v2.RandomChannelPermutation()]
     colours += [v2.RandomGrayscale(0.2), v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.5))], 0.3)]
     affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), shear=10, fill=220)
     views = {"crop_scale": (0.6, 1), "geometric": affine, "photometric": v2.Compose(colours)}
-    views["flip"] = False  # a mirrored letter is another
+    views["flip"] = False  # a mirrored letter is not the same letter
     losses = {
         "metric_loss": MultiSimilarityLoss(),
         "clustering_loss": pml_tacl.ContrastiveClusteringLoss(),
@@ -86,8 +89,8 @@ def main() -> None:
     labels = torch.from_numpy(test.labels)
     pixels = normalize(torch.from_numpy(test.images).flatten(1).float(), dim=1)
     rows = {"raw_pixels": calculator.get_accuracy(pixels, labels)}
-    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is the loader's
-    run.open(MODEL | flags.settings_of(args))  # until here an earlier run stays as it is
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # leave one core to the loader
+    run.open(MODEL | flags.settings_of(args))  # run.open() may delete an earlier run
     also = {"test_epochs": [args.warmup_epochs], "rows": rows}
     rows = run.train(trainer, args.epochs, measure, **also)
     run.draw(model, test, embed(model, test)[0], labels, title="characters never seen")

@@ -1,8 +1,8 @@
-"""The README's images, from a run of quickstart.py: characters never seen in training.
+"""Draw the images of the README from a run of quickstart.py, with unseen characters.
 
     python examples/readme_images.py runs/quickstart
 
-Writes gallery.png, attention.png, similar.png and pair.png into docs/images/.
+The script writes gallery.png, attention.png, similar.png and pair.png to docs/images/.
 """
 
 import argparse
@@ -28,9 +28,9 @@ SIZE, SHOWN, NEIGHBOURS, ALIKE = 64, 8, 8, 5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder written by quickstart.py")
-    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder for them")
-    parser.add_argument("--classes", type=int, help="characters to search among (default: all)")
-    parser.add_argument("--pair", type=int, default=5, help="which of the shown is in pair.png")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="output folder")
+    parser.add_argument("--classes", type=int, help="number of characters (default: all)")
+    parser.add_argument("--pair", type=int, default=5, help="index of the image in pair.png")
     flags.add_debug(parser)
     args = parser.parse_args()
     if not 0 <= args.pair < SHOWN:
@@ -46,7 +46,7 @@ def main() -> None:
         return model.forward_features(torch.stack([test[int(row)][0] for row in rows]))
 
     def found_in(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """A(i|j), beyond how well each place of i is found in images of any kind."""
+        """Return A(i|j) minus the mean attention of i to images of any kind."""
         anywhere = [cross_image_attention(maps, o.expand_as(maps)) for o in queries.split(1)]
         return (cross_image_attention(maps, others) - torch.stack(anywhere).mean(0)).clamp_min(0)
 
@@ -56,7 +56,7 @@ def main() -> None:
     asked = queries[:1].expand_as(maps)
     likeness = found_in(maps, asked), found_in(asked, maps)
 
-    # One character in two faces: the first view of one and its transformed view, against the other.
+    # A character in two fonts: compare two views of one image with the other image.
     first = int(shown[args.pair])
     second = next(int(row) for row in (labels == labels[first]).nonzero() if row != first)
     turn = v2.RandomAffine((20, 20), fill=220)

@@ -1,10 +1,10 @@
-"""Write one HTML page of a run, to be looked at in any browser, without a network.
+"""Write an HTML page about a run, which opens in any browser without a network.
 
     python examples/report.py runs/quickstart
 
-The same as `pml-tacl report`. RUN is a folder that quickstart.py or train_folder.py wrote. The page
-shows its curves and metrics, the queries that retrieve best and worst, what the model attends to,
-clusters, and a map of the embeddings to zoom into.
+This is the same as `pml-tacl report`. RUN is a folder that quickstart.py or train_folder.py wrote.
+The page shows curves, metrics, the queries with the best and worst results, the attention of the
+model, clusters, and a map of the embeddings with zoom.
 """
 
 from pml_tacl.cli.report import main

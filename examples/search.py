@@ -1,11 +1,11 @@
-"""Find the images of a trained folder that are most like an image, or like each of several.
+"""Find the images of a trained folder that are most similar to one or more query images.
 
     python examples/search.py runs/folder QUERY
 
-The same as `pml-tacl search`. RUN is a folder that train_folder.py wrote; QUERY is an image, a
-folder of them, or - for what is piped in: an image's bytes, or paths, one in each line. Prints a
-table and writes one gallery. With --update the index first follows the folder of images: new and
-changed ones are embedded, deleted ones taken out.
+This is the same as `pml-tacl search`. RUN is a folder that train_folder.py wrote. QUERY is an
+image, a folder of images, or - to read from standard input: the bytes of an image, or paths, one
+per line. The script prints a table and writes a gallery. --update first updates the index: it
+embeds new and changed images, and removes deleted ones.
 """
 
 from pml_tacl.cli.run_folder import one_line_errors

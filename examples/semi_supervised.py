@@ -1,9 +1,9 @@
-"""A few labels are known, the rest is guessed: a clusterer of one's own in the trainer.
+"""Train with a few known labels and guess the others, with a custom clusterer in the trainer.
 
     python examples/semi_supervised.py
 
-Prints how well characters never seen are retrieved after learning from clusters alone, from the
-known labels alone, and from those with the labels that can be guessed.
+The script prints R@1 on unseen characters after learning from clusters only, from the known labels
+only, and from known and guessed labels.
 """
 
 import copy
@@ -28,12 +28,19 @@ EPOCHS = 6
 BATCH_SIZE = 64
 LEARNING_RATE = 5e-3
 WORKERS = 1
-SHARES = (0.0, 0.0, 0.0, 0.3, 0.5, 0.7)  # of the other images, guessed in each epoch
+SHARES = (
+    0.0,
+    0.0,
+    0.0,
+    0.3,
+    0.5,
+    0.7,
+)  # fraction of the other images whose labels are guessed, by epoch
 BACKBONE = {"channels": [16, 32, 64, 128], "stem_width": 8, "output_stride": 16}
 
 
 class KnownLabels:
-    """Labels (N,) where they are known, -1 elsewhere: images of unknown label are noise."""
+    """Clusterer that returns the known labels (N,), and -1 (noise) for all other images."""
 
     def __init__(self, known: Tensor) -> None:
         self.known = known
@@ -43,10 +50,11 @@ class KnownLabels:
 
 
 class KnownAndSure(KnownLabels):
-    """Unknown images that are surely nearest to one class join it; the others are noise.
+    """Clusterer that also assigns an unlabelled image to a class if the choice is clear.
 
-    Sure are those with the widest gap between the nearest class centre and the second: a share of
-    them that grows from call to call. Known labels are always kept.
+    The choice is clear if the gap between the nearest and the second nearest centroid is large. A
+    fraction of the images, which grows with each call, is assigned. Known labels never change,
+    and all other images are noise.
     """
 
     def __init__(self, known: Tensor, shares: tuple[float, ...]) -> None:
@@ -55,7 +63,9 @@ class KnownAndSure(KnownLabels):
 
     def __call__(self, embeddings: Tensor, initial_centroids: Tensor | None = None) -> PseudoLabels:
         share = self.shares.pop(0) if len(self.shares) > 1 else self.shares[0]
-        centroids = super().__call__(embeddings).centroids  # of the known images of each class
+        centroids = (
+            super().__call__(embeddings).centroids
+        )  # means of the known images of each class
         nearest = (normalize(embeddings) @ centroids.T).topk(2)
         gap = (nearest.values[:, 0] - nearest.values[:, 1]).masked_fill(self.known >= 0, -1)
         sure = gap.topk(round(share * int((self.known < 0).sum()))).indices
@@ -72,14 +82,14 @@ def main() -> dict[str, float]:
     plain, halves = start.transform(image_size=64), ("train", "train", "test")
     train, seen, test = (Glyphs(half, num_classes=CLASSES) for half in halves)
     seen.transform = test.transform = plain
-    start.fit_projection(
-        DataLoader(seen, BATCH_SIZE), progress=False
-    )  # where the projection starts
+    start.fit_projection(DataLoader(seen, BATCH_SIZE), progress=False)  # initial projection
     affine = v2.RandomAffine(15, (0.08, 0.08), scale=(0.7, 1.4), fill=220)
     colour = v2.Compose([v2.ColorJitter(0.5, 0.5, 0.5), v2.RandomChannelPermutation()])
     two_views = pml_tacl.SiameseTransform(64, 4, geometric=affine, photometric=colour, flip=False)
     labels = torch.from_numpy(train.labels)
-    number = torch.arange(len(labels)) - torch.searchsorted(labels, labels)  # within its class
+    number = torch.arange(len(labels)) - torch.searchsorted(
+        labels, labels
+    )  # index within its class
     known = labels.where(number < KNOWN, -1)
     clusters = pml_tacl.KMeansPseudoLabeler("auto")
 

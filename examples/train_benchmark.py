@@ -1,6 +1,6 @@
-"""What train_cub.py, train_cars.py, train_sop.py and train_inshop.py have in common.
+"""Shared code of train_cub.py, train_cars.py, train_sop.py and train_inshop.py.
 
-Train on the training half of a benchmark without its labels, test on the other half's classes.
+Train on the training half of a benchmark without labels, and test on the classes of the other half.
 """
 
 from pathlib import Path
@@ -15,8 +15,8 @@ from pml_tacl.cli import run_folder as runs
 from pml_tacl.cli.training_run import TrainingRun
 from pml_tacl.evaluation import evaluate
 
-# As usual in the field: 512 dimensions, crops of 224 from 256 pixels, ImageNet's first weights of
-# ResNet-50; batch, rate, decay and schedule as in the code of Kim et al. 2022 (STML).
+# Common settings: 512 dimensions, crops of 224 from 256 pixels, the first ImageNet weights (V1) of
+# ResNet-50. Batch size, learning rate, decay and schedule are those of Kim et al. 2022 (STML).
 COMMON = {
     "backbone": "resnet50.tv_in1k",
     "weights": "pretrained",
@@ -37,7 +37,7 @@ COMMON = {
 def main(benchmark, settings: dict, description: str) -> None:
     name = benchmark.__name__.lower()
     parser = flags.training_parser(description, {"run": f"runs/{name}", **COMMON, **settings})
-    parser.add_argument("root", type=Path, help="folder of the data set as it was published")
+    parser.add_argument("root", type=Path, help="folder of the published data set")
     args = parser.parse_args()
     run = TrainingRun(
         args.run, resume=args.resume, overwrite=args.overwrite, apart_from=[args.root]
@@ -54,7 +54,7 @@ def main(benchmark, settings: dict, description: str) -> None:
     model = model.to(device, memory_format=torch.channels_last)
     plain = model.transform(image_size=args.image_size)
     query, *gallery = (benchmark(args.root, part, plain) for part in args.test_splits)
-    if not run.begun:  # where the projection starts
+    if not run.begun:  # initial projection
         seen = benchmark(args.root, "train", plain)
         model.fit_projection(DataLoader(seen, 64, shuffle=True, num_workers=args.workers))
 
@@ -91,7 +91,7 @@ def main(benchmark, settings: dict, description: str) -> None:
         lr_schedulers={"trunk_scheduler_by_epoch": cosine},
         dataloader_num_workers=args.workers,
     )
-    # Where a run goes on, the data set may lie elsewhere, and more epochs may follow.
+    # When a run is resumed, the folder of the data set and the number of epochs may differ.
     run.open(flags.settings_of(args), free=("epochs", "root", "weights"))
     rows = run.train(trainer, args.epochs, measure)
     print(f"\n{runs.metrics_table(rows)}\n\nper cent; metrics and model: {args.run}")

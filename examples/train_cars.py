@@ -1,4 +1,4 @@
-"""Train on 98 models of cars (Stanford Cars) without labels, retrieve the other 98.
+"""Train on 98 car models (Stanford Cars) without labels, and test on the other 98.
 
 python examples/train_cars.py data/cars
 """

@@ -1,4 +1,4 @@
-"""Train on a hundred species of birds (CUB-200-2011) without labels, retrieve the other hundred.
+"""Train on 100 species of birds (CUB-200-2011) without labels, and test on the other 100.
 
 python examples/train_cub.py data/cub
 """

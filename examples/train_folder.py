@@ -1,10 +1,11 @@
-"""Train an embedding on a folder of images, without labels, and index the images by it.
+"""Train an embedding on a folder of images without labels, and index the images.
 
     python examples/train_folder.py IMAGES --backbone resnet50
     torchrun --nproc-per-node 4 -- examples/train_folder.py IMAGES --batch-size 128
 
-The same as `pml-tacl train`. Writes runs/folder/: the model, embeddings.npy, files.json and
-index.faiss for search.py, metrics.json, figures, records, and a checkpoint of each epoch.
+This is the same as `pml-tacl train`. The script writes to runs/folder/: the model, embeddings.npy,
+files.json and index.faiss for search.py, metrics.json, figures, records, and a checkpoint of each
+epoch.
 """
 
 from pml_tacl.cli import run_folder as runs

@@ -1,4 +1,4 @@
-"""Train on In-shop clothes (DeepFashion) without labels; queries of other items search the gallery.
+"""Train on In-shop clothes (DeepFashion) without labels, and test with queries of other items.
 
 python examples/train_inshop.py data/inshop
 """
@@ -9,7 +9,7 @@ from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import InShop
 
 CONFIG = {
-    "num_clusters": 4000,  # six images each
+    "num_clusters": 4000,  # about six images per cluster
     "images_per_cluster": 2,
     "test_splits": ["query", "gallery"],
     "metrics": [f"recall_at_{k}" for k in (1, 10, 20, 30)],

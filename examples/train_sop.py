@@ -1,4 +1,4 @@
-"""Train on the first 11318 of the Stanford Online Products without labels, retrieve the others.
+"""Train on 11318 of the Stanford Online Products without labels, and test on the others.
 
 python examples/train_sop.py data/sop
 """
@@ -9,7 +9,7 @@ from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import StanfordOnlineProducts
 
 CONFIG = {
-    "num_clusters": 10_000,  # six images each
+    "num_clusters": 10_000,  # about six images per cluster
     "images_per_cluster": 2,
     "test_splits": ["test"],
     "metrics": [f"recall_at_{k}" for k in (1, 10, 100, 1000)],

@@ -1,10 +1,11 @@
-"""What a model looks at, in images of one's own: attention, and what makes two images alike.
+"""Draw the attention of a model on your images, and the regions that make two images similar.
 
-    python examples/visualize_attention.py PICTURE PICTURE ... --model runs/folder/model --size 224
-    python examples/visualize_attention.py            # glyphs, with the quickstart's model
+    python examples/visualize_attention.py IMAGE IMAGE ... --model runs/folder/model --size 224
+    python examples/visualize_attention.py            # glyphs, with the model of the quickstart
 
-Writes overlay.png (attention of each image), pair.png (one image, moved: does attention to its
-most alike follow?) and similar.png (where the first image and those most like it are alike).
+The script writes overlay.png (the attention in each image), pair.png (whether the attention between
+the first image and its nearest one follows a shift) and similar.png (the similar regions of the
+first image and its nearest ones).
 """
 
 import argparse
@@ -29,11 +30,11 @@ MOVED = v2.RandomAffine((20, 20), (0.1, 0.1), fill=128)
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("images", type=Path, nargs="*", metavar="PICTURE", help="at least two; none for glyphs")
+    add("images", type=Path, nargs="*", metavar="IMAGE", help="two or more; default: glyphs")
     add("--model", type=Path, default=Path("runs/quickstart/model"), help="folder of a model")
-    add("--backbone", help="instead of --model: any timm model, pretrained (through timm)")
-    add("--weights", help="local file of the backbone's weights, or none")
-    add("--size", type=int, default=64, help="pixels that the model looks at (default: 64)")
+    add("--backbone", help="use a pretrained timm model instead of --model")
+    add("--weights", help="local weight file of the backbone, or none")
+    add("--size", type=int, default=64, help="image size in pixels (default: 64)")
     add("--out", type=Path, default=Path("runs/attention"), help="folder for the figures")
     flags.add_debug(parser)
     args = parser.parse_args()
@@ -47,7 +48,7 @@ def main() -> None:
     args = arguments()
     if args.backbone:
         weights = False if args.weights == "none" else args.weights or True
-        # Without a projection nothing is untrained: features are averaged.
+        # Without a projection there are no untrained weights.
         model = AttentionEmbedder(
             args.backbone, embedding_dim=None, pretrained=weights, attention="none"
         ).eval()
@@ -60,7 +61,7 @@ def main() -> None:
     views = torch.stack([transform(image) for image in images])
     out = model.forward_features(views)
 
-    seen = as_seen(views, model.data_config)  # cropped and scaled, but in their own colours
+    seen = as_seen(views, model.data_config)  # cropped and scaled, in original colours
     order = (out.embeddings @ out.embeddings[0]).argsort(descending=True)
     alike = order[order != 0][:5]
     first, maps = out.feature_maps[:1], out.feature_maps[alike]

@@ -1,10 +1,10 @@
-"""A small vision transformer as the backbone: what attention it gives, at more than one size.
+"""Train a small vision transformer, and draw its attention at two image sizes.
 
     python examples/vit_backbone.py
 
-Trains a ViT from scratch on two views of each image and prints how well characters never seen
-are retrieved, at the size that it was trained at and at a larger one. Writes what it attends to at
-each: runs/vit/attention_64.png and attention_96.png.
+The script trains a ViT from scratch on two views of each image. It prints R@1 on unseen characters
+at the training size and at a larger size. It draws the attention at both sizes:
+runs/vit/attention_64.png and attention_96.png.
 """
 
 from pathlib import Path
@@ -24,10 +24,10 @@ CLASSES = 60
 EPOCHS = 8
 BATCH_SIZE = 32
 LEARNING_RATE = 1e-3
-SIZES = (64, 96)  # the first is trained at; dynamic_img_size lets the same weights take others
-# Any ViT of timm's goes here, "vit_small_patch14_dinov2" or "vit_base_patch16_siglip_224" say,
-# with pretrained=True; this one is small enough to begin from nothing.
-WORKERS = 1  # processes that make the views
+SIZES = (64, 96)  # the training size first; dynamic_img_size allows other sizes
+# You can use any timm ViT with pretrained=True, such as "vit_small_patch14_dinov2" or
+# "vit_base_patch16_siglip_224". This one is small enough to train from scratch.
+WORKERS = 1  # number of processes that compute the views
 BACKBONE = "vit_tiny_patch16_224"
 TIMM = {"img_size": 64, "patch_size": 8, "depth": 4, "embed_dim": 96, "num_heads": 3}
 OUT = Path("runs/vit")
@@ -41,9 +41,7 @@ def main() -> dict[str, float]:
     train, test = Glyphs("train", num_classes=CLASSES), Glyphs("test", num_classes=CLASSES)
     views = {size: model.transform(image_size=size) for size in SIZES}
     train.transform = views[SIZES[0]]
-    model.fit_projection(
-        DataLoader(train, BATCH_SIZE), progress=False
-    )  # where the projection starts
+    model.fit_projection(DataLoader(train, BATCH_SIZE), progress=False)  # initial projection
     train.transform = None
     two_views = pml_tacl.SiameseTransform.for_model(
         model,
@@ -82,7 +80,7 @@ def main() -> dict[str, float]:
         images = torch.stack([test[i][0] for i in shown])
         with torch.inference_mode():
             out = model.forward_features(images)
-        own = model.self_attention(images)  # of the class token to each place, in the last block
+        own = model.self_attention(images)  # of the class token to each patch, in the last block
         maps = torch.cat([out.attention, own])
         print(f"{size} pixels: feature maps {tuple(out.feature_maps.shape)}")
         names = ["pooling"] * len(shown) + ["class token"] * len(shown)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded on first use, so that a user of one loss never pays for faiss, timm or record-keeper.
+# Names are imported on first use: a single loss then does not import faiss, timm or record-keeper.
 _HOME_OF = {
     "AttentionConsistencyLoss": "losses",
     "AttentionConsistencyMiner": "miners",

@@ -1,4 +1,4 @@
-"""Groups of images that are nearly the same, by their embeddings."""
+"""Find groups of near-duplicate images by their embeddings."""
 
 from typing import NamedTuple
 
@@ -9,16 +9,18 @@ from pml_tacl.utils.checks import check_number
 from pml_tacl.utils.copies import first_copies
 from pml_tacl.utils.neighbours import flat_index, nearest_others
 
-_PAIRS = 2**24  # that one step can find at most, so that memory stays bounded
+_PAIRS = 2**24  # largest number found in one step, which bounds memory
 _QUERIES = 1024
 _CHUNK = 16384
 _ROUNDING = 1e-6  # of a similarity in float32
 
 
 class Group(NamedTuple):
-    """Rows (M,) of images that are nearly the same, in ascending order, at least two.
+    """Group of near-duplicate images.
 
-    ``similarities`` (M,) holds for each the highest cosine similarity to another of the group.
+    Attributes:
+        rows: (M,) indices of the images, ascending, at least two.
+        similarities: (M,) highest cosine similarity of each image to another of the group.
     """
 
     rows: IntArray
@@ -28,19 +30,21 @@ class Group(NamedTuple):
 def find_duplicates(embeddings: Embeddings, threshold: float = 0.95) -> list[Group]:
     """Find groups of near-duplicates.
 
-    Two images are joined if their cosine similarity reaches the threshold; a group is all that
-    is joined directly or through others. Pairs are found by faiss in steps, so that no matrix of
-    all pairs is held. The time grows with the square of the number of different embeddings.
+    Two images are linked if their cosine similarity reaches the threshold. A group contains all
+    images that are linked directly or through others. faiss finds the pairs in steps, so the
+    matrix of all pairs is never in memory. The time grows with the square of the number of
+    distinct embeddings.
 
     Args:
         embeddings: (N, D), array or tensor on any device; L2-normalised here.
-        threshold: cosine similarity, above 0 and at most 1; 1 finds what is equal up to rounding.
+        threshold: cosine similarity, above 0 and at most 1; 1 finds images that are equal up to
+            rounding.
 
     Returns:
-        The groups, the largest first; of equal size, the one with the earliest row first.
+        The groups, the largest first; groups of equal size by their first row.
 
     Raises:
-        InputError: for another threshold, or embeddings that are NaN, infinite or zero.
+        InputError: if the threshold is out of range, or embeddings are NaN, infinite or zero.
 
     Example:
         >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]])
@@ -60,20 +64,22 @@ def find_duplicates(embeddings: Embeddings, threshold: float = 0.95) -> list[Gro
 
 
 def _highest(rows: FloatArray) -> FloatArray:
-    """Return each row's highest similarity to another."""
+    """Return the highest similarity of each embedding to another."""
     similarities, _ = nearest_others(rows, np.arange(len(rows)), 1)
     return np.clip(similarities[:, 0], -1.0, 1.0)
 
 
 def _joined(rows: FloatArray, radius: float) -> IntArray:
-    """Give each row the first row of its group."""
+    """Return for each row the first row of its group."""
     index = flat_index(rows)
     parents = np.arange(len(rows))
     step = max(1, min(_QUERIES, _PAIRS // len(rows)))
     for start in range(0, len(rows), step):
         ends, _, found = index.range_search(rows[start : start + step], radius)
         for at in np.flatnonzero(np.diff(ends.astype(np.int64)) > 1):
-            roots = _roots(parents, found[int(ends[at]) : int(ends[at + 1])])  # itself among them
+            roots = _roots(
+                parents, found[int(ends[at]) : int(ends[at + 1])]
+            )  # includes the row itself
             parents[roots] = roots.min()
     return _roots(parents, np.arange(len(rows)))
 

@@ -1,4 +1,4 @@
-"""An index of images that finds those with the nearest embeddings."""
+"""Index of images that is searched by their embeddings."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from pml_tacl.utils.copies import first_copies
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.files import atomic_write
 
-# Up to here a look at every image takes hundredths of a second: a graph would win nothing.
+# Up to this size an exact search takes hundredths of a second, and a graph would not be faster.
 FLAT_UP_TO = 50_000
 # A graph takes 4 D + 270 bytes of memory for each image, 2.3 GB here with D = 512.
 HNSW_UP_TO = 1_000_000
@@ -26,7 +26,7 @@ IVFPQ_FROM = 10_000
 _KINDS = ("auto", "flat", "hnsw", "ivfpq")
 # So many steps also leave a crowd of near copies, such as the frames of a film.
 _LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 100, 256
-_ROUNDING = 1e-6  # copies of an image may differ by so much in a number of their embeddings
+_ROUNDING = 1e-6  # embeddings of copies may differ by this much in each number
 _EMBEDDINGS, _FILES, _INDEX = "embeddings.npy", "files.json", "index.faiss"
 _CHUNK = 16384
 _DIMS_A_BYTE = 8  # of a vector, that one byte of its code stands for
@@ -35,9 +35,9 @@ _Self = TypeVar("_Self", bound="ImageIndex")
 
 
 class Changes(NamedTuple):
-    """How a folder differs from an index: files relative to its root, sorted.
+    """Differences between a folder and an index, as sorted files relative to its root.
 
-    Those of ``changed`` are in both, with another size or modification time.
+    Files in ``changed`` are in both, with another size or modification time.
     """
 
     added: list[str]
@@ -46,7 +46,7 @@ class Changes(NamedTuple):
 
 
 class ImageIndex:
-    """Images by their embeddings, searched by cosine similarity.
+    """Index of images that is searched by the cosine similarity of their embeddings.
 
     Args:
         embeddings: (N, D), array or tensor on any device; L2-normalised here.
@@ -63,15 +63,15 @@ class ImageIndex:
             embeddings differ by rounding alone.
         exclude: patterns of files that :meth:`changes` leaves out, as of
             :class:`pml_tacl.datasets.ImageFiles`.
-        fixed: :meth:`changes` finds no new files: these were listed one by one.
+        fixed: :meth:`changes` reports no new files, because these were listed explicitly.
 
     Attributes:
         files: as given.
         root: as an absolute path; set it if the images have moved.
 
     Raises:
-        ValueError: for embeddings that are NaN, infinite, zero or of another count than the files,
-            a file given twice, or an unknown kind.
+        ValueError: if embeddings are NaN, infinite or zero, their number differs from that of the
+            files, a file is given twice, or the kind is unknown.
 
     Example:
         >>> import torch
@@ -150,17 +150,17 @@ class ImageIndex:
 
         Args:
             embeddings: (Q, D) of the queries; L2-normalised here.
-            k: images for each query, at least 1; all there are if there are fewer.
-            folder: only images in this folder, relative to ``root``, or below it. Such a search
-                is exact whatever the kind.
+            k: number of images per query, at least 1; all images if there are fewer.
+            folder: search only images in this folder or below it, relative to ``root``. Such a
+                search is exact for every kind.
 
         Returns:
-            Cosine similarities (Q, k) in [-1, 1], nearest first, and rows (Q, k) of ``files``;
-            rows with one embedding are in the order of ``files``.
+            Cosine similarities (Q, k) in [-1, 1], nearest first, and rows (Q, k) of ``files``.
+            Images with equal embeddings are in the order of ``files``.
 
         Raises:
-            ValueError: for another D than the index has, embeddings that are NaN or zero, or a
-                folder without an indexed image.
+            ValueError: if D differs from that of the index, embeddings are NaN or zero, or the
+                folder has no indexed image.
         """
         check_count("k", k, 1)
         unit = UnitRows("embeddings", embeddings, _CHUNK)
@@ -179,7 +179,7 @@ class ImageIndex:
                 return self._images(np.clip(similarities, -1.0, 1.0), entries, inside, k)
             chosen = faiss.SearchParameters(sel=faiss.IDSelectorBatch(selected))  # type: ignore
             flat = faiss.downcast_index(getattr(self._index, "storage", self._index))
-            # faiss's own additions for torch, which PML loads, hide the search that takes params.
+            # PML loads faiss's extensions for torch, which hide the search method with params.
             search = getattr(flat, "search_numpy", flat.search)
             wanted = min(k, len(selected))
             similarities, entries = search(unit.hold(), wanted, params=chosen)
@@ -233,7 +233,7 @@ class ImageIndex:
     def _images(
         self, similarities: FloatArray, entries: IntArray, inside: IntArray, k: int
     ) -> tuple[FloatArray, IntArray]:
-        """The first k images of the entries found, of those inside."""
+        """Return the first k images of the entries found, limited to those inside a folder."""
         if len(inside) == self._index.ntotal == len(self):
             return similarities, entries
         k = min(k, len(inside))
@@ -247,10 +247,10 @@ class ImageIndex:
         return np.repeat(similarities.ravel(), taken).reshape(-1, k), rows.reshape(-1, k)
 
     def rows_in(self, folder: str) -> IntArray:
-        """Rows of the images in a folder, relative to ``root``, or below it.
+        """Return the rows of the images in a folder or below it, relative to ``root``.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if there are none.
         """
         name = Path(folder).as_posix().rstrip("/")
         start = "" if name in ("", ".") else f"{name}/"
@@ -262,14 +262,14 @@ class ImageIndex:
         return np.array(rows, dtype=np.int64)
 
     def paths(self, rows: Sequence[int] | IntArray) -> list[Path]:
-        """Where the images of some rows lie."""
+        """Return the paths of the images at some rows."""
         return [self.root / self.files[int(row)] for row in rows]
 
     def changes(self) -> Changes:
-        """How the images under ``root`` differ from those indexed, without reading a pixel.
+        """Return how the images under ``root`` differ from those indexed; reads no pixels.
 
         Raises:
-            ValueError: if ``root`` is no folder or holds no image.
+            ValueError: if ``root`` is not a folder or contains no images.
         """
         if self._fixed:
             listed = [path for path in map(self.root.joinpath, self.files) if path.is_file()]
@@ -284,14 +284,14 @@ class ImageIndex:
         )
 
     def add(self, embeddings: Embeddings, files: Sequence[str]) -> None:
-        """Add images; those that are there already are replaced.
+        """Add images, and replace those that are already in the index.
 
         Args:
-            embeddings: (M, D), of the same model as the others; L2-normalised here.
-            files: M of them, relative to ``root``, each once.
+            embeddings: (M, D), from the same model as the others; L2-normalised here.
+            files: M files, relative to ``root``, each once.
 
         Raises:
-            ValueError: as of the class, or for another D; nothing is changed then.
+            ValueError: as in the class, or if D differs. The index is then unchanged.
         """
         unit = _checked(embeddings, files)
         self._check_dim(unit)
@@ -311,7 +311,7 @@ class ImageIndex:
         self._stamps = [*(self._stamps[row] for row in kept), *stamps]
 
     def remove(self, files: Sequence[str]) -> None:
-        """Take images out. An hnsw index is built anew, since a graph loses no node.
+        """Remove images. An hnsw index is rebuilt, because nodes cannot be removed from a graph.
 
         Raises:
             ValueError: if one of them is not in the index, or none would be left.
@@ -335,9 +335,9 @@ class ImageIndex:
         self._index, self._rows = index, rows if kind == "ivfpq" else None
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write ``embeddings.npy``, ``files.json`` and ``index.faiss``, each whole or not at all.
+        """Write ``embeddings.npy``, ``files.json`` and ``index.faiss`` atomically.
 
-        The index comes last: where it is, the other two are.
+        The index is written last, so if it exists, the other two exist, too.
         """
         folder = Path(folder)
         with atomic_write(folder / _EMBEDDINGS) as file:
@@ -362,11 +362,11 @@ class ImageIndex:
 
     @classmethod
     def load(cls: type[_Self], folder: str | PathLike[str]) -> _Self:
-        """Read what :meth:`save` wrote.
+        """Read an index that :meth:`save` wrote.
 
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: if a file is damaged, or the index is of another count than the files.
+            ValueError: if a file is damaged, or the numbers of embeddings and files differ.
         """
         folder = Path(folder)
         for name in (_INDEX, _FILES):
@@ -582,7 +582,7 @@ def _add(index: Any, rows: _Rows) -> IntArray:
 
 
 def _stamp(path: Path) -> list[int] | None:
-    """Size and time of change, which tell an image that was edited."""
+    """Return size and modification time, which change if an image is edited."""
     with suppress(OSError):
         return [path.stat().st_size, path.stat().st_mtime_ns]
     return None

@@ -1,1 +1,1 @@
-"""Parts of the resume benchmark: the training that is killed, what two runs must share."""
+"""Parts of the resume benchmark: the training that is killed, and the comparison of two runs."""

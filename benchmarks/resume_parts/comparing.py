@@ -1,4 +1,4 @@
-"""What a run leaves, beside what another left."""
+"""Compare the output of two runs."""
 
 import io
 import sqlite3
@@ -18,7 +18,7 @@ def last_seen(folder: Path) -> str:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """Everything that two runs must have in common, by name."""
+    """Return by name everything that must be equal in two runs."""
     found: dict[str, Any] = {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""A training that kills itself where it is told to."""
+"""A training that kills itself at a given point."""
 
 import io
 import os
@@ -28,7 +28,7 @@ from pml_tacl.trainers import checkpoint
 from pml_tacl.trainers.checkpoint import checkpoints
 
 EPOCHS, ITERATIONS, BATCH, SIZE = 4, 5, 16, 32
-WEIGHTS = "weights.safetensors"  # beside the runs
+WEIGHTS = "weights.safetensors"  # in the folder of the runs
 
 
 def kill_now() -> None:
@@ -36,7 +36,7 @@ def kill_now() -> None:
 
 
 def write_weights(path: Path) -> None:
-    """Weights that no seed of a training gives, as pretrained ones."""
+    """Write weights that a training seed does not produce, like pretrained weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         state = timm.create_model("test_resnet").state_dict()
@@ -44,7 +44,7 @@ def write_weights(path: Path) -> None:
 
 
 class Halfway(io.RawIOBase):
-    """A file in which the process is killed after its first 100 000 bytes."""
+    """File that kills the process after its first 100 000 bytes."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.left = file, 100_000
@@ -61,14 +61,14 @@ class Halfway(io.RawIOBase):
 def train(
     folder: Path, halves: tuple[Glyphs, Glyphs], workers: int, forced: tuple[str, int] | None
 ) -> None:
-    """One training, or what is left of it; what it does is written to ``folder.trace``."""
+    """Run or resume a training, and write its steps to ``folder.trace``."""
     torch.set_num_threads(1)
     os.dup2(os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     trace = os.open(folder.with_suffix(".trace"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     counts: dict[str, int] = {}
 
     def enter(place: str) -> bool:
-        """Note what the training begins; whether it is to be killed in it."""
+        """Note the start of a step, and return whether to kill the training in it."""
         counts[place] = counts.get(place, 0) + 1
         os.write(trace, f"{place}\n".encode())
         return forced == (place, counts[place])
@@ -80,8 +80,8 @@ def train(
     runs.open_run(folder, {"epochs": EPOCHS}, resume=folder.exists())
     runs.seed_everything(0)
     train_half, test_half = halves
-    # As train_folder.py: from a checkpoint the network is built without its weights, of which
-    # nothing else may depend on them. With statistics of BatchNorm, so that more could differ.
+    # As in train_folder.py, a resumed network is built without the weight file, so that nothing
+    # else may depend on the file. BatchNorm statistics are trained to include them in the test.
     weights = False if resume else folder.with_name(WEIGHTS)
     model = AttentionEmbedder("test_resnet", weights, embedding_dim=16, freeze_batchnorm=False)
     model.from_scratch = False

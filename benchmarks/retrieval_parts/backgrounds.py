@@ -1,4 +1,4 @@
-"""Busy backgrounds: crops of photographs, and patterns made of noise, stripes and shapes."""
+"""Busy backgrounds: crops of photographs, and patterns of noise, stripes and shapes."""
 
 import functools
 
@@ -36,7 +36,7 @@ def _photographs() -> tuple[Image.Image, ...]:
 
 
 def background(rng: np.random.Generator, size: int) -> Image.Image:
-    """An image (RGB, size x size) to put something on; `rng` alone decides which."""
+    """Return a background (RGB, size x size), which depends only on `rng`."""
     draw = _photograph if rng.random() < _SHARE_OF_PHOTOGRAPHS else _pattern
     image = draw(rng, size)
     pixels = np.asarray(image)[..., rng.permutation(3)].astype(np.float32)

@@ -1,4 +1,4 @@
-"""Batches: which images, their two views, and their swapped backgrounds."""
+"""Batches: selection of images, their two views, and swapped backgrounds."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from retrieval_parts.views import Views
 
 @dataclass
 class Batch:
-    """N images: two views, rows, labels, and how far each cell of the first was kept."""
+    """Batch of N images: two views, rows, labels, and the kept fraction of each first-view cell."""
 
     views: Views
     rows: Tensor
@@ -28,7 +28,7 @@ class Batch:
 
 
 def draw(run: Training) -> Batch:
-    """The next batch, its backgrounds swapped if the run does that."""
+    """Return the next batch, with swapped backgrounds if configured."""
     config = run.config
     rows = draw_rows(run)
     maps = None if run.background is None else run.background[rows]
@@ -37,7 +37,9 @@ def draw(run: Training) -> Batch:
     if config.swap > 0:
         swap = BackgroundSwap(
             config.swap,
-            "centred" if config.mask == "centred" else "border",  # any other comes as a map too
+            "centred"
+            if config.mask == "centred"
+            else "border",  # other masks are also given as maps
             sharpness=config.sharpness,
             sigma=config.sigma,
             empty=config.empty,
@@ -52,11 +54,11 @@ def draw(run: Training) -> Batch:
 
 
 def draw_rows(run: Training) -> Tensor:
-    """Rows of a batch: whole groups of a cluster (or of neighbours), or any images."""
+    """Return the rows of a batch: groups of a cluster (or of neighbours), or random images."""
     config, generator = run.config, run.generator
     count = len(run.images.images)
     if config.metric == "stml" and run.embeddings is not None:
-        # After the paper: some images, each with its nearest by the teacher's embedding.
+        # As in the paper: random images, each with its nearest by the teacher's embedding.
         queries = torch.randperm(count, generator=generator)[: config.batch // config.per_cluster]
         near = run.embeddings[queries] @ run.embeddings.T
         return near.topk(config.per_cluster, 1).indices.flatten()

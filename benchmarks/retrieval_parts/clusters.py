@@ -1,4 +1,4 @@
-"""Pseudo-labels, masks and embeddings of all images, made anew between steps."""
+"""Pseudo-labels, masks and embeddings of all images, recomputed between steps."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from retrieval_parts.state import Training
 
 @torch.no_grad()
 def recluster(run: Training, losses: Losses) -> None:
-    """New labels, centroids, masks and neighbours from the network as it is."""
+    """Recompute labels, centroids, masks and neighbours with the current network."""
     config = run.config
     warm = run.step >= config.warmup
     grouped = config.metric == "ms" or config.ccl > 0 or config.tac > 0
@@ -54,7 +54,7 @@ def recluster(run: Training, losses: Losses) -> None:
 
 
 def number_of_clusters(run: Training) -> Any:
-    """The rule of the configuration, as `KMeansPseudoLabeler` takes it."""
+    """Return the number of clusters of the configuration, for `KMeansPseudoLabeler`."""
     rule = run.config.num_clusters
     if rule.endswith("classes"):
         return int(rule.removesuffix("classes") or 1) * (int(run.images.labels.max()) + 1)
@@ -77,5 +77,5 @@ def _masks(run: Training, labels: Tensor | None) -> Tensor:
     offset = run.views.cell_offset
     if offset == (0.0, 0.0):
         return maps
-    # Half a cell is nothing that the grid of the maps could show.
+    # Double the size of the maps: their own grid cannot represent half a cell.
     return to_image(maps, (2 * maps.shape[1], 2 * maps.shape[2]), offset)

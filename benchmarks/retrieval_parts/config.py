@@ -1,4 +1,4 @@
-"""One run of the benchmark as a flat, hashable record, and the methods by name."""
+"""Configuration of a run as a flat, hashable record, and the methods by name."""
 
 import hashlib
 import json
@@ -8,9 +8,9 @@ from typing import Any
 from pml_tacl.trainers.recipe import PRETRAINED
 from pml_tacl.utils.errors import InputError
 
-# Raised when data or training change so that earlier results no longer hold.
+# Increase this if a change of data or training makes earlier results invalid.
 RESULTS_VERSION = 3
-# The parts of the full method, as fields of Config: here alone their weights are set.
+# The parts of the full method as fields of Config. Their weights are set only here.
 PARTS: dict[str, dict[str, Any]] = {
     "head": {"attention": "relative_border", "pooling": "covariance"},
     "ccl": {"ccl": 0.5, "ccl_momentum": 0.0},
@@ -23,7 +23,7 @@ def _method(*parts: str, **other: Any) -> dict[str, Any]:
     return {key: value for part in parts for key, value in PARTS[part].items()} | other
 
 
-# What a method is. Everything else is the same for all of them.
+# Settings of each method. All other settings are the same for all methods.
 METHODS: dict[str, dict[str, Any]] = {
     "zero_shot": {"steps": 0},
     "zero_shot+head": _method("head", steps=0),
@@ -37,14 +37,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "ntxent+swap": _method("swap", metric="ntxent"),
     "stml": {"metric": "stml"},
     "stml+swap": _method("swap", metric="stml"),
-    # What else the parts may be put together to.
+    # Other combinations of the parts.
     "ms+ccl+tac+swap": _method("ccl", "tac", "swap"),
     "ms+head": _method("head"),
     "ccl+tac+head+swap": _method("ccl", "tac", "head", "swap", metric="none"),
     "supervised+head": _method("head", labels="true"),
     "ntxent+head+swap": _method("head", "swap", metric="ntxent"),
     "stml+head+swap": _method("head", "swap", metric="stml"),
-    # The paper's two losses, without what was added to them here.
+    # The two losses of the paper, without our additions.
     "ms+swap": _method("swap"),
     "ms+ccl": _method("ccl"),
     "ms+tac": _method("tac"),
@@ -52,7 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ccl": _method("ccl", metric="none"),
     "ccl+tac": _method("ccl", "tac", metric="none"),
 }
-# What the questions of the benchmark need: measured before the others, for every seed.
+# Main methods of the benchmark, measured first and for every seed.
 FIRST = tuple(METHODS)[: tuple(METHODS).index("ms+ccl+tac+swap")]
 REGIMES = ("scratch", "pretrained")
 # Photographs: the package's own recipe. `+averaged` measures the mean of trained and untrained
@@ -97,33 +97,33 @@ RECIPES = ("drawings", "photographs")
 
 @dataclass(frozen=True)
 class Config:
-    """A run. Fields at -1 or "auto" follow the regime or the data, see `resolved`."""
+    """Configuration of a run. Fields at -1 or "auto" are set by `resolved`."""
 
     dataset: str = "openemoji-busy"
     regime: str = "pretrained"
-    recipe: str = "drawings"  # photographs: the package's defaults
-    after: str = "none"  # fitted after training: projection, whitened (its whole alone)
+    recipe: str = "drawings"  # "photographs": the defaults of the package
+    after: str = "none"  # fitted after training: "projection", or "whitened" (only its whole)
     averaged: bool = False  # measured at the mean of the trained and the untrained weights
-    guard: bool = False  # of what the package's guard keeps, the untrained network included
+    guard: bool = False  # measure the network that the guard keeps, which may be the untrained one
     method: str = "ms"
     split: str = "validation"
     seed: int = 0
     steps: int = -1
     size: int = -1
-    limit: int = -1  # classes of each split, for quick looks; -1 is all
+    limit: int = -1  # classes of each split, for short runs; -1 is all
 
     # Model and optimiser.
-    embedding_dim: int = -1  # 0 leaves the projection out
+    embedding_dim: int = -1  # 0 builds no projection
     attention: str = "none"
     pooling: str = "average"
-    whiten: bool = True  # the projection at the start, if it is of covariance pooling
+    whiten: bool = True  # initialise the projection of covariance pooling by whitening
     feature_index: int = -1  # stage of attention's maps, -1: stride 16, 8 on 64 pixels
     lr: float = -1.0
     weight_decay: float = 1e-2
     schedule: str = "onecycle"  # or "constant"
     batch: int = 64
 
-    # Labels of the metric losses and of CCL: clusters, or the true ones (the ceiling).
+    # Labels of the metric losses and of CCL: clusters, or the true labels (the upper bound).
     labels: str = "clusters"
     num_clusters: str = "classes"  # or a number, "auto" (a tenth), "2classes"
     recluster: int = -1  # steps between clusterings
@@ -136,7 +136,7 @@ class Config:
     ccl: float = 0.0
     ccl_margin: float = 0.2
     ccl_negatives: int = 5
-    ccl_momentum: float = 1.0  # of the centroids, which follow the batches; at 1 they stay
+    ccl_momentum: float = 1.0  # momentum of the centroids, which follow the batches; 1 keeps them
     tac: float = 0.0
     tac_temperature: float = 0.0  # 0 is the hard maximum
     tac_pairs: int = 1
@@ -147,16 +147,17 @@ class Config:
     empty: bool = True
     sharpness: float = 4.0
     sigma: float = 0.25
-    # The net at the start and again when clustering begins; recluster: at each clustering too.
+    # "first": masks from the network at the start and at the first clustering; "recluster": also at
+    # each later clustering.
     mask_from: str = "first"
     mask_index: int = -1  # stage of the mask's maps; -1 is feature_index's
-    mask_size: int = 1  # the net sees images so many times larger to make masks
+    mask_size: int = 1  # factor by which images are enlarged to compute masks
     mask_references: int = 64
 
-    ema: float = 0.0  # momentum of a teacher that makes clusters and masks; 0 is none
+    ema: float = 0.0  # momentum of a teacher that computes clusters and masks; 0 is none
     evaluate_teacher: bool = False
     views: str = "default"
-    cell_offset: bool = False  # points and masks where the cells look, not in their middle
+    cell_offset: bool = False  # align points and masks to receptive-field centres
 
     ntxent_temperature: float = 0.1
     stml_sigma: float = 3.0
@@ -175,7 +176,7 @@ class Config:
 
     @property
     def resolved(self) -> "Config":
-        """With every field that follows the regime or the data filled in."""
+        """Return the configuration with all automatic fields filled in."""
         if self.recipe == "photographs":
             return self._as_photographs()
         scratch = self.regime == "scratch"
@@ -210,7 +211,7 @@ class Config:
         return replace(self, **filled)
 
     def for_count(self, count: int) -> "Config":
-        """Return the configuration with steps that fit `count` images, where they are open."""
+        """Return the configuration with open numbers of steps set for `count` images."""
         config = self.resolved
         if config.recipe != "photographs":
             return config
@@ -220,7 +221,7 @@ class Config:
 
     @property
     def key(self) -> str:
-        """Sixteen hexadecimal digits that two runs share exactly if they are the same."""
+        """Return sixteen hexadecimal digits that identify the configuration."""
         text = json.dumps([RESULTS_VERSION, asdict(self.resolved)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -235,7 +236,7 @@ def make(method: str, **changes: Any) -> Config:
 def of_one_training(config: Config) -> list[Config]:
     """Return the configurations of photographs that share the training of `config`, itself first.
 
-    They differ in what is done afterwards alone.
+    They differ only in the steps after training.
     """
     if config.recipe != "photographs":
         return [config]
@@ -258,10 +259,10 @@ def of_one_training(config: Config) -> list[Config]:
 
 
 def parse(settings: list[str]) -> dict[str, Any]:
-    """`name=value` pairs of a command line as fields of Config.
+    """Parse `name=value` pairs of a command line as fields of Config.
 
     Raises:
-        ValueError: for an unknown field or a value that is not of its type.
+        ValueError: for an unknown field or a value of another type.
     """
     types = {field.name: field.type for field in fields(Config)}
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The benchmark's data sets: uint8 images in memory, in splits that share no class."""
+"""Data sets of the benchmark: uint8 images in memory, in splits that share no class."""
 
 import hashlib
 import zlib
@@ -20,18 +20,19 @@ SPLITS = ("train", "validation", "test")
 DRAWN = ("openemoji", "openemoji-busy")
 NAMES = ("glyphs", *DRAWN, *photos.PHOTOS)
 DEFAULT_CACHE = Path.home() / ".cache" / "pml_tacl"
-_DRAWING = 2  # raised when a change of the code below changes pixels: the cache is keyed by it
+_DRAWING = 2  # part of the cache key: increase it if a change of the code changes pixels
 _SPLIT_SEED = 2020
 
 
 class Images(NamedTuple):
-    """Images and what they show.
+    """Images with labels.
 
     Attributes:
         images: (N, 3, S, S) uint8.
-        labels: (N,) int64 from zero. Of the training third only supervised training and the
-            report of purity read them.
-        queries: (N,) bool, which search among the others; None: each among all.
+        labels: (N,) int64 from zero. In the training third, only supervised training and the
+            report of purity use them.
+        queries: (N,) bool, which images are queries and search among the others; None: each
+            image searches among all others.
     """
 
     images: Tensor
@@ -47,19 +48,19 @@ def load(
     limit: int | None = None,
     data_root: Path | None = None,
 ) -> Images:
-    """A split of a data set.
+    """Return a split of a data set.
 
     Args:
         name: one of NAMES.
         split: "train", "validation" or "test".
         size: side of the images.
-        cache: folder for archives and for images made of them.
-        limit: the first so many classes only.
-        data_root: folder of the photographs' data sets, each in a folder of its name.
+        cache: folder for archives and for images computed from them.
+        limit: use only this number of classes.
+        data_root: folder of the photograph data sets, each in a folder with its name.
 
     Raises:
         ValueError: for an unknown name or split.
-        FileNotFoundError: for photographs that are not there.
+        FileNotFoundError: if photographs are missing.
     """
     if data_root is not None and name not in NAMES:
         return _folder(name, split, size, cache, data_root)
@@ -80,7 +81,7 @@ def load(
 
 
 def third(count: int, split: str) -> slice:
-    """The split's part of `count` classes in their fixed order."""
+    """Return the range of a split among `count` classes in their fixed order."""
     part = SPLITS.index(split)
     return slice(count * part // 3, count * (part + 1) // 3)
 
@@ -150,25 +151,25 @@ def _read_listed(
 
 
 def place_on_white(rng: np.random.Generator, drawing: Image.Image, size: int) -> Image.Image:
-    """The drawing in the middle of a white image, its longer side 0.8 of the image's."""
+    """Place the drawing in the centre of a white image, with a longer side of 0.8 images."""
     return _paste(Image.new("RGB", (size, size), "white"), drawing, round(0.8 * size), None)
 
 
 def place_busy(rng: np.random.Generator, drawing: Image.Image, size: int) -> Image.Image:
-    """The drawing anywhere on a busy background, its longer side 0.65 to 0.9 of the image's."""
+    """Place the drawing at random on a busy background; its longer side is 0.65 to 0.9 images."""
     return _paste(background(rng, size), drawing, round(rng.uniform(0.65, 0.9) * size), rng)
 
 
 def _paste(
-    ground: Image.Image, drawing: Image.Image, side: int, rng: np.random.Generator | None
+    canvas: Image.Image, drawing: Image.Image, side: int, rng: np.random.Generator | None
 ) -> Image.Image:
     scale = side / max(drawing.size)
     width, height = (max(1, round(scale * extent)) for extent in drawing.size)
     drawing = drawing.resize((width, height), Image.Resampling.BICUBIC)
-    free = (ground.width - width, ground.height - height)
+    free = (canvas.width - width, canvas.height - height)
     left, top = (gap // 2 if rng is None else int(rng.integers(gap + 1)) for gap in free)
-    ground.paste(drawing, (left, top), drawing)
-    return ground
+    canvas.paste(drawing, (left, top), drawing)
+    return canvas
 
 
 def _images(images: np.ndarray, labels: np.ndarray) -> Images:

@@ -1,11 +1,11 @@
-"""Figures of the results: recall curves, what each part is worth, how much of the gap is closed."""
+"""Figures of the results: recall curves, ablation of the parts, and the gap closed."""
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from retrieval_parts.tables import RECALLS, Table, cost_of_removal, gap_closed
 
-# The rest would hide these; the tables have them all.
+# Show only the main methods; the tables contain all methods.
 _SHOWN = {
     "zero_shot": "#999999",
     "ms": "#e69f00",
@@ -18,7 +18,7 @@ _SHOWN = {
 
 
 def recall_curves(table: Table) -> Figure:
-    """One panel for each setting: recall at 1, 2, 4, 8 of the methods that matter most."""
+    """Draw one panel for each setting: recall at 1, 2, 4, 8 of the main methods."""
     columns = min(3, len(table))
     lines = -(-len(table) // columns)
     figure = Figure(figsize=(3.4 * columns, 2.8 * lines), layout="constrained")
@@ -53,7 +53,7 @@ def recall_curves(table: Table) -> Figure:
 
 
 def ablation_bars(table: Table) -> Figure | None:
-    """R@1 that the full method loses without each part, by setting."""
+    """Draw the loss of R@1 of the full method without each part, by setting."""
     removal = cost_of_removal(table)
     if not removal:
         return None
@@ -81,7 +81,7 @@ def ablation_bars(table: Table) -> Figure | None:
 
 
 def gap_plot(table: Table) -> Figure | None:
-    """Each method between zero-shot, at 0, and supervised, at 100."""
+    """Draw each method on a scale from zero-shot (0) to supervised (100)."""
     names = list({name: None for methods in table.values() for name in methods})
     names = [name for name in names if name not in ("zero_shot", "supervised")]
     points = {

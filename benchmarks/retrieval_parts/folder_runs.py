@@ -14,7 +14,7 @@ from retrieval_parts.config import PHOTO_METHODS, Config, make, of_one_training
 from retrieval_parts.data import DRAWN
 from retrieval_parts.plan import run_all
 
-# What the package is compared with; the other methods are parts of `full` alone.
+# Methods that the package is compared with; the other methods are parts of `full`.
 USUAL = (
     "zero_shot",
     "zero_shot+whitened",
@@ -34,7 +34,9 @@ USUAL = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("root", type=Path, metavar="ROOT", help="holds NAME/CLASS/FILE")
-    parser.add_argument("--sets", nargs="+", metavar="NAME", help="only these; also glyphs, ...")
+    parser.add_argument(
+        "--sets", nargs="+", metavar="NAME", help="run only these; also glyphs, ..."
+    )
     parser.add_argument(
         "--methods", nargs="+", choices=PHOTO_METHODS, default=USUAL, metavar="METHOD",
         help=f"of {', '.join(PHOTO_METHODS)}",
@@ -42,12 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=96, help="side of the images in pixels")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--split", choices=folders.SPLITS[1:], default="test", help="measured part")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time")
     parser.add_argument("--json", type=Path, help="also write all results to this file")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run and print a line for each method, set and seed; a set that cannot be measured is told."""
+    """Run each method, set and seed, and print a line for it; report sets that are left out."""
     there = [*folders.sets_in(args.root), *DRAWN]
     names = args.sets or folders.sets_in(args.root)
     unknown = [name for name in names if name not in there]
@@ -103,7 +105,7 @@ def _fingerprint(root: Path, split: str) -> str:
 
 
 def _trained_once(configs: list[Config]) -> list[Config]:
-    """Keep one of the configurations that share a training: it writes the others' results too."""
+    """Keep one of the configurations that share a training; it also writes their results."""
     left: list[Config] = []
     done: set[str] = set()
     for config in configs:
@@ -114,7 +116,7 @@ def _trained_once(configs: list[Config]) -> list[Config]:
 
 
 def line(result: dict[str, Any]) -> str:
-    """Return a run in a line."""
+    """Return a result in one line."""
     config, metrics = result["config"], result["metrics"]
     shown = {f"R@{k}": metrics[f"recall_at_{k}"] for k in (1, 2, 4, 8)}
     shown["MAP@R"] = metrics["mean_average_precision_at_r"]

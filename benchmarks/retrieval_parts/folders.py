@@ -15,7 +15,7 @@ _SEED = 2020
 
 
 class Listed(NamedTuple):
-    """Files, their classes, and which are queries (None: all, each against all others)."""
+    """List of files, classes and queries (None: all images, each against all others)."""
 
     paths: list[str]
     labels: np.ndarray

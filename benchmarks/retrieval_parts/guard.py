@@ -16,8 +16,8 @@ def look(run: Training, embeddings: Tensor | None) -> None:
     """Compute the criterion, and keep the network as `pml_tacl.trainers.guard.Guard` does.
 
     Args:
-        run: of photographs; nothing is done for others.
-        embeddings: (N, D) of the training images, where they are at hand.
+        run: a run on photographs; other runs are ignored.
+        embeddings: (N, D) of the training images, if already computed.
     """
     config = run.config
     if config.recipe != "photographs" or config.metric != "ms" or config.labels == "true":

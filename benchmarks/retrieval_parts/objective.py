@@ -1,4 +1,4 @@
-"""The objective of every method, made of PML's losses and ours."""
+"""The objective of each method, from losses of PML and of this package."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from retrieval_parts.stml import SelfTaught
 
 
 class Losses:
-    """The objective of a run, of both views of a batch."""
+    """Objective of a run on both views of a batch."""
 
     def __init__(self, run: Training) -> None:
         config = run.config
@@ -52,7 +52,7 @@ class Losses:
             total = total + self.views_loss(*embeddings.chunk(2))
         elif self.self_taught is not None:
             total = total + self.self_taught(output, embeddings, batch)
-        # In the warm-up there are no centroids: each image is its own cluster.
+        # During warm-up there are no centroids, and each image is its own cluster.
         if config.ccl > 0 and self.run.centroids is not None:
             total = total + config.ccl * self.clustering(embeddings, labels)
             self.embedded = embeddings.detach(), labels
@@ -61,14 +61,14 @@ class Losses:
         return total
 
     def move_centroids(self) -> None:
-        """After a step: the centroids of its clusters follow it, and so the next clustering."""
+        """Move the centroids after a step; the next clustering starts from them."""
         if self.embedded is not None:
             self.clustering.move_centroids(*self.embedded, self.run.config.ccl_momentum)
             self.run.centroids = self.clustering.centroids
 
     def _attention(self, maps: Tensor, batch: Batch) -> Tensor:
         first, second = maps.chunk(2)
-        if self.run.centroids is None:  # an image is matched with itself
+        if self.run.centroids is None:  # match each image with itself
             index = torch.arange(len(batch.labels))
             pairs: Any = (index, index, index[:0], index[:0])
         else:

@@ -1,4 +1,4 @@
-"""Photographs of CUB, Cars196, SOP and In-shop, for who has them in a folder."""
+"""Photographs of CUB, Cars196, SOP and In-shop from local folders."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from pml_tacl.datasets import CUB, Cars196, StanfordOnlineProducts, load_rgb
 
 
 class Listed(NamedTuple):
-    """Files, their classes, and which are queries (None: all, each against all others)."""
+    """List of files, classes and queries (None: all images, each against all others)."""
 
     paths: list[str]
     labels: np.ndarray
@@ -28,7 +28,7 @@ def _of_pml(dataset: Callable[..., Any]) -> Callable[[Path, str], Listed]:
 
 
 def _in_shop(root: Path, split: str) -> Listed:
-    """The list of the In-shop benchmark: a count, a heading, then file, item and split."""
+    """Read the list of the In-shop benchmark: a count, a heading, then file, item and split."""
     lines = next(root.rglob("list_eval_partition.txt")).read_text().splitlines()[2:]
     rows = [line.split() for line in lines if line.strip()]
     wanted = ("train",) if split == "train" else ("query", "gallery")
@@ -49,10 +49,10 @@ PHOTOS: dict[str, Callable[[Path, str], Listed]] = {
 
 
 def listed(name: str, root: Path, split: str) -> Listed:
-    """The files of a split; validation is the last third of the classes for training.
+    """Return the files of a split; validation is the last third of the training classes.
 
     Raises:
-        FileNotFoundError: if the data set is not there.
+        FileNotFoundError: if the data set is missing.
     """
     folder = root / name
     if not folder.is_dir():
@@ -67,7 +67,7 @@ def listed(name: str, root: Path, split: str) -> Listed:
 
 
 def read(paths: list[str], size: int) -> np.ndarray:
-    """Images (N, size, size, 3) uint8: the shorter side to size, then the middle."""
+    """Return images (N, size, size, 3) uint8, with the shorter side resized, then cropped."""
     shrink = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
     images = np.empty((len(paths), size, size, 3), np.uint8)
     for row, path in enumerate(tqdm(paths, "reading photographs", leave=False)):

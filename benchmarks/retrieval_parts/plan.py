@@ -1,4 +1,4 @@
-"""Which runs there are: everything, and what five minutes allow."""
+"""Lists of runs: all runs, and a selection that takes five minutes."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -20,15 +20,15 @@ _LARGER_METHODS = ("zero_shot", "ms", "full", "supervised")
 
 
 def everything(split: str = "test", data_root: Path | None = None) -> list[Config]:
-    """Every method on every data set, in the regime that fits it, for every seed.
+    """Return all methods on all data sets, in the regime of the data set, for all seeds.
 
-    The larger size is run once, and the photographs of `data_root` by the pretrained network.
+    The larger size is run once. The photographs of `data_root` use the pretrained network.
     """
     further = [name for name in METHODS if name not in FIRST]
     configs = [
         make(method, dataset=dataset, regime=regime, seed=seed, split=split)
         for methods in (FIRST, further)
-        for seed in SEEDS  # before methods, so that an interrupted run has whole tables
+        for seed in SEEDS  # seeds before methods, so that an interrupted run has complete tables
         for method in methods
         for dataset, regime in SETTINGS
     ]
@@ -47,7 +47,7 @@ def everything(split: str = "test", data_root: Path | None = None) -> list[Confi
 
 
 def five_minutes() -> list[Config]:
-    """The small network on Glyphs, one seed, on validation: a look, nothing to conclude from."""
+    """Return short runs of the small network on Glyphs, with one seed, on validation data."""
     methods = ("zero_shot", "ms", "full", "ntxent", "supervised")
     return [make(m, dataset="glyphs", regime="scratch", steps=150) for m in methods]
 
@@ -63,22 +63,22 @@ def run_all(
     data_root: Path | None = None,
     jobs: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """Results as they come; those that are there already are read, not run again.
+    """Yield results when they are complete; existing results are read from files.
 
     Args:
-        configs: of the runs.
+        configs: configurations of the runs.
         results: folder of the results.
         cache: folder of archives, images and weights.
-        data_root: folder of the photographs' data sets.
-        jobs: runs at once, each in a process with its share of the cores.
+        data_root: folder of the photograph data sets.
+        jobs: number of runs at a time, each in a process with its share of the cores.
     """
     arguments = ([config, results, cache, data_root] for config in configs)
     if jobs <= 1:
         yield from map(_one, arguments)
         return
-    # Read by torch and faiss when a fresh process loads them; a forked one has them half-way.
+    # torch and faiss read this when a new process loads them, so processes must be spawned.
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    # glibc gives every large tensor back to the system and takes it anew: a third of a step.
+    # Otherwise glibc returns each large tensor to the system, which costs a third of a step.
     os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         yield from pool.map(_one, arguments)

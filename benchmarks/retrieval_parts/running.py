@@ -1,4 +1,4 @@
-"""Runs a configuration once: results are files named by it."""
+"""Run a configuration once, and store the result in a file named by it."""
 
 import copy
 import json
@@ -40,15 +40,16 @@ def run(
     verbose: bool = False,
     watch_split: bool = False,
 ) -> dict[str, Any]:
-    """Train and measure, or read what an earlier call found.
+    """Train and measure, or read the result of an earlier call.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         results: folder of the results; None keeps none.
         cache: folder of archives, images and weights.
-        data_root: folder of the photographs' data sets.
+        data_root: folder of the photograph data sets.
         verbose: print each clustering.
-        watch_split: also measure the split at each clustering (slow; never for choosing a step).
+        watch_split: also measure the split at each clustering (slow; do not use it to select a
+            step).
 
     Returns:
         {"key", "config", "metrics", "history", "cost", "versions"}.
@@ -111,7 +112,7 @@ def run(
 
 @torch.no_grad()
 def whiten_whole(training: Training, images: data.Images) -> None:
-    """Turn a fitted projection into the usual one: the pooled feature alone, PCA-whitened."""
+    """Replace a fitted projection by PCA whitening of only the pooled feature."""
     model = training.result
     with evaluating(model):
         found = [model.trunk(x).pooled for x in normalised(training, images)]
@@ -127,7 +128,7 @@ def whiten_whole(training: Training, images: data.Images) -> None:
 
 
 def normalised(training: Training, images: data.Images) -> Iterator[torch.Tensor]:
-    """Yield all images as the network takes them."""
+    """Yield all images, normalised for the network."""
     for part in images.images.split(128):
         pixels = training.views.normalise(part.float() / 255)
         yield pixels.contiguous(memory_format=torch.channels_last)

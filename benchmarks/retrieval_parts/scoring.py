@@ -1,4 +1,4 @@
-"""How well a trained network retrieves, and what its training cost."""
+"""Retrieval of a trained network, and the cost of its training."""
 
 import resource
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from pml_tacl.utils.modes import evaluating
 from retrieval_parts.data import Images
 
 
-@torch.no_grad()  # not inference mode: what comes out is trained with
+@torch.no_grad()  # not inference mode: the result is used in training
 def embed_images(model: nn.Module, images: Tensor, normalise: Callable[[Tensor], Tensor]) -> Tensor:
-    """Unit embeddings (N, D) of uint8 images."""
+    """Return unit embeddings (N, D) of uint8 images."""
     parts = []
     with evaluating(model):
         for part in images.split(128):
@@ -27,7 +27,7 @@ def embed_images(model: nn.Module, images: Tensor, normalise: Callable[[Tensor],
 def measure(
     model: nn.Module, images: Images, normalise: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """R@1, 2, 4, 8, MAP@R and NMI, in [0, 1]."""
+    """Return R@1, 2, 4, 8, MAP@R and NMI, in [0, 1]."""
     calculator = RetrievalCalculator(
         include=(
             *(f"recall_at_{k}" for k in (1, 2, 4, 8)),
@@ -45,7 +45,7 @@ def measure(
 
 
 def purity(clusters: Tensor, labels: Tensor) -> float:
-    """Share of images that are of the most frequent class of their cluster."""
+    """Return the fraction of images in the most frequent class of their cluster."""
     if len(clusters) == 0:
         return float("nan")
     table = torch.zeros(int(clusters.max()) + 1, int(labels.max()) + 1)
@@ -54,7 +54,7 @@ def purity(clusters: Tensor, labels: Tensor) -> float:
 
 
 def forget_peak() -> None:
-    """Starts a new peak of memory, where the system can (Linux)."""
+    """Reset the peak memory, if the system supports it (Linux)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -62,7 +62,7 @@ def forget_peak() -> None:
 
 
 def peak_bytes() -> int:
-    """Most memory this process held since `forget_peak`, or ever."""
+    """Return the peak memory of this process since `forget_peak`, or since its start."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

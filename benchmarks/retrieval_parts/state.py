@@ -1,4 +1,4 @@
-"""The state of a run, from its seed and its configuration."""
+"""State of a run, which depends only on its configuration and seed."""
 
 import copy
 from dataclasses import dataclass, field
@@ -17,14 +17,14 @@ from retrieval_parts.views import RECIPES, BatchViews
 
 @dataclass
 class Training:
-    """The state of a run; what a method needs beyond it is made in `train`.
+    """State of a run; `train` adds what a method needs in addition.
 
     Attributes:
-        model: the network that learns.
-        teacher: its moving average, the network itself without one.
-        labels: (N,) what the metric losses learn from, -1 for noise.
-        centroids: (K, D) of them, None before the first clustering.
-        history: one entry for each clustering: step, clusters, purity, loss since the last.
+        model: the network that is trained.
+        teacher: its moving average, or the network itself.
+        labels: (N,) labels of the metric losses, -1 for noise.
+        centroids: (K, D) centroids of the labels, None before the first clustering.
+        history: one entry for each clustering: step, clusters, purity, loss since the last one.
     """
 
     config: Config
@@ -46,12 +46,12 @@ class Training:
 
     @property
     def result(self) -> AttentionEmbedder:
-        """The network that is measured."""
+        """Return the network to measure."""
         return self.teacher if self.config.evaluate_teacher else self.model
 
 
 def start(config: Config, images: Images, cache: Path = DEFAULT_CACHE) -> Training:
-    """A run before its first step; all randomness comes from the configuration's seed."""
+    """Return a run before its first step; all random numbers depend on the configured seed."""
     config = config.for_count(len(images.images))
     model = build(config, cache)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def start(config: Config, images: Images, cache: Path = DEFAULT_CACHE) -> Traini
 
 @torch.no_grad()
 def follow(teacher: torch.nn.Module, model: torch.nn.Module, momentum: float) -> None:
-    """One step of the moving average; buffers (statistics) are copied."""
+    """Update the moving average by one step, and copy buffers (statistics)."""
     for mine, theirs in zip(teacher.parameters(), model.parameters(), strict=True):
         mine.lerp_(theirs, 1 - momentum)
     for mine, theirs in zip(teacher.buffers(), model.buffers(), strict=True):

@@ -1,8 +1,8 @@
 """Self-taught metric learning (Kim et al., CVPR 2022), from the formulas of the paper.
 
-The teacher, a moving average of the student, says how similar two images are: by distance, and
-by the context they share (k-reciprocal neighbours). The student's embeddings are pulled and pushed
-by that, and its second, larger head teaches the first.
+The teacher is a moving average of the student. It measures how similar two images are by distance
+and by shared context (k-reciprocal neighbours). This similarity pulls and pushes the embeddings of
+the student. The second, larger head of the student teaches the first head.
 """
 
 import copy
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def pairwise_similarity(embeddings: Tensor, sigma: float) -> Tensor:
-    """(N, N) in (0, 1]: `exp(-|a - b|^2 / sigma)` of embeddings (N, D)."""
+    """Return (N, N) in (0, 1]: `exp(-|a - b|^2 / sigma)` of embeddings (N, D)."""
     return torch.exp(-torch.cdist(embeddings, embeddings).square() / sigma)
 
 
 def contextual_similarity(similarity: Tensor, same_image: Tensor, neighbours: int) -> Tensor:
-    """(N, N) in [0, 1]: the share of k-reciprocal neighbours that two rows have in common.
+    """Return (N, N) in [0, 1]: the fraction of k-reciprocal neighbours that two rows share.
 
     With R(i) the rows j such that i and j are among each other's k nearest, `w~_ij = |R(i) and
     R(j)| / |R(i)|` for j in R(i), else 0; then averaged over the k / 2 nearest rows of i (query
@@ -44,13 +44,13 @@ def contextual_similarity(similarity: Tensor, same_image: Tensor, neighbours: in
 
 
 def relative_distances(embeddings: Tensor) -> Tensor:
-    """(N, N): distances divided by each row's mean."""
+    """Return (N, N): distances divided by the mean of each row."""
     distance = torch.cdist(embeddings, embeddings)
     return distance / distance.mean(1, keepdim=True).clamp_min(1e-12)
 
 
 def relaxed_contrastive(embeddings: Tensor, similarity: Tensor, delta: float) -> Tensor:
-    """Pulls pairs by their similarity and pushes them below `delta` by the rest, of 1."""
+    """Pull pairs with weight `similarity`; push pairs nearer than `delta` with the rest to 1."""
     n = len(embeddings)
     distance = relative_distances(embeddings)
     pull = similarity * distance.square()
@@ -59,14 +59,14 @@ def relaxed_contrastive(embeddings: Tensor, similarity: Tensor, delta: float) ->
 
 
 def self_distillation(embeddings: Tensor, teaching: Tensor) -> Tensor:
-    """KL divergence between the rows' softmax of negated relative distances in two spaces."""
+    """Return the KL divergence between softmaxes of negated relative distances in two spaces."""
     target = F.log_softmax(-relative_distances(teaching).detach(), 1)
     found = F.log_softmax(-relative_distances(embeddings), 1)
     return F.kl_div(found, target, reduction="batchmean", log_target=True)
 
 
 class SelfTaught:
-    """The loss of a run, with the second head of student and teacher."""
+    """Loss of a run, with the second head of student and teacher."""
 
     def __init__(self, run: "Training") -> None:
         self.run = run

@@ -1,4 +1,4 @@
-"""One training loop for every method: same network, views, batches, steps and seeds."""
+"""Training loop of all methods, with the same network, views, batches, steps and seeds."""
 
 import time
 from collections.abc import Callable
@@ -26,8 +26,8 @@ def train(
     """Train a network as the configuration says.
 
     Args:
-        config: of the run.
-        images: the training third; its labels are read for `labels="true"` and for purity.
+        config: configuration of the run.
+        images: the training third; its labels are used for `labels="true"` and for purity.
         cache: folder of the weights.
         watch: called at each clustering and at the end.
     """

@@ -1,7 +1,7 @@
 """Two views of a whole batch at once, with tracked points and maps.
 
-What SiameseTransform does with one image, in a twentieth of the steps: crop, turn and shear are
-one sampling of the images, and maps that belong to them (masks) are sampled alike.
+This does the same as SiameseTransform for a whole batch, in a twentieth of the operations. Crop,
+rotation and shear are one sampling of the images; their maps (masks) are sampled in the same way.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Recipe:
-    """Ranges of the views; the first view is a crop, the second is also turned."""
+    """Ranges of the views; the first view is a crop, the second is also rotated."""
 
     crop: tuple[float, float] = (0.5, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -25,7 +25,7 @@ class Recipe:
     flip: bool = False
     jitter: float = 0.4
     jitter_share: float = 0.8
-    channels: float = 0.0  # share of views with their channels in another order
+    channels: float = 0.0  # fraction of views with permuted channels
     grey: float = 0.1
     blur: float = 0.2
 
@@ -47,7 +47,7 @@ RECIPES = {
 
 
 class Views(NamedTuple):
-    """Of N images: both views (N, 3, S, S), points (N, G * G, 2), and maps (N, h, w) or None."""
+    """Two views (N, 3, S, S) of N images, points (N, G * G, 2), and maps (N, h, w) or None."""
 
     first: Tensor
     second: Tensor
@@ -57,7 +57,7 @@ class Views(NamedTuple):
 
 
 class BatchViews:
-    """Makes `Views` of uint8 images (N, 3, S, S)."""
+    """Compute `Views` of uint8 images (N, 3, S, S)."""
 
     def __init__(
         self,
@@ -77,14 +77,14 @@ class BatchViews:
     def __call__(
         self, images: Tensor, generator: torch.Generator, maps: Tensor | None = None
     ) -> Views:
-        """Both views; `maps` (N, h, w) belong to the images and follow them."""
+        """Return both views; `maps` (N, h, w) of the images are transformed with them."""
         pixels = images.float() / 255
         crop, turned = self._crops(len(images), generator), self._crops(len(images), generator)
         turned = turned @ self._turns(len(images), generator)
-        # Cells of the first view, through the image, into the second.
+        # Map cells of the first view through the image to the second view.
         across = torch.linalg.inv(turned) @ crop
         points = self.cells @ across[:, :2, :2].transpose(1, 2) + across[:, None, :2, 2]
-        points = points - self.off  # in the second view's maps, which look as far off
+        points = points - self.off  # the maps of the second view have the same offset
         views = [self._colour(sample(pixels, m), generator) for m in (crop, turned)]
         followed = [
             None if maps is None else sample(maps[:, None], m)[:, 0] for m in (crop, turned)
@@ -92,11 +92,11 @@ class BatchViews:
         return Views(self.normalise(views[0]), self.normalise(views[1]), points, *followed)
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Values in [0, 1] as the model takes them."""
+        """Normalise values in [0, 1] for the model."""
         return (pixels - self.mean) / self.std
 
     def _crops(self, n: int, generator: torch.Generator) -> Tensor:
-        """(N, 3, 3): from the coordinates of a view to those of the image, in [-1, 1]."""
+        """Return (N, 3, 3): maps coordinates of a view to those of the image, in [-1, 1]."""
         r = self.recipe
         draws = torch.rand(5, n, generator=generator)
         area = r.crop[0] + (r.crop[1] - r.crop[0]) * draws[0]
@@ -146,7 +146,7 @@ class BatchViews:
 
 
 def sample(x: Tensor, matrix: Tensor) -> Tensor:
-    """Reads (N, C, H, W) where matrices (N, 3, 3) say; what lies outside is mirrored."""
+    """Sample (N, C, H, W) at positions given by matrices (N, 3, 3), mirrored at the border."""
     size = [len(x), x.shape[1], *x.shape[2:]]
     grid = F.affine_grid(matrix[:, :2], size, align_corners=False)
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)

@@ -1,1 +1,1 @@
-"""Parts of the scaling benchmark: what is run, its terms, the lines through them, the page."""
+"""Parts of the scaling benchmark: measured runs, cost terms, fits and the page."""

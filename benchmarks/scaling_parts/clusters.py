@@ -1,4 +1,4 @@
-"""Embeddings as wanted, and k-means of k-means."""
+"""Artificial embeddings, and two-level k-means."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from scaling_parts.config import PER_CENTROID, D
 
 
 def rows(count: int, seed: int = 0) -> np.ndarray:
-    """Embeddings around a centre for each ten."""
+    """Return embeddings around random centres, about ten for each centre."""
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((max(1, count // 10), D), dtype=np.float32)
     found = rng.standard_normal((count, D), dtype=np.float32)
@@ -22,9 +22,10 @@ def rows(count: int, seed: int = 0) -> np.ndarray:
 
 
 def two_level(embeddings: np.ndarray, clusters: int) -> Any:
-    """k-means of k-means: the work grows with the root of the clusters.
+    """Cluster by k-means on two levels; the work grows with the root of the number of clusters.
 
-    A PseudoLabeler for many clusters: ``lambda embeddings, _: two_level(embeddings, 10**6)``.
+    Use it as a PseudoLabeler for many clusters:
+    ``lambda embeddings, _: two_level(embeddings, 10**6)``.
     """
     coarse = KMeansPseudoLabeler(max(2, round(clusters**0.5)), max_points=PER_CENTROID * clusters)
     groups = coarse(embeddings).labels.numpy()

@@ -1,4 +1,4 @@
-"""The sizes that the page speaks of, and what is held fixed."""
+"""The sizes on the page, and the fixed settings."""
 
 D, ITERATIONS, PER_CENTROID, NPROBE = 512, 20, 50, 16
 PLANS = {6_000: 600, 60_000: 6_000, 10**6: 10_000, 10**7: 100_000, 10**8: 10**6}

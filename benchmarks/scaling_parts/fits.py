@@ -1,4 +1,4 @@
-"""The lines through what was measured, and what they say of more images."""
+"""Fit lines to the measurements, and extrapolate them to more images."""
 
 import math
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from scaling_parts.terms import TERMS, Term
 
 
 def line(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """Least squares of the relative errors of a + b * work, neither of them negative."""
+    """Fit a + b * work by least squares of the relative errors, with a and b not negative."""
     work, value = np.array(points).T
     if len(points) > 1:
         matrix = np.stack([np.ones_like(work), work], axis=1) / value[:, None]
@@ -24,7 +24,7 @@ def line(points: list[tuple[float, float]]) -> tuple[float, float]:
 class Fit(NamedTuple):
     a: float
     b: float
-    missed: float  # the largest size predicted from the smaller, over measured, less 1
+    missed: float  # predicted / measured - 1 for the largest size, predicted from the smaller
     largest: float
 
     def draw(self, work: float, rng: np.random.Generator, count: int) -> np.ndarray:
@@ -41,7 +41,7 @@ def fitted(term: Term, results: list[dict[str, float]], what: str) -> Fit:
 
 
 def simulate(fits: dict[str, Fit], draws: int = 4000) -> dict[int, dict[str, np.ndarray]]:
-    """Seconds of each term at each number of images, drawn as far apart as the fits are sure."""
+    """Return random draws of the seconds of each term, as wide as the uncertainty of the fits."""
     rng, cores = np.random.default_rng(0), torch.get_num_threads()
     found = {}
     for n, k in PLANS.items():
@@ -49,7 +49,7 @@ def simulate(fits: dict[str, Fit], draws: int = 4000) -> dict[int, dict[str, np.
         works["k-means"] = float(min(n, PER_CENTROID * k)) * k
         drawn = {name: fits[name].draw(work, rng, draws) for name, work in works.items()}
         drawn["decode and two views"] /= cores
-        # A pass decodes while it computes, on the same cores: one after the other.
+        # Decoding and computing share the same cores, so their times add up.
         drawn["embedding pass"] = drawn["embedding"] + drawn["decode and two views"]
         drawn["epoch of training"] = drawn["training step"] + drawn["decode and two views"]
         found[n] = drawn
@@ -57,7 +57,7 @@ def simulate(fits: dict[str, Fit], draws: int = 4000) -> dict[int, dict[str, np.
 
 
 def memory(fits: dict[str, Fit], n: int, k: int) -> dict[str, float]:
-    """Bytes of the first process; the arrays are counted, Python's lists are measured."""
+    """Return the bytes of the first process: arrays are computed, Python lists are measured."""
     trained = min(n, PER_CENTROID * k)
     return {
         "embeddings": 4.0 * n * D,
@@ -70,7 +70,7 @@ def memory(fits: dict[str, Fit], n: int, k: int) -> dict[str, float]:
 
 
 class Gpus(NamedTuple):
-    """Images and operations a second, of each."""
+    """Number of GPUs, and images and operations per second of each."""
 
     count: int
     embed: float

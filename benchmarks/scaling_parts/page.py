@@ -1,4 +1,4 @@
-"""docs/scaling.md, from what was measured."""
+"""Write docs/scaling.md from the measurements."""
 
 import datetime
 import platform
@@ -28,7 +28,7 @@ def duration(seconds: float) -> str:
 
 
 def weights() -> int:
-    """Bytes of the network's."""
+    """Return the size of the network's weights in bytes."""
     with torch.device("meta"):
         model = AttentionEmbedder(BACKBONE, embedding_dim=D)
     return sum(4 * parameter.numel() for parameter in model.parameters())
@@ -76,7 +76,7 @@ def report(
     parts = {n: memory(held, n, k) for n, k in PLANS.items()}
 
     def each(cells: Callable[[int, int], Iterable[str]]) -> list[list[str]]:
-        """A row of the table for each plan."""
+        """Return one table row for each plan."""
         return [[size, *cells(n, k)] for size, (n, k) in zip(sizes, PLANS.items(), strict=True)]
 
     def spans(names: list[str]) -> list[list[str]]:

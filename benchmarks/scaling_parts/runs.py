@@ -1,4 +1,4 @@
-"""What is measured: each makes ready what it needs, and gives what to run."""
+"""The measured steps: each function prepares its inputs and returns a function to time."""
 
 import io
 import tempfile

@@ -1,4 +1,4 @@
-"""Each cost and its measurement."""
+"""Cost terms and their measurements."""
 
 import time
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from scaling_parts.runs import Run, lists
 
 
 class Term(NamedTuple):
-    """A cost: what makes it, how its work grows, and the sizes (N, k) at which it is measured."""
+    """Cost term: the step to time, how its work grows, and the sizes (N, k) to measure."""
 
     run: Callable[[int, int], Run]
     work: Callable[[float, float], float]
     sizes: list[tuple[int, int]]
     says: str
-    memory: bool = False  # whether its peak grows with its work
+    memory: bool = False  # whether its peak memory grows with its work
 
 
 def make_images(n: float, _: float) -> float:
@@ -82,7 +82,7 @@ TERMS = {
 
 
 def peak(reset: bool = False) -> int:
-    """Bytes that this process has held at most, since the last reset (Linux)."""
+    """Return the peak memory of this process in bytes since the last reset (Linux)."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()

@@ -1,4 +1,4 @@
-"""Pseudo-labels from embeddings, and the centroids that losses compare with."""
+"""Pseudo-labels from embeddings, and the cluster centroids that losses and miners use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ __all__ = ["KMeansPseudoLabeler", "PseudoLabeler", "PseudoLabels", "pseudo_label
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: the losses need centroids alone, and k-means imports faiss."""
+    """Import k-means on first use: it imports faiss, which the losses do not need."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.kmeans"), name)

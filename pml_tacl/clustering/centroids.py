@@ -1,4 +1,4 @@
-"""Cluster centroids as the contrastive clustering loss and its miner hold and compare them."""
+"""Cluster centroids of the contrastive clustering loss and its miner."""
 
 from typing import Any, NamedTuple
 
@@ -18,35 +18,35 @@ from pml_tacl.utils.precision import at_least_float32, without_autocast
 class NearestCentroids(NamedTuple):
     """Distances of N embeddings to their own and to the k nearest other centroids.
 
-    For a similarity the signs are turned, so that less is always nearer.
+    For a similarity the signs are inverted, so that smaller is always nearer.
     """
 
     own: Tensor  # (N,)
     others: Tensor  # (N, k), ascending
-    columns: Tensor  # (N, k), which centroids ``others`` are
-    valid: Tensor | None  # (N, k) bool, which of ``others`` there are; None for all
+    columns: Tensor  # (N, k), indices of the centroids in ``others``
+    valid: Tensor | None  # (N, k) bool, which of ``others`` exist; None for all
     ref_column: Tensor  # (M,), the centroid of each reference element
-    has_own: Tensor  # (N,) bool, False for noise and for labels that the reference lacks
+    has_own: Tensor  # (N,) bool, False for noise and for labels missing in the reference
 
 
 class CentroidTable:
-    """The one owner of centroids (K, D): losses and miners hold a reference to it.
+    """Owner of the centroids (K, D); losses and miners hold a reference to it.
 
-    All that share a table see each change of it. In a training the trainer's table is shared by
-    every loss and miner that compares with centroids.
+    All losses and miners that share a table see every change of it. During training, they share
+    the table of the trainer.
 
     Attributes:
-        values: (K, D), of unit norm; None where nothing is set.
+        values: (K, D), of unit norm; None if no centroids are set.
     """
 
     def __init__(self) -> None:
         self.values: Tensor | None = None
 
     def set(self, centroids: Tensor | None) -> None:
-        """Set centroids, or none.
+        """Set the centroids, or remove them.
 
         Args:
-            centroids: (K, D), scaled to unit norm here.
+            centroids: (K, D), scaled to unit norm here; None removes them.
 
         Raises:
             ValueError: if the shape is not (K, D) or a row is zero or not finite.
@@ -91,9 +91,9 @@ class CentroidTable:
             mean = F.normalize(same.to(unit.dtype) @ unit, dim=1)
             moved = F.normalize(momentum * before + (1 - momentum) * mean, dim=1)
             first = same.byte().argmax(dim=1) == torch.arange(len(labels), device=labels.device)
-            # The mean of nothing, of opposites or of NaN says nothing about where to go.
+            # Leave a centroid where it is if the mean is empty, zero or NaN.
             moves = first & (labels >= 0) & (moved.norm(dim=1) > 0.5)
-            # One row for each centroid is not zero, so the order of the sum does not matter.
+            # At most one term per centroid is non-zero, so the order of the sum does not matter.
             steps = torch.where(moves[:, None], moved - before, torch.zeros_like(moved))
             self.values.index_add_(0, own, steps)
 
@@ -101,7 +101,7 @@ class CentroidTable:
         """Return the centroids on the device and in the dtype of embeddings.
 
         Raises:
-            ValueError: if dimensions disagree, or a label has no centroid.
+            ValueError: if dimensions differ, or a label has no centroid.
         """
         assert self.values is not None
         if self.values.device != embeddings.device:
@@ -111,7 +111,7 @@ class CentroidTable:
                 f"embeddings have {embeddings.shape[1]} dimensions and the centroids "
                 f"{self.values.shape[1]}: call set_centroids with centroids of this model"
             )
-        # On a GPU the question would stall the queue; there the indexing itself complains.
+        # On a GPU this check would synchronise; there the indexing itself raises.
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             largest = int(labels.max())
             if largest >= len(self.values):
@@ -123,10 +123,12 @@ class CentroidTable:
 
 
 class Centroids:
-    """Mixin of losses and miners: centroids that are set, or else averaged over a batch's labels.
+    """Mixin for losses and miners that compare embeddings with centroids.
 
-    The table is a plain attribute, kept by ``state_dict`` as extra state: record-keeper would
-    dump a buffer at every step, and the number of centroids changes with each clustering.
+    The centroids are those that were set. If none are set, they are the mean of each label in
+    the batch. The table is a plain attribute, and ``state_dict`` stores it as extra state. It is
+    not a buffer because record-keeper would write a buffer at every step, and because the number
+    of centroids changes with each clustering.
     """
 
     needs: Needs = "labels"  # centroids decide what is hard, not a miner's pairs
@@ -139,7 +141,7 @@ class Centroids:
 
     @property
     def centroids(self) -> Tensor | None:
-        """The centroids (K, D) of unit norm; None for means of the batch."""
+        """Return the centroids (K, D) of unit norm; None for means of the batch."""
         return self.centroid_table.values
 
     @centroids.setter
@@ -147,11 +149,11 @@ class Centroids:
         self.centroid_table.values = values
 
     def share_centroids(self, table: CentroidTable) -> None:
-        """Compare with the centroids of a table from now on, whatever becomes of them."""
+        """Use the centroids of a shared table from now on, including its later changes."""
         self.centroid_table = table
 
     def set_centroids(self, centroids: Tensor | None) -> None:
-        """Set the centroids that pseudo-labels index; None goes back to means of the batch.
+        """Set the centroids that pseudo-labels index; None restores means of the batch.
 
         Args:
             centroids: (K, D), scaled to unit norm here.
@@ -164,16 +166,17 @@ class Centroids:
     def move_centroids(self, embeddings: Tensor, labels: Tensor, momentum: float = 0.0) -> None:
         """Move the centroids towards the embeddings of a training step, in place.
 
-        A network in training leaves the centroids of its last clustering behind. Each one named
-        by a label becomes ``normalize(momentum * c + (1 - momentum) * normalize(sum of its e))``;
-        the others stay. Call it after ``backward``, which still needs the centroids as they were.
-        Without set centroids nothing is done. In distributed training each rank must give the
-        embeddings and labels of all ranks, or their centroids differ.
+        The embeddings change during training, so the centroids of the last clustering become
+        outdated. Each centroid c with embeddings e in the batch becomes
+        ``normalize(momentum * c + (1 - momentum) * normalize(sum of its e))``; the others stay.
+        Call it after ``backward``, which still needs the old values. It does nothing if no
+        centroids are set. In distributed training each rank must pass the embeddings and labels
+        of all ranks; otherwise the centroids of the ranks differ.
 
         Args:
             embeddings: (N, D), scaled to unit norm here.
-            labels: (N,) whole numbers, which index the centroids; -1 is noise, which moves none.
-            momentum: in [0, 1]: 0 makes a centroid that of its last batch, 1 leaves it.
+            labels: (N,) whole numbers, which index the centroids; -1 is noise and moves none.
+            momentum: in [0, 1]: 0 replaces a centroid by the mean of the batch, 1 keeps it.
 
         Raises:
             ValueError: if the momentum is out of range, or embeddings or labels do not fit the
@@ -188,7 +191,7 @@ class Centroids:
         centroids = state["centroids"]
         if centroids is not None:
             device = centroids.device if self.centroids is None else self.centroids.device
-            centroids = centroids.to(device, copy=True)  # the state's own must not move with ours
+            centroids = centroids.to(device, copy=True)  # keep the given state unchanged
         self.centroid_table.values = centroids
 
     def nearest_centroids(
@@ -199,10 +202,10 @@ class Centroids:
         ref_labels: Tensor,
         num_negatives: int,
     ) -> NearestCentroids:
-        """Compare embeddings (N, D) with their own and the nearest other centroids, in fp32.
+        """Return distances of embeddings (N, D) to their own and nearest other centroids, in fp32.
 
         Raises:
-            ValueError: if a label has no centroid or the dimensions disagree.
+            ValueError: if a label has no centroid or the dimensions differ.
         """
         with without_autocast(embeddings.device):
             embeddings = at_least_float32(embeddings)
@@ -231,7 +234,10 @@ class Centroids:
     def _nearest_means(
         self, embeddings: Tensor, labels: Tensor, reference: tuple[Tensor, Tensor], count: int
     ) -> NearestCentroids:
-        """One centroid per reference element, of which the first of each label stands for it."""
+        """Compare with the means of each label in the reference.
+
+        There is one centroid per reference element; only the first element of each label counts.
+        """
         ref_emb, ref_labels = reference
         same = (ref_labels[:, None] == ref_labels) & (ref_labels >= 0)
         first = same.byte().argmax(dim=1)
@@ -244,7 +250,7 @@ class Centroids:
         mat = self.distance(embeddings, means)
         ranked = mat.detach().masked_fill(~stands, self._farthest())
         near = self._nearest(mat, own, min(count, len(ref_labels)), ranked)
-        # An embedding without an own centroid is no concern of anyone: which others count neither.
+        # Embeddings without an own centroid are ignored later, so their others do not matter.
         rank = torch.arange(near[1].shape[1], device=near[1].device)
         valid = rank < stands.sum() - 1
         return NearestCentroids(*near, valid.expand_as(near[1]), first, has_own)
@@ -252,7 +258,10 @@ class Centroids:
     def _nearest(
         self, mat: Tensor, own: Tensor, num_negatives: int, ranked: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Own distance, nearest other distances and their columns; writes into ``ranked``."""
+        """Return the own distance, the nearest other distances and their columns.
+
+        Overwrites ``ranked``.
+        """
         own = own.unsqueeze(1)
         ranked.scatter_(1, own, self._farthest())
         columns = ranked.topk(num_negatives, dim=1, largest=self.distance.is_inverted).indices
@@ -268,15 +277,15 @@ class Centroids:
             type(distance) in (CosineSimilarity, DotProductSimilarity)
             and distance.power == 1
             and distance.p == 2
-            and not distance.collect_stats  # its records are made in its own forward
+            and not distance.collect_stats  # it records its statistics in its own forward
         )
 
 
 class _NearestSimilarities(torch.autograd.Function):
-    """Negated similarity to the own and to the most similar other of fixed unit centroids.
+    """Negated similarity to the own and to the most similar other centroids, which are fixed.
 
-    The gradient reaches the chosen centroids alone: neither the (N, K) matrix nor normalised
-    embeddings need be kept or gone through again.
+    Only the selected centroids contribute to the gradient. The backward pass therefore stores
+    neither the (N, K) matrix nor the normalised embeddings.
     """
 
     @staticmethod
@@ -287,7 +296,7 @@ class _NearestSimilarities(torch.autograd.Function):
         similarity = embeddings @ centroids.T
         own_value = similarity.gather(1, own)
         similarity.scatter_(1, own, -torch.inf)
-        # Scaling a row does not change its order.
+        # Scaling a row does not change the order of its entries.
         value, columns = similarity.topk(count, dim=1)
         values = torch.cat([own_value, value], dim=1)
         inverse_norms = None

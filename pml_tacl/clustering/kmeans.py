@@ -1,4 +1,4 @@
-"""Pseudo-labels from embeddings: spherical k-means through faiss, or any clusterer's labels."""
+"""Pseudo-labels from embeddings, by spherical k-means (faiss) or any other clusterer."""
 
 import warnings
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -14,7 +14,7 @@ from pml_tacl.utils.checks import check_count
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.neighbours import flat_index
 
-# Mean cosine distance to the common direction below which rows differ by rounding alone.
+# Below this mean cosine distance to the mean direction, embeddings differ only by rounding.
 _COLLAPSED = 1e-6
 _MOST_CLUSTERS = 10_000
 _CHUNK = 16384  # rows in memory at once
@@ -31,14 +31,14 @@ _ROUNDS = 5  # of k-means after two levels, over all centroids
 
 
 class PseudoLabels(NamedTuple):
-    """What a clusterer found.
+    """Labels, centroids and distances found by a clusterer.
 
     Attributes:
-        labels: (N,) int64, in {-1, 0..K'-1}; -1 is noise, every other label has a member.
+        labels: (N,) int64, in {-1, 0..K'-1}; -1 is noise, and every other label has a member.
         centroids: (K', D) float32, unit norm; row `y` is the normalised mean of the normalised
             members of cluster `y`.
         distances: (N,) float32 in [0, 2], cosine distance (1 - cosine) to the own centroid; for
-            noise, to the nearest one.
+            noise, to the nearest centroid.
     """
 
     labels: Tensor
@@ -48,13 +48,13 @@ class PseudoLabels(NamedTuple):
 
 @runtime_checkable
 class PseudoLabeler(Protocol):
-    """Anything that turns embeddings into pseudo-labels can take the place of k-means.
+    """Protocol of a clusterer: any callable that turns embeddings into pseudo-labels.
 
-    `initial_centroids` are those of the previous call, which a training may have moved since, or
-    None; a clusterer that has no use for them ignores them.
+    `initial_centroids` are the centroids of the previous call, possibly moved by training, or
+    None. A clusterer may ignore them.
 
     Example:
-        HDBSCAN of scikit-learn; its noise (-1) goes through the whole training.
+        HDBSCAN from scikit-learn. Images that it labels as noise (-1) are ignored by the losses.
 
         >>> import numpy as np
         >>> from sklearn.cluster import HDBSCAN
@@ -82,20 +82,20 @@ def pseudo_labels_from(
 ) -> PseudoLabels:
     """Turn the integer labels of any clusterer into `PseudoLabels`.
 
-    Labels are renumbered 0..K'-1 in ascending order, so their order is kept.
+    Labels are renumbered to 0..K'-1 in ascending order.
 
     Args:
-        labels: (N,) integers; a negative one is noise.
-        embeddings: (N, D), array (a memory map too) or tensor on any device; normalised here.
+        labels: (N,) integers; negative labels are noise.
+        embeddings: (N, D), array (also a memory map) or tensor on any device; normalised here.
         min_cluster_size: clusters with fewer members become noise.
-        chunk_size: rows held in memory at once.
+        chunk_size: number of embeddings held in memory at once.
 
     Returns:
         PseudoLabels on the device of `embeddings` (CPU for arrays).
 
     Raises:
-        ValueError: for shapes that do not fit, labels that are not integers, rows that are NaN,
-            infinite or zero, or when nothing but noise is left.
+        ValueError: if shapes do not match, labels are not integers, embeddings are NaN, infinite
+            or zero, or all labels are noise.
     """
     check_count("min_cluster_size", min_cluster_size, 1)
     check_count("chunk_size", chunk_size, 1)
@@ -111,7 +111,7 @@ def pseudo_labels_from(
 
 
 class KMeansPseudoLabeler:
-    """Spherical k-means of faiss as a source of pseudo-labels.
+    """Spherical k-means (faiss) that returns pseudo-labels.
 
     Embeddings are L2-normalised inside. With one seed, one thread count and one faiss build, a
     call on CPU gives the same result every time; when the installed faiss has GPUs it uses them,
@@ -140,7 +140,7 @@ class KMeansPseudoLabeler:
         chunk_size: rows that are checked and assigned at once.
 
     Raises:
-        ValueError: when an argument is out of range.
+        ValueError: if an argument is out of range.
 
     Example:
         >>> import torch
@@ -186,20 +186,23 @@ class KMeansPseudoLabeler:
         """Cluster embeddings.
 
         Args:
-            embeddings: (N, D), array (a memory map too) or tensor on any device, any float type.
-            initial_centroids: (K0, D), centroids to start from, so that labels keep their
-                meaning. Too few: the others are drawn from the embeddings. Too many: those with
-                most members are kept, in order.
+            embeddings: (N, D), array (also a memory map) or tensor on any device, of any float
+                type.
+            initial_centroids: (K0, D), centroids to start from, so that clusters keep their
+                labels. If K0 is smaller than the number of clusters, the others are drawn from
+                the embeddings. If it is larger, the centroids with the most members are kept, in
+                order.
 
         Returns:
             PseudoLabels on the device of `embeddings` (CPU for arrays).
 
         Raises:
-            ValueError: for fewer rows than clusters, rows that are NaN, infinite or zero, wrong
-                shapes, all rows (nearly) in one direction, or nothing but noise in the end.
+            ValueError: if there are fewer embeddings than clusters, embeddings are NaN, infinite
+                or zero, shapes are wrong, all embeddings have (nearly) the same direction, or
+                all clusters are smaller than `min_cluster_size`.
 
         Warns:
-            UserWarning: when less than half of the clusters are used, or one cluster holds more
+            UserWarning: if less than half of the clusters are used, or one cluster holds more
                 than half of the images.
         """
         rows = UnitRows("embeddings", embeddings, self.chunk_size)
@@ -229,7 +232,7 @@ class KMeansPseudoLabeler:
         return _summarise(labels, rows, self.min_cluster_size)
 
     def number_for(self, count: int) -> int:
-        """Return how many clusters are asked of `count` images."""
+        """Return the number of clusters for `count` images."""
         if self.num_clusters != "auto":
             return int(self.num_clusters)
         wanted = auto_clusters(count)
@@ -270,7 +273,7 @@ class KMeansPseudoLabeler:
             seed=self.seed,
             spherical=True,
             gpu=faiss.get_num_gpus() > 0,
-            # faiss warns below the first bound and silently subsamples above the second.
+            # faiss warns below the first limit and silently subsamples above the second.
             min_points_per_centroid=1,
             max_points_per_centroid=2**31 - 1,
         )
@@ -352,9 +355,9 @@ def _nearest(index: Any, rows: FloatArray) -> IntArray:
 
 
 def have_collapsed(embeddings: Embeddings) -> bool:
-    """Whether all embeddings (N, D) are nearly the same, so that only rounding tells them apart.
+    """Return whether all embeddings (N, D) are equal up to rounding errors.
 
-    Those that are NaN, infinite or zero are left out; fewer than two have collapsed.
+    Embeddings that are NaN, infinite or zero are ignored. Fewer than two count as collapsed.
     """
     rows = torch.as_tensor(embeddings)
     rows = rows[rows.isfinite().all(dim=1) & rows.any(dim=1)]
@@ -362,17 +365,17 @@ def have_collapsed(embeddings: Embeddings) -> bool:
 
 
 def auto_clusters(count: int, least: int = 2) -> int:
-    """Return the number of clusters that "auto" stands for: a tenth of `count` images.
+    """Return the number of clusters for "auto": a tenth of the number of images.
 
     Args:
-        count: images.
-        least: fewest clusters; 10 000 are the most, unless `least` is more.
+        count: number of images.
+        least: smallest number of clusters. The largest is 10 000, or `least` if that is more.
     """
     return max(2, min(count // 10, _MOST_CLUSTERS), least)
 
 
 def _check_use(members: IntArray) -> None:
-    """Warn in one line when the assigned clusters are few or one of them is huge."""
+    """Warn if few clusters are used, or if one of them holds most images."""
     wanted, used = len(members), int((members > 0).sum())
     if 2 * used < wanted:
         trouble = (
@@ -390,7 +393,7 @@ def _check_use(members: IntArray) -> None:
 
 
 def _summarise(labels: IntArray, rows: UnitRows, min_cluster_size: int) -> PseudoLabels:
-    """Drop small clusters, renumber, and compute centroids and distances that agree."""
+    """Drop small clusters, renumber the others, and compute their centroids and distances."""
     found, inverse, members = np.unique(labels, return_inverse=True, return_counts=True)
     keep = (found >= 0) & (members >= min_cluster_size)
     if not keep.any():

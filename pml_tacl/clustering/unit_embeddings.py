@@ -1,4 +1,4 @@
-"""Normalised rows of embeddings, from arrays, memory maps or tensors on any device."""
+"""L2-normalised embeddings, read from arrays, memory maps or tensors on any device."""
 
 import mmap
 from collections.abc import Iterator
@@ -18,16 +18,17 @@ Embeddings = Tensor | npt.NDArray[Any]
 
 
 class UnitRows:
-    """L2-normalised rows of embeddings (N, D), read from their source when asked for.
+    """L2-normalised embeddings (N, D) that are read from their source on demand.
 
     Args:
-        name: of the argument, for messages.
+        name: name of the argument, used in error messages.
         embeddings: array, memory map or tensor.
-        chunk_size: rows in each of `chunks()`.
+        chunk_size: number of embeddings in each slice of `chunks()`.
 
     Raises:
-        TypeError: when `embeddings` is neither a tensor nor an array, or not of real numbers.
-        ValueError: when it is empty or not two-dimensional, or rows are NaN, infinite or zero.
+        TypeError: if `embeddings` is neither a tensor nor an array, or not of real numbers.
+        ValueError: if it is empty or not two-dimensional, or embeddings are NaN, infinite or
+            zero.
     """
 
     def __init__(self, name: str, embeddings: Embeddings, chunk_size: int) -> None:
@@ -38,9 +39,7 @@ class UnitRows:
         if not _is_real(embeddings):
             raise InputTypeError(f"{name} must be real numbers, got {embeddings.dtype}")
         if embeddings.ndim != 2 or 0 in embeddings.shape:
-            raise InputError(
-                f"{name} must be (rows, dimensions) and not empty, got {tuple(embeddings.shape)}"
-            )
+            raise InputError(f"{name} must be (N, D) and not empty, got {tuple(embeddings.shape)}")
         self.source = embeddings
         self.chunk_size = chunk_size
         self.dim = embeddings.shape[1]
@@ -58,11 +57,11 @@ class UnitRows:
                 total += _normalise(rows).sum(axis=0, dtype=np.float64)
         for bad, what, remedy in (
             (not_finite, "NaN or infinite", "look for NaN images or a diverged model"),
-            (zero, "all zero", "they have no direction, look for a dead layer"),
+            (zero, "all zero", "check the model for a layer with zero output"),
         ):
             if bad:
                 raise InputError(f"{bad} of {len(self)} rows of {name} are {what}: {remedy}")
-        # Mean cosine distance of the rows to the direction of their mean.
+        # Mean cosine distance of the embeddings to the direction of their mean.
         self.spread = 1.0 - float(np.linalg.norm(total)) / len(self)
 
     def __len__(self) -> int:
@@ -72,19 +71,19 @@ class UnitRows:
         return _normalise(self._read(index)) if self._held is None else self._held[index]
 
     def chunks(self, count: int | None = None) -> Iterator[slice]:
-        """Give slices that cover `count` rows, or all."""
+        """Return slices that cover the first `count` embeddings, or all of them."""
         starts = range(0, len(self) if count is None else count, self.chunk_size)
         return (slice(start, start + self.chunk_size) for start in starts)
 
     def take(self, index: IntArray) -> FloatArray:
-        """Give some rows, touching no more than a chunk of the source at a time."""
+        """Return the embeddings at some indices; reads at most a chunk of the source at a time."""
         taken = np.empty((len(index), self.dim), dtype=np.float32)
         for chunk in self.chunks(len(index)):
             taken[chunk] = self[index[chunk]]
         return taken
 
     def hold(self) -> FloatArray:
-        """Keep all rows in memory, and give them."""
+        """Load all embeddings into memory and return them."""
         if self._held is None:
             held = np.empty((len(self), self.dim), dtype=np.float32)
             for chunk in self.chunks():
@@ -93,7 +92,7 @@ class UnitRows:
         return self._held
 
     def nearest(self, centroids: FloatArray) -> IntArray:
-        """Give the index (N,) of each row's nearest centroid."""
+        """Return the index (N,) of the centroid nearest to each embedding."""
         index = flat_index(centroids)
         labels = np.empty(len(self), dtype=np.int64)
         for chunk in self.chunks():
@@ -101,14 +100,14 @@ class UnitRows:
         return labels
 
     def means(self, labels: IntArray, number: int) -> FloatArray:
-        """Give the normalised means (number, D) of the members of each cluster."""
+        """Return the normalised means (number, D) of the members of each cluster."""
         sums = torch.zeros(number, self.dim, dtype=torch.float64)
         for chunk in self.chunks():
             member = np.flatnonzero(labels[chunk] >= 0)
             rows = torch.from_numpy(self[chunk][member])
             sums.index_add_(0, torch.from_numpy(labels[chunk][member]), rows.double())
         means = sums.numpy()
-        # Members that cancel out have no mean direction: their first member stands for them.
+        # If the members cancel out, use the first one: their mean has no direction.
         for cluster in np.flatnonzero(np.linalg.norm(means, axis=1) < 1e-6):
             means[cluster] = self[np.flatnonzero(labels == cluster)[:1]][0]
         norms = np.linalg.norm(means, axis=1, keepdims=True)
@@ -124,7 +123,7 @@ class UnitRows:
             return np.array(rows.float().numpy(), order="C")
         copied = _as_float32(source[index])
         if isinstance(source, np.memmap) and source.mode != "c":
-            # Pages once read would count as this process's memory until others need it.
+            # Release the pages; otherwise they count as memory of this process.
             pages = getattr(source, "_mmap", None)
             if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
                 pages.madvise(mmap.MADV_DONTNEED)
@@ -148,7 +147,7 @@ def _as_float32(rows: npt.NDArray[Any]) -> FloatArray:
 
 
 def _ordinary(norms: FloatArray) -> bool:
-    """Whether squares neither under- nor overflow float32; false for NaN."""
+    """Return whether no square underflows or overflows float32; False for NaN."""
     return bool(((norms > 1e-15) & (norms < 1e15)).all())
 
 

@@ -1,4 +1,4 @@
-"""Data sets: rendered characters, folders of images, and the benchmarks made ready."""
+"""Data sets: rendered characters, folders of images, and benchmarks of metric learning."""
 
 from typing import TYPE_CHECKING, Any
 

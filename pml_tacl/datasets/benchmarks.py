@@ -1,6 +1,6 @@
-"""The benchmarks of metric learning, ready to train on: RGB images and zero-based labels.
+"""Benchmarks of metric learning, with RGB images and zero-based labels.
 
-CUB, Cars196 and Stanford Online Products are read by PML's own classes, In-shop by ours.
+CUB, Cars196 and Stanford Online Products build on PML's classes; In-shop is our own.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _PARTS = ("train", "query", "gallery")  # of In-shop
 
 
 class Benchmark(BaseDataset):  # type: ignore[misc]
-    """What the benchmarks have in common; use one of its subclasses.
+    """Base class of the benchmarks; use one of its subclasses.
 
-    Classes of the training and of the test half are different ones. Every image is RGB (CUB and
-    Cars hold grey ones).
+    The training half and the test half have different classes. All images are converted to RGB
+    (CUB and Cars contain some grey images).
 
     Args:
-        root: Folder that holds the data set as it was published; see the subclass.
-        split: ``"train"``, ``"test"`` or ``"train+test"``, and what the subclass adds.
+        root: Folder with the data set as it was published; see the subclass.
+        split: ``"train"``, ``"test"``, ``"train+test"``, or one that the subclass adds.
         transform: Applied to the PIL RGB image.
         target_transform: Applied to the label.
-        download: Fetch the data if ``root`` is missing or empty.
+        download: Download the data if ``root`` is missing or empty.
 
     Attributes:
         paths: Files of the images.
@@ -40,12 +40,12 @@ class Benchmark(BaseDataset):  # type: ignore[misc]
         class_ids: Class in the published files by label: ``class_ids[labels]``.
 
     Raises:
-        ValueError: If ``split`` is unknown, or an annotation file is not as published.
-        FileNotFoundError: If ``root`` does not hold the data set; the message says what was
-            looked for, and where to get it.
+        ValueError: If ``split`` is unknown, or an annotation file differs from the published one.
+        FileNotFoundError: If ``root`` does not contain the data set; the message names the missing
+            file and the source of the data set.
     """
 
-    DOWNLOAD_URL: ClassVar[str]  # as PML's classes have it
+    DOWNLOAD_URL: ClassVar[str]  # as in PML's classes
     _NAME: ClassVar[str]
     _NEEDED: ClassVar[tuple[str, ...]]
     _CAN_DOWNLOAD: ClassVar[bool] = True
@@ -72,7 +72,7 @@ class Benchmark(BaseDataset):  # type: ignore[misc]
     def generate_split(self) -> None:
         self._require(*self._NEEDED)
         super().generate_split()
-        # PML keeps the files' own ids: from 1, or from 101 in CUB's test half.
+        # PML keeps the ids of the files, which start at 1, or at 101 in the test half of CUB.
         self._set(self.paths, np.asarray(self.labels, np.int64))
 
     def _set(
@@ -81,7 +81,7 @@ class Benchmark(BaseDataset):  # type: ignore[misc]
         ids: npt.NDArray[np.int64],
         every_id: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        """Keep the images and number their classes among those of ``every_id`` (or of ``ids``)."""
+        """Store the images, and number their classes among ``every_id`` (default: ``ids``)."""
         if not len(ids):
             raise InputError(
                 f"root={str(self.root)!r} lists no image of split={self.split!r}: give another "
@@ -127,8 +127,8 @@ class Cars196(Benchmark, pml_datasets.Cars196):  # type: ignore[misc]
     """Stanford Cars: models 1 to 98 for training, 99 to 196 for testing.
 
     ``root`` holds ``names.csv``, ``anno_train.csv``, ``anno_test.csv`` and ``car_data/car_data/``
-    with ``train/`` and ``test/`` (a split of its own, of which both parts are read). 8054 and
-    8131 images. Arguments: see :class:`Benchmark`.
+    with ``train/`` and ``test/`` (another split; both parts are read). 8054 and 8131 images.
+    Arguments: see :class:`Benchmark`.
 
     Example:
         >>> cars = Cars196("data/cars", split="train")  # doctest: +SKIP
@@ -159,10 +159,10 @@ class InShop(Benchmark):
     """DeepFashion In-shop Clothes Retrieval: 3997 items for training, 3985 others for testing.
 
     ``root`` holds ``Eval/list_eval_partition.txt`` and ``Img/img/`` (or ``img/``, if ``img.zip``
-    was unpacked beside ``Eval/``). 25882 images for training; of the test half, 14218 queries are
-    to find the same item among 12612 images of the gallery. Arguments: see :class:`Benchmark`;
-    further splits are ``"query"`` and ``"gallery"``, whose labels mean the same items, and
-    ``"test"`` is both. It is given out on request only: there is no ``download=True``.
+    was unpacked beside ``Eval/``). There are 25882 images for training. In the test half, 14218
+    queries search for the same item among 12612 images of the gallery. Arguments: see
+    :class:`Benchmark`. Further splits are ``"query"`` and ``"gallery"``, with common labels;
+    ``"test"`` is both. The data set is available on request only; there is no ``download=True``.
 
     Example:
         >>> query = InShop("data/inshop", split="query")  # doctest: +SKIP
@@ -181,7 +181,7 @@ class InShop(Benchmark):
     def generate_split(self) -> None:
         test = {"query", "gallery"}
         parts = {"test": test, "train+test": test | {"train"}}.get(self.split, {self.split})
-        # Queries and the gallery are numbered alike, also if one of them lacks an item.
+        # Queries and gallery share their labels, even if an item is missing in one of them.
         half = parts | test if parts & test else parts
         folder = Path(self.root, "Img") if Path(self.root, "Img").is_dir() else Path(self.root)
         images = [row for row in self._rows() if row[2] in half]
@@ -193,7 +193,7 @@ class InShop(Benchmark):
         raise NotImplementedError(f"{self._NAME} is given out on request at {self.DOWNLOAD_URL}")
 
     def _rows(self) -> list[tuple[str, int, str]]:
-        """(file, item, part) of each image, below a count and a line of titles."""
+        """Return (file, item, part) of each image; skip the count and the line of titles."""
         path = Path(self.root, *self._NEEDED)
         lines = path.read_text(encoding="utf-8").splitlines()
         try:

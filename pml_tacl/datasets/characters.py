@@ -1,4 +1,4 @@
-"""The characters that Glyphs draws: which can be told apart, and on which faces."""
+"""Characters of Glyphs that can be distinguished, and the font faces that contain them."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ MIN_FACES = 8
 _REFERENCE_FACES = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "STIXGeneral.ttf")
 _SAME_SHAPE = 0.9
 _ASCII = [chr(code) for code in range(128) if chr(code).isalnum()]
-# Not the user's seed: else the training half of one seed would share classes with the test half
-# of another.
+# A fixed seed: with the user's seed, the training half of one seed would share classes with the
+# test half of another.
 _SPLIT_SEED = 2020
 
 
 @functools.cache
 def characters() -> dict[str, tuple[str, ...]]:
-    """Characters that can be told apart by their shape, each with the faces that have it.
+    """Return characters with different shapes, each with the font faces that contain it.
 
-    A face counts if it has every ASCII letter and digit under its own name, which leaves out the
-    symbol faces that put other glyphs on those codes.
-    A character counts if it is a letter or digit (Unicode L* without modifiers, Nd) without a
-    decomposition, since an accented letter or a ligature is another one in disguise, and on at
-    least eight faces. Look-alikes go by measurement: each character is drawn on up to three
-    reference faces, cropped to its ink and scaled to 24 x 24; in code point order, one whose
-    cosine similarity to a character already kept is above 0.9 on any of them is dropped (o after
-    O, Greek Alpha after A, l after 1).
+    A face is used if it names every ASCII letter and digit correctly. This leaves out symbol
+    faces, which have other glyphs at these codes. A character is used if it is a letter or digit
+    (Unicode L* without modifiers, Nd), is in at least eight faces, and has no decomposition
+    (accented letters and ligatures look like other characters).
+
+    Characters that look alike are removed by measurement. Each character is drawn with up to
+    three reference faces, cropped, and scaled to 24 x 24. In code point order, a character is
+    dropped if its cosine similarity to a kept character is above 0.9 in any of these faces (o
+    after O, Greek Alpha after A, l after 1).
 
     Returns:
         File names of the faces by character, in code point order.
 
     Raises:
-        ImportError: If matplotlib, whose faces these are, is missing.
+        ImportError: If matplotlib, which ships these faces, is missing.
     """
     faces_of: dict[int, list[str]] = {}
     for face in sorted(path.name for path in _font_folder().glob("*.ttf")):
@@ -60,7 +61,7 @@ def characters() -> dict[str, tuple[str, ...]]:
 
 
 def split_characters(split: str) -> list[str]:
-    """The characters of ``"train"``, ``"test"`` or ``"all"``, in a fixed shuffled order."""
+    """Return the characters of ``"train"``, ``"test"`` or ``"all"``, in a fixed shuffled order."""
     every = list(characters())
     shuffled = [every[i] for i in np.random.default_rng(_SPLIT_SEED).permutation(len(every))]
     middle = len(shuffled) // 2
@@ -68,7 +69,7 @@ def split_characters(split: str) -> list[str]:
 
 
 def ink(char: str, face: str, pixels: int) -> Image.Image:
-    """A character in white on black (mode L) at a font size in pixels, cropped to its ink."""
+    """Draw a character in white on black (mode L) at a font size in pixels, cropped to its ink."""
     font = _font(face, pixels)
     left, top, right, bottom = (int(value) for value in font.getbbox(char))
     image = Image.new("L", (right - left + 4, bottom - top + 4))
@@ -77,7 +78,7 @@ def ink(char: str, face: str, pixels: int) -> Image.Image:
 
 
 def shape(char: str, face: str) -> npt.NDArray[np.float32]:
-    """What look-alikes are judged by: the ink, centred in a square of 24 x 24, unit norm (576,)."""
+    """Return a character's ink, centred in a 24 x 24 square, as a unit vector (576,)."""
     glyph = ink(char, face, 64)
     side = max(glyph.size)
     square = Image.new("L", (side, side))
@@ -118,6 +119,6 @@ def _is_plain(char: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _font(face: str, pixels: int) -> ImageFont.FreeTypeFont:
-    # The basic layout is in every build of Pillow; raqm would make pixels depend on the machine.
+    # Every build of Pillow has the basic layout; with raqm, pixels would depend on the machine.
     path = str(_font_folder() / face)
     return ImageFont.truetype(path, pixels, layout_engine=ImageFont.Layout.BASIC)

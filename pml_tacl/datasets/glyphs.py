@@ -1,4 +1,4 @@
-"""Characters rendered from the TrueType faces that matplotlib ships."""
+"""Characters rendered with the TrueType faces that matplotlib ships."""
 
 from __future__ import annotations
 
@@ -20,48 +20,50 @@ from pml_tacl.utils.checks import check_count
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.files import atomic_write
 
-# Raised when a change of the drawing code changes pixels: caches on disk are keyed by it.
+# Increase this if a change of the drawing code changes pixels: it is part of the cache key.
 _RENDERING = 1
 _SPLITS = ("train", "test", "all")
-# Ranges of each colour channel: dark ink on light ground, so that colour varies but never the sign
-# of the contrast; raw pixels then reach R@1 25 % on the test half, which leaves room to learn.
-_GROUND, _INK = (205, 255), (0, 120)
-# Font size and largest side of a glyph, as a share of the image: rotated, it still fits.
+# Ranges of each colour channel: dark ink on a light background, so that colours vary and the sign
+# of the contrast does not. Raw pixels then reach R@1 25 % on the test half, which leaves room to
+# learn.
+_BACKGROUND, _INK = (205, 255), (0, 120)
+# Font size and largest side of a glyph as fractions of the image: a rotated glyph still fits.
 _GLYPH = 0.72
 
 
 class Glyphs(Dataset[tuple[Any, int]]):
     """Coloured, rotated, shifted characters on cluttered backgrounds, one class per character.
 
-    A class is a letter or digit on at least eight of matplotlib's text faces, an image is one face
-    of it; look-alikes are left out by measurement (``pml_tacl.datasets.characters``). The halves
-    of 280 characters each share no class. An image depends on ``(seed, character, instance)``
-    alone: not on the order of access, the split or the number of classes. Images are rendered on
-    first access (0.4 ms at 64 pixels) and kept in memory; call :meth:`preload` before handing the
-    data set to the workers of a loader, or each worker renders its own.
+    A class is a letter or digit that is in at least eight of matplotlib's text faces; each image
+    shows it in one face. Characters that look alike are left out by measurement
+    (``pml_tacl.datasets.characters``). The two halves have 280 characters each and share no class.
+    An image depends only on ``(seed, character, instance)``, not on the order of access, the
+    split or the number of classes. Images are rendered on first access (0.4 ms at 64 pixels) and
+    kept in memory. Call :meth:`preload` before you pass the data set to the workers of a loader;
+    otherwise each worker renders its own images.
 
     Args:
         split: ``"train"`` or ``"test"`` (halves of the characters), or ``"all"``.
         size: Side of the square image in pixels, from 16 to 1024.
         seed: Seed of face order, position, angle, colours and background, at least 0. The split
             is the same for every seed.
-        num_classes: The first so many classes of the split; ``None`` for all.
-        images_per_class: Images of each class; faces come again where there are fewer.
-            ``None`` takes each face of the character once (8 to 21 images).
+        num_classes: Use only the first classes of the split; ``None`` for all.
+        images_per_class: Images of each class; faces are repeated if there are fewer.
+            ``None`` uses each face of the character once (8 to 21 images).
         clutter: Contrast of the background's gradient, strokes and blobs, from 0 to 1.
         max_shift: Largest shift from the centre in pixels, along each axis.
         max_angle: Largest rotation in degrees, from 0 to 180.
         transform: Applied to the PIL RGB image.
-        cache_dir: Folder to keep the rendered images in, one npz file for each set of parameters.
-            The first access then renders (or loads) all of them.
+        cache_dir: Folder for the rendered images, with one npz file for each set of parameters.
+            The first access then renders (or loads) all images.
 
     Attributes:
         labels: Zero-based class of each image, int64 (N,).
         classes: The character of each class.
 
     Raises:
-        ValueError: If an argument is out of range, or one that counts is no integer.
-        ImportError: If matplotlib, whose faces are drawn, is missing.
+        ValueError: If an argument is out of range, or a count is not an integer.
+        ImportError: If matplotlib, which ships the faces, is missing.
 
     Example:
         >>> image, label = Glyphs("test", num_classes=10)[0]
@@ -106,7 +108,7 @@ class Glyphs(Dataset[tuple[Any, int]]):
         self._instances = np.concatenate([np.arange(count) for count in counts])
         self._boxes = np.zeros((len(self.labels), 4), np.float32)
         self._rendered = np.zeros(len(self.labels), bool)
-        # Allocated on first access, so that a fresh data set is cheap to send to a worker.
+        # Allocate on first access, so that a new data set is cheap to send to a worker.
         self._pixels: npt.NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
@@ -121,18 +123,18 @@ class Glyphs(Dataset[tuple[Any, int]]):
 
     @property
     def images(self) -> npt.NDArray[np.uint8]:
-        """All images before the transform, uint8 RGB (N, size, size, 3)."""
+        """Return all images before the transform, uint8 RGB (N, size, size, 3)."""
         self.preload(progress=False)
         return self._memory()
 
     @property
     def boxes(self) -> npt.NDArray[np.float32]:
-        """Box of each glyph as drawn: x0, y0, x1, y1 in pixels, ends exclusive, float32 (N, 4)."""
+        """Return glyph boxes (N, 4), float32: x0, y0, x1, y1 in pixels, ends exclusive."""
         self.preload(progress=False)
         return self._boxes
 
     def preload(self, progress: bool = True) -> None:
-        """Renders every image now, or loads them all from ``cache_dir``.
+        """Render all images now, or load them from ``cache_dir``.
 
         Args:
             progress: Show a progress bar while rendering.
@@ -173,11 +175,11 @@ class Glyphs(Dataset[tuple[Any, int]]):
         if self.cache_dir is None:
             return False
         try:
-            # Opened here, since NumPy leaves a damaged file open.
+            # Open the file here, because NumPy does not close a damaged file.
             with self._cache_path(self.cache_dir).open("rb") as stream, np.load(stream) as file:
                 pixels, boxes = file["images"], file["boxes"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return False  # none yet, or a damaged one, which is rendered again and replaced
+            return False  # missing or damaged: render again and replace it
         self._pixels, self._boxes = pixels, boxes
         self._rendered[:] = True
         return True
@@ -185,7 +187,7 @@ class Glyphs(Dataset[tuple[Any, int]]):
     def _save_cache(self) -> None:
         if self.cache_dir is None:
             return
-        # A reader sees no file or a whole one, also when two processes render at once.
+        # Write atomically: two processes may render at the same time.
         with atomic_write(self._cache_path(self.cache_dir)) as file:
             np.savez(file, images=self._memory(), boxes=self._boxes)
 
@@ -193,13 +195,13 @@ class Glyphs(Dataset[tuple[Any, int]]):
 def _place(
     rng: np.random.Generator, char: str, face: str, size: int, max_shift: int, max_angle: float
 ) -> Image.Image:
-    """The glyph's coverage (mode L, size x size): scaled, rotated, shifted, and wholly inside."""
+    """Draw a glyph (mode L, size x size), scaled, rotated and shifted, fully inside."""
     side = round(_GLYPH * size)
     glyph = ink(char, face, side)
     glyph.thumbnail((side, side))
     angle = rng.uniform(-max_angle, max_angle)
     glyph = glyph.rotate(angle, Image.Resampling.BICUBIC, expand=True)
-    glyph = glyph.crop(glyph.getbbox())  # so that the shift is that of the ink
+    glyph = glyph.crop(glyph.getbbox())  # the shift then applies to the ink
     glyph.thumbnail((size, size))
     shifts = rng.integers(-max_shift, max_shift + 1, 2)
     left, top = (
@@ -212,16 +214,16 @@ def _place(
 
 
 def _paint(rng: np.random.Generator, mask: Image.Image, clutter: float) -> Image.Image:
-    """The glyph in its colour on a background of a gradient, strokes and blobs, RGB."""
+    """Draw the glyph in a colour on a background of a gradient, strokes and blobs, RGB."""
     size = mask.width
-    ground, colour = rng.uniform(*_GROUND, 3), rng.uniform(*_INK, 3)
+    background, colour = rng.uniform(*_BACKGROUND, 3), rng.uniform(*_INK, 3)
     ramp, direction = np.linspace(-0.5, 0.5, size), rng.uniform(0, 2 * np.pi)
     plane = np.cos(direction) * ramp[None, :] + np.sin(direction) * ramp[:, None]
-    shaded = np.clip(ground + clutter * 128 * plane[..., None], 0, 255)
+    shaded = np.clip(background + clutter * 128 * plane[..., None], 0, 255)
     image = Image.fromarray(shaded.astype(np.uint8))
     draw = ImageDraw.Draw(image)
     for number in range(8):
-        fill = _rgb(ground + clutter * (rng.uniform(0, 255, 3) - ground))
+        fill = _rgb(background + clutter * (rng.uniform(0, 255, 3) - background))
         x0, y0, x1, y1 = rng.integers(0, size, 4).tolist()
         if number % 2:
             draw.line((x0, y0, x1, y1), fill, width=int(rng.integers(1, size // 16 + 2)))

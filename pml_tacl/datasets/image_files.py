@@ -1,4 +1,4 @@
-"""A folder tree of images, read without trusting any of them."""
+"""A folder tree of images, which may contain broken or unknown files."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tqdm import tqdm
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.images import to_rgb
 
-# Pillow knows these by name only, or starts another program to draw them.
+# Pillow recognises these by name only, or needs another program to draw them.
 _NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-# Their first bytes are too few or too common to tell them from files that are no images.
+# Formats whose first bytes are too few or too common to recognise an image by its content.
 _KNOWN_BY_ENDING = (
     "CUR", "DCX", "DIB", "FLI", "FTEX", "GBR", "ICO", "IM", "IMT", "IPTC", "MCIDAS", "MSP", "PCD",
     "PCX", "PIXAR", "SGI", "SPIDER", "SUN", "TGA", "XBM", "XPM", "XVTHUMB",
 )  # fmt: skip
-# Images that Pillow does not open without a plugin, or of which it opens a small preview, a TIFF.
+# Images for which Pillow needs a plugin, or of which it opens only a small preview (a TIFF).
 _OTHER_IMAGES = (
     ".3fr", ".arw", ".avif", ".cr2", ".cr3", ".crw", ".dng", ".erf", ".heic", ".heif", ".hif",
     ".jxl", ".kdc", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw", ".svg", ".svgz",
@@ -40,30 +40,32 @@ _logger = logging.getLogger(__name__)
 
 
 class ImageFiles(Dataset[tuple[Any, int]]):
-    """All images of a folder tree in sorted order, as RGB images with labels or without.
+    """All images of a folder tree in sorted order, as RGB images with or without labels.
 
-    Whatever Pillow can open is read: files with an ending that Pillow knows, in any case, and files
-    with another ending or none that begin as an image does. Files that cannot be decoded are found
-    once, at the start, named in one warning of the logger ``pml_tacl.datasets.image_files`` and
-    left out; so are images of kinds that Pillow does not open, such as .heic and cameras' raw
-    files. A second warning counts and names the files that are no images. Hidden files and folders
-    (a leading dot) are skipped; links to folders are followed, and each folder is read once. See
-    :func:`load_rgb` for what happens to the modes.
+    It reads all files that Pillow can open: files with an ending that Pillow knows (in upper or
+    lower case), and files with another ending or none whose content starts like an image. Files
+    that cannot be decoded are found once, at the start, and left out. The logger
+    ``pml_tacl.datasets.image_files`` names them in one warning. Images that Pillow does not open,
+    such as .heic and raw files of cameras, are also left out. A second warning counts and names
+    the files that are not images. Hidden files and folders (with a leading dot) are skipped.
+    Links to folders are followed, and each folder is read once. :func:`load_rgb` describes the
+    conversion of image modes.
 
     Args:
         root: Folder to search, with all its subfolders.
         transform: Applied to the PIL RGB image.
-        labels: ``"none"``: every label is -1. ``"folder"``: each folder in ``root`` is a class, and
-            all images below it belong to it. An image in ``root`` itself has no class: it is left
-            out and named as broken files are. A folder to which several classes link belongs to
-            each of them.
-        exclude: Patterns of what is left out, as of :mod:`fnmatch`: one with a slash is compared to
-            where a file or a folder lies below ``root``, one without with each part of its place:
-            ``"thumbs"``, ``"*_small.jpg"``, ``"2019/*.png"``.
-        files: Take these images alone: their places, each in or below ``root`` and relative to it
-            or absolute, or the path of a text file that lists them, one in each line.
+        labels: ``"none"``: every label is -1. ``"folder"``: each folder in ``root`` is a class that
+            contains all images below it. An image in ``root`` itself has no class: it is left out
+            and named like a broken file. A folder to which several classes link belongs to each
+            of them.
+        exclude: Patterns of files to leave out, in the syntax of :mod:`fnmatch`. A pattern with a
+            slash is compared with the path of a file or folder relative to ``root``, a pattern
+            without a slash with each part of that path: ``"thumbs"``, ``"*_small.jpg"``,
+            ``"2019/*.png"``.
+        files: Use only these images: paths below ``root``, relative to it or absolute, or the path
+            of a text file that lists them, one per line.
         strict: Raise on broken files instead of leaving them out.
-        check: Decode every file now. Without, a broken file shows when it is read.
+        check: Decode every file now. If False, a broken file raises when it is read.
         progress: Show a progress bar while checking.
 
     Attributes:
@@ -71,13 +73,13 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         labels: Zero-based class of each image, or -1, int64 (N,).
         classes: Names of the classes, sorted; empty with ``labels="none"``.
         broken: Images that were left out, as (path, reason in one line).
-        skipped: Files that are no images.
+        skipped: Files that are not images.
 
     Raises:
-        ValueError: If ``root`` is no folder or holds no readable image, if one of ``files`` lies
-            outside of it or all of them are no images, if a file is broken
-            and ``strict`` is set, if ``labels="folder"`` and all images lie in ``root`` itself,
-            or if an argument is wrong.
+        ValueError: If ``root`` is not a folder or contains no readable image, if one of ``files``
+            is outside of it or none of them is an image, if a file is broken and ``strict`` is
+            set, if ``labels="folder"`` and all images are in ``root`` itself, or if an argument is
+            invalid.
 
     Example:
         >>> images = ImageFiles("photos", labels="folder")  # doctest: +SKIP
@@ -130,11 +132,11 @@ class ImageFiles(Dataset[tuple[Any, int]]):
 
     @property
     def names(self) -> list[str]:
-        """Where each image lies below the root, with slashes on every system."""
+        """Return the path of each image relative to the root, with slashes on every system."""
         return [path.relative_to(self.root).as_posix() for path in self.paths]
 
     def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> ImageFiles:
-        """The same images, not searched and checked again, through another transform."""
+        """Return the same images with another transform, without another search and check."""
         other = copy(self)
         other.transform = transform
         return other
@@ -147,7 +149,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         return (image if self.transform is None else self.transform(image)), int(self.labels[index])
 
     def _choose(self) -> None:
-        """Leave out what ``exclude`` and ``files`` say."""
+        """Apply ``exclude`` and ``files``."""
         there = [*self.paths, *(path for path, _ in self.broken), *self.skipped]
         used = dict.fromkeys(self.exclude, False)
         gone = set()
@@ -193,7 +195,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
 
 
 def _matches(parts: tuple[str, ...], pattern: str) -> bool:
-    """Whether a pattern means a file, by its place below the root, or a folder that it is in."""
+    """Return whether a pattern matches the path of a file below the root, or one of its folders."""
     pattern = pattern.strip("/")
     if "/" not in pattern:
         return any(fnmatchcase(part, pattern) for part in parts)
@@ -202,7 +204,7 @@ def _matches(parts: tuple[str, ...], pattern: str) -> bool:
 
 
 def _listed(root: Path, files: Sequence[str | Path] | str | Path) -> set[Path]:
-    """Where the images of a list lie, as `_find_images` writes it."""
+    """Return the paths of listed images, in the same form as `_find_images`."""
     if isinstance(files, str | Path):
         try:
             lines = Path(files).read_text("utf-8-sig", "surrogateescape").splitlines()
@@ -231,11 +233,11 @@ def _named(things: list[str]) -> str:
 
 
 def load_rgb(path: str | Path) -> Image.Image:
-    """Read an image upright, as RGB, its first frame if there are more.
+    """Read the first frame of an image file as an upright RGB image.
 
-    Any other way into the package gives the same pixels, see :func:`pml_tacl.utils.images.to_rgb`:
-    the EXIF orientation is applied, what is transparent becomes white, and greys of more than 8
-    bits are brought to 8 by a white point on which no single pixel decides.
+    The conversion is that of :func:`pml_tacl.utils.images.to_rgb`, as everywhere in the package.
+    The EXIF orientation is applied, transparent areas become white, and grey values of more than
+    8 bits are converted to 8 bits with a white point that is robust to single pixels.
 
     Args:
         path: The file.
@@ -251,20 +253,20 @@ def load_rgb(path: str | Path) -> Image.Image:
         if os.path.getsize(path) == 0:
             raise OSError("empty file")
         return _decode(path)
-    # Pillow's decoders raise nearly anything on damaged bytes (SyntaxError, struct.error, ...).
+    # On damaged bytes, Pillow's decoders raise many types (SyntaxError, struct.error, ...).
     except Exception as error:
         raise OSError(f"cannot read {path}: {_reason(error)}") from error
 
 
 def rgb_of_bytes(content: bytes) -> Image.Image:
-    """Decode the bytes of an image file, as :func:`load_rgb` does a file.
+    """Decode the bytes of an image file; see :func:`load_rgb`.
 
     Raises:
         OSError: If they cannot be decoded; the message is the reason.
     """
     try:
         return _decode(io.BytesIO(content))
-    except Exception as error:  # as above
+    except Exception as error:  # many types, as above
         raise OSError(_reason(error)) from error
 
 
@@ -285,7 +287,7 @@ _NO_CLASS = "in no folder, so of no class"
 
 
 def _formats() -> tuple[str, ...]:
-    """What Pillow decodes itself, in its order; plugins that a user has registered included."""
+    """Return the formats that Pillow decodes itself, in its order, including registered plugins."""
     Image.init()
     return tuple(name for name in Image.ID if name not in _NOT_DECODED)
 
@@ -299,7 +301,7 @@ def _endings() -> frozenset[str]:
 def _find_images(
     root: Path, by_class: bool
 ) -> tuple[list[Path], list[tuple[Path, str]], list[Path]]:
-    """Images, those that cannot be read with the reason, and files that are none; each sorted."""
+    """Return images, unreadable images with reasons, and other files, each sorted."""
     found: list[Path] = []
     broken: list[tuple[Path, str]] = []
     skipped: list[Path] = []
@@ -334,7 +336,7 @@ def _find_images(
 def _files_below(top: Path, seen: set[str], onerror: Callable[[OSError], None]) -> Iterator[Path]:
     for folder, subfolders, files in os.walk(top, onerror=onerror, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:  # a link back up the tree
+        if real in seen:  # a link to a folder that was read already
             subfolders.clear()
             continue
         seen.add(real)
@@ -347,7 +349,7 @@ def _shown(folder: Path, names: list[str]) -> list[Path]:
 
 
 def _what_is_it(path: Path, endings: frozenset[str]) -> str | None:
-    """Return "" for an image to read, a reason for one that is not, and None for no image."""
+    """Return "" for a readable image, a reason for an unreadable one, None for other files."""
     ending = path.suffix.lower()
     if ending in endings:
         return "" if path.is_file() or path.is_symlink() else None
@@ -359,19 +361,19 @@ def _what_is_it(path: Path, endings: frozenset[str]) -> str | None:
     formats = [name for name in _formats() if name not in left_out]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come again when it is read
+            warnings.simplefilter("ignore")  # they are raised again when the file is read
             Image.open(path, formats=formats).close()
     except UnidentifiedImageError:
         return reason
     except OSError as error:
         return _reason(error)
-    except Exception:  # it begins as an image does, and reading it will say what is wrong
+    except Exception:  # it starts like an image; reading it raises the error
         return ""
     return ""
 
 
 def _decode_all(paths: list[Path], progress: bool) -> list[str]:
-    """One line of what is wrong with each file, empty for the sound ones."""
+    """Return one line per file that describes its error, or an empty string."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         reasons = pool.map(_what_is_wrong, paths)
         return list(tqdm(reasons, "checking images", len(paths), disable=not progress))

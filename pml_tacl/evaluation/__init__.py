@@ -1,4 +1,4 @@
-"""Embed a data set and measure retrieval on it."""
+"""Embed data sets and measure retrieval."""
 
 from pml_tacl.evaluation.calculator import RetrievalCalculator
 from pml_tacl.evaluation.inference import embed, evaluate, make_tester

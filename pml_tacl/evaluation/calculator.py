@@ -1,4 +1,4 @@
-"""Retrieval metrics for PML's testers, exact and flat in memory."""
+"""Exact retrieval metrics for PML's testers, in bounded memory."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,38 +28,40 @@ RANKING_METRICS = (
 
 
 class RetrievalCalculator(AccuracyCalculator):
-    """PML's AccuracyCalculator with Recall@K, right at every size.
+    """PML's AccuracyCalculator with Recall@K and exact results for data sets of any size.
 
     Metrics: recall_at_k for each of `ks`, precision_at_1, r_precision,
     mean_average_precision_at_r, mean_reciprocal_rank, NMI and AMI, all in [0, 1] (AMI may fall
-    a little below 0), and mean_average_precision of the whole ranking when asked for by name.
-    Each is as PML defines it; recall_at_k is the share of queries with a right answer among
-    the k nearest. How it differs from its parent:
+    a little below 0). mean_average_precision of the whole ranking is computed only if it is
+    included by name. All follow the definitions of PML; recall_at_k is the fraction of queries
+    with a correct result among the k nearest. It differs from its parent:
 
-    - each query is ranked as far as each metric needs, whatever `k` says, so no metric is
-      silently cut short;
-    - memory stays flat: queries go through in chunks;
+    - each query is ranked as deep as each metric needs, whatever `k` is, so no metric is
+      silently truncated;
+    - memory is bounded: queries are processed in chunks;
     - labels are compared as int64, so large ids do not collide;
-    - the query itself is left out also when copies of it are in the gallery;
-    - ranks are those of exact distances, whatever offset and scale the embeddings have and
-      whatever `torch.set_float32_matmul_precision` says; equal distances are ordered by index.
+    - the query itself is left out even if the gallery contains copies of it;
+    - ranks follow exact distances, for any offset and scale of the embeddings and any
+      `torch.set_float32_matmul_precision`; equal distances are ordered by index.
 
-    Nearest is by L2 distance of the embeddings as given; PML's testers normalise them before.
-    Queries without a right answer in the gallery are left out of the means, as in PML; their
-    number is in `num_lone_queries` after each call, and with nothing else the result is NaN.
+    Distances are L2 distances of the embeddings as given; PML's testers normalise them before.
+    Queries without a correct result in the gallery are left out of the means, as in PML. Their
+    number is in `num_lone_queries` after each call. If no other queries are left, the result is
+    NaN.
 
     Args:
         include: names of metrics to compute, or one name; empty for all.
         exclude: names of metrics to leave out, or one name.
-        avg_of_avgs: average over classes of the averages within each.
-        return_per_class: give a list with one value for each class, ascending in label, of the
-            classes that have queries with a right answer.
-        k: how far mean_reciprocal_rank and mean_average_precision look, an integer or
-            "max_bin_count"; None is to the end of the ranking.
+        avg_of_avgs: average over classes of the averages within each class.
+        return_per_class: return a list with one value per class, in ascending order of labels,
+            for the classes that have queries with a correct result.
+        k: depth of the ranking for mean_reciprocal_rank and mean_average_precision, an integer
+            or "max_bin_count"; None is the whole ranking.
         label_comparison_fn: not supported.
-        device: where to search; None is CUDA if there, else CPU.
-        knn_func: PML's kind of k-NN function in place of `engine`; it gets the embeddings as given.
-        kmeans_func: PML's kind of k-means function for NMI and AMI.
+        device: device of the search; None is CUDA if available, else CPU.
+        knn_func: k-NN function in the form of PML, used instead of `engine`; it gets the
+            embeddings as given.
+        kmeans_func: k-means function in the form of PML, for NMI and AMI.
         ks: the k of recall_at_k.
         engine: "faiss", "torch" or "auto": faiss on CPU, torch elsewhere.
 
@@ -104,18 +106,18 @@ class RetrievalCalculator(AccuracyCalculator):
         self.engine = engine
         self.num_lone_queries = 0
         self._ranking_metrics = (*RANKING_METRICS, *(f"recall_at_{at}" for at in self.ks))
-        # PML finds metrics by the names of methods; a subclass may have its own of a name.
+        # PML finds metrics by method names; a subclass may define its own.
         for name in self._ranking_metrics:
             method = f"calculate_{name}"
             if getattr(type(self), method, None) is getattr(AccuracyCalculator, method, None):
                 setattr(self, method, partial(self._average, name))
         if not include and k is None:
-            # Needs every query's whole ranking, so only for those who ask.
+            # Needs the whole ranking of every query, so compute it only on request.
             exclude = (*exclude, "mean_average_precision")
         device = torch.device(device) if device is not None else c_f.use_cuda_if_available()
         self._own_kmeans = kmeans_func is None
         if kmeans_func is None:
-            # PML's default, less faiss's warnings about small clusters.
+            # PML's default, without faiss's warnings about small clusters.
             gpu = device.type == "cuda"
             kmeans_func = FaissKMeans(niter=20, gpu=gpu, min_points_per_centroid=1)
         super().__init__(
@@ -124,7 +126,7 @@ class RetrievalCalculator(AccuracyCalculator):
         self.knn_func = knn_func
 
     def requires_knn(self) -> list[str]:
-        """Names of the metrics that need a ranking."""
+        """Return the names of the metrics that need a ranking."""
         return list(self._ranking_metrics)
 
     def get_accuracy(
@@ -141,28 +143,28 @@ class RetrievalCalculator(AccuracyCalculator):
 
         Args:
             query: (Q, D) embeddings, tensor or array.
-            query_labels: (Q,) whole numbers of any type, or (Q, L): equal when the whole row is.
+            query_labels: (Q,) whole numbers of any type, or (Q, L), equal if all L are equal.
             reference: (R, D), the gallery; None for the queries themselves.
             reference_labels: (R,) whole numbers, or (R, L).
-            ref_includes_query: the first Q rows of the reference are the queries, each of which
-                is left out of its own answers. Without it, a warning is logged where more than a
-                tenth of the queries find themselves.
+            ref_includes_query: the first Q embeddings of the reference are the queries; each is
+                left out of its own results. If False, a warning is logged if more than a tenth of
+                the queries find themselves.
             include: as for the class, among the metrics of this calculator.
             exclude: as for the class.
 
         Returns:
-            Value by name of metric. A metric that a subclass adds gets `per_query` (metric by
-            name, (Q,) float64, NaN for lone queries), `query`, `reference`, their labels, and
-            `relevant` (Q,), the number of right answers.
+            Dict from metric name to value. Metrics added by a subclass are called with
+            `per_query` (metrics by name, (Q,) float64, NaN for lone queries), `query`,
+            `reference`, their labels, and `relevant` (Q,), the number of correct results.
 
         Raises:
-            ValueError: for shapes that do not fit, no rows, rows that are NaN or infinite, labels
-                that are not whole numbers, or a reference that does not start with the queries.
+            ValueError: if shapes do not match, embeddings are empty, NaN or infinite, labels are
+                not whole numbers, or the reference does not start with the queries.
         """
         if reference is None:
             reference, reference_labels, ref_includes_query = query, query_labels, True
         same = reference is query and reference_labels is query_labels
-        # Ranks take float64, which Apple's GPUs do not have.
+        # Ranking needs float64, which Apple GPUs do not support.
         device = torch.device("cpu") if self.device.type == "mps" else self.device
         query = finite_rows("query", query, device)
         reference = query if same else finite_rows("reference", reference, device)
@@ -213,14 +215,14 @@ class RetrievalCalculator(AccuracyCalculator):
             )
         if any(name in self.requires_clustering() for name in self.get_curr_metrics()):
             kwargs["query_labels"] = query_classes
-            # k-means of faiss multiplies in float32, as the search does.
+            # k-means needs full float32 products, as the search does.
             rows = Frame(query, query).single(query) if self._own_kmeans else query
             kwargs["cluster_labels"] = self.get_cluster_labels(**{**kwargs, "query": rows})
         accuracies: dict[str, Any] = self._get_accuracy(self.curr_function_dict, **kwargs)
         return accuracies
 
     def calculate_AMI(self, query_labels: Tensor, cluster_labels: Tensor, **kwargs: Any) -> float:
-        """Adjusted mutual information of classes and clusters, as scikit-learn's."""
+        """Return the adjusted mutual information of classes and clusters, as in scikit-learn."""
         return adjusted_mutual_information(query_labels, torch.as_tensor(cluster_labels))
 
     def _search(self, query: Tensor, reference: Tensor) -> Search:
@@ -252,14 +254,14 @@ class RetrievalCalculator(AccuracyCalculator):
 
 
 def as_names(names: str | Sequence[str]) -> tuple[str, ...]:
-    """Names as a tuple; a lone string is one name."""
+    """Return names as a tuple; a single string is one name."""
     return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _warn_of_queries_in_reference(
     nearest: Nearest, query_labels: Tensor, reference_labels: Tensor
 ) -> None:
-    """Look for the queries themselves among what a sample of them finds."""
+    """Warn if more than a tenth of a sample of queries find themselves in the reference."""
     step = max(1, len(query_labels) // 256)
     rows = torch.arange(0, len(query_labels), step, device=query_labels.device)
     found = nearest(rows, 1)[:, 0]

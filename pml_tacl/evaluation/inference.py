@@ -1,4 +1,4 @@
-"""How well embeddings retrieve: PML's tester with our calculator, and evaluation in one line."""
+"""Embedding of data sets, PML's tester with our calculator, and evaluation in one call."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,30 +29,31 @@ def embed(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Embed all images of a data set, in its order.
+    """Return the embeddings and labels of all images of a data set, in its order.
 
-    The model runs in evaluation and inference mode; its modules' training flags are restored.
+    The model runs in evaluation and inference mode; the training flags of its modules are
+    restored afterwards.
 
     Args:
         model: any module, images (N, C, H, W) -> embeddings (N, D).
-        dataset: items (image, label), image a tensor, label a whole number of any type or one for
-            each of several levels; it has a length. One that is iterated over must give as many
-            items as it says, and is read in this process.
-        batch_size: images at once.
-        num_workers: processes that load images.
-        device: where to run; the model is moved there. None is where the model is.
-        progress: show a bar.
+        dataset: data set with a length and items (image, label). The image is a tensor; the label
+            is a whole number of any type, or one per level. An iterable data set must give as
+            many items as its length, and is read in this process.
+        batch_size: number of images per batch.
+        num_workers: number of processes that load images.
+        device: device to run on; the model is moved to it. None is the device of the model.
+        progress: show a progress bar.
 
     Returns:
-        Embeddings (N, D) as the model gives them, float32, and labels (N,) int64, or (N, L) for
-        labels of several levels; both on CPU.
+        Embeddings (N, D) of the model (not normalised here), float32, and labels (N,) int64, or
+        (N, L) for labels with several levels; both on the CPU.
 
     Raises:
-        ValueError: for an empty data set, one that gives more or fewer items than its length,
-            an iterable one with ``num_workers``, a model that does not give (N, D), or labels
-            that are no whole numbers, such as strings or scores: number the classes.
-        TypeError: for a data set without a length, or items that are not (image, label) pairs
-            with a tensor as the image.
+        ValueError: if the data set is empty, gives more or fewer items than its length, or is
+            iterable with ``num_workers``; if the model does not return (N, D); or if labels are
+            not whole numbers (number the classes).
+        TypeError: if the data set has no length, or items are not (image, label) pairs with a
+            tensor as the image.
     """
     embeddings, labels, done = torch.empty(0), [], 0
     for rows, batch_labels in embed_in_batches(
@@ -135,16 +136,16 @@ def embed_in_batches(
 def make_tester(
     calculator: AccuracyCalculator | None = None, **kwargs: Any
 ) -> GlobalEmbeddingSpaceTester:
-    """Make PML's tester, with our calculator and defaults that suit small data on any machine.
+    """Return PML's tester with our calculator and defaults for small data sets.
 
     Args:
         calculator: None for `RetrievalCalculator()`.
-        **kwargs: of PML's GlobalEmbeddingSpaceTester, hooks among them. Unless given,
+        **kwargs: arguments of PML's GlobalEmbeddingSpaceTester, such as hooks. By default,
             batch_size is 64 and images are loaded in this process (dataloader_num_workers=0).
 
     Returns:
-        A tester; its `test({"test": dataset}, epoch, trunk, embedder)` gives the metrics, named
-        like `recall_at_1_level0`.
+        A tester; its `test({"test": dataset}, epoch, trunk, embedder)` returns the metrics, with
+        names like `recall_at_1_level0`.
     """
     settings = {"batch_size": 64, "dataloader_num_workers": 0, **kwargs}
     calculator = RetrievalCalculator() if calculator is None else calculator
@@ -165,29 +166,29 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure how well a model retrieves images of the same class.
 
-    Embeddings are L2-normalised, and each image searches among all others.
+    Embeddings are L2-normalised. Each image is a query, and all others are its gallery.
 
     Args:
         model: any module, images (N, C, H, W) -> embeddings (N, D).
         dataset: items (image, label) of the queries.
-        batch_size: images at once.
-        num_workers: processes that load images.
-        device: where to run; the model is moved there. None is where the model is.
-        metrics: names, or one name, `recall_at_<k>` for any k among them; empty for all that
-            `RetrievalCalculator` has.
-        progress: show a bar.
-        reference: the gallery to search in, if it is another data set.
-        ref_includes_query: the gallery holds the queries, and each is left out of its own answers.
-            None finds out: it does if it is the same data set, or holds all of it within torch's
-            Subset and ConcatDataset, or if its first labels are the queries' and its first
-            embeddings are, up to rounding.
+        batch_size: number of images per batch.
+        num_workers: number of processes that load images.
+        device: device to run on; the model is moved to it. None is the device of the model.
+        metrics: names, or one name, including `recall_at_<k>` for any k; empty for all metrics
+            of `RetrievalCalculator`.
+        progress: show a progress bar.
+        reference: the gallery, if it is another data set.
+        ref_includes_query: the gallery contains the queries, and each is left out of its own
+            results. None detects this: it is True if the gallery is the same data set or contains
+            all of it (also within torch's Subset and ConcatDataset), or if its first labels and
+            embeddings equal those of the queries, up to rounding.
 
     Returns:
-        Value in [0, 1] by name of metric.
+        Dict from metric name to value in [0, 1] (AMI may fall a little below 0).
 
     Raises:
-        ValueError: for an empty data set, images without a label (negative), labels that are no
-            whole numbers, unknown metrics, a model whose embeddings are NaN or infinite, or
+        ValueError: if the data set is empty, an image has no label (negative), labels are not
+            whole numbers, a metric is unknown, embeddings are NaN or infinite, or
             `ref_includes_query=True` with a gallery that does not start with the queries.
 
     Example:
@@ -247,11 +248,11 @@ def evaluate(
 
 
 def _images_and_labels(items: list[Any]) -> tuple[Any, list[Any]] | None:
-    """Collate images and leave labels as they are; None if items are no pairs."""
+    """Collate images and leave labels as they are; return None if items are not pairs."""
     if not all(isinstance(item, list | tuple) and len(item) == 2 for item in items):
         return None
     images, labels = zip(*items, strict=True)
-    # Tensors would each take a file handle on their way from a loader's process.
+    # As tensors, labels would each take a file handle when a worker sends them.
     known = [isinstance(label, Tensor) and label.dtype != torch.bfloat16 for label in labels]
     plain = [x.numpy() if numpy else x for x, numpy in zip(labels, known, strict=True)]
     return default_collate(list(images)), plain
@@ -267,7 +268,7 @@ def _length(dataset: Dataset[Any]) -> int:
 
 
 def _pair(batch: Any) -> tuple[Tensor, list[Any]]:
-    """Images and labels of one batch; of views or other things, rows would be made up."""
+    """Return the images and labels of one batch; raise TypeError if items are not such pairs."""
     if batch is None:
         raise InputTypeError("dataset must give (image, label) pairs: wrap it to do so")
     images, labels = batch

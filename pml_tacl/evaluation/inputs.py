@@ -1,4 +1,4 @@
-"""Embeddings and labels as they are given, checked and in one form."""
+"""Validate embeddings and labels and convert them to one form."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ from pml_tacl.utils.errors import InputError
 
 
 def finite_rows(name: str, embeddings: Embeddings, device: torch.device) -> Tensor:
-    """Embeddings as contiguous float32 on a device, or float64 where float32 would round them.
+    """Return embeddings as contiguous float32 on a device, or float64 if float32 rounds them.
 
     Raises:
-        ValueError: if they are not (rows, dimensions), empty, NaN or infinite.
+        ValueError: if they are not (N, D), or are empty, NaN or infinite.
     """
     if isinstance(embeddings, np.ndarray):
         if embeddings.dtype.kind not in "biufc":
             raise InputError(f"{name} must be numbers, got an array of {embeddings.dtype}")
         if embeddings.dtype.itemsize > 8 and embeddings.dtype.kind == "f":
-            embeddings = embeddings.astype(np.float64)  # torch has no wider one
+            embeddings = embeddings.astype(np.float64)  # torch has no wider type
         embeddings = embeddings.astype(embeddings.dtype.newbyteorder("="), copy=False)
-        # torch warns about arrays it may not write to, such as memory maps.
+        # torch warns about read-only arrays, such as memory maps.
         embeddings = torch.from_numpy(np.require(embeddings, requirements=["C", "W"]))
     rows = torch.as_tensor(embeddings).detach()
     if rows.ndim != 2 or 0 in rows.shape or rows.is_complex():
@@ -33,7 +33,7 @@ def finite_rows(name: str, embeddings: Embeddings, device: torch.device) -> Tens
         )
     wide = rows.dtype in (torch.float64, torch.int32, torch.int64)
     rows = rows.to(device, torch.float64 if wide else torch.float32).contiguous()
-    # A sum is much quicker to check than its parts; when in doubt, count.
+    # Checking a sum is much faster; count the embeddings only if it is not finite.
     bad = 0
     if not torch.isfinite(rows.sum(dim=1)).all():
         bad = len(rows) - int(torch.isfinite(rows).all(dim=1).sum())
@@ -46,18 +46,18 @@ def finite_rows(name: str, embeddings: Embeddings, device: torch.device) -> Tens
 
 
 def whole_labels(name: str, labels: Any, count: int | None = None) -> Tensor:
-    """Labels (N,) or (N, L) as int64, so that large ids stay apart.
+    """Return labels (N,) or (N, L) as int64, which keeps large ids distinct.
 
-    Whole numbers of any type are taken, True and False as 1 and 0. Strings are not: number the
-    classes first.
+    Whole numbers of any type are accepted, and True and False become 1 and 0. Strings are not:
+    number the classes first.
 
     Args:
-        name: what they are called in messages.
+        name: name of the argument, used in error messages.
         labels: tensor, array or sequence.
-        count: N; None takes any.
+        count: N; None accepts any number.
 
     Raises:
-        ValueError: for another shape, or labels that are no whole numbers or may have been rounded.
+        ValueError: if the shape is wrong, or labels are not whole numbers or may be rounded.
     """
     given = _as_array(name, labels)
     if given.ndim not in (1, 2) or (count is not None and len(given) != count):
@@ -75,7 +75,7 @@ def whole_labels(name: str, labels: Any, count: int | None = None) -> Tensor:
         raise InputError(
             f"{name} must be whole numbers, got {_short(shown)}: number the classes 0, 1, 2, ..."
         )
-    # Beyond these a float holds no odd number, so that neighbours may have become one.
+    # Floats above this limit cannot represent odd numbers, so labels may have been merged.
     limit = 2 ** (np.finfo(given.dtype).nmant + 1) if kind == "f" else 2**63
     largest = max(abs(int(flat.max())), abs(int(flat.min()))) if len(flat) else 0
     if kind in "fu" and largest >= limit:
@@ -102,8 +102,8 @@ def _as_array(name: str, labels: Any) -> Any:
             labels = [_as_array(name, x) if isinstance(x, Tensor) else x for x in labels]
         given = np.asarray(labels)
         if given.dtype.kind == "O" and not isinstance(labels, list | tuple):
-            given = np.asarray(given.tolist())  # whole numbers in it are as good as others
-    except (TypeError, ValueError, RuntimeError) as error:  # ragged, or nothing that NumPy holds
+            given = np.asarray(given.tolist())  # an object array may contain whole numbers
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists or unsupported types
         text = " ".join(str(error).split())
         raise InputError(
             f"{name} must be whole numbers, one or one for each level: {text}"
@@ -119,7 +119,7 @@ def _short(value: object) -> str:
 def check_fit(
     query: Tensor, query_labels: Tensor, reference: Tensor, reference_labels: Tensor
 ) -> None:
-    """Raise unless queries and reference have as many dimensions and label levels."""
+    """Raise ValueError if queries and reference differ in dimensions or label levels."""
     if query.shape[1] != reference.shape[1]:
         raise InputError(
             f"query has {query.shape[1]} dimensions, reference {reference.shape[1]}: "
@@ -135,21 +135,22 @@ def check_fit(
 def starts_with(
     query: Tensor, query_labels: Tensor, reference: Tensor, reference_labels: Tensor
 ) -> bool:
-    """Whether the first rows of the reference are the queries, up to rounding."""
+    """Return whether the reference starts with the queries, up to rounding."""
     head, head_labels = reference[: len(query)], reference_labels[: len(query)]
     return torch.equal(query_labels, head_labels) and (
-        # The first is much quicker, and nearly always enough.
+        # The first check is much faster, and nearly always sufficient.
         torch.equal(query, head) or (query.shape == head.shape and torch.allclose(query, head))
     )
 
 
 def queries_first(dataset: Dataset[Any], reference: Dataset[Any]) -> list[int] | None:
-    """Return an order of the reference that begins with the items of a data set.
+    """Return an order of the reference that starts with the items of a data set.
 
-    Items are told by where they lie, also through torch's Subset and ConcatDataset.
+    Items are identified by their data set and index, also within torch's Subset and
+    ConcatDataset.
 
     Returns:
-        Indices of the reference, each once; None if it does not hold every item of the data set.
+        Indices of the reference, each once; None if it lacks an item of the data set.
     """
     if not _sources(dataset) <= _sources(reference):
         return None
@@ -165,7 +166,7 @@ def queries_first(dataset: Dataset[Any], reference: Dataset[Any]) -> list[int] |
 
 
 def _sources(dataset: Dataset[Any]) -> set[int]:
-    """Which data sets the items come from."""
+    """Return the ids of the data sets that contain the items."""
     if type(dataset) is Subset:
         return _sources(dataset.dataset)
     if type(dataset) is ConcatDataset:
@@ -174,8 +175,8 @@ def _sources(dataset: Dataset[Any]) -> set[int]:
 
 
 def _items(dataset: Dataset[Any]) -> list[tuple[int, int]]:
-    """Where each item comes from: a data set, and an index in it."""
-    # Subclasses may give other items than those that they are made of.
+    """Return the id of the data set and the index in it for each item."""
+    # Subclasses may return other items, so only the exact types are followed.
     if type(dataset) is Subset:
         inner = _items(dataset.dataset)
         return [inner[int(at)] for at in dataset.indices]

@@ -1,4 +1,4 @@
-"""How good an embedding is, asked without labels."""
+"""Quality of embeddings, measured without labels."""
 
 import torch
 from torch import Tensor
@@ -15,22 +15,22 @@ _CHUNK = 1024
 def mutual_neighbours(
     embeddings: Tensor, k: int = 10, max_images: int = 10_000, seed: int = 0
 ) -> float:
-    """Return the share of k nearest neighbours that hold both ways.
+    """Return the fraction of k nearest neighbours that are mutual.
 
-    If j is among the k nearest of i, is i among the k nearest of j? Where images form groups the
-    answer is mostly yes; hubs and noise make it no. Compare it only between embeddings of the
-    same images, and in the space that is learned: whitening changes it by itself. After Jégou et
-    al. 2007 (contextual dissimilarity) and Radovanović et al. 2010 (hubs); its use to choose
-    between networks is ours, measured in docs/results.md.
+    A neighbour j of i is mutual if i is also among the k nearest of j. The fraction is high if
+    images form groups, and low if there are hubs or noise. Compare it only between embeddings of
+    the same images, and in the learned space, because whitening changes it. After Jégou et al.
+    2007 (contextual dissimilarity) and Radovanović et al. 2010 (hubs). Its use to choose between
+    networks is our own, with measurements in docs/results.md.
 
     Args:
-        embeddings: (N, D), of any length; rows with NaN are left out.
+        embeddings: (N, D), of any norm; embeddings with NaN or infinite values are ignored.
         k: neighbours of each image; at most N - 1 are used.
-        max_images: if there are more, a random sample of so many is compared.
+        max_images: if there are more images, use a random sample of this size.
         seed: of the sample.
 
     Returns:
-        In [0, 1]; 0 for fewer than 3 images.
+        The fraction in [0, 1]; 0 for fewer than 3 images.
 
     Raises:
         ValueError: if k or max_images is below 1, or embeddings are not (N, D).

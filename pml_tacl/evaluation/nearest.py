@@ -1,10 +1,11 @@
-"""The nearest rows by L2 distance, in the order that exact arithmetic gives.
+"""Nearest embeddings by L2 distance, in the same order as with exact arithmetic.
 
-A matrix product gives distances quickly and a little wrong: by no more than a known part of
-``|q|^2 + |r|^2``. What is far from the edge is thus decided; distances that are too near to each
-other to tell, and rows at the edge, are computed once more in float64, from the differences of
-the rows themselves. A common offset is taken off first, which changes no distance and makes that
-part small; scales whose squares no float holds are shifted by a power of two.
+A matrix product computes distances fast, with an error below a known fraction of
+``|q|^2 + |r|^2``. Distances that differ by more than this error are in the right order. Only
+distances that are too close to each other or to the k-th one are recomputed in float64, from the
+differences of the embeddings. First a common offset is subtracted, which keeps all distances and
+makes the error small. Embeddings whose squares do not fit into a float are scaled by a power of
+two.
 """
 
 from collections.abc import Callable
@@ -18,10 +19,10 @@ from torch import Tensor
 from pml_tacl.utils.copies import IntArray, first_copies
 from pml_tacl.utils.precision import full_float32
 
-# Entries of the largest array held at once: of distances, and of differences of rows.
+# Entries of the largest array in memory: of distances, and of differences of embeddings.
 DISTANCE_ENTRIES = 2**26
 DIFFERENCE_ENTRIES = 2**22
-# Rows that are converted at once, and rows that the common offset is read off.
+# Number of embeddings converted at once, and number sampled for the common offset.
 BLOCK = 2**14
 SAMPLE = 1024
 # Exponents of the largest entry for which squares and their sums fit into float32.
@@ -33,14 +34,14 @@ Engine = Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]
 
 
 def faiss_engine(queries: Tensor, k: int, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances (Q, k) and indices (Q, k) of the nearest rows, in float32."""
+    """Return squared distances (Q, k) and indices (Q, k) of the nearest embeddings, in float32."""
     distances, indices = faiss.knn(queries.cpu().numpy(), reference.cpu().numpy(), k)
     device = queries.device
     return torch.from_numpy(distances).to(device), torch.from_numpy(indices).to(device)
 
 
 def torch_engine(queries: Tensor, k: int, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """The same on any device, through a matrix product and topk."""
+    """Return the same as `faiss_engine` on any device, by a matrix product and topk."""
     squares = reference.square().sum(dim=1)
     parts = []
     with full_float32(queries.device):
@@ -53,7 +54,7 @@ def torch_engine(queries: Tensor, k: int, reference: Tensor) -> tuple[Tensor, Te
 
 
 class Frame:
-    """Where embeddings are moved to be compared: their distances stay, up to one factor.
+    """Shift and scale of embeddings before they are compared; keeps distances up to one factor.
 
     Args:
         query: (Q, D) float32 or float64, finite.
@@ -61,7 +62,7 @@ class Frame:
 
     Attributes:
         scale: a power of two, 1 unless squares would not fit into float32.
-        offset: (D,) float64, a place in the middle of the scaled reference; 0 if that is as good.
+        offset: (D,) float64, the median of the scaled reference, or 0 if that is as good.
     """
 
     def __init__(self, query: Tensor, reference: Tensor) -> None:
@@ -76,11 +77,11 @@ class Frame:
         self.offset = middle if middle.square().sum() > spread else torch.zeros_like(middle)
 
     def double(self, rows: Tensor) -> Tensor:
-        """Rows in this frame, as float64."""
+        """Return embeddings in this frame as float64."""
         return rows.double() * self.scale - self.offset
 
     def single(self, rows: Tensor) -> Tensor:
-        """The same as float32; the rows themselves where nothing changes."""
+        """Return embeddings in this frame as float32, without a copy if nothing changes."""
         if rows.dtype == torch.float32 and self.scale == 1.0 and not self.offset.any():
             return rows
         moved = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
@@ -90,12 +91,13 @@ class Frame:
 
 
 class Nearest:
-    """The nearest rows of a reference for rows of a query, equal distances by index.
+    """Search for the nearest embeddings in a reference; equal distances are ordered by index.
 
     Args:
         query: (Q, D) float32 or float64, finite.
         reference: (R, D), likewise.
-        engine: gives squared distances and indices of the nearest rows in float32.
+        engine: function that returns squared distances and indices of the nearest embeddings in
+            float32.
     """
 
     def __init__(self, query: Tensor, reference: Tensor, engine: Engine) -> None:
@@ -112,13 +114,13 @@ class Nearest:
         self._copies = int(number.max()) + 1
 
     def __call__(self, rows: Tensor, k: int) -> Tensor:
-        """Give the indices (len(rows), k) of the nearest rows of the reference.
+        """Return the indices (len(rows), k) of the nearest embeddings in the reference.
 
         Args:
-            rows: indices of the query.
-            k: at most the rows of the reference.
+            rows: indices into the query.
+            k: number of neighbours, at most R.
         """
-        # Of copies the first k are enough.
+        # Of identical embeddings, the first k are enough.
         kept = None if self._copies <= k else torch.nonzero(self._number < k)[:, 0]
         count = len(self.reference) if kept is None else len(kept)
         looked_at = k + max(8, k // 4)
@@ -132,14 +134,14 @@ class Nearest:
     def _in_single(
         self, rows: Tensor, k: int, looked_at: int, kept: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Indices, and whether no other row can be among them."""
+        """Return indices, and for each query whether they are certain to be the nearest."""
         reference = self._reference if kept is None else self._reference[kept]
         distances, indices = self.engine(self._query[rows], looked_at, reference)
         if kept is not None:
             indices = kept[indices]
         distances, squares = distances.double(), self.query_squares[rows][:, None]
         radius = self._radius(torch.float32, squares + self.reference_squares[indices])
-        # |r| is at most |q| and the distance together, which bounds the error of rows not seen.
+        # |r| <= |q| + distance, which bounds the error of embeddings that were not returned.
         beyond = distances.amax(dim=1) - self._radius(torch.float32, 3 * squares[:, 0])
         beyond /= 1 + 2 * self._part(torch.float32)
         distances, radius, indices = self._ordered(rows, distances, radius, indices)
@@ -170,7 +172,7 @@ class Nearest:
     def _ordered(
         self, rows: Tensor, distances: Tensor, radius: Tensor, indices: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sort by distance, those within reach of each other by the exact one, then by index."""
+        """Sort by distance: by the exact distance within the error, then by index."""
         order = distances.argsort(dim=1)
         distances, radius, indices = (x.gather(1, order) for x in (distances, radius, indices))
         reached = (distances + radius).cummax(dim=1).values
@@ -191,9 +193,9 @@ class Nearest:
         return distances.gather(1, order), radius.gather(1, order), indices.gather(1, order)
 
     def exact(self, rows: Tensor, others: Tensor) -> Tensor:
-        """Squared distances (N,) of rows (N,) of the query to others (N,) of the reference.
+        """Return squared distances (N,) of queries at rows (N,) to references at others (N,).
 
-        In float64, from the differences of the rows, and in the unit of ``query_squares``.
+        They are float64, computed from differences, in the unit of ``query_squares``.
         """
         size = max(1, DIFFERENCE_ENTRIES // self.query.shape[1])
         found = [torch.empty(0, dtype=torch.float64, device=rows.device)]
@@ -204,7 +206,7 @@ class Nearest:
         return torch.cat(found)
 
     def _part(self, dtype: torch.dtype) -> float:
-        """The error of a distance as a part of the sum of the squares."""
+        """Return the largest error of a distance as a fraction of the sum of the squares."""
         return (self.query.shape[1] + 8) * torch.finfo(dtype).eps
 
     def _radius(self, dtype: torch.dtype, squares: Tensor) -> Tensor:
@@ -212,7 +214,7 @@ class Nearest:
 
 
 def _number_among_copies(firsts: IntArray) -> IntArray:
-    """How many copies of each row come before it."""
+    """Return the number of copies before each embedding."""
     order = np.argsort(firsts, kind="stable")
     starts = np.flatnonzero(np.diff(firsts[order], prepend=-1))
     sizes = np.diff(starts, append=len(order))
@@ -222,5 +224,5 @@ def _number_among_copies(firsts: IntArray) -> IntArray:
 
 
 def _squares(rows: Tensor) -> Tensor:
-    """Squared norms (N,) in float64."""
+    """Return squared norms (N,) in float64."""
     return torch.cat([part.double().square().sum(dim=1) for part in rows.split(BLOCK)])

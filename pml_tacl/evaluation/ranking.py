@@ -1,17 +1,17 @@
-"""Ranks of the right answers, one chunk of queries at a time: nothing of size N x N, or N x k."""
+"""Ranks of the correct results, by chunks of queries: no array of size N x N or N x k."""
 
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-# Entries of the largest array of search results held at once.
+# Entries of the largest array of search results in memory.
 RESULT_ENTRIES = 2**21
 CHUNK = 2**14
-# How much further to look, each time, for the first right answer of queries that have none yet.
+# Factor of the search depth in each round, for queries without a correct result so far.
 WIDEN = 16
 
-# Rows of the query and k -> indices (rows, k) of the nearest, from near to far.
+# (indices of queries (N,), k) -> indices (N, k) of the nearest references, nearest first.
 Search = Callable[[Tensor, int], Tensor]
 
 
@@ -25,17 +25,20 @@ def per_query_metrics(
     depth: int | None,
     search: Search,
 ) -> dict[str, Tensor]:
-    """Compute metrics for each query that has a right answer.
+    """Return metrics of each query that has a correct result.
 
     Args:
-        names: of metrics, `recall_at_<k>` for any k among them.
+        names: names of metrics, including `recall_at_<k>` for any k.
         query_classes: (Q,) int64.
-        reference_classes: (R,) int64; the first Q are of the queries if `ref_includes_query`.
-        relevant: (Q,) int64, right answers of each query; queries without one are skipped.
-        ref_includes_query: whether to leave the query itself out of its answers.
-        depth: how far mean_reciprocal_rank and mean_average_precision look; None is to the end.
-        search: gives the indices (N, k) of the rows of the reference that are nearest to some rows
-            of the query, from rows (N,) and k.
+        reference_classes: (R,) int64; the first Q are those of the queries if
+            `ref_includes_query`.
+        relevant: (Q,) int64, number of correct results of each query; queries without one are
+            skipped.
+        ref_includes_query: whether to leave the query itself out of its results.
+        depth: depth of the ranking for mean_reciprocal_rank and mean_average_precision; None is
+            the whole ranking.
+        search: function that returns the indices (N, k) of the references nearest to some
+            queries, given the indices (N,) of the queries and k.
 
     Returns:
         One (Q,) float64 tensor for each name, NaN for skipped queries.
@@ -50,7 +53,7 @@ def per_query_metrics(
         indices = search(rows, k + int(ref_includes_query))
         if ref_includes_query:
             indices = _without_self(indices, rows)
-        # An approximate search may come back short, with -1.
+        # An approximate search may return fewer results, marked by -1.
         return (reference_classes[indices] == query_classes[rows, None]) & (indices >= 0)
 
     fixed = max([_fixed_depth(name) for name in names])
@@ -59,7 +62,7 @@ def per_query_metrics(
     elif "mean_reciprocal_rank" in names and depth is not None:
         fixed = max(fixed, depth)
     to_r = any(name in ("r_precision", "mean_average_precision_at_r") for name in names)
-    # Ascending in right answers, so that one large class does not widen the search of all.
+    # Sort by the number of correct results, so that one large class does not deepen all searches.
     order = relevant.argsort(stable=True)
     order = order[relevant[order] > 0]
     wanted = relevant[order].clamp(min=fixed) if to_r else torch.full_like(order, fixed)
@@ -89,7 +92,7 @@ def _fixed_depth(name: str) -> int:
 
 
 def _plan(wanted: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Cut queries, ascending in how far they look, into (start, stop, k) of bounded size."""
+    """Split queries, sorted by search depth, into chunks (start, stop, k) of bounded size."""
     start = 0
     while start < len(wanted):
         stop = min(start + CHUNK, len(wanted))
@@ -100,7 +103,7 @@ def _plan(wanted: list[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def _without_self(indices: Tensor, rows: Tensor) -> Tensor:
-    """Drop the query; where more than k copies crowded it out, drop the last instead."""
+    """Drop the query itself, or the last result if copies displaced the query."""
     itself = indices == rows[:, None]
     itself[:, -1] |= ~itself.any(dim=1)
     return indices[~itself].view(len(rows), -1)

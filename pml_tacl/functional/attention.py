@@ -1,4 +1,4 @@
-"""Cross-image attention of many pairs, with a backward pass that keeps one index per place."""
+"""Cross-image attention of many pairs, with a backward pass that stores one index per cell."""
 
 from typing import Any
 
@@ -20,16 +20,16 @@ def cross_attention(
     temperature: float | None,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of ``queries[anchors]`` (and of a second view of them) against ``others``.
+    """Return the attention of ``queries[anchors]``, and of their second views, to ``others``.
 
     Args:
-        queries: (N, C, H, W).
-        second_queries: (N, C, H', W') or None.
-        references: (M, C, H'', W''); None compares with ``queries`` themselves.
-        anchors: (P,) rows of the queries.
-        others: (P,) rows of the references.
-        temperature: None or t > 0.
-        chunk_size: pairs at once or None.
+        queries: (N, C, H, W) feature maps.
+        second_queries: (N, C, H', W') feature maps of the second views, or None.
+        references: (M, C, H'', W'') feature maps; None compares ``queries`` with one another.
+        anchors: (P,) indices into the queries.
+        others: (P,) indices into the references.
+        temperature: None for the hard maximum, else t > 0.
+        chunk_size: number of pairs compared at once; None chooses it.
 
     Returns:
         (P, H, W) and (P, H', W') (empty without a second view), at least fp32.
@@ -46,7 +46,7 @@ def cross_attention(
 
 
 def check_options(temperature: float | None, chunk_size: int | None) -> None:
-    """ValueError if an option of the attention is out of range."""
+    """Raise ValueError if ``temperature`` or ``chunk_size`` is out of range."""
     if temperature is not None and not temperature > 0:
         raise InputError(f"temperature must be positive or None, got {temperature}")
     if chunk_size is not None and chunk_size < 1:
@@ -54,10 +54,11 @@ def check_options(temperature: float | None, chunk_size: int | None) -> None:
 
 
 class _CrossAttention(torch.autograd.Function):
-    """All maps become rows of one table of unit vectors; a place is a row number.
+    """Cross-image attention with its own backward pass.
 
-    The gradient of a maximum goes to one row per place, so the backward pass is a weighted sum
-    of rows (``embedding_bag``): no similarity matrix is kept or recomputed.
+    The cells of all maps are stored as unit vectors in the rows of one table. The gradient of a
+    maximum goes to one row per cell, so the backward pass is a weighted sum of rows
+    (``embedding_bag``). It neither stores nor recomputes a similarity matrix.
     """
 
     @staticmethod
@@ -125,20 +126,20 @@ class _CrossAttention(torch.autograd.Function):
 
 
 def soft_maximum(similarity: Tensor, temperature: float) -> Tensor:
-    """Temperature times the log of the mean of exp(similarity / temperature) over the last dim."""
+    """Return temperature * log(mean(exp(similarity / temperature))) over the last dimension."""
     count = torch.full_like(similarity[..., 0], similarity.shape[-1])
     return temperature * (torch.logsumexp(similarity / temperature, dim=-1) - count.log())
 
 
 def _pairs_at_once(shapes: list[torch.Size], device: torch.device) -> int:
     places = max(shape[2] * shape[3] for shape in shapes)
-    numbers = places * max(places, shapes[0][1])  # of a pair's similarities or features
-    # On a CPU a chunk should stay in the second-level cache.
+    numbers = places * max(places, shapes[0][1])  # in the similarities or features of one pair
+    # On a CPU, a chunk should fit into the second-level cache.
     return max(1, 2 ** (18 if device.type == "cpu" else 26) // max(1, numbers))
 
 
 def _starts(shapes: list[torch.Size]) -> list[int]:
-    """Row of the table where each of the maps begins, and where the last one ends."""
+    """Return the first table row of each map, and the row after the last map."""
     starts = [0]
     for n, _, h, w in shapes:
         starts.append(starts[-1] + n * h * w)
@@ -146,7 +147,7 @@ def _starts(shapes: list[torch.Size]) -> list[int]:
 
 
 def _views(table: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
-    """(N, H * W, C) of each of the maps in the table."""
+    """Return a view (N, H * W, C) of each map in the table."""
     return [
         table[start : start + n * h * w].view(n, h * w, c)
         for start, (n, c, h, w) in zip(_starts(shapes), shapes, strict=False)
@@ -154,9 +155,9 @@ def _views(table: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
 
 
 def unit_rows(maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(rows + 1, C) unit vectors of all places of all maps, and one over their norms.
+    """Return the unit vectors (rows + 1, C) of all cells of all maps, and their inverse norms.
 
-    The last row is zero, and so is the inverse norm of a zero vector, which has no direction.
+    The last row is zero. The inverse norm of a zero vector is set to zero.
     """
     shapes = [m.shape for m in maps]
     rows = _starts(shapes)[-1]
@@ -167,7 +168,7 @@ def unit_rows(maps: list[Tensor]) -> tuple[Tensor, Tensor]:
     wide = wide_dtype(table)
     norms = torch.linalg.vector_norm(table, dim=1, dtype=wide)
     inverse_norms = torch.where(norms > torch.finfo(wide).tiny, norms.reciprocal(), 0.0)
-    # In slices that stay in the cache.
+    # Normalise in slices that fit into the cache.
     step = max(1, 2**18 // max(1, table.shape[1]))
     for part, inverse in zip(table.split(step), inverse_norms.split(step), strict=True):
         part.mul_(inverse.unsqueeze(1))
@@ -179,14 +180,14 @@ def _is_channels_last(m: Tensor) -> bool:
 
 
 def _copies_by_image(m: Tensor) -> bool:
-    """Whether copying image by image, two dimensions at a time, reaches torch's fast transpose."""
+    """Return whether copying one image at a time uses torch's fast 2D transpose."""
     if m.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return m.is_contiguous() and len(m) > 0
 
 
 def _copy_rows(m: Tensor, rows: Tensor) -> None:
-    """(N, C, H, W) into (N, H * W, C)."""
+    """Copy m (N, C, H, W) into rows (N, H * W, C)."""
     if _copies_by_image(m):
         torch._foreach_copy_(list(rows), list(m.flatten(2).transpose(1, 2)))
     else:
@@ -195,9 +196,10 @@ def _copy_rows(m: Tensor, rows: Tensor) -> None:
 
 
 def _as_maps(rows: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
-    """(N, H * W, C) as (N, C, H, W) in the same memory, laid out as the maps that they come from.
+    """Return rows (N, H * W, C) as maps (N, C, H, W) in the same memory.
 
-    Whoever takes the gradient next would otherwise copy all of it, more slowly.
+    The memory layout is that of the input maps. Otherwise the next backward step would copy the
+    whole gradient, which is slower.
     """
     n, c, h, w = shape
     if channels_last or not _copies_by_image(rows):
@@ -219,10 +221,11 @@ def _hard_backward(
     shapes: list[torch.Size],
     r: int,
 ) -> Tensor:
-    """Gradient of all rows: through the maximum, and through the normalisation x / |x|.
+    """Return the gradient of all rows through the maximum and the normalisation x / |x|.
 
-    The latter is ``(g - (g . f) f) / |x|``; as g is a weighted sum of rows, g . f is the sum of
-    the same weights times the attention: one more row in the bag, no further pass.
+    The gradient of the normalisation is ``(g - (g . f) f) / |x|``. Because g is a weighted sum of
+    rows, g . f is the sum of the same weights times the attention. It costs one more entry per
+    bag and no further pass.
     """
     starts, zero_row = _starts(shapes), len(table) - 1
     rows = torch.arange(zero_row, device=table.device)
@@ -238,7 +241,7 @@ def _hard_backward(
         factors[0].index_add_(0, query, -along).index_add_(0, reference, -along)
     target, order = torch.cat(targets).sort(stable=True)
     factor = torch.cat(factors)[order] * inverse_norms[target]
-    # What has no weight must not be read, since it may be nan.
+    # Skip rows with weight 0: they may be nan.
     source = torch.where(factor != 0, torch.cat(sources)[order], zero_row)
     return F.embedding_bag(
         source,
@@ -260,7 +263,7 @@ def _soft_backward(
     step: int,
     temperature: float,
 ) -> Tensor:
-    """The same where every row of the reference has its share; similarities are recomputed."""
+    """Return the gradient of all rows for the soft maximum; recomputes the similarities."""
     grad = torch.zeros_like(table)
     views, sums = _views(table, shapes), _views(grad, shapes)
     for s in range(0, len(anchors), step):
@@ -268,7 +271,7 @@ def _soft_backward(
         other = views[r][j]
         for view, total, weight in zip(views, sums, weights, strict=False):
             weight = weight[s : s + step].unsqueeze(2)
-            # What has no weight must not be read, since it may be nan.
+            # Skip rows with weight 0: they may be nan.
             query = view[i].masked_fill_(weight == 0, 0.0)
             share = torch.bmm(query, other.transpose(1, 2)).to(weight.dtype).div_(temperature)
             share = (share.softmax(dim=2) * weight).to(table.dtype)

@@ -1,4 +1,4 @@
-"""What is figure and what is ground, from each image's own border, and second-order pooling."""
+"""Background estimated from each image's own border, and second-order pooling."""
 
 import torch
 from torch import Tensor
@@ -10,12 +10,12 @@ from pml_tacl.utils.precision import at_least_float32, without_autocast
 
 @torch.no_grad()
 def border_similarity(feature_maps: Tensor) -> Tensor:
-    """How much each place looks like the image's own border: high is background.
+    """Return how similar each cell is to the border of its own image; high means background.
 
-    ``B_i[u] = mean of cos(F_i[u], F_i[v]) over the outermost places v``. Without gradient: it says
-    where to look, not what to learn. The border as a sample of the background is a prior of
-    saliency detection (Wei et al. 2012, "Geodesic saliency using background priors"); the
-    definition is ours. Needs no other image, no training, and no figure in the very middle.
+    ``B_i[u] = mean of cos(F_i[u], F_i[v]) over the outermost cells v``. Computed without
+    gradient. Using the border as a sample of the background is a prior from saliency detection
+    (Wei et al. 2012, "Geodesic saliency using background priors"); this definition is our own.
+    It needs no other image and no training, and the foreground need not be in the centre.
 
     Args:
         feature_maps: (N, C, H, W).
@@ -37,27 +37,30 @@ def border_similarity(feature_maps: Tensor) -> Tensor:
         return torch.einsum("nchw,nc->nhw", cells, around)
 
 
-def figure_scores(background: Tensor) -> Tensor:
-    """(N, H, W) background-ness, negated and standardised within each image: high is figure."""
+def foreground_scores(background: Tensor) -> Tensor:
+    """Negate background scores (N, H, W) and standardise them within each image.
+
+    High values mean foreground. An image with constant scores gets zeros.
+    """
     rare = -at_least_float32(background.detach())
     rare = rare - rare.mean(dim=(1, 2), keepdim=True)
     deviation = rare.square().mean(dim=(1, 2), keepdim=True).sqrt()
-    # Made of cosines: what differs by less than this is rounding, nothing that was seen.
+    # The scores are cosines: smaller deviations are rounding errors.
     return torch.where(deviation > 1e-6, rare / deviation.clamp_min(1e-12), 0.0)
 
 
 def covariance_pooling(feature_maps: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Which channels fire together, over the places of an image: second-order pooling.
+    """Return the covariance of the channels over the cells of each image (second-order pooling).
 
-    ``C = sum over u of w[u] (F[u] - mean) (F[u] - mean)^T`` with ``sum of w = 1`` and the mean
-    weighted alike. After Lin et al. 2015 (bilinear CNN), centred.
+    ``C = sum over u of w[u] (F[u] - mean) (F[u] - mean)^T`` with ``sum of w = 1``; the mean has
+    the same weights. After Lin et al. 2015 (bilinear CNN), centred.
 
     Args:
         feature_maps: (N, C, H, W).
-        weights: (N, H, W), non-negative; None weighs all places alike.
+        weights: (N, H, W), non-negative; None gives all cells the same weight.
 
     Returns:
-        (N, C * (C + 1) / 2), the upper triangle row by row, at least fp32.
+        (N, C * (C + 1) / 2), the upper triangle in row-major order, at least fp32.
 
     Raises:
         ValueError: if the shapes do not match.

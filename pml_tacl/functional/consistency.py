@@ -1,4 +1,6 @@
-"""The mathematics, in pure torch: definitions ours, after Li et al. 2020 (ECCV).
+"""Attention consistency and contrastive clustering, after Li et al. 2020 (ECCV).
+
+The exact definitions are our own.
 
 Shapes: N images, C channels, H x W cells of a feature map, P pairs of images, K centroids,
 D dimensions of an embedding, G = H * W grid points.
@@ -20,23 +22,24 @@ def cross_image_attention(
     temperature: float | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """How well each place of an image is found anywhere in another image.
+    """Return how well each cell of one image matches any cell of another image.
 
-    ``A(i|j)[u] = max_v cos(F_i[u], F_j[v])``; with a temperature t the maximum is softened to
-    ``t * logsumexp(cos / t) - t * log(H'W')``. After Li et al. 2020; definition ours.
+    ``A(i|j)[u] = max_v cos(F_i[u], F_j[v])``. A temperature t replaces the maximum by
+    ``t * logsumexp(cos / t) - t * log(H'W')``. After Li et al. 2020; the definition is our own.
 
     Args:
         feature_maps: (P, C, H, W), image i of each pair.
         other_maps: (P, C, H', W'), image j of each pair.
         temperature: None for the hard maximum, else t > 0.
-        chunk_size: pairs compared at once; None fits the chunk to the device. Memory is
-            chunk_size * HW * H'W' similarities, never P times that.
+        chunk_size: number of pairs compared at once; None chooses it for the device. At most
+            chunk_size * HW * H'W' similarities are in memory at a time.
 
     Returns:
         (P, H, W) in [-1, 1], at least fp32.
 
     Raises:
-        ValueError: if the shapes do not pair up.
+        ValueError: if the shapes do not match, or ``temperature`` or ``chunk_size`` is not
+            positive.
     """
     if feature_maps.ndim != 4 or other_maps.ndim != 4:
         raise InputError(
@@ -57,8 +60,8 @@ def sample_at_points(maps: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         maps: (N, H, W) or (N, C, H, W).
-        points: (N, G, 2), (x, y) in grid_sample coordinates, align_corners=False; outside
-            [-1, 1] (or nan) is not visible.
+        points: (N, G, 2), (x, y) in grid_sample coordinates, align_corners=False. Points
+            outside [-1, 1] or nan are not visible.
 
     Returns:
         values: (N, G) or (N, C, G), 0 where not visible.
@@ -74,10 +77,10 @@ def sample_at_points(maps: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         )
     visible = (points.abs() <= 1).all(dim=-1)
     wide = wide_dtype(maps)
-    # Points that are not visible may be nan or infinite: they must not reach the sampler.
+    # Invisible points may be nan or infinite; do not pass them to the sampler.
     safe = torch.where(visible.unsqueeze(-1), points, 0.0).to(wide).unsqueeze(2)
     stacked = (maps.unsqueeze(1) if maps.ndim == 3 else maps).to(wide)
-    # "border": the outermost half cell belongs to its cell, not half to a zero outside.
+    # "border" repeats the outermost cells; zero padding would darken the outermost half cell.
     values = F.grid_sample(stacked, safe, padding_mode="border", align_corners=False)
     values = torch.where(visible.unsqueeze(1), values.squeeze(-1), 0.0).to(maps.dtype)
     return (values.squeeze(1) if maps.ndim == 3 else values), visible
@@ -89,16 +92,16 @@ def to_image(
     cell_offset: tuple[float, float] = (0.0, 0.0),
     mode: str = "bilinear",
 ) -> Tensor:
-    """Maps at the size of the image, each cell's value where the cell looks.
+    """Resize maps to the size of the image, aligned to the receptive-field centres of the cells.
 
     Args:
         maps: (N, H, W).
         size: (height, width) of the image, in pixels.
-        cell_offset: (x, y) in cells, as of :meth:`AttentionEmbedder.cell_offset`.
-        mode: "bilinear", or "bicubic", whose peaks lie between cells and may overshoot.
+        cell_offset: (x, y) in cells, from :meth:`AttentionEmbedder.cell_offset`.
+        mode: "bilinear", or "bicubic", whose peaks may lie between cells and overshoot.
 
     Returns:
-        (N, height, width); the outermost cells reach to the border.
+        (N, height, width). Values of the outermost cells extend to the border.
 
     Raises:
         ValueError: if maps are not (N, H, W).
@@ -127,27 +130,29 @@ def attention_consistency(
     temperature: float | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Transformed attention consistency of matched pairs (i, j).
+    """Return the transformed attention consistency of matched pairs (i, j).
 
-    ``l_ij = mean over visible u of (A(i|j)[u] - A(i'|j)[T u])^2``: the attention must follow
-    the transform. After Li et al. 2020; definition ours.
+    ``l_ij = mean over visible u of (A(i|j)[u] - A(i'|j)[T u])^2``: the attention should move with
+    the transform. After Li et al. 2020; the definition is our own.
 
     Args:
         feature_maps: (N, C, H, W) of the first views.
         transformed_feature_maps: (N, C, H', W') of the second views.
-        points: (N, H*W, 2), where each cell of the first view lies in the second.
+        points: (N, H*W, 2), position of each cell of the first view in the second view.
         anchors: (P,) indices i.
         positives: (P,) indices j.
-        weights: (N, H*W) non-negative weight of each cell, None for ones. With backgrounds
-            swapped, the mask at the cell: what is lost should not count.
+        weights: (N, H*W) non-negative weight of each cell, None for ones. After a background
+            swap, pass the mask at each cell so that replaced cells do not count.
         temperature: None for the hard maximum, else t > 0.
-        chunk_size: pairs compared at once, see :func:`cross_image_attention`.
+        chunk_size: number of pairs compared at once, see :func:`cross_image_attention`.
 
     Returns:
-        (P,) losses in [0, 4], at least fp32. A pair with no visible cell gives 0 and has a graph.
+        (P,) losses in [0, 4], at least fp32. A pair without visible cells gives 0 and keeps its
+        graph.
 
     Raises:
-        ValueError: if the shapes do not match.
+        ValueError: if the shapes do not match, or ``temperature`` or ``chunk_size`` is not
+            positive.
     """
     n, h, w = _check_views(feature_maps, transformed_feature_maps)
     if points.shape != (n, h * w, 2):
@@ -164,7 +169,7 @@ def attention_consistency(
     counted = visible.to(followed.dtype)
     if weights is not None:
         counted = counted * weights[anchors]
-    # What does not count may be nan.
+    # Cells with weight 0 may be nan.
     difference = torch.where(counted > 0, attention.flatten(1) - followed, 0.0)
     total = counted.sum(dim=1).clamp(min=torch.finfo(counted.dtype).tiny)
     return (counted * difference.square()).sum(dim=1) / total
@@ -187,19 +192,19 @@ def _check_views(feature_maps: Tensor, transformed: Tensor) -> tuple[int, int, i
 def contrastive_clustering(
     own: Tensor, others: Tensor, margin: float = 0.2, valid: Tensor | None = None
 ) -> Tensor:
-    """Contrastive clustering: a triplet loss between an image and cluster centres.
+    """Return the contrastive clustering loss: a triplet loss between images and centroids.
 
-    ``l_i = [ d(e_i, c_y) - mean_k d(e_i, c_k) + margin ]_+`` over the nearest other centres c_k.
-    After Li et al. 2020; definition ours.
+    ``l_i = [ d(e_i, c_y) - mean_k d(e_i, c_k) + margin ]_+`` over the nearest other centroids
+    c_k. After Li et al. 2020; the definition is our own.
 
     Args:
-        own: (N,) distance of each embedding to its own centre.
-        others: (N, k) distances to the nearest other centres.
+        own: (N,) distance of each embedding to its own centroid.
+        others: (N, k) distances to the nearest other centroids.
         margin: in the unit of the distance.
         valid: (N, k) bool, which of ``others`` count; None for all.
 
     Returns:
-        (N,) losses; 0 with a graph where no other centre counts.
+        (N,) losses. An embedding without valid other centroids gets 0 and keeps its graph.
     """
     if others.shape[1] == 0:
         return own * 0
@@ -219,21 +224,21 @@ def background_score(
     temperature: float | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """How well each place is found in images of *other* clusters: high is background.
+    """Return how well each cell matches images of *other* clusters; high means background.
 
-    ``B_i[u] = mean of A(i|j)[u] over images j of other clusters``. Without gradient: it says
-    where to look, not what to learn. After Li et al. 2020; definition ours.
+    ``B_i[u] = mean of A(i|j)[u] over images j of other clusters``. Computed without gradient.
+    After Li et al. 2020; the definition is our own.
 
     Args:
         feature_maps: (N, C, H, W).
-        labels: (N,) pseudo-labels; None takes every other image as another cluster.
-        references: (M, C, H', W') images j; None takes ``feature_maps``.
+        labels: (N,) pseudo-labels; None treats every other image as another cluster.
+        references: (M, C, H', W') feature maps of images j; None takes ``feature_maps``.
         reference_labels: (M,) pseudo-labels of ``references``. Images labelled -1 are skipped.
         temperature: as in :func:`cross_image_attention`.
-        chunk_size: pairs compared at once, see :func:`cross_image_attention`.
+        chunk_size: number of pairs compared at once, see :func:`cross_image_attention`.
 
     Returns:
-        (N, H, W) in [-1, 1], at least fp32; 0 for an image without any other cluster.
+        (N, H, W) in [-1, 1], at least fp32; 0 for an image without images of other clusters.
 
     Raises:
         ValueError: if the shapes do not match, or ``temperature`` or ``chunk_size`` is not
@@ -280,7 +285,7 @@ def _others(
     own_batch: bool,
     device: torch.device,
 ) -> Tensor:
-    """(N, M) bool: which references are of another cluster than each image."""
+    """Return (N, M) bool: whether each reference belongs to another cluster than each image."""
     if labels is not None and reference_labels is not None:
         labels = pseudo_labels(labels)
         reference_labels = pseudo_labels(reference_labels, "reference_labels")

@@ -24,28 +24,31 @@ _FIXED = {
 
 
 class AttentionConsistencyLoss(BaseMetricLossFunction):
-    """Transformed attention consistency (TAC): attention to a matched image follows a transform.
+    """Transformed attention consistency (TAC) loss between two views of an image.
 
-    For a matched pair (i, j), the attention of i seen against j and the attention of a
-    transformed view of i against the same j must agree, place by place, where the transform puts
-    each place: ``l_ij = mean over visible u of (A(i|j)[u] - A(i'|j)[T u])^2``. After Li et al.
-    2020 (ECCV); definition ours, see :func:`pml_tacl.functional.attention_consistency`.
+    For a matched pair (i, j), compute the attention of image i to image j, and the attention of
+    a transformed view i' to the same image j. The two must agree at corresponding cells:
+    ``l_ij = mean over visible u of (A(i|j)[u] - A(i'|j)[T u])^2``, where T u is the position of
+    cell u in the transformed view. After Li et al. 2020 (ECCV); the definition is our own, see
+    :func:`pml_tacl.functional.attention_consistency`.
 
-    Matched pairs are the positive pairs of ``indices_tuple`` (triplets or pairs of any miner),
-    else the pairs of the same label. A pair with label -1 (noise) is ignored.
+    The matched pairs are the positive pairs of ``indices_tuple`` (triplets or pairs from any
+    miner). Without it, they are the pairs with the same label. Pairs with a label -1 (noise) are
+    ignored.
 
     Args:
-        temperature: None for the hard maximum, else t > 0 softens it.
-        max_pairs: at most this many of the same-label pairs, neighbours in the batch first;
-            a tuple given is used whole.
-        chunk_size: pairs compared at once; None fits them to the device. Never changes a value.
-        **kwargs: ``reducer`` and ``collect_stats``, as of any PML loss.
+        temperature: None for the hard maximum; t > 0 gives a soft maximum.
+        max_pairs: largest number of same-label pairs used, neighbours in the batch first. It does
+            not limit the pairs of ``indices_tuple``.
+        chunk_size: number of pairs compared at once; None chooses it for the device. It does not
+            change the result.
+        **kwargs: ``reducer`` and ``collect_stats``, as in any PML loss.
 
     Raises:
-        ValueError: if an argument is out of range, or ``distance`` or ``embedding_regularizer``
-            is given (the definition fixes the cosine; feature maps have no embedding norm); in
-            the call, if shapes disagree, a label is no whole number or below -1, or both labels
-            and indices_tuple are missing.
+        ValueError: if an argument is out of range, or if ``distance`` or
+            ``embedding_regularizer`` is given (the definition fixes the cosine, and feature maps
+            have no embedding norm). When called: if shapes do not match, a label is not an
+            integer or below -1, or both labels and indices_tuple are missing.
 
     Example:
         >>> import torch
@@ -89,20 +92,21 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
         indices_tuple: tuple[Tensor, ...] | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """Reduced loss of the matched pairs.
+        """Return the reduced loss of the matched pairs.
 
         Args:
             feature_maps: (N, C, H, W) of the first views.
             transformed_feature_maps: (N, C, H', W') of the second views.
-            points: (N, H*W, 2), where each cell of the first view lies in the second, in
-                grid_sample coordinates (align_corners=False); outside [-1, 1] is not visible.
+            points: (N, H*W, 2), position of each cell of the first view in the second view, in
+                grid_sample coordinates (align_corners=False). Points outside [-1, 1] are not
+                visible.
             labels: (N,) pseudo-labels, whole numbers of any type; -1 is noise.
             indices_tuple: from a miner; its positive pairs are the matched pairs.
-            weights: (N, H*W) non-negative weight of each cell (kept share under a background
-                swap); None for ones.
+            weights: (N, H*W) non-negative weight of each cell, such as `cell_weights` of a
+                background swap; None for ones.
 
         Returns:
-            What the reducer makes of the (P,) losses: a scalar for most reducers.
+            The (P,) losses after the reducer: a scalar for most reducers.
         """
         self.reset_stats()
         if labels is not None:
@@ -146,11 +150,11 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
 
 
 def same_label_pairs(labels: Tensor, max_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Up to ``max_pairs`` pairs of the same label >= 0, those nearest in the batch first.
+    """Return up to ``max_pairs`` pairs of the same label >= 0, nearest in the batch first.
 
     Returns:
-        (P,) anchors, (P,) positives and (P,) bool, which of them are pairs: on a GPU their
-        number is not asked for, and the places left over hold pairs that do not count.
+        (P,) anchors, (P,) positives and (P,) bool, which of them are valid pairs. On a GPU the
+        number of pairs is not read back, so the remaining entries hold invalid pairs.
     """
     n = len(labels)
     index = torch.arange(n, device=labels.device)
@@ -159,7 +163,7 @@ def same_label_pairs(labels: Tensor, max_pairs: int) -> tuple[Tensor, Tensor, Te
     count = min(max_pairs, n * (n - 1))
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         count = min(count, int(matched.sum()))
-    # No two ranks alike: every device takes the same pairs.
+    # All ranks differ, so every device selects the same pairs.
     rank = torch.where(matched, apart * n + index[:, None], n * n).flatten()
     nearest, flat = rank.topk(count, largest=False)
     return flat // max(n, 1), flat % max(n, 1), nearest < n * n

@@ -13,27 +13,28 @@ from pml_tacl.utils.pml_compat import BaseMetricLossFunction, as_pml_gives, loss
 
 
 class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
-    """A triplet loss between an image and cluster centroids.
+    """Triplet loss between an image and cluster centroids.
 
     ``l_i = [ d(e_i, c_y) - mean_k d(e_i, c_k) + margin ]_+``: the positive is the centroid of the
     image's own cluster, the negatives are the ``num_negatives`` nearest other centroids. After Li
     et al. 2020 (ECCV), *Unsupervised Deep Metric Learning with Transformed Attention Consistency
-    and Contrastive Clustering Loss*; definition ours.
+    and Contrastive Clustering Loss*; the definition is our own.
 
-    Centroids come from :meth:`set_centroids`; without them they are the means of each label in the
-    batch (of ``ref_emb``, if given), with gradient. Embeddings labelled -1 (noise) are ignored.
-    Miners' tuples weight the embeddings, as in PML's other losses that need no pairs.
+    Set the centroids with :meth:`set_centroids`. If none are set, the loss uses the mean of each
+    label in the batch (or in ``ref_emb``, if given), with gradient. Embeddings labelled -1
+    (noise) are ignored. An ``indices_tuple`` weights the embeddings, as in PML's other losses
+    that need no pairs.
 
     Args:
         margin: in the unit of the distance (cosine: [0, 2]).
         num_negatives: nearest other centroids per embedding; all of them if there are fewer.
         **kwargs: ``distance`` (default CosineSimilarity, which works in every floating type),
-            ``reducer``, ``embedding_regularizer``, ``collect_stats``: as of any PML loss.
+            ``reducer``, ``embedding_regularizer``, ``collect_stats``: as in any PML loss.
 
     Raises:
-        ValueError: if ``margin`` is negative or not finite, or ``num_negatives`` no integer of at
-            least 1; in the call, if labels are missing, are no whole numbers or below -1, a label
-            has no centroid, the dimensions disagree, or ``ref_emb`` comes while centroids are set.
+        ValueError: if ``margin`` is negative or not finite, or ``num_negatives`` is not an integer
+            of at least 1. When called: if labels are missing, not integers or below -1, a label
+            has no centroid, dimensions differ, or ``ref_emb`` is given while centroids are set.
 
     Example:
         >>> import torch
@@ -61,14 +62,18 @@ class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
         ref_emb: Tensor | None = None,
         ref_labels: Any = None,
     ) -> Any:
-        """Reduced loss of the embeddings.
+        """Return the reduced loss of the embeddings.
 
         Args:
             embeddings: (N, D).
             labels: (N,) pseudo-labels, whole numbers of any type; -1 is noise.
             indices_tuple: from a miner; weights the embeddings.
-            ref_emb: (M, D), what centroids are averaged over; only without set centroids.
-            ref_labels: (M,) of them.
+            ref_emb: (M, D) embeddings whose means become the centroids; only if no centroids
+                are set.
+            ref_labels: (M,) labels of ``ref_emb``.
+
+        Returns:
+            The (N,) losses after the reducer: a scalar for most reducers.
         """
         labels = None if labels is None else pseudo_labels(labels)
         ref_labels = None if ref_labels is None else pseudo_labels(ref_labels, "ref_labels")
@@ -109,7 +114,10 @@ class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
         )
 
     def _set_stats(self, near: NearestCentroids) -> None:
-        """Means over the embeddings that have a centroid, in the distance's own sign; else 0."""
+        """Record mean distances over embeddings that have a centroid.
+
+        They have the sign of the distance; without such embeddings they stay at 0.
+        """
         valid = near.has_own.unsqueeze(1).expand_as(near.others)
         if near.valid is not None:
             valid = valid & near.valid

@@ -10,21 +10,21 @@ from pml_tacl.utils.precision import wide_dtype, without_autocast
 
 
 class AttentionConsistencyMiner(PairMiner):
-    """Matched pairs for :class:`AttentionConsistencyLoss`: the most alike of each cluster.
+    """Miner of matched pairs for :class:`AttentionConsistencyLoss`.
 
-    For every image, the ``pairs_per_anchor`` images of the same pseudo-label whose average
-    features are nearest. There are no negative pairs: the third and fourth tensor are empty.
-    Images labelled -1 and images alone in their cluster get no pair. After Li et al. 2020;
-    definition ours.
+    Pair each image with the ``pairs_per_anchor`` images of the same pseudo-label whose average
+    features are nearest. There are no negative pairs: the third and fourth tensors are empty.
+    Images labelled -1 and images alone in their cluster get no pair. After Li et al. 2020; the
+    definition is our own.
 
     Args:
         pairs_per_anchor: matched images per image; all of them if there are fewer.
         **kwargs: ``distance`` of the averaged features (default CosineSimilarity) and
-            ``collect_stats``, as of any PML miner.
+            ``collect_stats``, as in any PML miner.
 
     Raises:
-        ValueError: if ``pairs_per_anchor`` is no integer of at least 1; in the call, if the feature
-            maps are not (N, C, H, W).
+        ValueError: if ``pairs_per_anchor`` is not an integer of at least 1. When called: if the
+            feature maps are not (N, C, H, W).
     """
 
     needs: Needs = "feature_maps"

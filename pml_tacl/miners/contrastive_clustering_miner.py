@@ -10,23 +10,26 @@ from pml_tacl.utils.pml_compat import PairMiner, Pairs
 
 
 class ContrastiveClusteringMiner(Centroids, PairMiner):
-    """Pairs that cluster centroids call hard, of images whose cluster is sure.
+    """Miner of hard pairs near cluster centroids, without images whose cluster is ambiguous.
 
-    Positives are images of the same cluster, negatives those of the ``num_negatives`` other
-    clusters with the nearest centroids. An image is left out, in every role, if its ambiguity, the
-    distance to its own centroid over that to the nearest other one, is above ``max_ambiguity``, or
-    if its label is -1. Of ``ref_emb``, if given, only those labelled -1 are left out. Centroids:
-    :meth:`set_centroids`, else means of the batch (of ``ref_emb``, if given). After Li et al.
-    2020; definition ours.
+    Positives are images of the same cluster. Negatives are images of the ``num_negatives`` other
+    clusters with the nearest centroids. The ambiguity of an image is its distance to its own
+    centroid divided by its distance to the nearest other centroid. Images with an ambiguity
+    above ``max_ambiguity``, or with label -1, appear in no pair. In ``ref_emb``, if given, only
+    images labelled -1 are left out.
+
+    Set the centroids with :meth:`set_centroids`. If none are set, the miner uses the means of
+    the batch (or of ``ref_emb``, if given). After Li et al. 2020; the definition is our own.
 
     Args:
         num_negatives: nearest other centroids per image; all of them if there are fewer.
-        max_ambiguity: 1 leaves out what lies nearer to another centroid; less asks for more.
+        max_ambiguity: 1 leaves out images that are nearer to another centroid; smaller values
+            leave out more.
         **kwargs: ``distance`` (default CosineSimilarity, compared as 1 - cosine) and
-            ``collect_stats``, as of any PML miner.
+            ``collect_stats``, as in any PML miner.
 
     Raises:
-        ValueError: if an argument is out of range or the distance has no zero (a similarity
+        ValueError: if an argument is out of range, or if the distance has no zero (a similarity
             that does not normalise).
     """
 
@@ -64,7 +67,7 @@ class ContrastiveClusteringMiner(Centroids, PairMiner):
         same_set = ref_emb is embeddings
         both = sure[:, None] & (sure if same_set else ref_labels >= 0)
         same = labels[:, None] == ref_labels
-        # Columns that are not valid are of the own cluster or of no reference.
+        # Invalid columns belong to the image's own cluster or to no reference.
         hard = (near.columns[:, :, None] == near.ref_column).any(dim=1)
         matched = same & both
         if same_set:

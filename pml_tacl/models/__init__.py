@@ -1,4 +1,4 @@
-"""Models: a backbone, its embedding, and the projection that searches."""
+"""Models: backbones, their embeddings, and the projection used for retrieval."""
 
 from pml_tacl.models.attention_embedder import AttentionEmbedder
 from pml_tacl.models.attention_pooling import Embedder, EmbedderOutput

@@ -1,4 +1,4 @@
-"""`AttentionEmbedder`: a backbone, its embedding, and the projection that searches."""
+"""`AttentionEmbedder`: a backbone, its embedding, and the projection used for retrieval."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -27,40 +27,40 @@ _Self = TypeVar("_Self", bound="AttentionEmbedder")
 
 
 class AttentionEmbedder(nn.Module):
-    """Images to unit embeddings, with feature maps and an attention map.
+    """Model from images to unit embeddings, with feature maps and an attention map.
 
-    Two stages. The backbone is *trained*: its embedding is the backbone's own pooled feature, so
-    that before any training it retrieves as `timm.create_model(backbone, num_classes=0)` does.
-    The projection is *fitted*: :meth:`fit_projection` computes it from images without labels,
-    before the first search and again after training.
+    The model has two parts. The backbone is *trained*. Its embedding is its own pooled feature,
+    so before training it retrieves like `timm.create_model(backbone, num_classes=0)`. The
+    projection is *fitted*: :meth:`fit_projection` computes it from images without labels. Call
+    it before the first search and again after training.
 
     `model.trunk` and `model.embedder` are the two modules that trainers and testers of
-    pytorch-metric-learning ask for: `embedder(trunk(x))` equals `model(x)`.
+    pytorch-metric-learning expect: `embedder(trunk(x))` equals `model(x)`.
 
     Args:
         backbone: a timm model name; a timm module (its head is removed in place); or any module
             that maps (N, C, H, W) images to (N, C, H, W) maps or to a list of them, finest first.
-        pretrained: False; True, through timm, which downloads; or the path of a local
+        pretrained: False; True to download weights through timm; or the path of a local
             `.safetensors`, `.pth` or `.bin` state dict, with or without classifier.
-        embedding_dim: the most dimensions of the embeddings that the projection gives; None leaves
-            the projection out.
-        feature_index: the stage (CNN) or block (ViT) whose maps carry attention, negative from the
-            end. None: the last one with stride 16 or finer.
-        attention: `"border"` (what looks like the image's own border counts less, the default),
+        embedding_dim: largest number of dimensions of the projected embeddings; None builds no
+            projection.
+        feature_index: the stage (CNN) or block (ViT) whose maps are used for attention; negative
+            counts from the end. None: the last one with stride 16 or finer.
+        attention: `"border"` (cells similar to the image's own border count less, the default),
             `"relative_border"`, `"pool"`, `"distinctive"`, `"none"`, or a module from
             `TrunkOutput` to (N, H, W) logits; see `Embedder`.
-        pooling: `"backbone"`, timm's own. For networks from scratch: `"covariance"` of the maps
-            that carry attention, at which the backbone then ends, or `"average"` of the last
-            stage; both with a projection that is trained.
-        freeze_batchnorm: BatchNorm of the trunk keeps its statistics and weights in training.
-            None: where `pretrained` is given.
-            None: if it is pretrained.
+        pooling: `"backbone"`, the pooling of timm. For networks trained from scratch:
+            `"covariance"` of the maps used for attention (later stages are then removed), or
+            `"average"` of the last stage. Both have a trained projection.
+        freeze_batchnorm: keep the statistics and weights of BatchNorm in the trunk fixed during
+            training. None: True if `pretrained` is given.
         **timm_kwargs: passed to `timm.create_model`, such as `in_chans` or `drop_path_rate`.
-            With a module, `in_chans` and `img_size` say what it takes where that is not plain.
+            With a module, give `in_chans` and `img_size` if they cannot be read from it.
 
     Raises:
-        ValueError: for an unknown backbone (the nearest names are given) or a wrong argument.
-        OSError: if weights were asked for and can not be had.
+        ValueError: for an unknown backbone (the message lists similar names) or an argument out
+            of range.
+        OSError: if the weights cannot be read or downloaded.
 
     Example:
         >>> model = AttentionEmbedder("resnet18", embedding_dim=128)
@@ -92,7 +92,7 @@ class AttentionEmbedder(nn.Module):
             )
         if freeze_batchnorm is None:
             freeze_batchnorm = pretrained is not False
-        # Asked by `recipe_for`: networks from scratch are trained otherwise.
+        # `recipe_for` reads this: networks from scratch need other settings.
         self.from_scratch = isinstance(backbone, str) and pretrained is False
         self.trunk = Trunk(
             backbone,
@@ -119,53 +119,60 @@ class AttentionEmbedder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return unit embeddings (N, D) of images (N, C, H, W).
 
-        D is the backbone's number of features until the projection is fitted.
+        Until the projection is fitted, D is the number of features of the backbone.
         """
         embeddings: Tensor = self.embedder(self.trunk(images))
         return embeddings
 
     def forward_features(self, images: Tensor) -> EmbedderOutput:
-        """Embeddings (N, D), feature maps (N, C, H, W) and attention (N, H, W), in one pass."""
+        """Return embeddings (N, D), feature maps (N, C, H, W) and attention (N, H, W)."""
         output: EmbedderOutput = self.embedder.forward_features(self.trunk(images))
         return output
 
     def self_attention(self, images: Tensor, block: int = -1) -> Tensor:
-        """Where a ViT itself looks: (N, H, W), sums to 1; see `self_attention_map`."""
+        """Return the self-attention of a ViT (N, H, W), which sums to 1.
+
+        See `self_attention_map`.
+        """
         return self_attention_map(self.trunk.model, images, block)
 
     @property
     def data_config(self) -> dict[str, Any]:
-        """Of timm: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`."""
+        """Return timm's data config.
+
+        Its keys are `input_size`, `mean`, `std`, `interpolation`, `crop_pct` and `crop_mode`.
+        """
         return self.trunk.data_config
 
     def transform(
         self, training: bool = False, image_size: int | tuple[int, int] | None = None
     ) -> v2.Transform:
-        """The transform from an image to what this model takes.
+        """Return the transform from an image to the input of this model.
 
         Args:
             training: random crop and flip instead of the central crop.
-            image_size: side or (height, width) in pixels; None takes the data config's.
+            image_size: side or (height, width) in pixels; None uses the data config.
 
         Returns:
             A torchvision v2 transform from one image to normalised float32 (C, H, W) on the CPU.
             The image is a PIL image of any mode, or an array or tensor (H, W), (H, W, C) or
-            (C, H, W) of uint8, wider integers, or floats in [0, 1]; see
-            :func:`pml_tacl.utils.images.to_rgb`, which also turns it upright and makes white of
-            what is transparent. A model of 1 channel gets its grey. A model of C other than 1
-            and 3 takes PIL images of C channels and tensors (C, H, W) of uint8 or floats in
-            [0, 1].
+            (C, H, W) of uint8, wider integers, or floats in [0, 1]. It is converted by
+            :func:`pml_tacl.utils.images.to_rgb`, which also rotates it upright and fills
+            transparent areas with white. For a model with 1 channel it is converted to grey. A
+            model with C channels other than 1 and 3 takes PIL images with C channels and tensors
+            (C, H, W) of uint8 or floats in [0, 1].
         """
         return image_transform(self.data_config, training, image_size)
 
     def grid(self, image_size: int | tuple[int, int] | None = None) -> tuple[int, int]:
-        """Height and width of the feature maps, as `SiameseTransform(grid=)` takes them.
+        """Return the height and width of the feature maps, for `SiameseTransform(grid=)`.
 
         Args:
-            image_size: side or (height, width) in pixels; None takes the data config's.
+            image_size: side or (height, width) in pixels; None uses the data config.
 
         Raises:
-            ValueError: for no size in pixels, one too small, or one that the backbone refuses.
+            ValueError: if the size is not in pixels, is too small, or is not accepted by the
+                backbone.
         """
         return measure_grid(*self._of_images(image_size))
 
@@ -175,21 +182,21 @@ class AttentionEmbedder(nn.Module):
         *,
         through_weights: bool = False,
     ) -> tuple[float, float]:
-        """How far from the middle of its cell a feature looks, as (x, y) in cells.
+        """Return the offset (x, y) of receptive-field centres from their cell centres, in cells.
 
-        Half a cell up and left for most convolutional networks, nothing for ViTs. Give it to
-        `SiameseTransform`, `BackgroundSwap` and `functional.to_image`, for which places
-        matter. It belongs to the architecture and the size: the weights do not change it, and no
-        random number is drawn. Takes a pass: call it once.
+        It is half a cell up and left for most convolutional networks, and zero for ViTs. Pass it
+        to `SiameseTransform`, `BackgroundSwap` and `functional.to_image`, which need exact
+        positions. It depends on the architecture and the image size; it does not depend on the
+        weights or on random numbers. It needs a forward pass, so call it once.
 
         Args:
-            image_size: side or (height, width) in pixels; None takes the data config's.
-            through_weights: measure where the cells look through the weights that are there, by
-                gradients on noise. A training can move it: cells of EfficientNet-Lite0 look 0.47
-                of a cell down and right by its layers, and 0.14 with ImageNet weights.
+            image_size: side or (height, width) in pixels; None uses the data config.
+            through_weights: measure the offset with the current weights, by gradients on noise.
+                Training can change it: the offset of EfficientNet-Lite0 is 0.47 of a cell down
+                and right by its layers, and 0.14 with ImageNet weights.
 
         Raises:
-            ValueError: for a size that :meth:`grid` refuses.
+            ValueError: for a size that :meth:`grid` does not accept.
         """
         images = self._of_images(image_size)
         return measure_cell_offset(*images, through_weights=through_weights)
@@ -210,20 +217,20 @@ class AttentionEmbedder(nn.Module):
         Afterwards the embeddings have at most `embedding_dim` dimensions: half for the whole
         image, half for its parts, both whitened; see :class:`pml_tacl.models.Projection`.
         Call it before the first search and again after training. With `pooling="covariance"` or
-        `"average"` it sets the start of the projection, which training then changes: call it once,
-        before training.
+        `"average"` it initialises the projection, which is then trained: call it once, before
+        training.
 
         Args:
-            batches: images (N, C, H, W) as the model takes them, or sequences that start with
-                them, such as a DataLoader. Read once, or twice for the covariance.
-            max_images: the number of images that are used, the first ones: shuffle folders that
-                are in an order.
-            progress: show a bar.
+            batches: iterable over images (N, C, H, W), ready for the model, or over sequences
+                that start with them, such as a DataLoader. It is read once, or twice for the
+                covariance.
+            max_images: number of images used, from the start: shuffle sorted data sets.
+            progress: show a progress bar.
 
         Raises:
-            ValueError: without a projection, for fewer than 2 images, NaN features, or images
-                that all look the same; the model then keeps the projection that it had. Also for
-                an iterator with `pooling="covariance"`.
+            ValueError: if the model has no projection, there are fewer than 2 images, features
+                are NaN, or all images look the same. The model then keeps its projection. Also
+                for an iterator with `pooling="covariance"`.
         """
         if isinstance(self.embedder.projection, nn.Linear):
             whiten_linear(self, batches, max_images, progress=progress)
@@ -231,29 +238,34 @@ class AttentionEmbedder(nn.Module):
             fit_projection(self, batches, max_images, progress)
 
     def reset_projection(self) -> None:
-        """Go back to the backbone's own embedding, which is the one that is trained."""
+        """Remove the fitted projection: the model returns the embedding of the backbone again."""
         if isinstance(self.embedder.projection, Projection):
             self.embedder.projection.reset()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades compute for memory, where timm has it; raises ValueError where not."""
+        """Switch gradient checkpointing on or off: more compute, less memory.
+
+        Raises:
+            ValueError: if the backbone does not support it.
+        """
         self.trunk.set_grad_checkpointing(enable)
 
     def parameter_groups(
         self, lr: float, head_lr: float | None = None, layer_decay: float | None = None
     ) -> list[dict[str, Any]]:
-        """Groups of the trainable parameters for any torch optimiser.
+        """Return groups of the trainable parameters for any torch optimiser.
 
         Args:
-            lr: learning rate of the trunk; with `layer_decay` that of its last layer.
+            lr: learning rate of the trunk; with `layer_decay`, of its last layer.
             head_lr: learning rate of the embedder; None takes `lr`.
-            layer_decay: factor in (0, 1] from one layer to the one before it.
+            layer_decay: factor in (0, 1] from each layer to the one before it.
 
         Returns:
             Dicts with `params`, `lr` and `name`; groups without trainable parameters are left out.
 
         Raises:
-            ValueError: for a rate or factor out of range, or if the backbone knows no layers.
+            ValueError: if a rate or factor is out of range, or the backbone does not define
+                layer groups.
         """
         for name, rate in (("lr", lr), ("head_lr", head_lr)):
             if rate is not None and not rate >= 0:
@@ -274,7 +286,9 @@ class AttentionEmbedder(nn.Module):
         check_number("layer_decay", layer_decay, 0, most=1, above=True)
         model = self.trunk.model
         if not hasattr(model, "group_matcher"):
-            raise InputError(f"layer_decay must be None: {type(model).__name__} knows no layers")
+            raise InputError(
+                f"layer_decay must be None: {type(model).__name__} defines no layer groups"
+            )
         matcher = cast(Any, model).group_matcher(coarse=False)
         layers = group_parameters(model, matcher, reverse=True)
         last = max(layers.values(), default=0)
@@ -284,10 +298,10 @@ class AttentionEmbedder(nn.Module):
         }
 
     def save_pretrained(self, folder: str | PathLike[str]) -> Path:
-        """Writes `model.safetensors` and `config.json` into a folder, which is made if need be.
+        """Write `model.safetensors` and `config.json` into a folder; create it if needed.
 
         Raises:
-            ValueError: if an argument for timm can not be written as json.
+            ValueError: if an argument for timm cannot be written as JSON.
         """
         config = {"format_version": _FORMAT_VERSION, **self._config}
         try:
@@ -309,16 +323,17 @@ class AttentionEmbedder(nn.Module):
         backbone: nn.Module | None = None,
         attention: nn.Module | None = None,
     ) -> _Self:
-        """Reads a model that `save_pretrained` wrote, in evaluation mode. Nothing is downloaded.
+        """Read a model written by `save_pretrained`, in evaluation mode; download nothing.
 
         Args:
             folder: the folder.
-            backbone: the module, if the model was built with a module of the user's.
-            attention: the module, if the attention was a module of the user's.
+            backbone: the backbone module, if the model was built with one instead of a name.
+            attention: the attention module, if the model was built with one instead of a name.
 
         Raises:
-            FileNotFoundError: if the folder holds no such model.
-            ValueError: if it comes from a newer version, misses a module, or does not fit.
+            FileNotFoundError: if the folder contains no saved model.
+            ValueError: if it was saved by a newer version, a module is missing, or the weights
+                do not fit.
         """
         folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
@@ -327,7 +342,7 @@ class AttentionEmbedder(nn.Module):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         version = config.pop("format_version", None)
         if version == 1:
-            config.setdefault("pooling", "average")  # all that there was before pooling was named
+            config.setdefault("pooling", "average")  # older configs do not name the pooling
             if config["attention"] == "border":
                 config["attention"] = "relative_border"
         if not isinstance(version, int) or version > _FORMAT_VERSION:

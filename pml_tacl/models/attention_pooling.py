@@ -1,4 +1,4 @@
-"""From feature maps to unit embeddings through an attention map."""
+"""Pooling of feature maps to unit embeddings, weighted by an attention map."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pml_tacl.functional import background_score, border_similarity
-from pml_tacl.functional.background import figure_scores
+from pml_tacl.functional.background import foreground_scores
 from pml_tacl.models.covariance import Covariance
 from pml_tacl.models.projection import Projection
 from pml_tacl.models.trunk import TrunkOutput
@@ -22,11 +22,11 @@ _ATTENTIONS = ("border", "relative_border", "pool", "distinctive", "none")
 
 
 class EmbedderOutput(NamedTuple):
-    """What `AttentionEmbedder.forward_features` returns.
+    """Output of `AttentionEmbedder.forward_features`.
 
     Attributes:
         embeddings: (N, D), unit norm.
-        feature_maps: (N, C, H, W), the maps that carry attention.
+        feature_maps: (N, C, H, W), the maps used for attention.
         attention: (N, H, W), non-negative, sums to 1 over H and W.
     """
 
@@ -36,11 +36,11 @@ class EmbedderOutput(NamedTuple):
 
 
 class PoolAttention(nn.Module):
-    """Attention logits as a learned direction in feature space, zero at the start.
+    """Attention logits from a learned direction in feature space, initialised with zeros.
 
-    Feature vectors enter with a root mean square of 1 over their channels, so that neither the
-    scale nor the width of a backbone's maps sets how quickly attention becomes sharp. No bias:
-    softmax over places would ignore it.
+    Each feature vector is scaled to a root mean square of 1 over its channels. The scale and the
+    number of channels of the maps then do not affect how fast the attention becomes sharp. There
+    is no bias because a softmax over cells cancels it.
     """
 
     def __init__(self, channels: int) -> None:
@@ -50,7 +50,9 @@ class PoolAttention(nn.Module):
 
     def forward(self, trunk_output: TrunkOutput) -> Tensor:
         maps = at_least_float32(trunk_output.feature_maps)
-        with torch.autocast(maps.device.type, enabled=False):  # logits in bf16 are off by tenths
+        with torch.autocast(
+            maps.device.type, enabled=False
+        ):  # bf16 logits have errors of about 0.1
             scores: Tensor = F.conv2d(maps, self.score.weight.to(maps.dtype)).squeeze(1)
         length: Tensor = torch.linalg.vector_norm(maps, dim=1)
         logits: Tensor = scores * maps.shape[1] ** 0.5 / length.clamp_min(1e-6)
@@ -58,10 +60,10 @@ class PoolAttention(nn.Module):
 
 
 class BorderAttention(nn.Module):
-    """Attention logits `-6 B`, with B the `border_similarity` of each cell.
+    """Attention logits `-6 B`, where B is the `border_similarity` of each cell.
 
-    What looks like the image's own border counts less. B keeps its absolute scale: where border
-    and middle look alike, the weights are nearly uniform. Nothing is learned.
+    Cells that look like the image's own border count less. B keeps its absolute scale: if the
+    border and the middle look alike, the weights are nearly uniform. There are no parameters.
     """
 
     def forward(self, trunk_output: TrunkOutput) -> Tensor:
@@ -69,48 +71,49 @@ class BorderAttention(nn.Module):
 
 
 class RelativeBorderAttention(nn.Module):
-    """Attention logits `log sigmoid(4 z)`: every image is cut into foreground and background.
+    """Attention logits `log sigmoid(4 z)`, which split every image into foreground and background.
 
-    z is the negated `border_similarity`, standardised within each image. For images that all show
-    something on a background, as drawings do; it also cuts photographs that have no background.
+    z is the negated `border_similarity`, standardised within each image. Use it if every image
+    shows an object on a background, as drawings do. It also splits photographs that have no
+    background.
     """
 
     def forward(self, trunk_output: TrunkOutput) -> Tensor:
-        scores = figure_scores(border_similarity(trunk_output.feature_maps))
+        scores = foreground_scores(border_similarity(trunk_output.feature_maps))
         return F.logsigmoid(_RELATIVE_SHARPNESS * scores)
 
 
 class Embedder(nn.Module):
     """Pooling, projection and L2 normalisation.
 
-    With `pooling="backbone"` the embedding is the backbone's own pooled feature, which is what a
-    training learns; the projection is fitted afterwards (see :class:`Projection`) and then takes
-    part in every pass. With the other poolings the projection is a linear layer that is trained.
+    With `pooling="backbone"` the embedding is the pooled feature of the backbone, which is
+    trained. The projection is fitted afterwards (see :class:`Projection`) and then applied in
+    every pass. With the other poolings the projection is a trained linear layer.
 
     Args:
         num_features: F of the pooled features, or channels C of the last stage for `"average"`.
-        map_channels: channels C' of the maps that carry attention.
-        embedding_dim: the most dimensions D of the projected embeddings; None leaves the
-            projection out.
+        map_channels: channels C' of the maps used for attention.
+        embedding_dim: largest number of dimensions D of the projected embeddings; None builds no
+            projection.
         attention: weights of the cells. `"border"`: cells that look like the image's own border
             count less, on an absolute scale, see :class:`BorderAttention`; `"relative_border"`:
             the same, standardised within each image; `"pool"`: learned, starts uniform; `"none"`:
-            uniform; `"distinctive"`: softmax(-B / 0.1), with B the background score of each cell
-            among reference images (after Li et al. 2020; definition ours), see
+            uniform; `"distinctive"`: softmax(-B / 0.1), where B is the background score of each
+            cell against reference images (after Li et al. 2020; the definition is our own), see
             `set_attention_references`; or a module that maps a `TrunkOutput` to (N, H', W') logits
-            on the grid of its feature maps. None: `"border"` for the backbone's pooling,
+            on the grid of its feature maps. None: `"border"` for the pooling of the backbone,
             `"relative_border"` for the covariance, `"pool"` for the average.
         norm: applied to average-pooled features (N, C), such as `Trunk.head_norm`.
-        pooling: `"backbone"`: `TrunkOutput.pooled`; `"covariance"`: of the maps that carry
+        pooling: `"backbone"`: `TrunkOutput.pooled`; `"covariance"`: of the maps used for
             attention, see :class:`Covariance`; `"average"`: the mean of the last stage. The last
             two are weighted by attention.
 
     Attributes:
-        embedding_dim: D of the embeddings that :meth:`forward` gives once the projection is
+        embedding_dim: D of the embeddings that :meth:`forward` returns once the projection is
             fitted or trained.
 
     Raises:
-        ValueError: for another `attention` or `pooling`, or a dimension below 1.
+        ValueError: for an unknown `attention` or `pooling`, or a dimension below 1.
     """
 
     def __init__(
@@ -135,7 +138,7 @@ class Embedder(nn.Module):
         self.map_channels = map_channels
         self.pooling = pooling
         self.covariance = Covariance(map_channels) if pooling == "covariance" else None
-        # A single place has no covariance: every image would get the same embedding.
+        # The covariance of a single cell is zero: every image would get the same embedding.
         self.least_cells = 1 if self.covariance is None else 2
         if self.covariance is not None:
             num_features, norm = self.covariance.num_features, None
@@ -169,11 +172,11 @@ class Embedder(nn.Module):
         else:
             self.projection = nn.Linear(num_features, embedding_dim)
             self.embedding_dim = embedding_dim
-        # No buffer: its size changes with each new bank, which load_state_dict would refuse.
+        # Not a buffer: load_state_dict would reject another number of references.
         self.references = torch.empty(0)
 
     def forward(self, trunk_output: TrunkOutput) -> Tensor:
-        """Return unit embeddings (N, D) of a trunk's output."""
+        """Return unit embeddings (N, D) of the output of a trunk."""
         if self.pooling == "backbone" and not self.is_fitted:
             return F.normalize(at_least_float32(self._own(trunk_output)), dim=1)
         embeddings: Tensor = self.forward_features(trunk_output).embeddings
@@ -181,11 +184,11 @@ class Embedder(nn.Module):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether a fitted projection takes part in the embeddings."""
+        """Return whether a fitted projection is applied to the embeddings."""
         return isinstance(self.projection, Projection) and self.projection.fitted
 
     def forward_features(self, trunk_output: TrunkOutput) -> EmbedderOutput:
-        """Embeddings with the maps and the attention that they come from."""
+        """Return the embeddings, and the feature maps and attention they are computed from."""
         pooled, attention = self.pool(trunk_output)
         if isinstance(self.projection, Projection):
             if self.projection.fitted:
@@ -196,7 +199,7 @@ class Embedder(nn.Module):
         return EmbedderOutput(embeddings, trunk_output.feature_maps, attention)
 
     def pool(self, trunk_output: TrunkOutput) -> tuple[Tensor, Tensor]:
-        """What is projected, (N, F), and the attention (N, H', W') that it is weighted by."""
+        """Return the pooled features (N, F) before projection, and the attention (N, H', W')."""
         features, maps = trunk_output.features, trunk_output.feature_maps
         attention = self._attention(trunk_output)
         if self.pooling == "backbone":
@@ -217,15 +220,16 @@ class Embedder(nn.Module):
         return at_least_float32(trunk_output.features).mean((2, 3))
 
     def set_attention_references(self, feature_maps: Tensor | None) -> None:
-        """Sets the bank of images against which `attention="distinctive"` looks for the common.
+        """Set the reference images that `attention="distinctive"` compares each image with.
 
-        A few dozen images of many kinds do; without a bank pooling is average pooling.
+        A few dozen images of many kinds are enough. Without references the attention is uniform.
 
         Args:
-            feature_maps: (M, C', H', W') maps of `TrunkOutput.feature_maps`, or None for no bank.
+            feature_maps: (M, C', H', W') maps from `TrunkOutput.feature_maps`, or None to remove
+                the references.
 
         Raises:
-            ValueError: if the attention is another, or the shape does not fit.
+            ValueError: if the attention is not `"distinctive"`, or the shape does not match.
         """
         if self.attention_name != "distinctive":
             raise InputError(
@@ -245,7 +249,7 @@ class Embedder(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Embedder":
         super()._apply(fn, recurse)
-        self.references = fn(self.references)  # .to() and .cuda() take the bank along
+        self.references = fn(self.references)  # .to() and .cuda() also move the references
         return self
 
     def get_extra_state(self) -> Tensor:
@@ -275,10 +279,10 @@ class Embedder(nn.Module):
 
 
 def resample_attention(attention: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
-    """Attention on another grid by area, coarser or finer, divisor or not.
+    """Resample attention to another grid of any size, weighted by area.
 
-    Each cell's weight is split by the area that it shares with each new cell: sums stay as they
-    are, and a uniform map stays uniform.
+    The weight of each cell is divided among the new cells in proportion to the shared area. The
+    sum is preserved, and a uniform map stays uniform.
 
     Args:
         attention: (N, H', W').
@@ -295,7 +299,7 @@ def resample_attention(attention: Tensor, size: tuple[int, ...] | torch.Size) ->
 
 
 def _overlap(old: int, new: int, like: Tensor) -> Tensor:
-    """(new, old): the share of each old cell of a line that lies in each new cell."""
+    """Return (new, old): the fraction of each old cell of a line that lies in each new cell."""
     left = torch.arange(new, device=like.device, dtype=like.dtype)[:, None] * (old / new)
     cell = torch.arange(old, device=like.device, dtype=like.dtype)[None]
     shared = torch.minimum(left + old / new, cell + 1) - torch.maximum(left, cell)
@@ -305,12 +309,13 @@ def _overlap(old: int, new: int, like: Tensor) -> Tensor:
 def background_score_against(
     feature_maps: Tensor, references: Tensor, chunk_size: int | None = None
 ) -> Tensor:
-    """How well each place is found in a bank of references, on average.
+    """Return how well each cell matches the references, on average.
 
     Args:
         feature_maps: (N, C, H, W).
-        references: (M, P, C), unit vectors of the P places of each of M images.
-        chunk_size: pairs compared at once, as of :func:`pml_tacl.functional.background_score`.
+        references: (M, P, C), unit vectors of the P cells of each of M images.
+        chunk_size: number of pairs compared at once, see
+            :func:`pml_tacl.functional.background_score`.
 
     Returns:
         (N, H, W) in [-1, 1]: mean over references of the best cosine similarity in each.

@@ -1,4 +1,4 @@
-"""Second-order pooling: which features fire together, at the places that attention keeps."""
+"""Second-order pooling: the covariance of the channels, weighted by attention."""
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +10,17 @@ CHANNELS = 64
 
 
 class Covariance(nn.Module):
-    """Feature maps to the covariance of a few of their directions, of unit length.
+    """Covariance pooling of feature maps after a reduction of channels; the result has unit norm.
 
     After Lin et al. 2015 (bilinear CNN). A 1 x 1 convolution reduces the maps to at most 64
-    channels, so that any backbone gives at most 2080 numbers; `fit` sets it to the principal
-    directions of the maps, by which no accuracy was lost.
+    channels, so any backbone gives at most 2080 features. `fit` sets the convolution to the
+    principal directions of the maps; this reduction lost no accuracy.
 
     Args:
         channels: C of the maps.
 
     Attributes:
-        num_features: numbers in the result.
+        num_features: number of features in the result.
     """
 
     def __init__(self, channels: int) -> None:
@@ -31,17 +31,17 @@ class Covariance(nn.Module):
         nn.init.orthogonal_(self.reduce.weight)
 
     def forward(self, feature_maps: Tensor, weights: Tensor) -> Tensor:
-        """(N, num_features) of maps (N, C, H, W) and weights (N, H, W)."""
+        """Return features (N, num_features) of maps (N, C, H, W) with weights (N, H, W)."""
         return F.normalize(covariance_pooling(self.reduce(feature_maps), weights), dim=1)
 
     @torch.no_grad()
     def fit(self, second_moments: Tensor) -> None:
-        """Takes the principal directions of (C, C) second moments of centred features."""
+        """Set the convolution to the principal directions of centred second moments (C, C)."""
         rows = principal_directions(second_moments, self.reduce.out_channels)
         self.reduce.weight.copy_(rows[:, :, None, None])
 
 
 def principal_directions(second_moments: Tensor, count: int) -> Tensor:
-    """Return the `count` main directions (count, C) of (C, C) second moments, the largest last."""
+    """Return `count` principal directions (count, C) of second moments (C, C), largest last."""
     vectors: Tensor = torch.linalg.eigh(second_moments.double()).eigenvectors
     return vectors[:, -count:].T

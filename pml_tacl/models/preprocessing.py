@@ -1,4 +1,4 @@
-"""From images to what a model takes, as timm's data config says."""
+"""Preprocessing of images for a model, following timm's data config."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +13,11 @@ from pml_tacl.utils.checks import as_pair
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.images import to_rgb, upright
 
-_LONGEST = 10  # times the shorter side; a central crop sees no more of the longer one
+_LONGEST = 10  # times the shorter side; the central crop needs no more of the longer side
 
 
 class _AsTaken(v2.Transform):  # type: ignore[misc]
-    """One image to the channels that a model takes: RGB, grey, or those that it has."""
+    """Convert an image to the channels of a model: RGB, grey, or the channels it already has."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -31,15 +31,15 @@ class _AsTaken(v2.Transform):  # type: ignore[misc]
 
 
 class _Shortened(v2.Transform):  # type: ignore[misc]
-    """The middle of an image that is far longer than wide; others as they are.
+    """Crop very long images to their middle; leave other images unchanged.
 
-    Without it a strip of 1 x 30000 pixels would be resized to gigabytes, and then cropped.
+    Otherwise an image of 1 x 30000 pixels would be resized to gigabytes before it is cropped.
     """
 
     def forward(self, image: Any) -> Any:
         sides = tvf.get_size(image)
         most = _LONGEST * min(sides)
-        # As odd or even as it was: the middle stays where it is.
+        # Keep the parity of the length, so that the centre does not move.
         kept = [side if side <= most else most + (side - most) % 2 for side in sides]
         if kept == sides:
             return image
@@ -48,7 +48,7 @@ class _Shortened(v2.Transform):  # type: ignore[misc]
 
 
 def _with_channels(image: Any, channels: int) -> Any:
-    """An image that has the channels already; no RGB could be made of it."""
+    """Return an image that must already have the channels of the model."""
     if isinstance(image, Image.Image):
         found = f"a PIL image of mode {image.mode}"
         if len(image.getbands()) == channels:
@@ -70,10 +70,10 @@ def _with_channels(image: Any, channels: int) -> Any:
 
 
 def size_in_pixels(config: dict[str, Any], image_size: Any = None) -> tuple[int, int]:
-    """(height, width) of a side or a pair in pixels, or of the config for None.
+    """Return (height, width) in pixels for a side, a pair, or None (the size of the config).
 
     Raises:
-        ValueError: if `image_size` is no side and no pair of at least 1 pixel.
+        ValueError: if `image_size` is not a side or a pair of at least 1 pixel.
     """
     size = config["input_size"][1:] if image_size is None else image_size
     return as_pair("image_size", size)
@@ -84,16 +84,16 @@ def image_transform(
 ) -> v2.Transform:
     """Build a torchvision v2 transform from timm's data config.
 
-    For 1 or 3 channels it takes whatever :func:`pml_tacl.utils.images.to_rgb` does, one image at a
-    time.
+    For 1 or 3 channels it accepts the same images as :func:`pml_tacl.utils.images.to_rgb`, one
+    image at a time.
 
     Args:
         config: see `AttentionEmbedder.data_config`.
         training: random resized crop and horizontal flip instead of resize and central crop.
-        image_size: side or (height, width) in pixels; None takes the config's.
+        image_size: side or (height, width) in pixels; None uses the config.
 
     Raises:
-        ValueError: if `image_size` is no side and no pair.
+        ValueError: if `image_size` is not a side or a pair.
     """
     size = list(size_in_pixels(config, image_size))
     interpolation = (
@@ -111,7 +111,7 @@ def image_transform(
         steps.append(v2.Resize(size, interpolation=interpolation, antialias=True))
     else:
         larger = [int(side / config["crop_pct"]) for side in size]
-        # A square keeps the image's proportions; torchvision takes one side as the shorter one.
+        # For a square, keep the aspect ratio: torchvision resizes the shorter side to one number.
         target = larger[:1] if size[0] == size[1] else larger
         steps += [
             _Shortened(),
@@ -128,10 +128,10 @@ def image_transform(
 
 
 def as_seen(images: Tensor, config: dict[str, Any]) -> Tensor:
-    """Images in [0, 1] from what a model takes, both (..., C, H, W).
+    """Undo the normalisation of `image_transform`: return images (..., C, H, W) in [0, 1].
 
     Args:
-        images: normalised as `image_transform` does.
+        images: (..., C, H, W), normalised by `image_transform`.
         config: see `AttentionEmbedder.data_config`.
     """
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))

@@ -1,4 +1,4 @@
-"""The projection that searches: fitted to images without labels, never trained."""
+"""The projection used for retrieval, fitted to images without labels or training."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,26 +27,26 @@ _IMAGES_FOR_DIRECTIONS = 256
 
 
 class Projection(nn.Module):
-    """Whole image beside parts: two descriptions of an image, concatenated.
+    """Two whitened descriptors of an image, concatenated: the whole image and its parts.
 
-    *Whole* is the backbone's own pooled feature, of unit length. *Parts* is the covariance of the
-    feature maps under the attention weights, so that it says which details occur together. Each
-    is centred, projected on its principal directions and whitened, that is, scaled to nearly
-    equal variance in every direction; then it is scaled to unit length. Each gets half of the
-    dimensions. Nothing here has a gradient-trained weight:
-    :meth:`AttentionEmbedder.fit_projection` computes all of it from images. Before that, `fitted`
-    is False and the embedder leaves it out.
+    The *whole* is the pooled feature of the backbone, scaled to unit length. The *parts* are the
+    covariance of the feature maps, weighted by attention; it describes which details occur
+    together. Each descriptor is centred, projected on its principal directions, and whitened
+    (scaled to nearly equal variance in every direction). It is then scaled to unit length. Each
+    gets half of the dimensions. No weight is trained by gradients:
+    :meth:`AttentionEmbedder.fit_projection` computes them from images. Before that, `fitted`
+    is False and the embedder does not use the projection.
 
     After Jégou and Chum 2012 (PCA whitening) and Lin et al. 2015 (bilinear CNN); the combination
-    is ours. Whitening both together retrieves worse, see docs/results.md.
+    is our own. Whitening both descriptors jointly retrieves worse, see docs/results.md.
 
     Args:
         num_features: F of the pooled features.
         map_channels: C of the feature maps.
-        embedding_dim: D, the most dimensions of the result; at least 1.
+        embedding_dim: D, largest number of dimensions of the result; at least 1.
 
     Attributes:
-        embedding_dim: dimensions of the result, D or fewer where there are not as many features.
+        embedding_dim: dimensions of the result: D, or fewer if there are fewer features.
     """
 
     directions: Tensor
@@ -71,10 +71,10 @@ class Projection(nn.Module):
         self.register_buffer("parts_basis", torch.zeros(num_parts, parts))
 
     def forward(self, pooled: Tensor, feature_maps: Tensor, weights: Tensor) -> Tensor:
-        """Project; the result (N, D) is in fp32 and has unit length.
+        """Return the projected embeddings (N, D) in fp32, with unit norm.
 
         Args:
-            pooled: (N, F), the backbone's own embedding.
+            pooled: (N, F), the embedding of the backbone.
             feature_maps: (N, C, H, W).
             weights: (N, H, W), non-negative.
         """
@@ -94,7 +94,7 @@ class Projection(nn.Module):
             return F.normalize(covariance_pooling(reduced, weights), dim=1)
 
     def reset(self) -> None:
-        """Go back to not fitted."""
+        """Mark the projection as not fitted."""
         self.fitted = False
         for buffer in self.buffers():
             buffer.zero_()
@@ -120,26 +120,28 @@ def fit_projection(
     """Fit the :class:`Projection` of a model to images, in one pass and without labels.
 
     The principal directions of the maps come from the first 256 images. Moments are summed in
-    float64. For fewer than 1000 images the whole is whitened less: its small variances are then
-    poorly known. Where images are fewer than dimensions, the missing directions are a fixed random
-    basis of the remaining space: principal directions of a few images alone would describe
-    those images and no other.
+    float64. For fewer than 1000 images the whole is whitened less, because its small variances
+    are poorly estimated. If there are fewer images than dimensions, the missing directions are a
+    fixed random basis of the remaining space: principal directions of a few images alone would
+    not generalise to other images.
 
     Args:
-        model: with `pooling="backbone"`; its projection is overwritten, or left as it is where
-            this raises.
-        batches: images (N, C, H, W) as the model takes them, or sequences that start with them.
-        max_images: the number of images that are used, the first ones; at least 2.
-        progress: show a bar.
+        model: a model with `pooling="backbone"`; its projection is overwritten, or kept if an
+            error is raised.
+        batches: iterable over images (N, C, H, W), ready for the model, or over sequences that
+            start with them.
+        max_images: number of images used, from the start; at least 2.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: for fewer than 2 images, NaN features, or images that all look the same.
+        ValueError: if there are fewer than 2 images, features are NaN, or all images look the
+            same.
     """
     check_count("max_images", max_images, least=2)
     current = model.embedder.projection
     if not isinstance(current, Projection):
         raise InputError("embedding_dim is None: there is no projection to fit")
-    projection = copy.deepcopy(current)  # whatever goes wrong, the model keeps the one that it has
+    projection = copy.deepcopy(current)  # the model keeps its own if an error is raised
     device = projection.whole_mean.device
     waiting: list[tuple[Tensor, Tensor, Tensor]] | None = []
     whole, parts = _Moments(), _Moments()
@@ -182,7 +184,7 @@ def fit_projection(
         (parts, _PARTS_SHRINKAGE, projection.parts_mean, projection.parts_basis),
     ):
         centre, covariance = moments.covariance("batches")
-        # The same image again and again differs by rounding alone.
+        # Embeddings of identical images differ only by rounding.
         varies = float(covariance.trace()) > 1e-10 * float(centre.square().sum())
         projection.fitted = projection.fitted or varies
         mean.copy_(centre)
@@ -195,7 +197,7 @@ def fit_projection(
 
 
 def whole_shrinkage(count: int) -> float:
-    """Return the shrinkage of the whole for `count` images, chosen on validation."""
+    """Return the shrinkage of the whole for `count` images; chosen on validation data."""
     return _WHOLE_SHRINKAGE * max(1.0, (_FEW_IMAGES / count) ** 2)
 
 
@@ -203,16 +205,16 @@ def principal_basis(covariance: Tensor, dimensions: int, count: int, shrinkage: 
     """Return whitened principal directions (F, dimensions), the largest variance first.
 
     Columns are `v / sqrt(l + shrinkage * mean(l))` for eigenvalues l and eigenvectors v.
-    Of `count` images at most `count - 1` directions are known. If that is less than asked for,
-    half of the dimensions (or all that are known) are principal directions; the others are a
-    fixed random orthonormal basis of the remaining space, scaled so that lengths are kept on
+    The covariance of `count` images has a rank of at most `count - 1`. If `dimensions` is larger,
+    half of the dimensions (at most the rank) are principal directions. The others are a fixed
+    random orthonormal basis of the remaining space, scaled so that lengths are preserved on
     average.
 
     Args:
         covariance: (F, F), symmetric, float64.
         dimensions: at most F.
-        count: the number of samples that the covariance was computed from.
-        shrinkage: added to each variance, as a fraction of the mean one; above 0.
+        count: number of samples from which the covariance was computed.
+        shrinkage: added to each variance, as a fraction of the mean variance; above 0.
     """
     total = len(covariance)
     values, vectors = torch.linalg.eigh(covariance)
@@ -230,7 +232,7 @@ def principal_basis(covariance: Tensor, dimensions: int, count: int, shrinkage: 
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(total, missing, generator=generator, dtype=basis.dtype)
         rest = noise.to(basis.device)
-        for _ in range(2):  # once leaves rounding
+        for _ in range(2):  # a second pass removes rounding errors
             rest = rest - vectors[:, :known] @ (vectors[:, :known].T @ rest)
         rest = torch.linalg.qr(rest).Q * ((total - known) / missing) ** 0.5
         basis = torch.cat([basis, rest * gain(values[known:].mean())], dim=1)
@@ -245,25 +247,26 @@ def whiten_linear(
     shrinkage: float = 0.1,
     progress: bool = True,
 ) -> None:
-    """Start the trained projection of `pooling="covariance"` or `"average"` as a whitening.
+    """Initialise the trained projection of `pooling="covariance"` or `"average"` by whitening.
 
-    With l and V the eigenvalues and eigenvectors of the covariance of the pooled features, the
-    rows become `v / sqrt(l + shrinkage * mean(l))` for the largest l, and the bias takes their
-    mean off. The reducing convolution of covariance pooling is set to the principal directions of
-    the maps before, in a pass of its own: batches are then read twice. Where D is more than there
-    are directions, the last rows are zero.
+    The weight rows become `v / sqrt(l + shrinkage * mean(l))` for the largest eigenvalues l of
+    the covariance of the pooled features, with eigenvectors v. The bias subtracts the mean. For
+    covariance pooling, an extra pass first sets the reducing convolution to the principal
+    directions of the maps, so the batches are read twice. If D is larger than the number of
+    directions, the last rows are zero.
 
     Args:
         model: its projection is overwritten.
-        batches: images (N, C, H, W) as the model takes them, or sequences that start with them;
-            for the covariance a list or a DataLoader, not a generator.
-        max_images: the number of images that are used, the first ones.
+        batches: iterable over images (N, C, H, W), ready for the model, or over sequences that
+            start with them; for the covariance a list or a DataLoader, not a generator.
+        max_images: number of images used, from the start.
         shrinkage: above 0.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: without a projection or images, for images that look all the same, for an
-            iterator where they are read twice, or for an argument out of its range.
+        ValueError: if the model has no projection, there are too few images or all look the
+            same, an iterator is given where batches are read twice, or an argument is out of
+            range.
     """
     check_count("max_images", max_images, least=2)
     check_number("shrinkage", shrinkage, 0, above=True)
@@ -298,7 +301,7 @@ def whiten_linear(
     values = values.clamp_min(0).flip(0)[: projection.out_features]
     floor = shrinkage * covariance.trace() / len(covariance)
     gains = (values + floor).clamp_min(1e-24).rsqrt()
-    # Of about unit length before it is normalised, so that the learning rate means the same.
+    # Scale the result to about unit length before normalisation, to keep learning rates comparable.
     gains = gains / (values * gains.square()).sum().clamp_min(1e-24).sqrt()
     rows = vectors.flip(1).T[: projection.out_features] * gains[:, None]
     projection.weight.zero_()
@@ -309,7 +312,7 @@ def whiten_linear(
 
 
 class _Moments:
-    """Mean and covariance of vectors that come in batches, summed in float64."""
+    """Running mean and covariance of vectors in batches, summed in float64."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""How many cells a backbone's feature maps have, and where those really look."""
+"""Grid size and receptive-field centres of a backbone's feature maps."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.modes import evaluating
 
-_STEPS = {torch.float64: 1e-6, torch.float32: 1e-3}  # of coordinates laid over a grey image
-_FARTHEST = 2.0  # cells: no convolution looks farther off
+_STEPS = {torch.float64: 1e-6, torch.float32: 1e-3}  # of coordinates added to a grey image
+_FARTHEST = 2.0  # cells; offsets of convolutions are smaller
 _NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "normalize"}
 _NORMS |= {"local_response_norm"}
 _ACTIVATIONS = {"dropout", "relu", "relu_", "relu6", "hardtanh", "gelu", "silu", "hardswish"}
@@ -25,7 +25,7 @@ _ACTIVATIONS |= {"sigmoid", "hardsigmoid"}
 def measure_grid(
     trunk: nn.Module, image_size: tuple[int, int], channels: int = 3, least: int = 1
 ) -> tuple[int, int]:
-    """Rows and columns of the feature maps.
+    """Return the number of rows and columns of the feature maps.
 
     Args:
         trunk: images (N, C, H, W) -> an output with `feature_maps` (N, C', h, w).
@@ -52,27 +52,27 @@ def measure_cell_offset(
     *,
     through_weights: bool = False,
 ) -> tuple[float, float]:
-    """How far from the middle of its cell a feature looks, in cells, as (x, y).
+    """Return the offset (x, y) of receptive-field centres from their cell centres, in cells.
 
-    A convolution of kernel 3, stride 2 and padding 1 looks half a pixel up and left of the middle
-    of what it stands for, and each stride doubles that: ResNet's maps of stride 16 look half a
-    cell up and left (-0.47, -0.47), EfficientNets with TensorFlow's padding down and right; ViT,
-    Swin and ConvNeXt look straight on.
+    A convolution with kernel 3, stride 2 and padding 1 is centred half a pixel up and left of
+    its output cell, and each stride doubles that. ResNet maps of stride 16 are offset by half a
+    cell up and left (-0.47, -0.47). EfficientNets with TensorFlow's padding are offset down and
+    right. ViT, Swin and ConvNeXt have an offset of zero.
 
-    The offset belongs to the architecture (kernels, strides, paddings) and the image size, and
+    The offset depends on the architecture (kernels, strides, paddings) and the image size. It
     does not depend on the weights or on random numbers. It is measured by one forward pass in
-    double precision, in which the weights are replaced by equal ones, normalisations and
-    activations do nothing, and a padding goes on as the image does: an image of its own
-    coordinates then comes out as where each cell looks. Where paths of a network differ, their
-    mean counts. A network in which that pass leads nowhere is measured by gradients, through
-    weights that are drawn from a fixed seed. Definition ours.
+    double precision, on an image whose values are its own coordinates. In this pass all weights
+    are equal, normalisations and activations do nothing, and paddings extrapolate the image. The
+    output then holds the receptive-field centre of each cell. If a network has different paths,
+    their mean counts. If the pass gives no valid result, the offset is measured by gradients,
+    with weights drawn from a fixed seed. The definition is our own.
 
     Args:
         trunk: images (N, C, H, W) -> an output with `feature_maps` (N, C', h, w).
         image_size: (H, W) in pixels.
         channels: C.
-        least: cells that a map must have.
-        through_weights: measure what the weights that are there make of it: the centroid of the
+        least: smallest number of cells that a map may have.
+        through_weights: measure the offset with the current weights, as the centroid of the
             squared gradient of central cells with respect to noise images.
 
     Raises:
@@ -84,7 +84,7 @@ def measure_cell_offset(
             return _by_gradients(trunk, image_size, channels, own_weights=True)
         for measure in (_by_coordinates, _by_gradients):
             x, y = measure(trunk, image_size, channels)
-            if abs(x) <= _FARTHEST and abs(y) <= _FARTHEST:  # not so where they are NaN
+            if abs(x) <= _FARTHEST and abs(y) <= _FARTHEST:  # False for NaN
                 return _rounded(x), _rounded(y)
     raise InputError(
         f"the backbone's cells look at no place of images of {image_size} px: give cell_offset "
@@ -93,14 +93,14 @@ def measure_cell_offset(
 
 
 def _rounded(value: float) -> float:
-    """Without the last digits, which depend on the machine."""
-    return round(value, 6) + 0.0  # no negative zero
+    """Round to 6 digits: further digits depend on the machine."""
+    return round(value, 6) + 0.0  # turns -0.0 into 0.0
 
 
 def _by_coordinates(
     trunk: nn.Module, image_size: tuple[int, int], channels: int
 ) -> tuple[float, float]:
-    """The mean distance of what the cells see of coordinates from their middles."""
+    """Return the mean offset of the cells, by passing coordinates through the network."""
     device, dtype = _measuring_on(trunk)
     height, width = image_size
     x = ((torch.arange(width, device=device, dtype=dtype) + 0.5) / width).expand(height, width)
@@ -115,7 +115,7 @@ def _by_coordinates(
 
     with _StraightThrough():
         maps = functional_call(trunk, _replaced(trunk, equal), (images,)).feature_maps
-    # Differences, so that what is added or multiplied on the way does not count.
+    # Use differences, which cancel constants that the network adds or multiplies.
     maps = maps.to(dtype).mean(1)
     seen = (maps[2:] - maps[0]) / (maps[1] - maps[0])
     rows, columns = seen.shape[-2:]
@@ -130,9 +130,9 @@ def _by_coordinates(
 def _by_gradients(
     trunk: nn.Module, image_size: tuple[int, int], channels: int, own_weights: bool = False
 ) -> tuple[float, float]:
-    """The centroid of the squared gradient of central cells with respect to noise.
+    """Return the centroid of the squared gradient of central cells with respect to noise images.
 
-    Cells opposite each other are averaged, so that what the image's border cuts off cancels.
+    Opposite cells are averaged, so that effects of the image border cancel.
     """
     device, dtype = _measuring_on(trunk)
     generator = torch.Generator().manual_seed(0)
@@ -147,7 +147,7 @@ def _by_gradients(
         return draw(*value.shape) * spread
 
     if own_weights:
-        dtype = torch.float32  # of any precision, and also if they were made in inference mode
+        dtype = torch.float32  # whatever the precision, also for weights made in inference mode
         named = (*trunk.named_parameters(), *trunk.named_buffers())
         wide = {name: v.float() if v.is_floating_point() else v for name, v in named}
         state = {name: v.clone() if v.is_inference() else v for name, v in wide.items()}
@@ -180,7 +180,7 @@ def _measuring_on(trunk: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def _replaced(trunk: nn.Module, new: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Parameters by what stands for them; buffers as they are, statistics as before training."""
+    """Return the state with new parameters, unchanged buffers and initial running statistics."""
     device, dtype = _measuring_on(trunk)
     state = {name: new(value) for name, value in trunk.named_parameters()}
     for name, value in trunk.named_buffers():
@@ -193,16 +193,16 @@ def _replaced(trunk: nn.Module, new: Callable[[Tensor], Tensor]) -> dict[str, Te
         elif value.is_floating_point():
             state[name] = value.detach().to(dtype)
         else:
-            state[name] = value.clone()  # a network may count in it
+            state[name] = value.clone()  # a network may change it in place
     return state
 
 
 class _StraightThrough(TorchFunctionMode):
-    """Within, layers look where they look and do nothing else.
+    """Mode in which layers only average their window, so that coordinates pass through.
 
-    Each takes the mean of what its window shows, over all channels, and gives it to all of its
-    own. Attention looks at its own place, and what is pooled over a whole image says nothing of
-    places: it is that of the first image, which is grey.
+    Each layer computes the mean of its window over all channels and writes it to all output
+    channels. Attention returns the value of its own position. Values pooled over a whole image
+    carry no position, so they are taken from the first image, which is grey.
     """
 
     def __torch_function__(
@@ -214,7 +214,7 @@ class _StraightThrough(TorchFunctionMode):
         if name in _ACTIVATIONS or name in _NORMS:
             found = args[0] if args else kwargs["input"]
             size = float(found.abs().mean()) if name in _NORMS else 0.0
-            found = found / size if size else found  # or it would grow from layer to layer
+            found = found / size if size else found  # keep the scale constant over layers
         elif name in _OWN:
             found = getattr(self, f"_{name}")(*args, **kwargs)
         return func(*args, **kwargs) if found is NotImplemented else found
@@ -241,7 +241,7 @@ class _StraightThrough(TorchFunctionMode):
         seen: Tensor = torch.conv2d(batch, window, None, _pair(stride), 0, dilation)
         seen = seen.reshape(*one.shape[:-3], *seen.shape[-3:])
         shape = (*seen.shape[:-3], weight.shape[0], *seen.shape[-2:])
-        return seen.expand(shape).contiguous()  # an activation may be written to
+        return seen.expand(shape).contiguous()  # later layers may write to it in place
 
     def _max_pool2d(
         self,
@@ -294,7 +294,7 @@ class _StraightThrough(TorchFunctionMode):
     ) -> Any:
         if query.shape[-2] == value.shape[-2]:
             return value if query.shape[:-2] == value.shape[:-2] else NotImplemented
-        pooled = value.mean(-2, keepdim=True)[:1]  # of fewer places
+        pooled = value.mean(-2, keepdim=True)[:1]  # a pooled query has fewer positions
         return pooled.expand(*value.shape[:-2], query.shape[-2], -1)
 
     def _mean(self, input: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
@@ -331,7 +331,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _extended(x: Tensor, pads: list[tuple[int, int]]) -> Tensor:
-    """Pad the last dimensions of x by (before, after) so that it goes on as at its border."""
+    """Pad the last dimensions of x by (before, after), by linear extrapolation at the border."""
     for dim, (before, after) in zip(range(-len(pads), 0), pads, strict=True):
         if before < 0 or after < 0:
             x = x.narrow(dim, max(0, -before), x.shape[dim] + min(0, before) + min(0, after))
@@ -350,7 +350,7 @@ def _extended(x: Tensor, pads: list[tuple[int, int]]) -> Tensor:
 
 @contextmanager
 def _too_small_named(trunk: nn.Module, image_size: tuple[int, int]) -> Iterator[None]:
-    """Of images that are too small torch says something about its paddings and kernels."""
+    """Turn torch's errors about kernels and paddings of small images into one about image_size."""
     own = getattr(trunk, "data_config", {}).get("input_size", (0, 0, 0))[1:]
     try:
         yield
@@ -373,6 +373,6 @@ def _check_cells(rows: int, columns: int, least: int, image_size: tuple[int, int
 
 
 def _centroid(weight: Tensor) -> Tensor:
-    """Of weights along a line, as a fraction of its length."""
+    """Return the centroid of weights along a line, as a fraction of its length."""
     places = (torch.arange(len(weight), device=weight.device) + 0.5) / len(weight)
     return (weight * places).sum() / weight.sum()

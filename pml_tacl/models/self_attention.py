@@ -1,4 +1,4 @@
-"""The self-attention of a vision transformer, as a map over its places."""
+"""Self-attention of a vision transformer as a map over its patches."""
 
 from typing import Any, cast
 
@@ -13,22 +13,23 @@ _ELSE = "give another block, or see the attention that forward_features returns"
 
 @torch.no_grad()
 def self_attention_map(model: nn.Module, images: Tensor, block: int = -1) -> Tensor:
-    """Attention of the class token to each place, averaged over heads.
+    """Return the attention of the class token to each patch, averaged over heads.
 
-    Without a class token: how much a place is attended to, averaged over all queries. Fused
-    attention, which keeps no weights, is switched off for the one block and restored afterwards,
-    also after an error. This runs the whole model once more: for looking, not for training.
+    Without a class token, return the attention that each patch receives, averaged over all
+    queries. Fused attention, which stores no weights, is switched off for this block and
+    restored afterwards, also after an error. This runs the whole model again: use it to inspect
+    a model, not during training.
 
     Args:
         model: a timm ViT, such as `Trunk.model`.
         images: (N, C, H, W), normalised.
-        block: which block, negative from the end.
+        block: index of the block; negative counts from the end.
 
     Returns:
         (N, H', W') on the grid of the patches, non-negative, sums to 1.
 
     Raises:
-        ValueError: if the model has no such block or keeps its attention to itself.
+        ValueError: if the model has no such block, or its attention weights cannot be read.
     """
     blocks = getattr(model, "blocks", None)
     if not hasattr(model, "forward_intermediates") or not isinstance(blocks, nn.Module):
@@ -45,7 +46,7 @@ def self_attention_map(model: nn.Module, images: Tensor, block: int = -1) -> Ten
         raise InputError(f"{named} keeps no weights of self-attention: {_ELSE}")
     seen: list[Tensor] = []
     fused = getattr(attention, "fused_attn", False)
-    # The dropout is the one module that the weights pass through.
+    # Only the dropout module receives the attention weights.
     hook = dropout.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         attention.fused_attn = False  # type: ignore[union-attr]

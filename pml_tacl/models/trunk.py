@@ -1,4 +1,4 @@
-"""The trunk: any timm model, or a module of the user's, as one forward to feature maps."""
+"""The trunk: a timm model or any other module, from images to feature maps in one pass."""
 
 from typing import Any, NamedTuple, cast
 
@@ -13,18 +13,18 @@ from pml_tacl.models.weights import Pretrained, create_timm_model, model_data_co
 from pml_tacl.utils.errors import InputError, InputTypeError
 from pml_tacl.utils.modes import evaluating
 
-_USEFUL_STRIDE = 16  # at 32 an image of 224 px has 7 x 7 places: too coarse to point at things
+_USEFUL_STRIDE = 16  # a stride of 32 gives 7 x 7 cells at 224 px: too coarse to locate parts
 _SIZES = {"in_chans", "img_size"}
 
 
 class TrunkOutput(NamedTuple):
-    """What `Trunk` hands to `Embedder`.
+    """Output of `Trunk` and input of `Embedder`.
 
     Attributes:
         features: (N, C, H, W) maps of the last stage.
-        feature_maps: (N, C', H', W') maps of the stage at `feature_index`, which carry attention.
-        pooled: (N, F), the backbone's own embedding, as `timm.create_model(name, num_classes=0)`
-            returns it; None where the trunk was built without it.
+        feature_maps: (N, C', H', W') maps of the stage at `feature_index`, used for attention.
+        pooled: (N, F), the embedding of the backbone, as `timm.create_model(name, num_classes=0)`
+            returns it; None if the trunk was built without it.
     """
 
     features: Tensor
@@ -33,37 +33,38 @@ class TrunkOutput(NamedTuple):
 
 
 class Trunk(nn.Module):
-    """A backbone as one forward pass from images to feature maps, always (N, C, H, W).
+    """Backbone that maps images to feature maps (N, C, H, W) in one forward pass.
 
-    CNNs, ViTs (class, register and other prefix tokens dropped), models that are (N, H, W, C)
-    inside and hybrids all give the same shapes. The classifier head of a timm model is removed, so
-    that no parameter is left without a gradient; a timm module passed in loses its head in place.
-    Where the head starts with a LayerNorm after pooling (ConvNeXt, MaxViT), `head_norm` holds it
-    for an `Embedder` to take; else it is None.
+    CNNs, ViTs (without class, register and other prefix tokens), hybrids and models that work
+    in (N, H, W, C) all give the same shapes. The classifier head of a timm model is removed, so
+    that every parameter gets a gradient. A timm module passed in loses its head in place. If the
+    head starts with a LayerNorm after pooling (ConvNeXt, MaxViT), `head_norm` holds it for the
+    `Embedder`; else `head_norm` is None.
 
     Args:
         backbone: a timm model name; a timm module; or any module that maps (N, C, H, W) images to
             (N, C, H, W) maps, or to a list of such maps, finest first.
         pretrained: False, True (through timm, which may download) or the path of a local
             `.safetensors`, `.pth` or `.bin` state dict. Only with a model name.
-        feature_index: the stage (CNN) or block (ViT) whose maps carry attention, negative from the
-            end. None: the last one with stride 16 or finer, for a plain ViT its last block.
-        freeze_batchnorm: keep running statistics and affine parameters of BatchNorm as they are,
-            also in training mode.
-        stop_at_maps: end at the maps that carry attention, which are then the features too; what
-            comes after them is removed from a timm model.
-        own_pooling: also give `pooled`, by timm's own pooling (average, class token, attention
-            pool) and the norms that belong to it. For a module that is not of timm: the mean of
-            its last maps. None for encoders of timm that have no head to pool by; an `Embedder`
-            then takes the mean of the last maps.
+        feature_index: the stage (CNN) or block (ViT) whose maps are used for attention; negative
+            counts from the end. None: the last one with stride 16 or finer, for a plain ViT its
+            last block.
+        freeze_batchnorm: keep running statistics and affine parameters of BatchNorm fixed, also
+            in training mode.
+        stop_at_maps: end at the maps used for attention, which are then also the features. Later
+            stages are removed from a timm model.
+        own_pooling: also return `pooled`, computed by timm's pooling (average, class token,
+            attention pool) and its norms. For other modules it is the mean of the last maps. It
+            is None for timm encoders without a pooling head; an `Embedder` then takes the mean of
+            the last maps.
         **timm_kwargs: passed to `timm.create_model`: `in_chans`, `img_size`, `dynamic_img_size`,
-            `output_stride`, `drop_path_rate` and so on. With a module only `in_chans` and
-            `img_size`: they say what it takes, where that can not be read off it.
+            `output_stride`, `drop_path_rate` and so on. With a module, only `in_chans` and
+            `img_size` are allowed; give them if they cannot be read from it.
 
     Raises:
-        ValueError: for an unknown name (with the nearest ones), an index that the model does not
-            have, or an argument that does not go with a module.
-        OSError: if weights were asked for and can not be had.
+        ValueError: for an unknown name (the message lists similar names), an index that the model
+            does not have, or an argument that a module does not accept.
+        OSError: if the weights cannot be read or downloaded.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Trunk(nn.Module):
                 f"timm {timm.__version__} gives no feature maps of {backbone!r}: upgrade timm, or "
                 "pass timm.create_model(..., features_only=True)"
             )
-        # The blocks of isotropic models give raw residual streams, which need the last norm.
+        # Blocks of isotropic models return raw residual streams, which need the last norm.
         self._isotropic = len(set(reductions)) == 1
         self.feature_index = _resolve_index(feature_index, reductions)
         self.own_pooling = own_pooling
@@ -120,13 +121,14 @@ class Trunk(nn.Module):
             self._freeze_batchnorm()
 
     def forward(self, images: Tensor) -> TrunkOutput:
-        """Runs the backbone once.
+        """Run the backbone once.
 
         Args:
             images: (N, C, H, W), normalised as `data_config` says.
 
         Raises:
-            ValueError: if the images are no such batch, or the model takes no images of this size.
+            ValueError: if the images have another shape, or the model does not accept images of
+                this size.
         """
         if images.ndim != 4:
             raise InputError(f"images must be (N, C, H, W), got shape {tuple(images.shape)}")
@@ -160,7 +162,7 @@ class Trunk(nn.Module):
         pooled = self._pool(final) if self.own_pooling else None
         features = self._as_maps(final, maps[-1])
         if self.own_pooling and self._isotropic:
-            # These models normalise after pooling; their cells need it to be compared.
+            # These models normalise after pooling; without the norm, cells cannot be compared.
             norm = _norm_after_pooling(self.model)
             if norm is not None:
                 maps = [norm(m.movedim(1, -1)).movedim(-1, 1) for m in maps]
@@ -170,14 +172,14 @@ class Trunk(nn.Module):
         return TrunkOutput(features, maps[0], pooled)
 
     def train(self, mode: bool = True) -> "Trunk":
-        """As in PyTorch, but BatchNorm stays in evaluation mode under `freeze_batchnorm`."""
+        """Set the training mode; with `freeze_batchnorm`, keep BatchNorm in evaluation mode."""
         super().train(mode)
         if self.freeze_batchnorm:
             self._freeze_batchnorm()
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades compute for memory, where timm has it for the model.
+        """Switch gradient checkpointing on or off: more compute, less memory.
 
         Raises:
             ValueError: if the backbone has no gradient checkpointing.
@@ -218,11 +220,14 @@ class Trunk(nn.Module):
     def _pool(self, final: Any) -> Tensor | None:
         try:
             return cast(Tensor, cast(Any, self.model).forward_head(final))
-        except NotImplementedError:  # so say timm's encoders that are not for classification
+        except NotImplementedError:  # raised by timm encoders without a classifier
             return None
 
     def _as_maps(self, final: Any, last: Tensor) -> Tensor:
-        """timm's final features, which are (N, C, H, W), (N, H, W, C) or (N, L, C), as maps."""
+        """Return timm's final features as maps (N, C, H, W).
+
+        They may be (N, C, H, W), (N, H, W, C) or (N, L, C).
+        """
         height, width = last.shape[-2:]
         if isinstance(final, Tensor) and final.ndim == 4:
             return final.permute(0, 3, 1, 2) if self._channels_last(final, last) else final
@@ -237,9 +242,9 @@ class Trunk(nn.Module):
             return here
         return str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
 
-    @torch.inference_mode(False)  # where a user builds models in it, there would be no gradients
+    @torch.inference_mode(False)  # else models built in inference mode would have no gradients
     def _probe(self) -> tuple[TrunkOutput, set[str]]:
-        """One pass without data: the shapes, and the parameters that no output depends on."""
+        """Return the output shapes and the unused parameters, from one pass without data."""
         with evaluating(self):
             state = {
                 name: torch.empty_like(value, device="meta")
@@ -256,7 +261,7 @@ class Trunk(nn.Module):
                     gradients = torch.autograd.grad(
                         total, list(weights.values()), allow_unused=True
                     )
-            except Exception:  # no meta kernel, or data needed; what is wrong shows in a real pass
+            except Exception:  # the meta device is not supported; a real pass reports real errors
                 with torch.no_grad():
                     return self(images.zero_().to(first.device)), set()
             unused = {n for n, g in zip(weights, gradients, strict=True) if g is None}
@@ -286,7 +291,7 @@ def _resolve_index(feature_index: int | None, reductions: list[int]) -> int | No
 
 
 def _norm_after_pooling(model: nn.Module) -> nn.LayerNorm | None:
-    """Return the norm that average-pooled ViTs apply after pooling instead of before it."""
+    """Return the norm that average-pooled ViTs apply after pooling; None for other models."""
     norm, after = getattr(model, "norm", None), getattr(model, "fc_norm", None)
     if isinstance(norm, nn.Identity) and isinstance(after, nn.LayerNorm):
         return after
@@ -313,7 +318,7 @@ def _head_norm(model: nn.Module, num_features: int) -> nn.LayerNorm | None:
 
 
 def _remove_unused(model: nn.Module, unused: set[str]) -> None:
-    """Takes out the modules of which no parameter matters (a head), freezes single parameters."""
+    """Remove modules whose parameters are all unused (such as a head); freeze single parameters."""
     removed: list[str] = []
     for name, module in list(model.named_modules()):
         inside = [f"{name}.{key}" for key, _ in module.named_parameters()]

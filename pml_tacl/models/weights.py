@@ -1,4 +1,4 @@
-"""Creating timm models and getting weights into them."""
+"""Create timm models and load weights into them."""
 
 import difflib
 from collections import Counter
@@ -20,17 +20,17 @@ from pml_tacl.utils.errors import InputError, InputTypeError
 Pretrained: TypeAlias = bool | str | PathLike[str]
 
 _OURS = ("num_classes", "features_only", "pretrained_cfg", "pretrained_cfg_overlay")
-# Files in which timm looks for weights in a repository of the hub.
+# Names of the weight files that timm looks for in a repository of the hub.
 _HUB_FILES = (
     "model.safetensors",
     "pytorch_model.bin",
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-_SECONDS = 5.0  # to wait for the hub's first answer
-# Of networks that are trained in pairs, the one that is used afterwards.
+_SECONDS = 5.0  # to wait for the first response of the hub
+# If a file holds two networks that were trained as a pair, the names of the one to use.
 _USED = ("ema", "teacher", "q", "online", "student", "base")
-# Single tensors of trainings that no backbone needs.
+# Single tensors that are used only in training, not by the backbone.
 _LOOSE = (
     "mask_token", "logit_scale", "logit_bias", "queue", "queue_ptr",
     "n_averaged", "num_updates", "initted", "step", "decay",  # counters of averaged weights
@@ -39,20 +39,21 @@ _NETWORK_PACKAGES = {"huggingface_hub", "httpx", "httpx2", "requests", "urllib3"
 
 
 def create_timm_model(name: str, pretrained: Pretrained, timm_kwargs: dict[str, Any]) -> nn.Module:
-    """A timm model without classifier, with the weights that `pretrained` asks for.
+    """Return a timm model without classifier, with the weights selected by `pretrained`.
 
     Args:
-        name: a timm model name, with or without a weights tag (`resnet50.a1_in1k`). With `timm/` or
-            `hf-hub:timm/` before it, as the hub's pages write it, it is the same model; another
-            repository of the hub is `hf-hub:OWNER/NAME`, a folder `local-dir:FOLDER`.
-        pretrained: False, True (through timm) or a path to a local state dict, which may hold the
-            backbone behind a prefix or in a dict (`module.`, `backbone.`, `teacher`), and heads.
+        name: a timm model name, with or without a weights tag (`resnet50.a1_in1k`). A prefix
+            `timm/` or `hf-hub:timm/`, as on the pages of the hub, does not change the model. For
+            another repository of the hub give `hf-hub:OWNER/NAME`, for a folder
+            `local-dir:FOLDER`.
+        pretrained: False, True (through timm) or a path to a local state dict. It may contain the
+            backbone under a prefix or in a dict (`module.`, `backbone.`, `teacher`), and heads.
         timm_kwargs: further arguments of `timm.create_model`.
 
     Raises:
         ValueError: for an unknown name, or weights that do not fit the model.
-        OSError: if the weights can not be read or downloaded.
-        TypeError: for an argument that the model does not take.
+        OSError: if the weights cannot be read or downloaded.
+        TypeError: for an argument that the model does not accept.
     """
     for key in _OURS:
         if key in timm_kwargs:
@@ -68,7 +69,7 @@ def create_timm_model(name: str, pretrained: Pretrained, timm_kwargs: dict[str, 
 
 
 def _known_name(name: str) -> str:
-    """The name as timm takes it: without the hub where timm knows the model itself."""
+    """Return the name for timm: without the hub prefix if timm knows the model itself."""
     source, colon, repository = name.partition(":")
     if colon and source.lower() in ("hf-hub", "hf_hub"):
         hub = repository
@@ -80,7 +81,7 @@ def _known_name(name: str) -> str:
         _check_name(name)
         return name
     plain = hub.removeprefix("timm/")
-    with suppress(RuntimeError):  # a tag that this timm does not know
+    with suppress(RuntimeError):  # this version of timm does not know the tag
         if plain != hub and timm.get_pretrained_cfg(plain) is not None:
             return plain
     return f"hf-hub:{hub}"
@@ -104,7 +105,7 @@ def _create(name: str, known: str, timm_kwargs: dict[str, Any]) -> nn.Module:
             _check_reachable(known, timm_kwargs)
         return cast(nn.Module, timm.create_model(known, num_classes=0, **timm_kwargs))
     except Exception as error:
-        if isinstance(error, RuntimeError):  # such as a tag that timm does not know
+        if isinstance(error, RuntimeError):  # for example an unknown tag
             raise InputError(f"backbone={name!r}: {_one_line(error, 200)}") from error
         if not known.startswith(("hf-hub:", "local-dir:")) or not _is_of_files(error):
             raise
@@ -124,7 +125,7 @@ def _create_downloaded(name: str, known: str, timm_kwargs: dict[str, Any]) -> nn
             raise
         if not known.startswith("hf-hub:"):
             with suppress(OSError):
-                _create(name, known, timm_kwargs)  # another argument may be wrong as well
+                _create(name, known, timm_kwargs)  # raises if another argument is wrong, too
         raise OSError(
             f"pretrained=True: no weights for {name!r} ({_one_line(error, 120)}); without a "
             "network pass a local file, pretrained='weights.safetensors', or pretrained=False (in "
@@ -138,10 +139,12 @@ def _is_of_files(error: Exception) -> bool:
 
 
 def _check_reachable(known: str, timm_kwargs: dict[str, Any]) -> None:
-    """Ask the hub once, where a file is not there yet; timm asks for most of a minute.
+    """Check once that the hub can be reached if a file is not cached.
+
+    timm itself would retry for most of a minute.
 
     Raises:
-        OSError or an error of the network's: if there is no answer.
+        OSError or a network error: if there is no response.
     """
     if known.startswith("local-dir:"):
         return
@@ -150,7 +153,7 @@ def _check_reachable(known: str, timm_kwargs: dict[str, Any]) -> None:
     else:
         try:
             cfg = timm.get_pretrained_cfg(known)
-        except RuntimeError:  # timm says it better
+        except RuntimeError:  # timm raises a clearer error later
             return
         hub = str(cfg.hf_hub_id or "") if cfg is not None else ""
         names = [str(cfg.hf_hub_filename)] if hub and cfg.hf_hub_filename else [*_HUB_FILES]
@@ -165,7 +168,7 @@ def _check_reachable(known: str, timm_kwargs: dict[str, Any]) -> None:
     try:
         get_hf_file_metadata(hf_hub_url(repository, names[0], **where), timeout=_SECONDS)
     except Exception as error:
-        if getattr(error, "response", None) is None:  # else there was an answer: timm's turn
+        if getattr(error, "response", None) is None:  # else the hub responded, and timm handles it
             raise
 
 
@@ -189,8 +192,8 @@ def _create_from_file(name: str, known: str, path: Path, timm_kwargs: dict[str, 
         empty = _create(name, known, timm_kwargs)
     wrong = f"pretrained={str(path)!r} does not fit {name!r}: "
     state, filled = _weights_for(empty, content, wrong)
-    # Equal class counts make timm load strictly, after its own renaming and resizing. Without
-    # any source but the weights it can not go elsewhere.
+    # Equal class counts make timm load strictly, after its own renaming and resizing. Empty
+    # sources keep it from loading other weights.
     nowhere = ("file", "url", "hf_hub_id", "hf_hub_filename")
     settings = {"num_classes": 0, "label_offset": 0, "custom_load": False, "source": ""}
     overlay = {**dict.fromkeys(nowhere), **settings, "state_dict": dict(state)}
@@ -206,28 +209,27 @@ def _create_from_file(name: str, known: str, path: Path, timm_kwargs: dict[str, 
         elif "trunk" in content or any(key.startswith("trunk.model.") for key in content):
             text += "; AttentionEmbedder.from_pretrained(FOLDER) loads a saved model as it is"
         raise InputError(wrong + text) from error
-    model.pretrained_cfg.pop("state_dict", None)  # it would travel with every copy of the model
+    model.pretrained_cfg.pop("state_dict", None)  # else every copy of the model would contain it
     return cast(nn.Module, model)
 
 
 def _weights_for(
     empty: nn.Module, content: dict[str, Any], wrong: str
 ) -> tuple[dict[str, Tensor], int]:
-    """The tensors of a file that are a backbone's, under its names, and how many fit by name.
+    """Return the tensors of a file that belong to a backbone, and the number that match by name.
 
-    Where most names of the backbone are found behind one prefix (`module.`, `backbone.`,
-    `teacher`, ...), that is taken off, and what is not of the backbone's modules is left out:
-    heads, projections, queues. Else the names may be foreign ones that timm translates, and all
-    go to it.
+    If most names of the backbone are found under one prefix (`module.`, `backbone.`, `teacher`,
+    ...), remove the prefix and leave out tensors of other modules (heads, projections, queues).
+    Otherwise return all tensors: timm can translate some other naming schemes.
 
     Args:
         empty: the backbone.
-        content: what the file holds, tensors and dicts of them.
+        content: content of the file: tensors and dicts of them.
         wrong: start of an error message.
 
     Raises:
-        ValueError: if there is no tensor, or several networks fit and none of them is known to be
-            the one that is used.
+        ValueError: if there are no tensors, or if several networks fit and it is unknown which
+            one to use.
     """
     wanted = empty.state_dict().keys()
     networks = dict(_networks("", content))
@@ -261,7 +263,7 @@ def _weights_for(
 
 
 def _prefixes(tensors: dict[str, Tensor], wanted: Collection[str]) -> Counter[str]:
-    """How many names are found behind each prefix."""
+    """Count the names that are found under each prefix."""
     found: Counter[str] = Counter()
     for key in tensors:
         parts = key.split(".")
@@ -272,7 +274,7 @@ def _prefixes(tensors: dict[str, Tensor], wanted: Collection[str]) -> Counter[st
 
 
 def _networks(place: str, content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Dicts of tensors at any depth, with where they are."""
+    """Yield the dicts of tensors at any depth, with their position as a prefix."""
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if tensors:
         yield place, tensors
@@ -282,21 +284,22 @@ def _networks(place: str, content: dict[str, Any]) -> Iterator[tuple[str, dict[s
 
 
 def _rank(place: str) -> int:
-    """Which of several copies of a network to use: the first of _USED that is part of its name."""
+    """Return the rank of a copy of a network: the index in _USED of the first word in its name."""
     parts = place.replace("_", ".").split(".")
     return next((at for at, word in enumerate(_USED) if word in parts), len(_USED))
 
 
 def model_data_config(model: nn.Module, timm_kwargs: dict[str, Any], named: bool) -> dict[str, Any]:
-    """timm's data config of a model, with the channels and the size that it was built for.
+    """Return timm's data config of a model, with the channels and image size it was built for.
 
     Args:
         model: the model.
-        timm_kwargs: of these `in_chans` and `img_size`.
-        named: whether timm built it under a name; else its first convolution tells the channels.
+        timm_kwargs: arguments of which `in_chans` and `img_size` are read.
+        named: whether timm built the model from a name; else the number of channels is read from
+            its first convolution.
 
     Returns:
-        `input_size` (C, H, W), `interpolation`, `mean`, `std` (one each a channel), `crop_pct`,
+        `input_size` (C, H, W), `interpolation`, `mean`, `std` (one per channel), `crop_pct`,
         `crop_mode`.
     """
     config = dict(resolve_data_config({}, model=model))
@@ -334,5 +337,5 @@ def _one_line(error: BaseException, limit: int) -> str:
 
 
 def flat_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    """A state dict as safetensors takes it: contiguous tensors that share no memory."""
+    """Return a state dict for safetensors: contiguous tensors that share no memory."""
     return {key: value.detach().clone().contiguous() for key, value in state.items()}

@@ -1,4 +1,4 @@
-"""Images on one another's background, on whole batches."""
+"""Swap the backgrounds of the images in a batch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from pml_tacl.functional import to_image
-from pml_tacl.functional.background import figure_scores
+from pml_tacl.functional.background import foreground_scores
 from pml_tacl.utils.checks import as_numbers, as_pair, check_number
 from pml_tacl.utils.errors import InputError, InputTypeError
 
 
 def as_offset(cell_offset: Sequence[float]) -> tuple[float, float]:
-    """(x, y) in cells as floats; ValueError unless both lie within a cell or two."""
+    """Return (x, y) in cells as floats; raise ValueError if one is outside [-2, 2]."""
     pair = as_numbers(cell_offset)
     if len(pair) == 2 and all(abs(value) <= 2 for value in pair):
         return pair[0], pair[1]
@@ -24,12 +24,12 @@ def as_offset(cell_offset: Sequence[float]) -> tuple[float, float]:
 
 
 class SwapOutput(NamedTuple):
-    """What `BackgroundSwap` returns.
+    """Output of `BackgroundSwap`.
 
     Attributes:
-        images: (N, C, H, W), the batch with backgrounds swapped, dtype as given.
-        masks: (N, H, W) in [0, 1], float32: how much of each pixel is the image's own; 1
-            everywhere in an image that was not swapped.
+        images: (N, C, H, W), the batch with backgrounds swapped, in the dtype of the input.
+        masks: (N, H, W) in [0, 1], float32: how much of each pixel is kept; 1 everywhere in
+            images that were not swapped.
         swapped: (N,) bool: which images were swapped.
     """
 
@@ -39,29 +39,30 @@ class SwapOutput(NamedTuple):
 
 
 class BackgroundSwap(nn.Module):
-    """Keep what is distinctive in each image and put it on another image's background.
+    """Keep the foreground of each image and replace its background by that of another image.
 
     After Li et al. 2020 (attention to what is discriminative between classes and consistent
-    within them); the definition is ours: `m * x + (1 - m) * x_other`, with a soft mask m. The
-    attention pattern must survive the swap, so weigh the cells of an attention loss by what was
-    kept: `cell_weights(output.masks, grid)`, and with `sample_at_points` of the second view's
-    masks if that was swapped too.
+    within them). The definition is our own: `m * x + (1 - m) * x_other`, with a soft mask m. In an
+    attention loss, weight the cells by how much of them was kept, so that replaced cells do not
+    count: `cell_weights(output.masks, grid)`. If the second view was swapped too, multiply by
+    `sample_at_points` of its masks.
 
     Args:
-        probability: of each image being swapped, in [0, 1].
-        mask: "border" keeps what does not look like the image's own border, "distinctive" what it
-            has not in common with other clusters: `sigmoid(sharpness * z)`, where z is the negated
-            `border_similarity` or `background_score`, standardised within each image and upsampled
-            to its size. "centred" keeps the middle: a Gaussian, 1 at the centre.
-        sharpness: of the masks that come from maps, above 0; the larger, the nearer to hard.
-        sigma: deviation of the "centred" mask as a fraction of the image's sides, above 0.
-        cell_offset: where the cells of the maps look, (x, y) in cells off their middle, as of
-            `AttentionEmbedder.cell_offset`.
-        empty: first paint over what the other image keeps, with the colours around it, so that
-            its object does not show beside the own one. False takes it as it is.
+        probability: probability of swapping each image, in [0, 1].
+        mask: "border" keeps cells that do not look like the image's own border. "distinctive"
+            keeps cells that do not match images of other clusters. Both are
+            `sigmoid(sharpness * z)`, where z is the negated `border_similarity` or
+            `background_score`, standardised within each image and upsampled to its size.
+            "centred" keeps the middle: a Gaussian, 1 at the centre.
+        sharpness: of the masks computed from maps, above 0; larger values give harder masks.
+        sigma: standard deviation of the "centred" mask as a fraction of the image's sides, above 0.
+        cell_offset: offset (x, y) of receptive-field centres from their cell centres, in cells,
+            from `AttentionEmbedder.cell_offset`.
+        empty: before the swap, paint over the foreground of the other image with the colours
+            around it, so that its object does not appear beside the kept one. False skips this.
 
     Raises:
-        ValueError: for an argument out of its range.
+        ValueError: for an argument out of range.
 
     Example:
         >>> swap = BackgroundSwap(probability=0.7, mask="centred")
@@ -100,23 +101,23 @@ class BackgroundSwap(nn.Module):
     ) -> SwapOutput:
         """Swap the backgrounds of some images of a batch.
 
-        Every swapped image gets those of another one; a single image cannot, and is returned as
-        it is. Nothing here waits for the device.
+        Each swapped image gets the background of another image. A batch of a single image is
+        returned unchanged. No step synchronises with the device.
 
         Args:
             images: (N, C, H, W), of a floating dtype, normalised or not.
-            background: (N, h, w), of each image's own feature map: `border_similarity` or
-                `background_score` of `pml_tacl.functional`; the "centred" mask does not read it.
-                Where it is constant the mask is 1/2.
-            generator: source of the random numbers; the default one of the images' device if
-                None. One on the CPU gives the same draws for every device.
+            background: (N, h, w), `border_similarity` or `background_score` (from
+                `pml_tacl.functional`) of each image's feature map; not used by the "centred"
+                mask. A constant map gives a mask of 1/2.
+            generator: random number generator; None takes the default one of the images' device.
+                A generator on the CPU gives the same draws on every device.
 
         Returns:
             SwapOutput(images, masks, swapped).
 
         Raises:
             TypeError: if images are not of a floating dtype.
-            ValueError: if shapes do not fit, or background is missing.
+            ValueError: if shapes do not match, or background is missing.
         """
         if images.ndim != 4:
             raise InputError(f"images must have the shape (N, C, H, W), got {tuple(images.shape)}")
@@ -131,7 +132,7 @@ class BackgroundSwap(nn.Module):
         draws = torch.rand(2, count, generator=generator, device=device)
         draws = draws.to(images.device, non_blocking=True)
         swapped = (draws[0] < self.probability) & (count > 1)
-        # Everyone takes from the next in a random circle: no image meets itself.
+        # Each image takes from the next one in a random cycle, so never from itself.
         order = draws[1].argsort()
         partner = torch.empty_like(order).scatter_(0, order, order.roll(1))
         masks = torch.where(swapped[:, None, None], keep, 1.0)
@@ -142,7 +143,7 @@ class BackgroundSwap(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The arguments, for print()."""
+        """Return the arguments, for print()."""
         return (
             f"probability={self.probability}, mask={self.mask!r}, "
             f"sharpness={self.sharpness}, sigma={self.sigma}, cell_offset={self.cell_offset}, "
@@ -159,7 +160,7 @@ class BackgroundSwap(nn.Module):
                 f"background must have the shape (N, h, w) with N = {len(images)} images, "
                 f"got {tuple(background.shape)}"
             )
-        z = figure_scores(background.float())
+        z = foreground_scores(background.float())
         height, width = images.shape[-2:]
         z = to_image(z, (height, width), self.cell_offset)
         return torch.sigmoid(self.sharpness * z)
@@ -173,9 +174,10 @@ class BackgroundSwap(nn.Module):
 
 
 def emptied(images: Tensor, keep: Tensor) -> Tensor:
-    """Images (N, C, H, W) with what masks (N, H, W) keep painted over by what lies around it.
+    """Paint over the foreground of images (N, C, H, W), given by masks (N, H, W).
 
-    The colours are means over ever larger squares, each where the smaller ones hold too little.
+    The colours are background means over squares of increasing size. A larger square is used
+    where the smaller ones contain too little background.
     """
     height, width = images.shape[-2:]
     # A rim wider, or the object's own edge would colour its place.
@@ -195,14 +197,14 @@ def emptied(images: Tensor, keep: Tensor) -> Tensor:
 
 
 def cell_weights(masks: Tensor, grid: int | Sequence[int]) -> Tensor:
-    """How much of each grid cell was kept: the weights of an attention loss.
+    """Return how much of each grid cell was kept, as the weights of an attention loss.
 
     Args:
-        masks: (N, H, W) in [0, 1], of `BackgroundSwap`.
-        grid: cells, (rows, columns) or an int for both, as of `SiameseTransform`.
+        masks: (N, H, W) in [0, 1], from `BackgroundSwap`.
+        grid: number of cells, (rows, columns) or an int for both, as in `SiameseTransform`.
 
     Returns:
-        (N, rows * columns), the mean of the mask over each cell, row by row.
+        (N, rows * columns), the mean of the mask over each cell, in row-major order.
 
     Raises:
         ValueError: if masks are not (N, H, W), or grid is not positive.

@@ -1,4 +1,4 @@
-"""Points that follow torchvision's geometric transforms exactly, and know when they are lost."""
+"""Points that follow torchvision's geometric transforms exactly; lost points become NaN."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ _ELASTIC_STEPS = 20
 
 
 class CellPoints(tv_tensors.KeyPoints):  # type: ignore[misc]
-    """KeyPoints in continuous coordinates: 0 is the canvas' left edge, its width the right one.
+    """KeyPoints in continuous coordinates: x is 0 at the left edge and the width at the right edge.
 
-    Two things differ from torchvision's KeyPoints. A place outside the canvas is gone from the
-    image, so its point becomes NaN and stays it, though a later step would turn it back in.
-    And the kernels that do not move points as they move pixels (flips count pixels, elastic
-    rounds and reverses the field only roughly, expanding rotations and padding centre crops
-    round the canvas otherwise) are replaced.
+    They differ from torchvision's KeyPoints in two ways. A point outside the canvas is lost: it
+    becomes NaN and stays NaN, even if a later step would move it back. And some kernels of
+    torchvision do not move points exactly as they move pixels, so they are replaced here: flips
+    (they count pixels), elastic (it rounds, and inverts the field only roughly), and expanding
+    rotations and padding centre crops (they round the canvas differently).
     """
 
     @classmethod
     def like(cls, places: Tensor, points: CellPoints, **kwargs: Any) -> CellPoints:
-        """Plain places (G, 2) as points, on the canvas of others unless `canvas_size` is given."""
+        """Return plain positions (G, 2) as points, on the canvas of `points` or `canvas_size`."""
         wrapped: CellPoints = tv_tensors.wrap(places, like=points, **kwargs)
         return wrapped
 
     def visible(self) -> Tensor:
-        """The places (G, 2), plain, with NaN for those outside the canvas."""
+        """Return plain positions (G, 2), with NaN for points outside the canvas."""
         places: Tensor = self.as_subclass(torch.Tensor)
         height, width = self.canvas_size
         inside = (places >= 0) & (places <= places.new_tensor([width, height]))
@@ -72,7 +72,7 @@ def _rotate(
     )
     if not expand:
         return CellPoints.like(turned, points)
-    # torchvision keeps the size of the expanded canvas to itself; an empty image tells it.
+    # torchvision does not return the size of the expanded canvas; rotate an empty image.
     blank = torch.zeros(1, height, width, dtype=torch.uint8)
     size = tvf.rotate(blank, angle, expand=True, center=center).shape[-2:]
     shift = turned.new_tensor([(size[1] - width) / 2, (size[0] - height) / 2])
@@ -82,7 +82,7 @@ def _rotate(
 def _center_crop(points: CellPoints, output_size: int | Sequence[int]) -> CellPoints:
     pair = [output_size] if isinstance(output_size, int) else list(output_size)
     crop = (pair[0], pair[-1])
-    # Pixels: first padded to at least the crop, the odd one right and below, then cropped.
+    # torchvision pads to at least the crop (an odd pixel goes right and below), then crops.
     shift = [
         (wanted - side) // 2 if wanted > side else -round((side - wanted) / 2)
         for wanted, side in zip(crop, points.canvas_size, strict=True)
@@ -102,11 +102,11 @@ def _elastic(points: CellPoints, displacement: Tensor, **_: Any) -> CellPoints:
         step = nnf.grid_sample(field, grid, padding_mode="border", align_corners=False)
         return place + step[0, :, 0].T
 
-    # The image at q shows the place q + displacement(q): solve that for q, step by step.
+    # Output position q shows input position q + displacement(q): solve for q by iteration.
     place = target
     for _step in range(_ELASTIC_STEPS):
         place = place + (target - shown(place))
-    # Where the field folds, a place is seen several times or never, and the steps do not settle.
+    # Where the field folds, a position appears several times or never: the iteration diverges.
     lost = ((shown(place) - target) * half).abs().amax(-1, keepdim=True) > 0.5
     return CellPoints.like(torch.where(lost, torch.nan, (place + 1) * half), points)
 

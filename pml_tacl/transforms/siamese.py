@@ -1,7 +1,7 @@
-"""Images to training views: two views with tracked points, and swapped backgrounds.
+"""Two training views of an image, with tracked points.
 
-`SiameseTransform` works on one image (in a data set, on the CPU), `BackgroundSwap` on a whole
-batch (on the device).
+`SiameseTransform` works on one image (in a data set, on the CPU). `BackgroundSwap` works on a
+whole batch (on the device).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from pml_tacl.utils.images import AnyImage, to_rgb
 if TYPE_CHECKING:
     from pml_tacl.models import AttentionEmbedder
 
-# Where points without a place in the second view go: far outside [-1, 1], yet finite.
+# Position of points that are not in the second view: far outside [-1, 1], but finite.
 _NOWHERE = 1e4
 
 
 def _default_photometric() -> v2.Compose:
-    # No hue: it costs 5 times the rest together, and colour often tells classes apart.
+    # No hue: it takes 5 times as long as all the others, and colour often separates classes.
     return v2.Compose(
         [
             v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4)], p=0.8),
@@ -42,42 +42,43 @@ def _default_photometric() -> v2.Compose:
 
 
 class SiameseTransform:
-    """Two random views of an image, and where each place of the first lies in the second.
+    """Transform from an image to two random views, and points that connect them.
 
-    After Li et al. 2020 (images compared with their transformed selves); the definition is ours.
-    The first view is a random resized crop and nothing else, so that its grid cells are known
-    exactly in the image. The second is a crop of its own, perhaps mirrored, then `geometric`;
-    each view then gets its own draw of `photometric`, and is normalised.
+    The points are the positions of the first view's grid cells in the second view. After Li et
+    al. 2020 (images compared with their transformed versions); the definition is our own. The
+    first view is a random resized crop. The second view is another crop, mirrored with
+    probability 1/2 and passed through `geometric`. Each view then gets its own random draw of
+    `photometric` and is normalised.
 
     Random numbers come from torch's global generator: `torch.manual_seed` makes a call
     reproducible, and the workers of a DataLoader are seeded from its `generator` argument.
 
     Args:
         size: height and width of both views, in pixels; an int makes them square.
-        grid: cells of the first view, (rows, columns) or an int for both; the size of the feature
-            maps that the points are meant for.
-        crop_scale: least and greatest area of a crop, as a fraction of the image's, in (0, 1].
-            None takes the largest centred box of the views' shape, for both views.
-        crop_ratio: least and greatest width / height of a crop, before it is resized.
-        geometric: transforms of torchvision.transforms.v2, or any callable that takes
-            (tv_tensors.Image, tv_tensors.KeyPoints) and returns both. Called on the second view
-            after its crop, so that amounts in pixels are in pixels of the view; the points count
-            from the view's left and upper edge, and are NaN where the crop left a place out. A
-            view of another size is resized to `size`.
-        photometric: transforms of the pixels alone, on uint8 tensors (3, H, W); they must leave
-            everything in its place. "default" is colour jitter, some grey and some mild blur;
-            None is nothing.
-        flip: whether every other second view is mirrored left to right. Switch it off for
-            images that mean something else mirrored, as letters do.
-        mean: subtracted from each channel, of values in [0, 1]. ImageNet's by default.
+        grid: number of cells of the first view, (rows, columns) or an int for both: the size of
+            the feature maps of the model.
+        crop_scale: smallest and largest area of a crop, as a fraction of the image, in (0, 1].
+            None takes the largest centred box with the shape of the views, for both views.
+        crop_ratio: smallest and largest width / height of a crop, before it is resized.
+        geometric: transforms from torchvision.transforms.v2, or any callable that takes
+            (tv_tensors.Image, tv_tensors.KeyPoints) and returns both. It is called on the second
+            view after its crop, so amounts in pixels are pixels of the view. The points count
+            from the left and upper edges of the view, and are NaN outside the crop. A view of
+            another size is resized to `size`.
+        photometric: transforms that change only the values of pixels, on uint8 tensors
+            (3, H, W). "default" is colour jitter, occasional grey and occasional mild blur; None
+            applies none.
+        flip: whether to mirror half of the second views left to right. Switch it off if
+            mirrored images have another meaning, as letters do.
+        mean: subtracted from each channel, for values in [0, 1]. Default: ImageNet.
         std: divides each channel afterwards.
-        interpolation: of the crops' resizing, "bilinear" or "bicubic" or "nearest".
-        cell_offset: where the cells of the feature maps look, (x, y) in cells off their middle:
-            `AttentionEmbedder.cell_offset`. Most convolutional networks look half a cell up and
-            left, which a flip turns into a whole cell between the views.
+        interpolation: of the resized crops, "bilinear", "bicubic" or "nearest".
+        cell_offset: offset (x, y) of receptive-field centres from their cell centres, in cells:
+            `AttentionEmbedder.cell_offset`. Most convolutional networks are offset by half a
+            cell up and left; a flip doubles that between the views.
 
     Raises:
-        ValueError: at once, for an argument out of its range.
+        ValueError: at construction, for an argument out of range.
 
     Example:
         >>> transform = SiameseTransform(size=64, grid=8, geometric=v2.RandomRotation(20))
@@ -133,13 +134,13 @@ class SiameseTransform:
         self.lay_cells(cell_offset)
 
     def lay_cells(self, cell_offset: Sequence[float]) -> None:
-        """Set where the cells of the feature maps look.
+        """Set the offset of receptive-field centres.
 
         Args:
-            cell_offset: (x, y) in cells off their middle, as of the class.
+            cell_offset: (x, y) in cells from the cell centres, see the class.
 
         Raises:
-            ValueError: if it is no pair of numbers in [-2, 2].
+            ValueError: if it is not a pair of numbers in [-2, 2].
         """
         rows, columns = self.grid
         y, x = torch.meshgrid(
@@ -148,28 +149,28 @@ class SiameseTransform:
             indexing="ij",
         )
         self.cell_offset = as_offset(cell_offset)
-        # Off the middle of a cell, as fractions of a view's sides.
+        # Offset from the cell centre, as fractions of the sides of a view.
         self._off = torch.tensor(self.cell_offset) / torch.tensor([columns, rows])
-        # Where the cells look, row by row, as fractions of the first view's sides.
+        # Receptive-field centres in row-major order, as fractions of the first view's sides.
         self._centres = torch.stack((x, y), dim=-1).view(-1, 2) + self._off
 
     @classmethod
     def for_model(
         cls, model: AttentionEmbedder, size: int | Sequence[int], **kwargs: Any
     ) -> SiameseTransform:
-        """Views as a model takes them: its mean and std, its grid, and where its cells look.
+        """Return a transform with the mean, std, grid and cell offset of a model.
 
-        The cell offset of a pretrained model is measured through its weights, which can move it
-        by a third of a cell; that of a model from scratch follows from its layers.
+        For a pretrained model the cell offset is measured with its weights, which can change it
+        by a third of a cell. For a model from scratch it follows from the layers.
 
         Args:
-            model: whose maps the points are meant for.
+            model: the model that will process the views.
             size: height and width of both views, in pixels; an int makes them square.
-            **kwargs: the other arguments; those that the model gives can be given too.
+            **kwargs: the other arguments of the class; they override those of the model.
 
         Raises:
-            TypeError: for a model that is no AttentionEmbedder, and does not tell what it takes.
-            ValueError: for an argument out of its range, or a model that takes no images of 3
+            TypeError: if the model is not an AttentionEmbedder and does not have its methods.
+            ValueError: if an argument is out of range, or the model does not accept images of 3
                 channels or of that size.
         """
         if not all(hasattr(model, name) for name in ("data_config", "grid", "cell_offset")):
@@ -190,27 +191,29 @@ class SiameseTransform:
         return cls(shape, **(own | kwargs))
 
     def __call__(self, image: AnyImage) -> tuple[Tensor, Tensor, Tensor]:
-        """Make the two views of an image.
+        """Return two views of an image and the points that connect them.
 
         Args:
             image: a PIL image of any mode, or an array or tensor (H, W), (H, W, C) or (C, H, W) of
-                uint8, wider integers, or floats in [0, 1]: what
-                :func:`pml_tacl.utils.images.to_rgb` takes, and as it converts it.
+                uint8, wider integers, or floats in [0, 1]. It is converted by
+                :func:`pml_tacl.utils.images.to_rgb`.
 
         Returns:
-            view (3, S, S) and transformed view (3, S, S), float32, normalised; points
-            (rows * columns, 2), float32: where the centre of each cell of the first view, row by
-            row, lies in the second's maps, as (x, y) in [-1, 1] of grid_sample with
-            align_corners=False. Points outside that range are not visible.
+            View (3, H, W) and transformed view (3, H, W), float32, normalised, and points
+            (rows * columns, 2), float32. Each point is the position of one cell centre of the
+            first view, in row-major order, in the feature maps of the second view. It is (x, y)
+            in [-1, 1] for grid_sample with align_corners=False. Points outside that range are
+            not visible.
 
         Raises:
-            TypeError: if image is none of these.
-            ValueError: as of `to_rgb`, or if a transform changes what it must not.
+            TypeError: if the image has another type.
+            ValueError: if `to_rgb` cannot convert it, if `photometric` changes the shape, or if
+                `geometric` changes the channels or the number of points.
         """
         source = tvf.pil_to_tensor(to_rgb(image))
         view, (top, left, height, width) = self._crop(source)
         other, (other_top, other_left, other_height, other_width) = self._crop(source)
-        # From fractions of the first view to fractions of the second, through the image.
+        # Convert fractions of the first view to fractions of the second, through the image.
         scale = torch.tensor([width / other_width, height / other_height])
         offset = torch.tensor([(left - other_left) / other_width, (top - other_top) / other_height])
         points = torch.addcmul(offset, self._centres, scale)
@@ -219,7 +222,7 @@ class SiameseTransform:
             points[:, 0] = 1 - points[:, 0]
         if self.geometric is not None:
             other, points = self._move(other, points)
-        # In the second view's maps that place stands as far off the middle of a cell again.
+        # The maps of the second view have the same offset.
         points = (points - self._off).mul_(2).sub_(1)
         return self._finish(view), self._finish(other), points
 
@@ -243,7 +246,7 @@ class SiameseTransform:
         assert self.geometric is not None
         height, width = self.size
         tracked = CellPoints(points * torch.tensor([width, height]), canvas_size=self.size)
-        # What this crop left out is gone, even if a turn of the view brings its place back in.
+        # Points outside the crop are lost, even if a rotation would move them back.
         tracked = CellPoints.like(tracked.visible(), tracked)
         result = self.geometric(tv_tensors.Image(view), tracked)
         moved, places = result if isinstance(result, Sequence) and len(result) == 2 else (0, 0)

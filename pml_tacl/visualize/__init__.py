@@ -1,9 +1,10 @@
-"""Figures: what a model attends to, what it retrieves, and how training went.
+"""Figures of the attention of a model, its retrieved images, and its training.
 
-Every function returns a :class:`matplotlib.figure.Figure` that pyplot knows nothing of: no window
-opens, no backend changes, nothing has to be closed. A notebook shows it, :func:`save_figure`
-writes it. Images are RGB: PIL images, uint8, or floating point in [0, 1], as (N, H, W, 3),
-(N, 3, H, W) or a list of any sizes; an image still normalised for a network is refused.
+Every function returns a :class:`matplotlib.figure.Figure` that is independent of pyplot: it opens
+no window, changes no backend, and does not have to be closed. A notebook shows the figure, and
+:func:`save_figure` writes it. Images are RGB: PIL images, uint8, or floats in [0, 1], as
+(N, H, W, 3), (N, 3, H, W) or a list of images of any sizes. An image that is still normalised for
+a network raises ValueError.
 """
 
 from pml_tacl.utils.errors import MissingPackageError

@@ -1,4 +1,4 @@
-"""Figures of attention: over an image, across a pair, across a query and its neighbours."""
+"""Figures of attention: over an image, for a pair, and for a query and its neighbours."""
 
 from collections.abc import Sequence
 
@@ -34,24 +34,26 @@ def attention_overlay(
     columns: int | None = None,
     cell_offset: tuple[float, float] = (0.0, 0.0),
 ) -> Figure:
-    """Image, attention map and the map laid over the image, for each image.
+    """Draw each image, its attention map, and the map over the image.
 
-    Each map is stretched to its own minimum and maximum, so colours compare places within an
-    image and not across images; an even map is drawn in the middle colour.
+    Each map is scaled to its own minimum and maximum. Colours can therefore be compared within
+    an image, but not between images. A constant map is drawn in the middle colour.
 
     Args:
         images: N images.
         attention: (N, h, w), any finite values; upsampled bilinearly for the overlay.
         titles: N titles.
-        columns: images on one line, at least 1; by default 2, or 1 for a single image.
-        cell_offset: (x, y) in cells, where they look, as of :meth:`AttentionEmbedder.cell_offset`.
+        columns: images per line, at least 1; by default 2, or 1 for a single image.
+        cell_offset: offset (x, y) of receptive-field centres, in cells, from
+            :meth:`AttentionEmbedder.cell_offset`.
 
     Returns:
         A figure with three axes for each image, in order.
 
     Raises:
-        ValueError: no image, counts or shapes that do not fit, values out of range.
-        TypeError: something that is not an image.
+        ValueError: if there are no images, counts or shapes do not match, or values are out of
+            range.
+        TypeError: if an image has another type.
 
     Example:
         >>> import torch
@@ -99,30 +101,30 @@ def cross_attention_pair(
     attention_transformed: Numbers,
     points: Numbers,
 ) -> Figure:
-    """The image that explains transformed attention consistency, for one matched pair (i, j).
+    """Draw transformed attention consistency for one matched pair (i, j).
 
-    Above: image i with its grid, its transformed view i' with the same grid carried along, and
-    image j. Below: A(i|j); A(i'|j); A(i'|j) read back into the grid of i at ``points``; and the
-    difference that the loss squares. Cells of i that i' does not show are grey and hatched.
-    After Li et al. 2020; definition ours.
+    The top row shows image i with its grid, its transformed view i' with the same grid, and image
+    j. The bottom row shows A(i|j), A(i'|j), A(i'|j) sampled at ``points`` into the grid of i, and
+    the difference, which the loss squares. Cells of i that are not visible in i' are grey and
+    hatched. After Li et al. 2020; the definition is our own.
 
     Args:
         image_i: the first view of image i.
         transformed_i: its second view, i'.
-        image_j: the image that both are seen against.
-        attention_ij: (h, w), A(i|j), as from
-            :func:`pml_tacl.functional.cross_image_attention`.
+        image_j: the image that both views are compared with.
+        attention_ij: (h, w), A(i|j), from :func:`pml_tacl.functional.cross_image_attention`.
         attention_transformed: (h', w'), A(i'|j).
-        points: (h * w, 2), where each cell of the first view lies in the second, as (x, y) in
-            [-1, 1], row by row; outside means not visible.
+        points: (h * w, 2), position of each cell of the first view in the second view, as (x, y)
+            in [-1, 1], in row-major order. Points outside are not visible.
 
     Returns:
-        A figure with seven axes in the order above, then two with the colour scales, which are
-        equally wide, so that the difference is as bright as it is large beside the attention.
+        A figure with seven axes in the order above, then two colour scales. Both scales have the
+        same range width, so that the brightness of the difference and of the attention can be
+        compared.
 
     Raises:
-        ValueError: counts or shapes that do not fit, values out of range.
-        TypeError: something that is not an image.
+        ValueError: if counts or shapes do not match, or values are out of range.
+        TypeError: if an image has another type.
     """
     view = to_pixels(image_i, "image_i")
     transformed = to_pixels(transformed_i, "transformed_i")
@@ -186,24 +188,26 @@ def similar_regions(
     captions: Sequence[str] | None = None,
     cell_offset: tuple[float, float] = (0.0, 0.0),
 ) -> Figure:
-    """What makes a query and its neighbours alike: where each is found in the other.
+    """Draw the similar regions of a query and its neighbours.
 
     Args:
         query: the query image.
         neighbours: its K nearest images.
         maps: (K, h, w), A(neighbour|query) from
-            :func:`pml_tacl.functional.cross_image_attention`, laid over the neighbours.
-        query_maps: (K, h', w'), A(query|neighbour), laid over the query, one line above.
+            :func:`pml_tacl.functional.cross_image_attention`, drawn over the neighbours.
+        query_maps: (K, h', w'), A(query|neighbour), drawn over the query in a line above.
         captions: K texts.
-        cell_offset: (x, y) in cells, where they look, as of :meth:`AttentionEmbedder.cell_offset`.
+        cell_offset: offset (x, y) of receptive-field centres, in cells, from
+            :meth:`AttentionEmbedder.cell_offset`.
 
     Returns:
-        A figure with the query, then (with ``query_maps``) the query seen against each
-        neighbour, then each neighbour seen against the query. Each map is stretched on its own.
+        A figure with the query, then (with ``query_maps``) the query with its attention to each
+        neighbour, then each neighbour with its attention to the query. Each map is scaled to its
+        own range.
 
     Raises:
-        ValueError: no neighbour, counts that do not fit, values out of range.
-        TypeError: something that is not an image.
+        ValueError: if there are no neighbours, counts do not match, or values are out of range.
+        TypeError: if an image has another type.
     """
     asked = to_pixels(query, "query")
     found = to_images(neighbours, "neighbours")
@@ -244,8 +248,8 @@ def _overlaid(
 ) -> Pixels:
     size = (image.shape[0], image.shape[1])
     level = to_image(torch.from_numpy(single)[None], size, cell_offset)[0, ..., None].numpy()
-    # The image in grey, so that every colour seen is attention; it shades the colours by
-    # multiplying, which keeps what is attended to legible, and shows dimly where there are none.
+    # The image is grey, so that all colours show attention. Multiplying keeps attended parts
+    # legible; parts without attention are drawn dimly.
     grey = (image @ np.array([0.299, 0.587, 0.114]))[..., None] / 255
     blended = drawing.heat(level[..., 0]) * (0.45 + 0.55 * grey) + 0.35 * grey * (1 - level)
     pixels: Pixels = np.round(255 * np.clip(blended, 0, 1)).astype(np.uint8)
@@ -261,7 +265,7 @@ def _typical_aspect(images: Sequence[Pixels]) -> float:
 
 
 def _centres(shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
-    """Cell centres of an (h, w) grid, row by row, as (x, y) in [-1, 1]."""
+    """Return the cell centres of an (h, w) grid in row-major order, as (x, y) in [-1, 1]."""
     y, x = ((2 * np.arange(n) + 1) / n - 1 for n in shape)
     return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
 

@@ -1,4 +1,4 @@
-"""Curves: losses by iteration, recall by epoch and by K."""
+"""Curves of losses by iteration, and of recall by epoch and by K."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -25,19 +25,20 @@ def training_curves(
     recalls: Mapping[int, Mapping[str, float]] | None = None,
     warmup: int = 0,
 ) -> Figure:
-    """Each loss by iteration, raw and smoothed, and the recall by epoch.
+    """Draw each loss by iteration, raw and smoothed, and the recall by epoch.
 
     Args:
-        history: for each loss its value at every iteration; NaN and infinity leave a gap.
-        recalls: for each epoch the metrics in [0, 1]; those named ``recall_at_K`` are drawn, and
-            if there are none, every metric.
-        warmup: iterations before the first clustering, whose end is marked: there the losses jump.
+        history: the values of each loss at every iteration; NaN and infinity leave a gap.
+        recalls: the metrics in [0, 1] of each epoch. Those named ``recall_at_K`` are drawn, or
+            all metrics if there are none.
+        warmup: iterations before the first clustering. Its end is marked, because the losses
+            jump there.
 
     Returns:
-        A figure with one axes for each loss, in order, and with ``recalls`` one more.
+        A figure with one axes for each loss, in order, and one more with ``recalls``.
 
     Raises:
-        ValueError: both are empty, or a recall is not in [0, 1].
+        ValueError: if both are empty, or a recall is not in [0, 1].
     """
     panels = {name: to_numbers(values).ravel() for name, values in history.items()}
     epochs = {epoch: metrics for epoch, metrics in sorted((recalls or {}).items()) if metrics}
@@ -62,17 +63,17 @@ def training_curves(
 
 @styled
 def recall_curve(results: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Recall@K over K, one line for each result, its name at its end.
+    """Draw Recall@K over K, with one line for each result and its name at the end.
 
     Args:
-        results: for each name ("raw pixels", "before", "after") its metrics in [0, 1], of which
-            ``recall_at_K`` are drawn; ``precision_at_1`` stands in for a missing ``recall_at_1``.
+        results: the metrics in [0, 1] of each name ("raw pixels", "before", "after").
+            ``recall_at_K`` are drawn; ``precision_at_1`` replaces a missing ``recall_at_1``.
 
     Returns:
         A figure with one axes and one line for each name, in order.
 
     Raises:
-        ValueError: nothing to draw, a name without any recall, or one not in [0, 1].
+        ValueError: if there are no results, a name has no recall, or a recall is not in [0, 1].
     """
     if not results:
         raise InputError("results is empty: there is nothing to draw")
@@ -137,7 +138,7 @@ def _loss_panel(axes: Any, name: str, values: npt.NDArray[np.float64], warmup: i
 
 
 def smoothed(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Centred moving mean over a twentieth of the values; NaN counts for nothing."""
+    """Return the centred moving mean over a twentieth of the values, ignoring NaN."""
     if not len(values):
         return values
     window = max(1, len(values) // 20) | 1
@@ -170,7 +171,7 @@ def _percent_lines(
 def _beside(
     axes: Any, xs: Sequence[float], values: Sequence[float], labels: Sequence[str], side: int
 ) -> None:
-    """Labels beside the ends of lines; where lines end close together, labels make room."""
+    """Write labels beside the ends of lines, moved apart if lines end close together."""
     rows = axes.get_subplotspec().get_gridspec().nrows
     line_height = 0.15 / (0.72 * axes.figure.get_figheight() / rows) * axes.get_ylim()[1]
     places = spread_apart([100 * value for value in values], line_height)
@@ -184,9 +185,9 @@ def _beside(
 
 
 def spread_apart(values: Sequence[float], gap: float) -> list[float]:
-    """The nearest places to ``values``, in their order, that are at least ``gap`` apart."""
+    """Return the positions nearest to ``values``, in the same order, at least ``gap`` apart."""
     order = np.argsort(values, kind="stable")
-    blocks: list[tuple[float, int]] = []  # (mean of lowest place, members)
+    blocks: list[tuple[float, int]] = []  # (mean of lowest position, members)
     for index in order:
         start, size = float(values[index]), 1
         while blocks and start < blocks[-1][0] + blocks[-1][1] * gap:

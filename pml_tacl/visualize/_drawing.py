@@ -1,4 +1,4 @@
-"""Cells, frames and maps on matplotlib's object interface: no pyplot, no state left behind."""
+"""Cells, frames and maps, drawn with matplotlib's object interface (without pyplot)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,29 +13,29 @@ from matplotlib.patches import Rectangle
 from pml_tacl.visualize._figures import NotebookFigure, fitted
 from pml_tacl.visualize._inputs import Pixels
 
-# From the palette of Okabe and Ito, which every kind of colour vision tells apart.
+# From the palette of Okabe and Ito, which is distinguishable with colour blindness.
 RIGHT_COLOUR = "#0072b2"
 WRONG_COLOUR = "#d55e00"
 QUERY_COLOUR = "#222222"
 NEUTRAL_COLOUR = "#c8c8c8"
 HIDDEN_COLOUR = "#d9d9d9"
 
-_MAP = "inferno"  # perceptually even, and black where there is nothing
-_WIDTH = 8.3  # inches; at 100 dots an inch what a README shows
-_CELL = 1.9  # inches that a cell is at most wide
+_MAP = "inferno"  # perceptually uniform, and black at 0
+_WIDTH = 8.3  # inches; the width of a README at 100 dots per inch
+_CELL = 1.9  # inches; largest width of a cell
 
 
 class Grid:
-    """A figure of cells at exact places in inches, for matplotlib's own layouts are slow at 80.
+    """Figure with cells at exact positions, because matplotlib's layouts are slow for 80 cells.
 
     Args:
-        rows, columns: cells.
-        aspect: height of a cell over its width.
+        rows, columns: number of cells.
+        aspect: height of a cell divided by its width.
         gap: inches between columns and between rows.
-        top, bottom: inches kept free above and below.
-        column_gaps: further inches before single columns.
-        min_width: inches that the figure is at least wide, for its title.
-        titles: whether cells of the first row have titles, above which its headers go.
+        top, bottom: free inches above and below.
+        column_gaps: additional inches before single columns.
+        min_width: smallest width of the figure in inches, for its title.
+        titles: whether cells of the first row have titles; headers are placed above them.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Grid:
         self.figure = NotebookFigure(figsize=self._size)
 
     def axes(self, row: int, column: int) -> Any:
-        """New axes in a cell, without ticks."""
+        """Return new axes without ticks in a cell."""
         axes = self.figure.add_axes(self._place(row, column))
         axes.set(xticks=[], yticks=[])
         axes.grid(False)
@@ -76,16 +76,16 @@ class Grid:
         return axes
 
     def header(self, axes: Any, content: str) -> None:
-        """A quiet word above a column of cells, clear of the titles."""
+        """Write small grey text above a column of cells and their titles."""
         left, _, width, _ = axes.get_position(original=True).bounds
         y = self._top - (0.24 if self._titles else 0.055)
         self._write(content, 24, left + width / 2, y, ha="center", fontsize=7, color="#777777")
 
     def caption(self, axes: Any, lines: Sequence[str]) -> None:
-        """Small lines below a cell, cut to its width."""
+        """Write small lines of text below a cell, shortened to its width."""
         left, bottom, width, _ = axes.get_position(original=True).bounds
         if lines:
-            axes.set_anchor("S")  # a wide image stays next to what is said of it
+            axes.set_anchor("S")  # keep a wide image next to its caption
         room = int(self._cell[0] / 0.058)
         for index, line in enumerate(lines):
             y = (1 - bottom) * self._size[1] + 0.035 + 0.125 * index
@@ -101,7 +101,7 @@ class Grid:
             )
 
     def title(self, content: str) -> None:
-        """One line above everything."""
+        """Write a title line at the top of the figure."""
         room = int(self._size[0] / 0.085)
         left = self._side / self._size[0]
         self._write(content, room, left, 0.06, va="top", fontsize=9.5, color="#222222")
@@ -113,7 +113,7 @@ class Grid:
         )
 
     def note(self, cell: tuple[int, int], lines: str) -> None:
-        """Text in a cell."""
+        """Write text in a cell."""
         left, bottom, width, height = self._place(*cell)
         self.figure.text(
             left + width / 2,
@@ -129,7 +129,7 @@ class Grid:
     def colour_scale(
         self, columns: tuple[int, int], limits: tuple[float, float], name: str
     ) -> None:
-        """A colour bar below the last row, under the middle of the first to last column."""
+        """Draw a colour bar below the last row, centred under a range of columns."""
         row = self._rows - 1
         first, last = self._place(row, columns[0]), self._place(row, columns[1])
         middle = (first[0] + last[0] + last[2]) / 2
@@ -156,7 +156,7 @@ class Grid:
 
 
 def image(axes: Any, pixels: Pixels, frame: str | None = None) -> None:
-    """Shows an image whole, with a frame in a colour or none."""
+    """Show a whole image, with an optional frame in a colour."""
     axes.imshow(pixels, interpolation="antialiased")
     axes.set(xticks=[], yticks=[])
     if frame is not None:
@@ -164,7 +164,7 @@ def image(axes: Any, pixels: Pixels, frame: str | None = None) -> None:
 
 
 def verdict(axes: Any, right: bool) -> None:
-    """Frames an image as right or wrong, with a tick or a cross in its corner."""
+    """Mark an image as right or wrong, with a frame and a tick or a cross in its corner."""
     colour = RIGHT_COLOUR if right else WRONG_COLOUR
     _frame(axes, colour, 2.2)
     axes.text(
@@ -188,7 +188,7 @@ def cells(
     limits: tuple[float, float] = (0.0, 1.0),
     visible: npt.NDArray[np.bool_] | None = None,
 ) -> None:
-    """Shows a map cell by cell in the aspect (height over width) of its image.
+    """Show the cells of a map in the aspect ratio (height / width) of its image.
 
     Cells that are not visible are grey and hatched.
     """
@@ -215,7 +215,7 @@ def cells(
 def tracked_cells(
     axes: Any, pixels: Pixels, points: npt.NDArray[np.float64], visible: npt.NDArray[np.bool_]
 ) -> None:
-    """Dots where cells lie, each in its own colour so that it can be followed across images."""
+    """Draw a dot at each cell, in its own colour to identify it in several images."""
     size = np.array([pixels.shape[1], pixels.shape[0]])
     places = (points + 1) / 2 * size - 0.5
     colours = colormaps["turbo"](np.linspace(0, 1, len(points)))
@@ -226,13 +226,13 @@ def tracked_cells(
 
 
 def heat(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Values in [0, 1] as colours (..., 3) in [0, 1]."""
+    """Return colours (..., 3) in [0, 1] for values in [0, 1]."""
     colours: npt.NDArray[np.float64] = colormaps[_MAP](values)[..., :3]
     return colours
 
 
 def title(axes: Any, content: str, width: int = 34) -> None:
-    """A title at the left above axes."""
+    """Write a left-aligned title above axes."""
     axes.set_title("", loc="left", fontsize=8, pad=3, color="#222222").update(
         fitted(content, width)
     )

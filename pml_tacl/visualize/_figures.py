@@ -1,4 +1,4 @@
-"""The style of every figure, its fonts, and how it is written to a file."""
+"""Style and fonts of all figures, and writing them to files."""
 
 import os
 from collections.abc import Callable
@@ -44,7 +44,7 @@ _STYLE = {
     "figure.facecolor": "white",
     "figure.dpi": 100.0,
 }
-# The entries that would make two runs differ.
+# Leave out metadata that differs between runs.
 _METADATA: dict[str, dict[str, None]] = {
     "png": {"Software": None},
     "svg": {"Date": None},
@@ -55,7 +55,7 @@ _P = ParamSpec("_P")
 
 
 class NotebookFigure(Figure):
-    """A figure that a notebook shows although pyplot, which would have told it how, is not used."""
+    """Figure that a notebook can show without pyplot."""
 
     def _repr_png_(self) -> bytes:
         content = BytesIO()
@@ -64,7 +64,7 @@ class NotebookFigure(Figure):
 
 
 def styled(function: Callable[_P, Figure]) -> Callable[_P, Figure]:
-    """Draws in our style whatever the user's is, and leaves the user's as it was."""
+    """Decorate a function to draw in our style, without changing the user's style."""
 
     @wraps(function)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
@@ -75,19 +75,20 @@ def styled(function: Callable[_P, Figure]) -> Callable[_P, Figure]:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: float = 100.0) -> Path:
-    """Writes a figure whole or not at all, the same bytes for the same figure.
+    """Write a figure atomically; the same figure gives the same bytes.
 
     Args:
         figure: any matplotlib figure.
-        path: the file; its ending (.png, .svg or .pdf) is the format. Folders are made.
-        dpi: dots an inch, above 0.
+        path: the file; its ending (.png, .svg or .pdf) selects the format. Missing folders are
+            created.
+        dpi: dots per inch, above 0.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: another ending, or dpi not above 0.
-        OSError: the file cannot be written; an earlier one is left as it was.
+        ValueError: if the ending is another one, or dpi is not above 0.
+        OSError: if the file cannot be written; an existing file is then unchanged.
     """
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
@@ -104,7 +105,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: float = 100.0
 
 
 def fitted(content: str, width: int) -> dict[str, Any]:
-    """A user's text as keywords of matplotlib's: cut to ``width``, in fonts that have its signs."""
+    """Return matplotlib keywords for a text: shortened to ``width``, in fonts that contain it."""
     content = shortened(str(content), width)
     beyond = any(ord(sign) not in _signs(_FONT) for sign in content)
     families = (_FONT, *_wider_fonts()) if beyond else (_FONT,)

@@ -1,4 +1,4 @@
-"""The gallery of retrieved images."""
+"""Gallery of retrieved images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,27 +32,27 @@ def retrieval_gallery(
     query_captions: Sequence[str] | None = None,
     columns: int = 8,
 ) -> Figure:
-    """Each query at the left of its nearest images, right and wrong ones marked.
+    """Draw each query beside its nearest images, and mark right and wrong ones.
 
     A right neighbour has a blue frame (``RIGHT_COLOUR``) and a tick, a wrong one an orange frame
-    (``WRONG_COLOUR``) and a cross, so that no one needs to tell red from green.
+    (``WRONG_COLOUR``) and a cross. The colours are safe for colour blindness.
 
     Args:
         queries: Q images.
-        neighbours: for each query its nearest images, nearest first; rows may differ in length.
-        correct: for each neighbour whether it is right; neutral frames without it.
+        neighbours: the nearest images of each query, nearest first; their number may differ.
+        correct: for each neighbour whether it is right; None draws neutral frames.
         distances: for each neighbour a number, written below it.
         captions: for each neighbour a text, written below it and shortened in the middle.
-        title: a line above everything.
+        title: a line at the top of the figure.
         query_captions: Q texts.
-        columns: neighbours on one line; longer rows go on below.
+        columns: neighbours per line; more neighbours continue on the next line.
 
     Returns:
-        A figure with one axes for each image: a query, then its neighbours, row by row.
+        A figure with one axes for each image: each query, followed by its neighbours.
 
     Raises:
-        ValueError: no query, counts that do not fit, values out of range.
-        TypeError: something that is not an image.
+        ValueError: if there are no queries, counts do not match, or values are out of range.
+        TypeError: if an image has another type.
 
     Example:
         >>> import torch

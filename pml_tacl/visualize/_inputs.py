@@ -1,4 +1,4 @@
-"""What the figures take in: images, maps and captions, checked and brought to one form."""
+"""Validate the images, maps and captions of figures, and convert them to one form."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ Images: TypeAlias = AnyImage | Sequence[AnyImage]
 Numbers: TypeAlias = npt.ArrayLike | torch.Tensor
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
-_LONGEST_SIDE = 640  # pixels; more is never seen in a figure, and photographs would fill memory
+_LONGEST_SIDE = 640  # pixels; figures show no more, and large photographs would fill memory
 
 
 def to_pixels(image: AnyImage, name: str = "image") -> Pixels:
-    """One image as (H, W, 3) uint8, of 640 pixels in height and width at most.
+    """Return an image as (H, W, 3) uint8, of at most 640 pixels in height and width.
 
     Args:
-        image: what :func:`pml_tacl.utils.images.to_rgb` takes.
-        name: the argument that errors speak of.
+        image: an image that :func:`pml_tacl.utils.images.to_rgb` accepts.
+        name: name of the argument, used in error messages.
 
     Raises:
         TypeError, ValueError: as :func:`pml_tacl.utils.images.to_rgb` does.
@@ -38,11 +38,11 @@ def to_pixels(image: AnyImage, name: str = "image") -> Pixels:
 
 
 def to_images(images: Images, name: str = "images") -> list[Pixels]:
-    """Images as a list of (H, W, 3) uint8; an image alone is a list of one.
+    """Return images as a list of (H, W, 3) uint8; a single image gives a list of one.
 
     Args:
         images: (N, H, W, C), (N, C, H, W), a sequence of images, or one image.
-        name: the argument that errors speak of.
+        name: name of the argument, used in error messages.
 
     Raises:
         TypeError, ValueError: as :func:`to_pixels` does.
@@ -55,10 +55,10 @@ def to_images(images: Images, name: str = "images") -> list[Pixels]:
 
 
 def to_maps(maps: Numbers, count: int | None, name: str) -> npt.NDArray[np.float64]:
-    """Maps as (N, h, w) float64; one map (h, w) is a batch of one.
+    """Return maps as (N, h, w) float64; a single map (h, w) gives a batch of one.
 
     Raises:
-        ValueError: another shape, a count other than ``count``, or values that are not finite.
+        ValueError: if the shape is wrong, N is not ``count``, or values are not finite.
     """
     array = to_numbers(maps)
     array = array[None] if array.ndim == 2 else array
@@ -72,15 +72,15 @@ def to_maps(maps: Numbers, count: int | None, name: str) -> npt.NDArray[np.float
 
 
 def to_numbers(values: Numbers) -> npt.NDArray[np.float64]:
-    """Any array, tensor (on any device, with or without a graph) or nested list as float64."""
+    """Return an array, a tensor (any device, with or without graph) or a nested list as float64."""
     return _as_array(values).astype(np.float64)
 
 
 def normalised(maps: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Each map (N, h, w) stretched to [0, 1]; a map that is even up to rounding becomes 0.5.
+    """Scale each map (N, h, w) to [0, 1]; a map that is constant up to rounding becomes 0.5.
 
-    Without the second rule the rounding errors of an even map, such as that of an untrained
-    attention pooling, would be drawn as if they were attention.
+    Otherwise the rounding errors of a constant map, for example of an untrained attention
+    pooling, would be drawn like attention.
     """
     low = maps.min(axis=(1, 2), keepdims=True)
     spread = maps.max(axis=(1, 2), keepdims=True) - low
@@ -92,9 +92,10 @@ def normalised(maps: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def shortened(text: str, width: int) -> str:
-    """``text`` on one line in at most ``width`` columns, the middle left out if need be.
+    """Return ``text`` on one line of at most ``width`` columns; leave out the middle if needed.
 
-    The ends of a file name tell more than its middle. East Asian wide characters count double.
+    The ends of a file name are more useful than its middle. East Asian wide characters count
+    double.
     """
     text = " ".join(text.split())
     if sum(map(_columns, text)) <= width:
@@ -124,22 +125,22 @@ def _as_array(values: Any) -> npt.NDArray[Any]:
 
 
 def require_some(values: Sequence[Any], name: str) -> None:
-    """Raises ValueError when ``values`` is empty."""
+    """Raise ValueError if ``values`` is empty."""
     if not len(values):
         raise InputError(f"{name} is empty: give at least one image")
 
 
 def require_count(values: Any, count: int, name: str, of: str) -> None:
-    """Raises ValueError when ``values`` does not hold one entry for each of ``count``."""
+    """Raise ValueError if ``values`` does not have ``count`` entries."""
     if len(values) != count:
         raise InputError(f"{name} has {len(values)} entries for {count} {of}: give one for each")
 
 
 def rows_like(values: Any, rows: Sequence[Sequence[Any]], name: str) -> list[list[Any]] | None:
-    """``values`` as nested lists, None as None.
+    """Return ``values`` as nested lists, or None for None.
 
     Raises:
-        ValueError: not one row for each of ``rows`` with one entry for each of its entries.
+        ValueError: if the number or the lengths of the lists differ from those of ``rows``.
     """
     if values is None:
         return None

@@ -1,4 +1,4 @@
-"""What a model sees of images, and its attention over it."""
+"""Images as a model sees them, with its attention over them."""
 
 import numpy as np
 import torch
@@ -15,16 +15,16 @@ from pml_tacl.visualize._inputs import normalised, to_pixels
 def attention_of(
     model: AttentionEmbedder, views: Tensor, shown: Tensor | None = None
 ) -> tuple[Tensor, list[tuple[Image.Image, Image.Image]]]:
-    """Embed images, and lay the model's attention over each.
+    """Embed images and draw the attention of the model over each.
 
     Args:
         model: on any device.
-        views: (N, C, H, W), as the model's transform gives them.
-        shown: the same images through a transform to another size, to lay the attention over.
+        views: (N, C, H, W), transformed for the model.
+        shown: the same images in another size, to draw the attention over.
 
     Returns:
-        Embeddings (N, D) on the CPU, and for each image what the model sees of it, and that with
-        the attention, stretched to its own range, over it.
+        Embeddings (N, D) on the CPU, the images as the model sees them, and the same images with
+        the attention over them, each scaled to its own range.
     """
     device = next(model.parameters()).device
     with evaluating(model), torch.inference_mode():

@@ -230,7 +230,7 @@ class TestParameterGroups:
                 model.parameter_groups(0.1, layer_decay=wrong)
         with pytest.raises(ValueError, match="head_lr must be at least 0, got -1"):
             model.parameter_groups(0.1, head_lr=-1)
-        with pytest.raises(ValueError, match="layer_decay must be None: Conv2d knows no layers"):
+        with pytest.raises(ValueError, match="layer_decay must be None: Conv2d"):
             AttentionEmbedder(nn.Conv2d(3, 4, 3), embedding_dim=8).parameter_groups(
                 0.1, layer_decay=0.5
             )
