@@ -28,7 +28,7 @@ def finite_rows(name: str, embeddings: Embeddings, device: torch.device) -> Tens
     rows = torch.as_tensor(embeddings).detach()
     if rows.ndim != 2 or 0 in rows.shape or rows.is_complex():
         raise InputError(
-            f"{name} must be (rows, dimensions) and not empty, got {tuple(rows.shape)}"
+            f"{name} must be (N, D) and not empty, got {tuple(rows.shape)}"
             f"{' complex numbers' if rows.is_complex() else ''}"
         )
     wide = rows.dtype in (torch.float64, torch.int32, torch.int64)
