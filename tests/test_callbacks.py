@@ -281,7 +281,7 @@ def test_wrong_arguments(monkeypatch):
         pmls(cb.Evaluate(labelled(), metric="recall")).train()
     with pytest.raises(ValueError, match="number of images must be an integer of at least 2"):
         cb.LogImages(Written(), make_images(1), None)
-    with pytest.raises(ValueError, match="^names .*, 3, got 1"):
+    with pytest.raises(ValueError, match=r"^names .*, 3, got 1"):
         cb.LogImages(Written(), make_images(3), None, names=["a"])
 
 
