@@ -322,10 +322,16 @@ def test_resuming_an_ended_run_changes_nothing(few, unbroken):
         (["{images}", "--strict"], "3 broken files, and strict=True: "),
         (["{images}/broken"], "no readable image in '{images}/broken': "),
         (["{few}", "--resume"], "resume and overwrite exclude each other"),
-        (["{run}"], "must lie apart: give another folder (--run)"),
-        (["{run}/.."], "must lie apart: give another folder (--run)"),
-        (["{few}", "--eval-folder={run}"], "must lie apart: give another folder (--run)"),
-        (["{few}", "--eval-folder={run}/model"], "must lie apart: give another folder (--run)"),
+        (["{run}"], "must be in separate folders"),
+        (["{run}/.."], "must be in separate folders"),
+        (
+            ["{few}", "--eval-folder={run}"],
+            "must be in separate folders",
+        ),
+        (
+            ["{few}", "--eval-folder={run}/model"],
+            "must be in separate folders",
+        ),
     ],
 )
 def test_bad_input_ends_in_one_line_and_harms_nothing(

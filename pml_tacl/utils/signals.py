@@ -83,7 +83,8 @@ class Signals:
             raise Interrupted(signum, self._safe_now)
         # Not through logging or print, because the signal may have interrupted one of them.
         name = signal.Signals(signum).name
-        os.write(2, f"\n{name}: ends after this iteration and a checkpoint; again: now\n".encode())
+        text = "training ends after this iteration and a checkpoint; a second signal ends it now"
+        os.write(2, f"\n{name}: {text}\n".encode())
 
 
 class ShieldedLoader(DataLoader[Any]):

@@ -409,10 +409,10 @@ def test_a_signal_ends_after_the_iteration_and_a_checkpoint(tmp_path, signum, co
     assert steps == [(1, 0), (1, 1), (2, 0), "the iteration goes on"]
     *_, first, last = capfd.readouterr().err.strip().splitlines()
     name = signal.Signals(signum).name
-    assert first == f"{name}: ends after this iteration and a checkpoint; again: now"
+    assert first.startswith(f"{name}: training ends after this iteration and a checkpoint")
     path = tmp_path / "epoch_0001_iteration_000001.pt"
     saved = f"saved at epoch 2, iteration 1 of 2, in {path}"
-    assert last == f"stopped by {name}: {saved}: go on with --resume"
+    assert last == f"stopped by {name}: {saved}: continue with --resume"
     assert path.exists()
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert goes_on(tmp_path)
