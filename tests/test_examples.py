@@ -283,7 +283,7 @@ def test_a_test_of_lone_classes_is_left_out_and_costs_nothing(few, tmp_path, cap
     for others in ([], ["--resume"]):
         caplog.clear()
         run_example("train_folder", few, "--run", run, *settings, *others)
-        assert "3 classes of one image each: none has another to find" in caplog.text
+        assert "3 classes of one image each" in caplog.text
         written = json.loads((run / "metrics.json").read_text(), parse_constant=pytest.fail)
         assert (written["before"], written["after"]) == ({}, {})
         assert len(ImageIndex.load(run)) == 24

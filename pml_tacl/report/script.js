@@ -147,8 +147,8 @@
     byId("map-status").textContent = `${many(shown)} images ${of}.`;
     const part = count() < set_.all ? `${many(count())} of ${many(set_.all)} images, so that the `
       + `page stays small` : `All ${many(set_.all)} images`;
-    byId("map-lede").textContent = `${set_.title}: ${part}, placed by ${set_.how}. Nearby images are similar; `
-      + `large distances have no meaning. Colours are ${set_.kind === "class" ? "classes" : "clusters"}.`;
+    byId("map-lede").textContent = `${set_.title}: ${part}, placed by ${set_.how}. Close images are similar; `
+      + `large distances mean little. Colours are ${set_.kind === "class" ? "classes" : "clusters"}.`;
   }
 
   function choose(next) {
