@@ -67,7 +67,7 @@ def images_to_test_on(
 
 
 def can_measure(images: ImageFiles) -> bool:
-    """Whether some class has two images, so that one of them can find the other."""
+    """Return whether any class has two images, so that a query can have a match."""
     return bool(np.bincount(images.labels).max() >= 2)
 
 

@@ -114,12 +114,12 @@ def _into_file(
         mine: Dataset[Any] = Subset(dataset, own.tolist())
         settings["progress"] = progress and is_main()
         for rows, batch_labels in embed_in_batches(model, mine, batch_size=batch_size, **settings):
-            start = int(own[done])  # a batch is whole batches of one process, so neighbours
+            start = int(own[done])  # images of a batch are adjacent
             store.write(start, rows)
             labels.append(batch_labels)
             done += len(rows)
     store.flush()
-    barrier()  # nobody reads before all have written
+    barrier()  # read only after all have written
     found = gather_rows(torch.cat(labels[1:] or labels), count, batch_size)
     return None if found is None else (store.tensor(), found)
 

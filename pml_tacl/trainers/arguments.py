@@ -308,22 +308,22 @@ def check_classes(losses: Mapping[str, nn.Module], needed: int, of: str) -> None
 
 
 def check_dimensions(losses: Mapping[str, nn.Module], dim: int) -> None:
-    """Raise InputError if a loss was made for embeddings of other than `dim` dimensions."""
+    """Raise InputError if a loss was created for another number of dimensions than `dim`."""
     for name, loss in losses.items():
         for module in loss.modules():
             made_for = dimensions_of(module)
             if made_for is not None and made_for != dim:
                 raise InputError(
                     f"loss_funcs[{name!r}]: {type(module).__name__} is for embeddings of "
-                    f"{made_for} dimensions, and the model gives {dim} in training: make it with "
+                    f"{made_for} dimensions, but the model returns {dim} in training: give "
                     f"embedding_size={dim}"
                 )
 
 
 def check_memories(losses: Mapping[str, nn.Module], batch_size: int) -> None:
-    """Raise InputError if a memory of PML's cannot take the two views of a batch."""
+    """Raise InputError if a CrossBatchMemory cannot hold the two views of a batch."""
     for name, loss in losses.items():
-        # A module of the user's may hand over less.
+        # User-defined modules may pass fewer embeddings.
         parts = loss.modules() if isinstance(loss, CrossBatchMemory | MultipleLosses) else ()
         for module in parts:
             if isinstance(module, CrossBatchMemory) and module.memory_size < 2 * batch_size:

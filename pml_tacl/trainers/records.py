@@ -36,10 +36,10 @@ class RecordsState(TypedDict):
 
 
 class Keeper(RecordKeeper):
-    """A RecordKeeper whose tables and files have names that every data base and disk can hold.
+    """RecordKeeper that makes names valid for tables and files.
 
-    Names come from the parts of a loss: those of ``MultipleLosses([...])`` are numbers, and those
-    of a dict may be any text. Other names are as record-keeper makes them.
+    Names come from the parts of a loss. Those of ``MultipleLosses([...])`` are numbers, and those
+    of a dict may be any text. Valid names do not change.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

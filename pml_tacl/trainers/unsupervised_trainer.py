@@ -372,7 +372,7 @@ class UnsupervisedTrainer(BaseTrainer):
         self.forward_features = forward_of(self.models)
         if compile:
             self.forward_features = torch.compile(self.forward_features)
-        self._fits = False  # whether the losses are known to fit the size of the embeddings
+        self._fits = False  # whether embedding dimensions were checked
         self.average: AveragedModel | None = None
         if ema_decay is not None:
             averaged = get_ema_multi_avg_fn(float(ema_decay))
@@ -734,7 +734,7 @@ class UnsupervisedTrainer(BaseTrainer):
 
         def find() -> None:
             embeddings, readable = embed_images.readable(found, state.unreadable)
-            if embed_images.file is not None:  # a comparison would copy what memory cannot hold
+            if embed_images.file is not None:  # too large for the guard to copy
                 some = sample(len(embeddings), IN_MEMORY_UP_TO // 10)
                 seen.append(embeddings[some][readable[some]])
             else:

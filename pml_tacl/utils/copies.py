@@ -43,7 +43,7 @@ def first_copies(rows: Rows, tolerance: float = 0.0) -> IntArray:
 
 
 def _near_firsts(rows: Rows, firsts: IntArray, tolerance: float) -> IntArray:
-    """The same where copies may differ by a tolerance: rows of one small cell are compared."""
+    """Also match rows that differ by a tolerance, among rows in the same cell of a grid."""
     distinct = np.flatnonzero(firsts == np.arange(len(firsts)))
     cells = np.empty(len(distinct), dtype=np.uint64)
     for start in range(0, len(distinct), CHUNK):
@@ -59,7 +59,7 @@ def _near_firsts(rows: Rows, firsts: IntArray, tolerance: float) -> IntArray:
 
 
 def _cells(rows: npt.NDArray[Any], width: float) -> npt.NDArray[np.uint64]:
-    """A number for the cell of a coarse grid that each row falls into, seen in 4 directions."""
+    """Return a hash of each row's cell in a coarse grid along 4 random directions."""
     directions = np.random.default_rng(1).standard_normal((rows.shape[1], 4))
     directions /= np.linalg.norm(directions, axis=0)
     places = np.floor(rows.astype(np.float64) @ directions / width)

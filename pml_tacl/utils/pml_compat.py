@@ -147,7 +147,7 @@ def classes_of(module: nn.Module) -> int | None:
 
 
 def dimensions_of(module: nn.Module) -> int | None:
-    """How many dimensions a loss of PML's was made for; None where it takes any embeddings."""
+    """Return the embedding dimensions of a PML loss; None if it accepts any."""
     if not isinstance(module, BaseMetricLossFunction | CrossBatchMemory):
         return None
     for name in ("embedding_size", "descriptors_dim"):

@@ -317,7 +317,7 @@ def test_a_memory_smaller_than_a_batch_is_refused_at_the_start(wrap):
 
 def test_the_size_of_embeddings_is_compared_in_the_first_step():
     trainer = make_trainer(loss_funcs={"a": losses.ArcFaceLoss(4, 24)})
-    with pytest.raises(ValueError, match=r"the model gives 16 in training: .*embedding_size=16"):
+    with pytest.raises(ValueError, match=r"the model returns 16 in training: .*embedding_size=16"):
         trainer.train()
     assert dimensions_of(ContrastiveClusteringLoss()) is dimensions_of(nn.Linear(3, 4)) is None
 
