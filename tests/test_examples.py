@@ -368,7 +368,7 @@ def test_nan_images_of_a_users_data_set_end_in_one_line(few, workers):
     )
     with pytest.raises(SystemExit) as stop, runs.one_line_errors():
         trainer.train()
-    line = "error: image 5 of the data set is NaN or infinite: mend or remove it"
+    line = "error: image 5 of the data set is NaN or infinite: repair or remove it"
     assert stop.value.code == line
 
 

@@ -187,7 +187,7 @@ def test_a_page_without_labels_and_with_a_image_gone(tmp_path):
     assert html == tmp_path / "deep" / "page.html"
     text = html.read_text(encoding="utf-8")
     assert "had no labelled test images" in text
-    assert "Without labels, the best are the queries" in text
+    assert "Without labels, the best queries" in text
     (one,) = data_of(text)["sets"]
     assert (one["all"], len(one["x"])) == (60, 40)
     sizes = np.bincount(one["group"])

@@ -256,7 +256,7 @@ def test_a_killed_worker_ends_in_a_line(tmp_path, place):
     )
     line = line_of(trainer)
     assert line.startswith("error: a process that reads images was lost (")
-    assert line.endswith("resume, with smaller dataloader_num_workers if it happens again")
+    assert line.endswith("smaller dataloader_num_workers if it happens again")
     assert "\n" not in line
     assert names(tmp_path) == ["epoch_0000.pt", "epoch_0001.pt"]
     assert goes_on(tmp_path)
@@ -577,7 +577,7 @@ def test_a_signal_to_all_processes_leaves_no_traceback(tmp_path, signum, place):
     assert "Exception" not in errors
     last = names(tmp_path)[-1]
     assert last.startswith("epoch_0000_iteration_" if place == "training" else "epoch_0000.pt")
-    saved = f"{last}: go on" if place == "training" else "at the end of epoch 0: go on"
+    saved = f"{last}: continue" if place == "training" else "at the end of epoch 0: continue"
     assert errors.strip().splitlines()[-1].endswith(f"{saved} with --resume")
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:  # its loader's processes go too

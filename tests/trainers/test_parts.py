@@ -149,7 +149,7 @@ def test_a_memory_is_emptied_at_each_relabelling_and_only_there(wrap):
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
-        ("sampler", torch.utils.data.RandomSampler(range(3)), "drawn by the pseudo-labels"),
+        ("sampler", torch.utils.data.RandomSampler(range(3)), "pseudo-labels"),
         ("dtype", torch.float16, "see amp_dtype"),
         ("data_and_label_getter", lambda batch: batch, "wrap the data set"),
         ("label_hierarchy_level", 1, "pseudo-labels have one level"),
@@ -350,7 +350,7 @@ def test_losses_where_they_could_not_be_called_are_refused():
         (["a", "b"] * (COUNT // 2), None, "labels must be whole numbers, .* got 'a': number"),
         (torch.arange(COUNT) % 4 - 2, None, "labels must be whole numbers, .* got -2: number"),
         (torch.arange(COUNT) / 2, None, "labels must be whole numbers, .* got 0.5: number"),
-        (torch.arange(5) % 4, None, rf"one for each of the {COUNT} images, got shape \(5,\)"),
+        (torch.arange(5) % 4, None, rf"^labels .* each of the {COUNT} images, got shape \(5,\)"),
         (torch.arange(COUNT) % 4, torch.eye(3, 16), "must index the 3 centroids, got label 3"),
     ],
 )

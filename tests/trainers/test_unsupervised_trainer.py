@@ -411,7 +411,7 @@ def test_the_clustering_is_logged(caplog):
         ({"loss_funcs": losses.NTXentLoss()}, "loss_funcs must be a dict .* got NTXentLoss$"),
         ({"loss_weights": {"metric": 1.0}}, r"^loss_weights .*loss_funcs.*\['metric'\]"),
         ({"labeler": 3}, "^labeler must be callable, got 3"),
-        ({"eval_transform": 3}, "eval_transform must be a function .* got 3"),
+        ({"eval_transform": 3}, "^eval_transform must be callable, got 3"),
         ({"labeler": KMeansPseudoLabeler(25)}, "num_clusters=25 is more than the 24 images"),
         ({"labeler": KMeansPseudoLabeler(3)}, "3 clusters are fewer than the 4 that a batch of 8"),
         (
