@@ -154,7 +154,7 @@ def test_without_labels_the_last_is_kept_and_nothing_is_best(tmp_path):
     pmls(cb.Evaluate(folder=tmp_path)).train(num_epochs=2)
     assert [path.name for path in tmp_path.rglob("*.pt")] == ["epoch_0002.pt"]
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
-    with pytest.raises(FileNotFoundError, match=r"folder='.*best' holds no state of a trainer"):
+    with pytest.raises(FileNotFoundError, match=r"folder='.*best' contains no state"):
         cb.restore(pmls(None), tmp_path / "best")
     other = pmls(None)
     other.models["third"] = nn.Linear(2, 2)
@@ -281,7 +281,7 @@ def test_wrong_arguments(monkeypatch):
         pmls(cb.Evaluate(labelled(), metric="recall")).train()
     with pytest.raises(ValueError, match="number of images must be an integer of at least 2"):
         cb.LogImages(Written(), make_images(1), None)
-    with pytest.raises(ValueError, match="names must be as many as images, 3, got 1"):
+    with pytest.raises(ValueError, match=r"^names .*, 3, got 1"):
         cb.LogImages(Written(), make_images(3), None, names=["a"])
 
 
@@ -435,8 +435,8 @@ def test_weights_and_biases_gets_numbers_images_and_a_table(monkeypatch):
         WandbLogger(fake, project="p")
     for wrong, message in (
         ((torch.ones(3), ["a"]), r"embeddings must be \(N, D\), got \(3,\)"),
-        ((torch.ones(2, 3), ["a"]), "names must be as many as embeddings, 2, got 1"),
-        ((torch.ones(1, 3), ["a"], []), "thumbnails must be as many as embeddings, 1, got 0"),
+        ((torch.ones(2, 3), ["a"]), "^names .*, 2, got 1"),
+        ((torch.ones(1, 3), ["a"], []), "^thumbnails .*, 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             logger.log_embeddings(1, *wrong)

@@ -237,7 +237,7 @@ def test_search_updates_without_a_query(run, photos, tmp_path, capsys):
     shutil.copy(photos / "a" / "03.png", tmp_path / "photos" / "new.png")
     moved = ["--images", tmp_path / "photos", "--workers=0"]
     printed = said(capsys, "search", tmp_path / "run", "--update", *moved)
-    assert printed == "1 images embedded, 1 taken out, 25 in the index\n"
+    assert printed == "1 images embedded, 1 removed, 25 in the index\n"
     done = said(capsys, "search", tmp_path / "run", "--update", "--json", *moved)
     assert done == {"update": {"embedded": 0, "removed": 0, "indexed": 25}}
     assert ImageIndex.load(tmp_path / "run").changes() == ([], [], [])
@@ -359,16 +359,16 @@ def test_report_is_written_where_it_is_asked_for(run, tmp_path, capsys):
         (["search", "{photos}", "a.png"], "{photos} holds no index.faiss"),
         (["search", "{run}", "{no}.png"], "{no}.png"),
         (["search", "{run}", "--images={no}", "--update"], "give --images"),
-        (["duplicates", "{no}"], "{no} is no folder: give a run, or a folder of images"),
-        (["evaluate", "{no}", "{photos}"], "{no} is no folder: give the folder of a run"),
+        (["duplicates", "{no}"], "{no} is not a folder: give a run, or a folder of images"),
+        (["evaluate", "{no}", "{photos}"], "{no} is not a folder: give the folder of a run"),
         (["evaluate", "{run}", "{photos}/a"], "lie in no folder"),
         (["evaluate", "{run}", "{photos}", "--reference={run}/.."], "--reference '{run}/..' has"),
-        (["report", "{photos}"], "{photos} is no run's folder"),
+        (["report", "{photos}"], "{photos} is not a run folder"),
         (["serve", "{photos}"], "{photos} holds no index.faiss: give the folder of a training"),
-        (["serve", "{run}", "--also={no}"], "--also {no} is no folder: give one"),
+        (["serve", "{run}", "--also={no}"], "--also {no} is not a folder: give one"),
         (["embed", "{photos}", *TIMM, "--out=a.npy", "--files={no}"], "--files '{no}' cannot be"),
         (["embed", "{photos}", *TIMM, "--out=a.npy", "--exclude=*"], "leaves no image of"),
-        (["export", "{no}", "--onnx=a.onnx"], "{no} is no folder: give the folder of a run"),
+        (["export", "{no}", "--onnx=a.onnx"], "{no} is not a folder: give the folder of a run"),
         (["train", "{photos}", *TINY, "--run={run}"], "holds another run: give --resume"),
         (["train", "{photos}", *TINY, "--run={new}", "--eval-folder={photos}"], "--eval-folder '"),
     ],
@@ -392,10 +392,13 @@ def test_what_is_wrong_is_one_line_and_code_1(arguments, line, run, photos, tmp_
         (["serve"], "the following arguments are required: RUN"),
         (["train"], "the folder of images is missing: give it first"),
         (["train", "x", "--epochs=-1"], "argument --epochs: must be a whole number of at least 0"),
-        (["train", "x", "--device=cuda:77"], "argument --device: 'cuda:77' is not there: give cpu"),
+        (
+            ["train", "x", "--device=cuda:77"],
+            "argument --device: 'cuda:77' is not available",
+        ),
         (["embed", "x", "--out=a.npy"], "the following arguments are required: --model"),
         (["embed", "x", "--model=y", "--out=a.txt"], "--out: must end with .npy, .csv or .parquet"),
-        (["search", "x"], "there is nothing to do: give a QUERY, or --update"),
+        (["search", "x"], "no query: give a QUERY, or --update"),
         (["search", "x", "y", "-k0"], "argument -k: must be a whole number of at least 1, got 0"),
         (["search", "x", "y", "--out=a.gif"], "argument --out: must end with .png, .svg or .pdf"),
         (["duplicates", "x", "--threshold=2"], "--threshold: must be a number above 0 and at most"),
@@ -424,7 +427,7 @@ def test_ctrl_c_ends_with_130_and_debug_shows_where(monkeypatch, capsys):
     assert ended.value.code == 130
     assert capsys.readouterr().err == "stopped by SIGINT\n"
     monkeypatch.setattr("sys.argv", ["pml-tacl", "duplicates", "nowhere", "--debug"])
-    with pytest.raises(ValueError, match="nowhere is no folder"):
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
         main()
 
 
@@ -489,13 +492,13 @@ def test_a_stopped_training_is_searched_with_the_model_of_its_last_checkpoint(
     assert (run / "index.faiss").stat().st_mtime_ns == written
     last = checkpoints(run / "checkpoints")[-1].name
     assert f"has not ended: searching with the model of {last}" in printed.err
-    assert f"pml-tacl train --resume --run '{run}' goes on" in printed.err
+    assert f"pml-tacl train --resume --run '{run}' resumes it" in printed.err
     call("duplicates", run, "--quiet")
     call("report", run, "--points=30", "--queries=1", "--quiet")
     page = (run / "report.html").read_text("utf-8")
-    assert f"The training was stopped: this is what {last} holds of it." in page
+    assert f"The training was stopped: the page shows the state of {last}." in page
     printed = said(capsys, "train", "--resume", "--run", run, "--workers=0")
-    assert f"going on with {run} after epoch 1 of 3 ({last})" in printed
+    assert f"resuming {run} after epoch 1 of 3 ({last})" in printed
     assert not (run / "stopped.json").exists()
     capsys.readouterr()
     call("search", *query)
@@ -518,7 +521,7 @@ def test_the_start_says_what_is_trained_and_a_log_file_gets_lines(photos, tmp_pa
     capsys.readouterr()
     call("train", photos, *TINY, "--run", run, "--resume", "--epochs=2", "--warmup-epochs=1")
     printed = said(capsys, "train", "--resume", "--run", run, "--workers=0")
-    assert "all 2 epochs are trained: give more --epochs to go on" in printed
+    assert "all 2 epochs are trained: give more --epochs to continue" in printed
 
 
 def test_resuming_nothing_and_never_clustering_are_said(photos, tmp_path, capsys):
@@ -526,16 +529,16 @@ def test_resuming_nothing_and_never_clustering_are_said(photos, tmp_path, capsys
     run = tmp_path / "run"
     call("train", photos, *loud, "--warmup-epochs=3", "--run", run, "--resume", "--tensorboard")
     printed = capsys.readouterr()
-    assert f"{run} holds no checkpoint to go on from: beginning anew" in printed.out
-    assert "it never clusters, since --epochs 1 are no more than --warmup-epochs 3" in printed.err
+    assert f"{run} holds no checkpoint to resume: starting" in printed.out
+    assert "--epochs 1 is not above --warmup-epochs 3" in printed.err
     assert any((run / "tensorboard").iterdir())
     call("report", run, "--points=30", "--queries=1", "--quiet")
     page = (run / "report.html").read_text("utf-8")
     assert (
-        "The training never clustered: its epochs were all warm-up; they were clustered for this"
+        "The training never clustered, because all epochs were warm-up; the clusters were computed"
         in page
     )
-    assert "The pseudo-labels of the last epoch" not in page
+    assert "pseudo-labels of the last epoch" not in page
 
 
 def test_a_run_of_three_lines_is_searched_at_its_own_size(photos, tmp_path, capsys):
@@ -557,7 +560,7 @@ def test_images_that_are_left_out_stay_out(photos, tmp_path, capsys):
     kept = [n for n in ImageFiles(photos, progress=False).names if n[0] != "c" and n != "a/03.png"]
     assert index.files == kept
     assert said(capsys, "search", run, "--update") == (
-        f"0 images embedded, 0 taken out, {len(kept)} in the index\n"
+        f"0 images embedded, 0 removed, {len(kept)} in the index\n"
     )
     (tmp_path / "list.txt").write_text("a/00.png\n\nb/again.jpg\nc/../c/02.png\n")
     listed = tmp_path / "listed"

@@ -136,7 +136,7 @@ def test_the_rest_is_refused_by_name_and_type(value, where, kind):
 def test_what_holds_itself_or_is_too_deep_is_refused():
     loop = {"a": []}
     loop["a"].append(loop)
-    with pytest.raises(TypeError, match=r"extra\['a'\]\[0\] holds itself"):
+    with pytest.raises(TypeError, match=r"extra\['a'\]\[0\] contains itself"):
         plain(loop, "extra")
     shared = [1]
     assert plain([shared, shared]) == [[1], [1]]

@@ -186,8 +186,8 @@ def test_a_page_without_labels_and_with_a_image_gone(tmp_path):
     html = write_report(run, tmp_path / "deep" / "page.html", queries=2, clusters=1, points=40)
     assert html == tmp_path / "deep" / "page.html"
     text = html.read_text(encoding="utf-8")
-    assert "had no labelled images to test on" in text
-    assert "Without labels, the best are the queries" in text
+    assert "had no labelled test images" in text
+    assert "Without labels, the best queries" in text
     (one,) = data_of(text)["sets"]
     assert (one["all"], len(one["x"])) == (60, 40)
     sizes = np.bincount(one["group"])
@@ -236,7 +236,7 @@ def test_a_quickstart_run_is_read_from_its_records(few_glyphs, tmp_path):
     assert read.recalls == {"recall_at_1": ([0.0, 3.0], [0.125, 0.5])}
     assert read.training.classes == list(Glyphs("train", num_classes=6).classes)
     assert read.training.names[0] == f"{read.training.classes[0]} 1"
-    assert any("clustered for this page" in note for note in read.notes)
+    assert any("computed for this page" in note for note in read.notes)
     assert len(np.unique(read.training.clusters)) == max(2, len(read.training) // 10)
     assert "raw pixels" in page.results(read)
 
@@ -255,7 +255,7 @@ def test_an_unreadable_checkpoint_is_passed_over(few_glyphs, tmp_path):
 def test_a_run_of_a_benchmark_is_no_report(few_glyphs, tmp_path):
     folder = write_quickstart(tmp_path / "cub")
     runs.write_json(folder / "run.json", {"root": "data/cub", "image_size": 224})
-    with pytest.raises(ValueError, match="is a training on data/cub, which no report is made of"):
+    with pytest.raises(ValueError, match="is a training on data/cub"):
         read_run(folder)
 
 
@@ -632,7 +632,7 @@ def test_the_head_of_the_page_is_the_verdict_and_the_better_number(
     head = page.header(read)
     assert f"<dt>Recall@1</dt><dd>{large}<" in head
     assert f">{said}<" in head
-    worse = "Training made retrieval worse: search with the model as it was before."
+    worse = "Training made retrieval worse: use the untrained model for search."
     wanted = f"{guard[:1].upper()}{guard[1:]}." if guard else worse
     assert f'<p class="verdict">{wanted}</p>' in head
     assert head.index("verdict") < head.index("facts")

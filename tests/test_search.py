@@ -247,7 +247,7 @@ def test_a_query_is_a_image_a_folder_or_what_is_piped_in(tmp_path):
     assert asked("-", f"{tmp_path / 'none.png'}".encode()) == [tmp_path / "none.png"]
     (piped,) = asked("-", b.read_bytes())
     assert np.array_equal(load_rgb(piped), load_rgb(b))
-    with pytest.raises(ValueError, match="nothing was piped in"):
+    with pytest.raises(ValueError, match="piped input is empty"):
         asked("-", b" \n")
 
 
@@ -321,7 +321,7 @@ def test_the_script_updates_the_index(run, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["search.py", *map(str, arguments)])
     runpy.run_path(str(SEARCH), run_name="__main__")
     printed = capsys.readouterr().out
-    assert "1 images embedded, 1 taken out, 6 in the index" in printed
+    assert "1 images embedded, 1 removed, 6 in the index" in printed
     assert printed.splitlines()[-2].split() == ["1", "1.0000", "new.png"]
     index = ImageIndex.load(run / "run")
     assert index.changes() == (["broken.png"], [], [])

@@ -227,7 +227,7 @@ def test_names_and_pages_of_others_are_refused(server, headers, status):
     [
         ("/api/search", b"no image", {}, 415, "known format"),
         ("/api/search", b"", {}, 415, "cannot be read"),
-        ("/api/search", None, {"Content_Length": str(MAX_UPLOAD + 1)}, 413, "32 are the most"),
+        ("/api/search", None, {"Content_Length": str(MAX_UPLOAD + 1)}, 413, "at most 32 MB"),
         ("/api/search", None, {"Content_Length": "x"}, 411, "size"),
         ("/api/search?k=0", b"x", {}, 400, "k must be"),
         ("/api/images", b"x", {}, 404, "nothing here"),
@@ -275,7 +275,7 @@ def test_the_command_serves_until_ctrl_c(run, photos):
             [*command[:5], "--port", port], env=environment, capture_output=True, text=True
         )
         assert again.returncode == 1
-        assert again.stderr == f"error: --port {port} is in use: give another one, or 0 for any " \
+        assert again.stderr == f"error: --port {port} is in use: give another port, or 0 for any " \
             "that is free\n"  # fmt: skip
     finally:
         process.send_signal(signal.SIGINT)

@@ -108,7 +108,7 @@ def test_no_test_makes_a_training_longer(tmp_path):
     _, asked, trainer = train(tmp_path, epochs=2, test_epochs=(1, 7))
     assert asked == [0, 1, 2]
     assert trainer.epoch == 2
-    with pytest.raises(ValueError, match=r"epochs=1 are fewer than the 2 that .* has been trained"):
+    with pytest.raises(ValueError, match=r"epochs=1 is below the 2 epochs that .* was trained"):
         train(tmp_path, epochs=1, resume=True)
 
 
@@ -232,8 +232,8 @@ def test_metrics_may_be_of_numpy_or_tensors(tmp_path, value):
         ),
         ({"recall_at_1": None}, r"test\(0\)\['recall_at_1'\] must be a number, got NoneType"),
         ({1: 0.5}, r"test\(0\) must name its metrics by strings, got 1"),
-        (0.5, r"test\(0\) must give a dict of metrics by name, got float"),
-        (None, r"test\(0\) must give a dict of metrics by name, got NoneType"),
+        (0.5, r"test\(0\) must be a dict of metrics by name, got float"),
+        (None, r"test\(0\) must be a dict of metrics by name, got NoneType"),
     ],
 )
 def test_what_is_no_metric_is_refused_before_the_first_epoch(tmp_path, found, message):
@@ -343,7 +343,7 @@ def test_losses_are_read_many_together(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("images", ["run", "run/in/it", "", "run/../run"])
 def test_a_run_and_its_images_lie_apart(tmp_path, images):
-    with pytest.raises(ValueError, match=r"the run, .*, and the images, .*, must lie apart"):
+    with pytest.raises(ValueError, match=r"the run, .*, and the images, .*, must be in separate"):
         TrainingRun(tmp_path / "run", apart_from=[tmp_path / "a", None, tmp_path / images])
     assert list(tmp_path.iterdir()) == []
     TrainingRun(tmp_path / "run", apart_from=[tmp_path / "runner", None])
@@ -351,7 +351,7 @@ def test_a_run_and_its_images_lie_apart(tmp_path, images):
 
 def test_wrong_uses_are_named(tmp_path):
     run = TrainingRun(tmp_path / "run")
-    with pytest.raises(RuntimeError, match=r"must be open to be trained: call open\(config\)"):
+    with pytest.raises(RuntimeError, match=r"not open: call open\(config\)"):
         run.train(make_trainer(), 1)
     with pytest.raises(ValueError, match="epochs must be an integer of at least 1, got 0"):
         run.train(make_trainer(), 0)

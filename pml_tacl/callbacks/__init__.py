@@ -1,4 +1,4 @@
-"""Hooks for trainers, and where they log to."""
+"""Hooks for trainers, and loggers."""
 
 from pml_tacl.callbacks.hooks import (
     EarlyStopping,

@@ -1,7 +1,8 @@
-"""Hooks for trainers: measure, keep the best, stop early and log. Of ours and of PML's trainers.
+"""Hooks for UnsupervisedTrainer and PML's trainers: evaluation, early stopping and logging.
 
-Each takes the trainer, as PML's ``end_of_epoch_hook`` and ``end_of_iteration_hook`` do. What they
-remember lies in ``trainer.extra`` where there is one, so that it is part of its checkpoints.
+Each hook is called with the trainer, like PML's ``end_of_epoch_hook`` and
+``end_of_iteration_hook``. Hooks store their state in ``trainer.extra`` if the trainer has it, so
+checkpoints include it.
 """
 
 import logging
@@ -35,7 +36,9 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def chain(*hooks: Hook) -> Hook:
-    """One hook of several, called in order; the training stops if any of them returns False.
+    """Return a hook that calls several hooks in order.
+
+    All hooks are called. Training stops if any of them returns False.
 
     Example:
         >>> hook = chain(lambda trainer: None, lambda trainer: False)
@@ -51,29 +54,29 @@ def chain(*hooks: Hook) -> Hook:
 
 
 class Evaluate:
-    """An end-of-epoch hook that measures every n epochs, and keeps the last and the best apart.
+    """End-of-epoch hook that evaluates on a validation set and saves the last and best states.
 
-    ``folder/last`` holds the state of the last epoch, ``folder/best`` that of the epoch with the
-    best metric; :func:`restore` reads either. Without labels there is no best: a training that is
-    not measured keeps the last only.
+    ``folder/last`` has the state after the last epoch, ``folder/best`` the state after the epoch
+    with the best metric; :func:`restore` loads either. Without a data set only ``last`` is saved.
 
     Args:
-        dataset: labelled items (image, label) of a *validation* set; None if there is none. A
-            test set does not belong here: the best epoch of a test set is a leak.
-        every: epochs between two measurements.
-        folder: of the states; None keeps none.
-        metric: what is best, higher being better, as of :func:`pml_tacl.evaluation.evaluate`.
-        metrics: further ones to measure, or one name; empty for all.
-        reference: the gallery to search in, if it is another data set.
-        logger: gets all values, as ``validation/NAME`` over epochs.
-        batch_size: images at once.
-        num_workers: processes that load images.
+        dataset: labelled items (image, label) of a *validation* set, or None. Do not use a test
+            set: choosing the best epoch on it would leak test labels.
+        every: epochs from one evaluation to the next, at least 1.
+        folder: folder for the states; None saves none.
+        metric: metric that defines the best epoch, higher is better; a name from
+            :func:`pml_tacl.evaluation.evaluate`.
+        metrics: further metrics, or one name; empty for all.
+        reference: the gallery to search in; None for the data set itself.
+        logger: receives all values, as ``validation/NAME`` over epochs.
+        batch_size: images in a batch, at least 1.
+        num_workers: processes that read images.
 
     Attributes:
-        history: epoch -> value by name of metric, of this process.
+        history: epoch -> value by name of metric, recorded since this object was created.
 
     Raises:
-        ValueError: for counts out of range; in training, if ``metric`` was not measured.
+        ValueError: for counts out of range; in training, if ``metric`` is unknown.
     """
 
     def __init__(
@@ -130,30 +133,31 @@ class Evaluate:
 
 
 class EarlyStopping:
-    """An end-of-epoch hook that ends a training that no longer gets anywhere, without labels.
+    """End-of-epoch hook that stops a training when a criterion no longer rises.
 
-    Two criteria of ours need nothing but what :class:`UnsupervisedTrainer` has at hand, and cost
-    nothing to speak of (definitions ours, measured in ``docs/records.md``):
+    Two criteria need no labels and almost no time. They use the pseudo-labels and embeddings of
+    :class:`UnsupervisedTrainer` (definitions ours, measured in ``docs/records.md``):
 
-    - "stability": how well the pseudo-labels agree with those of the clustering before, as
-      adjusted mutual information in [0, 1]. While the embedding still learns, clusters change.
-    - "separation": how much nearer images are to their own centroid than to the nearest other
-      one, as the mean difference of cosines.
+    - "stability": agreement of the pseudo-labels with those of the previous clustering, as
+      adjusted mutual information in [0, 1]. It is low while the embedding still changes.
+    - "separation": mean difference between the cosine of an image to its own centroid and the
+      cosine to the nearest other centroid.
 
     Args:
-        criterion: one of these, or a function of the trainer that gives a number, higher being
-            better, or None where there is nothing to judge yet.
-        patience: judgements without a rise of ``min_delta`` over the best after which to stop.
-        min_delta: the least rise that counts.
-        start: epoch of the first judgement.
-        logger: gets the values, as ``early_stopping/NAME`` over epochs.
+        criterion: one of these names, or a function of the trainer that returns a number, higher
+            is better, or None if there is no value yet.
+        patience: number of values in a row without an improvement after which training stops, at
+            least 1.
+        min_delta: smallest rise above the best value that counts as an improvement, at least 0.
+        start: first epoch to judge, at least 1.
+        logger: receives the values, as ``early_stopping/NAME`` over epochs.
 
     Attributes:
-        history: epoch -> value, of this process.
+        history: epoch -> value, recorded since this object was created.
 
     Raises:
         ValueError: for an unknown criterion or a number out of range.
-        TypeError: in training, if "stability" or "separation" is asked of a trainer that has no
+        TypeError: in training, if "stability" or "separation" is used with a trainer without
             pseudo-labels.
 
     Example:
@@ -198,13 +202,21 @@ class EarlyStopping:
         memory["waited"] = memory.get("waited", 0) + 1
         if memory["waited"] < self.patience:
             return None
-        _LOGGER.info("epoch %d: no rise of %g in %d judgements: stopping", trainer.epoch,
+        _LOGGER.info("epoch %d: no rise of %g in %d values: stopping", trainer.epoch,
                      self.min_delta, self.patience)  # fmt: skip
         return False
 
 
 class LogLosses:
-    """An end-of-iteration hook that logs each loss as ``loss/NAME``, every so many iterations."""
+    """End-of-iteration hook that logs each loss as ``loss/NAME``.
+
+    Args:
+        logger: receives the losses over iterations.
+        every: iterations from one log to the next, at least 1.
+
+    Raises:
+        ValueError: for ``every`` out of range.
+    """
 
     def __init__(self, logger: Logger, every: int = 10) -> None:
         check_count("every", every, 1)
@@ -218,19 +230,19 @@ class LogLosses:
 
 
 class LogImages:
-    """An end-of-epoch hook that logs attention overlays, a gallery and embeddings of images.
+    """End-of-epoch hook that logs attention overlays, a gallery and embeddings of images.
 
     Args:
-        logger: where they go.
-        images: N of them, as PIL images, at least 2.
+        logger: receives figures and embeddings over epochs.
+        images: N PIL images, at least 2.
         transform: image -> (3, S, S), as the model takes it.
-        names: of the images, for the projector; numbers if not given.
-        every: epochs between two times.
-        shown: images in the overlay, and queries in the gallery.
-        neighbours: images beside each query.
+        names: N names of the images for the projector; None for numbers.
+        every: epochs from one log to the next, at least 1.
+        shown: number of images in the overlay, and of queries in the gallery, at least 1.
+        neighbours: number of images beside each query, at least 1.
 
     Raises:
-        ValueError: for fewer than 2 images, another number of names, or counts out of range.
+        ValueError: for fewer than 2 images, a wrong number of names, or counts out of range.
     """
 
     def __init__(
@@ -250,7 +262,7 @@ class LogImages:
         count = len(images)
         names = [str(at) for at in range(count)] if names is None else list(names)
         if len(names) != count:
-            raise InputError(f"names must be as many as images, {count}, got {len(names)}")
+            raise InputError(f"names must have one name per image, {count}, got {len(names)}")
         self.logger, self.images, self.transform, self.names = logger, images, transform, names
         self.every, self.shown, self.neighbours = every, shown, neighbours
         self._offset: tuple[float, float] | None = None
@@ -275,7 +287,7 @@ class LogImages:
     def _cell_offset(self, trunk: nn.Module) -> tuple[float, float]:
         from pml_tacl.models.receptive_field import measure_cell_offset
 
-        if self._offset is None:  # the architecture's, so measured once
+        if self._offset is None:  # depends on the architecture alone, so measured once
             channels, *size = self.transform(self.images[0]).shape
             self._offset = measure_cell_offset(trunk, (size[0], size[1]), channels)
         return self._offset

@@ -1,4 +1,4 @@
-"""Where numbers and images of a training go: TensorBoard, Weights & Biases, or one's own."""
+"""Loggers for scalars and images of a training: TensorBoard, Weights & Biases, or user-defined."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,13 @@ Thumbnails = Sequence[Image.Image] | None
 
 @runtime_checkable
 class Logger(Protocol):
-    """What a callback writes to; any class with these methods will do.
+    """Interface of loggers. Any class with these methods works.
 
-    ``step`` is whatever the caller counts, and grows: iterations for losses, epochs for the rest.
+    ``step`` increases from call to call: the iteration for losses, the epoch for everything else.
     """
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write numbers by name; a slash in a name makes a group."""
+        """Write numbers by name; the part of a name before a slash is its group."""
 
     def log_images(self, step: int, images: Mapping[str, Pixels]) -> None:
         """Write figures or images by name."""
@@ -35,21 +35,22 @@ class Logger(Protocol):
     def log_embeddings(
         self, step: int, embeddings: Tensor, names: Sequence[str], thumbnails: Thumbnails = None
     ) -> None:
-        """Write embeddings (N, D), with a name and perhaps a small image for each."""
+        """Write embeddings (N, D) with N names and, if given, N small images."""
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write buffered data and close the logger."""
 
 
 class TensorBoardLogger:
-    """Scalars, images and the embedding projector of TensorBoard.
+    """Logger for TensorBoard: scalars, images and the embedding projector.
 
     Args:
-        folder: of the event files; ``tensorboard --logdir FOLDER`` shows them.
-        side: pixels of a thumbnail in the projector.
+        folder: folder for the event files; ``tensorboard --logdir FOLDER`` shows them.
+        side: width and height of a thumbnail in the projector, in pixels, at least 1.
 
     Raises:
         ImportError: if tensorboard is not installed.
+        ValueError: for ``side`` out of range.
     """
 
     def __init__(self, folder: str | PathLike[str], *, side: int = 48) -> None:
@@ -92,15 +93,16 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Scalars, images and tables of embeddings in Weights & Biases.
+    """Logger for Weights & Biases: scalars, images and tables of embeddings.
 
     Args:
-        run: an open run (``wandb.init()``); None opens one.
-        **kwargs: of ``wandb.init``: project, name, config, mode="offline", ...
+        run: an open run (from ``wandb.init()``); None opens a new run.
+        **kwargs: arguments of ``wandb.init`` for a new run: project, name, config,
+            mode="offline", ...
 
     Raises:
         ImportError: if wandb is not installed.
-        ValueError: for both a run and arguments to open one.
+        ValueError: if both a run and arguments for a new run are given.
     """
 
     def __init__(self, run: Any = None, **kwargs: Any) -> None:
@@ -139,8 +141,8 @@ class WandbLogger:
             self._run.finish()
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
-        # Iterations and epochs count differently, and W&B's own step may never go back: each
-        # name is drawn over a step of its group instead.
+        # Steps are iterations or epochs, but W&B's own step must never decrease. So each group
+        # has its own step, over which its names are plotted.
         by_group: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
             by_group.setdefault(name.partition("/")[0], {})[name] = value
@@ -153,11 +155,10 @@ class WandbLogger:
 
 
 def as_image(image: Pixels) -> Image.Image:
-    """A figure, a PIL image, an array or a tensor as an RGB image.
+    """Convert a matplotlib figure, PIL image, array or tensor to an RGB image.
 
     Raises:
-        TypeError, ValueError: for what is none of them, as of
-            :func:`pml_tacl.utils.images.to_rgb`.
+        TypeError, ValueError: for other inputs, see :func:`pml_tacl.utils.images.to_rgb`.
     """
     if hasattr(image, "savefig"):
         content = io.BytesIO()
@@ -167,11 +168,15 @@ def as_image(image: Pixels) -> Image.Image:
 
 
 def check_embeddings(embeddings: Tensor, names: Sequence[str], thumbnails: Thumbnails) -> None:
-    """Raise ValueError unless there is a name, and a thumbnail if any, for each row (N, D)."""
+    """Check that there are N names, and N thumbnails if any, for embeddings (N, D).
+
+    Raises:
+        ValueError: if a shape or number is wrong.
+    """
     if embeddings.ndim != 2:
         raise InputError(f"embeddings must be (N, D), got {tuple(embeddings.shape)}")
     for name, values in (("names", names), ("thumbnails", thumbnails)):
         if values is not None and len(values) != len(embeddings):
             raise InputError(
-                f"{name} must be as many as embeddings, {len(embeddings)}, got {len(values)}"
+                f"{name} must have one entry per embedding, {len(embeddings)}, got {len(values)}"
             )

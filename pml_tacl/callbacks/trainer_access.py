@@ -1,4 +1,4 @@
-"""What hooks ask of a trainer, of ours or of PML's: its model, its memory, its state."""
+"""Access to UnsupervisedTrainer and PML's trainers for hooks: model, state and checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,20 @@ _CHUNK = 4096
 
 
 def memory_of(trainer: Any, name: str, own: dict[str, Any]) -> dict[str, Any]:
-    """A dict to remember in, which the trainer's checkpoints keep; ``own`` where it has none."""
+    """Return a dict for a hook's state.
+
+    Args:
+        trainer: any trainer.
+        name: key in ``trainer.extra``, whose contents are saved in checkpoints.
+        own: dict to return if the trainer has no ``extra``.
+    """
     extra = getattr(trainer, "extra", None)
     memory: dict[str, Any] = own if extra is None else extra.setdefault(name, {})
     return memory
 
 
 def model_of(trainer: Any) -> nn.Module:
-    """Images -> embeddings: the averaged weights where there are some, else trunk and embedder."""
+    """Return the model with averaged weights if there is one, else trunk and embedder."""
     if getattr(trainer, "average", None) is not None:
         averaged: nn.Module = trainer.ema_model
         return averaged
@@ -37,7 +43,7 @@ def model_of(trainer: Any) -> nn.Module:
 
 
 def features_of(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Embeddings (N, D), and attention maps (N, H, W) from models that have them."""
+    """Return embeddings (N, D), and attention maps (N, H, W) or None if the model has none."""
     if hasattr(model, "forward_features"):
         out = model.forward_features(images)
         return out.embeddings, out.attention
@@ -49,7 +55,16 @@ def features_of(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def shown_and_nearest(embeddings: Tensor, count: int, neighbours: int) -> tuple[Tensor, Tensor]:
-    """Rows (Q,) taken evenly from unit embeddings (N, D), and the nearest others of each (Q, K)."""
+    """Choose Q evenly spaced embeddings and find the K nearest others of each.
+
+    Args:
+        embeddings: (N, D), of unit norm.
+        count: largest Q.
+        neighbours: largest K.
+
+    Returns:
+        Indices (Q,) of the chosen embeddings, and of their neighbours (Q, K), nearest first.
+    """
     rows = len(embeddings)
     shown = torch.linspace(0, rows - 1, min(count, rows)).long()
     unit = embeddings.detach().float().cpu().numpy()
@@ -57,7 +72,7 @@ def shown_and_nearest(embeddings: Tensor, count: int, neighbours: int) -> tuple[
 
 
 def keep(trainer: Any, folder: Path) -> Path:
-    """Write the trainer's state as the only one in a folder, and give its path."""
+    """Save the trainer's state, delete other checkpoints in the folder, and return the path."""
     if hasattr(trainer, "save_checkpoint"):
         path: Path = trainer.save_checkpoint(folder)
     else:
@@ -69,18 +84,18 @@ def keep(trainer: Any, folder: Path) -> Path:
 
 
 def restore(trainer: Any, folder: str | Path) -> int:
-    """Restore the state that :class:`Evaluate` kept in a folder.
+    """Restore a state that :class:`Evaluate` saved.
 
     Args:
-        trainer: made as the one whose state it is; of ours or of PML's.
+        trainer: a trainer with the same models, losses and optimizers as the saved one.
         folder: ``best`` or ``last`` in the folder of the hook.
 
     Returns:
-        The epoch that it is of; train on from the next.
+        The epoch of the state; continue training with the next epoch.
 
     Raises:
-        FileNotFoundError: if the folder holds none.
-        ValueError: if the trainer has other models, losses or optimizers.
+        FileNotFoundError: if the folder contains no state.
+        ValueError: if the trainer has different models, losses or optimizers.
     """
     folder = Path(folder)
     if hasattr(trainer, "load_checkpoint"):
@@ -88,8 +103,8 @@ def restore(trainer: Any, folder: str | Path) -> int:
         return int(trainer.epoch)
     if not checkpoints(folder):
         raise FileNotFoundError(
-            f"folder={str(folder)!r} holds no state of a trainer: give 'best' or 'last' in the "
-            "folder that Evaluate kept them in"
+            f"folder={str(folder)!r} contains no state of a trainer: give 'best' or 'last' in the "
+            "folder of Evaluate"
         )
     state = load_checkpoint(folder)
     restore_parts(trainer, state)
@@ -98,13 +113,13 @@ def restore(trainer: Any, folder: str | Path) -> int:
 
 
 def stability(trainer: Any, memory: dict[str, Any]) -> float | None:
-    """Agreement of the pseudo-labels with those of the clustering before, if there were two."""
+    """Return the agreement of the last two clusterings in [0, 1]; None before the second."""
     labels, centroids = _pseudo_labels(trainer)
     if centroids is None:
         return None
     before = memory.get("labels")
     if before is not None and torch.equal(before, labels):
-        return None  # not clustered anew, or nothing to tell that from
+        return None  # no new clustering, or one with identical labels
     memory["labels"] = labels.clone()
     if before is None:
         return None
@@ -113,7 +128,7 @@ def stability(trainer: Any, memory: dict[str, Any]) -> float | None:
 
 
 def separation(trainer: Any, memory: dict[str, Any]) -> float | None:
-    """Mean of cosine to the own centroid less that to the nearest other, after a clustering."""
+    """Return the mean cosine to the own centroid minus that to the nearest other centroid."""
     labels, centroids = _pseudo_labels(trainer)
     embeddings = getattr(trainer, "embeddings", None)
     if centroids is None or embeddings is None:
@@ -123,7 +138,7 @@ def separation(trainer: Any, memory: dict[str, Any]) -> float | None:
         return None
     if not chosen.all():
         labels, embeddings = labels[chosen], embeddings[chosen]
-    # Not the trainer's centroids: those have followed the network since.
+    # Compute centroids of these embeddings: the trainer's have moved with the batches since.
     labels, centroids, _ = pseudo_labels_from(labels, embeddings)
     if len(centroids) < 2:
         return None

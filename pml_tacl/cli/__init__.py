@@ -1,1 +1,1 @@
-"""What scripts and the command line need: flags, run folders and queries."""
+"""Command line: commands, flags, run folders and queries."""

@@ -1,4 +1,4 @@
-"""The models that the commands build: for a search, and for a training."""
+"""Building of models for the commands."""
 
 from typing import Any
 
@@ -12,16 +12,16 @@ def sized_model(
     image_size: int | tuple[int, int] | None = None,
     **settings: Any,
 ) -> AttentionEmbedder:
-    """Build a model for images of a size; a transformer that takes one size alone is built for it.
+    """Build a model for images of a given size, including transformers with a fixed input size.
 
     Args:
-        name: of timm.
-        weights: as `pretrained` of :class:`AttentionEmbedder`.
-        image_size: side or (height, width) in pixels; None is the model's own.
-        **settings: of the :class:`AttentionEmbedder`.
+        name: timm name.
+        weights: `pretrained` of :class:`AttentionEmbedder`.
+        image_size: side or (height, width) in pixels; None for the model's own size.
+        **settings: further arguments of :class:`AttentionEmbedder`.
 
     Raises:
-        InputError: for an unknown name, or a size that the model cannot be built for.
+        InputError: for an unknown name, or a size that the model does not support.
     """
     model = AttentionEmbedder(name, weights, **settings)
     if image_size is None:
@@ -35,13 +35,13 @@ def sized_model(
 
 
 def training_model(config: dict[str, Any], weights: bool | str) -> AttentionEmbedder:
-    """Build the model that `pml-tacl train` trains.
+    """Build the model for `pml-tacl train`.
 
     Args:
         config: "backbone", "weights", "image_size", "embedding_dim" and "freeze_batchnorm" of the
             run.
-        weights: as `pretrained` of the :class:`AttentionEmbedder`; False where those of a run that
-            goes on come from its checkpoint.
+        weights: `pretrained` of :class:`AttentionEmbedder`; False on resume, where the weights
+            come from a checkpoint.
     """
     scratch = config["weights"] is False
     rule = SCRATCH if scratch else PRETRAINED

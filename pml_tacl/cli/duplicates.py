@@ -1,4 +1,4 @@
-"""Find groups of images that are nearly the same, by their embeddings."""
+"""Find groups of near-duplicate images by their embeddings."""
 
 import csv
 import io
@@ -18,16 +18,16 @@ from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.files import atomic_write
 
 SHOWN = 20  # groups in the gallery
-MEMBERS = 16  # of each in it, at most
-PRINTED = 10  # groups
+MEMBERS = 16  # images of a group in the gallery, at most
+PRINTED = 10  # groups that are printed
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
     """Run the command: print a summary, and write a table and a gallery.
 
     Args:
-        arguments: of the command line; None takes the process's own.
-        program: its name in messages.
+        arguments: arguments of the command line; None for sys.argv.
+        program: name of the command in messages.
     """
     parser = flags.Parser(str(__doc__), None, program)
     parser.epilog = f"example: {parser.prog} runs/photos --threshold 0.97"
@@ -36,11 +36,11 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     )
     parser.add_argument(
         "--threshold", type=_threshold, default=0.95, metavar="X",
-        help="cosine similarity from which two images are joined",
+        help="lowest cosine similarity of near-duplicates",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="for duplicates.csv and duplicates.png; left out: RUN/duplicates, or none",
+        help="folder for duplicates.csv and duplicates.png; default: RUN/duplicates, or none",
     )  # fmt: skip
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="where the images of a run are, if moved"
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
 def _duplicates(args: Any, results: Any) -> None:
     folder: Path = args.folder
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder: give a run, or a folder of images")
+        raise InputError(f"{folder} is not a folder: give a run, or a folder of images")
     is_run = (folder / "run.json").is_file()
     if is_run:
         index = given_index(args, folder)
@@ -98,12 +98,14 @@ def _duplicates(args: Any, results: Any) -> None:
 
 
 def write_groups(out: str | Path, index: ImageIndex, groups: Sequence[Group]) -> None:
-    """Write ``duplicates.csv`` (group, file, similarity), and ``duplicates.png`` of the first.
+    """Write groups as a table, ``duplicates.csv``, and a gallery, ``duplicates.png``.
+
+    The table has the columns group, file and similarity. The gallery shows the first groups.
 
     Args:
-        out: a folder, which is made if need be.
-        index: whose rows the groups are of.
-        groups: of :func:`pml_tacl.duplicates.find_duplicates`.
+        out: folder, which is created if needed.
+        index: index of the images.
+        groups: groups from :func:`pml_tacl.duplicates.find_duplicates`.
     """
     out = Path(out)
     with atomic_write(out / "duplicates.csv") as file:
@@ -119,7 +121,7 @@ def write_groups(out: str | Path, index: ImageIndex, groups: Sequence[Group]) ->
     for group in groups[:SHOWN]:
         try:
             shown.append((group, thumbnail(index.paths(group.rows[:1])[0])))
-        except OSError:  # gone since it was indexed
+        except OSError:  # deleted or damaged after indexing
             continue
     if shown:
         write_gallery(

@@ -1,4 +1,4 @@
-"""Embed a folder of images, by a run's model or by one of timm, without training."""
+"""Embed a folder of images with the model of a run or a timm model, without training."""
 
 import csv
 import io
@@ -24,8 +24,8 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     """Run the command.
 
     Args:
-        arguments: of the command line; None takes the process's own.
-        program: its name in messages.
+        arguments: arguments of the command line; None for sys.argv.
+        program: name of the command in messages.
     """
     parser = flags.Parser(str(__doc__), None, program)
     parser.epilog = f"example: {parser.prog} photos --model resnet50 --out photos.npy"
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     if args.out.suffix.lower() not in ENDINGS:
         parser.error(f"argument --out: must end with .npy, .csv or .parquet, got {args.out}")
     if args.out.suffix.lower() == ".parquet":
-        _pyarrow()  # better missed now than after hours
+        _pyarrow()  # fail before the work, not after it
     with flags.output(args.quiet):
         loaded, images = given_folder(args, args.images)
         embeddings = embed_images(
@@ -54,13 +54,13 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
 def embed_images(
     loaded: Loaded, images: ImageFiles, *, num_workers: int = 0, progress: bool = True
 ) -> Tensor:
-    """Embed images; the projection of a timm model is fitted to them.
+    """Embed images; the projection of a timm model is fitted to them first.
 
     Args:
-        loaded: of :func:`pml_tacl.cli.models.load_model`.
-        images: N of them, with ``loaded.transform``.
+        loaded: model from :func:`pml_tacl.cli.models.load_model`.
+        images: N images, with the transform ``loaded.transform``.
         num_workers: processes that read images.
-        progress: show bars.
+        progress: show progress bars.
 
     Returns:
         Unit embeddings (N, D), on the CPU.
@@ -74,14 +74,14 @@ def write_embeddings(path: str | Path, names: Sequence[str], embeddings: Tensor)
     """Write embeddings with the names of their images.
 
     Args:
-        path: ends with ``.npy`` (float32 (N, D), and the names as a JSON list in
+        path: path with the suffix ``.npy`` (float32 (N, D), with the names as a JSON list in
             ``<stem>.names.json`` beside it), ``.csv`` (columns name, 0, 1, ...) or ``.parquet``
             (columns name and embedding, a list of float32).
-        names: N of them.
+        names: N names.
         embeddings: (N, D).
 
     Raises:
-        InputError: for another ending.
+        InputError: for another suffix.
         MissingPackageError: for ``.parquet`` without pyarrow.
     """
     path, rows = Path(path), embeddings.numpy()

@@ -1,4 +1,4 @@
-"""A folder of labelled images to test on: what it holds is said, and whether it can measure."""
+"""Reading and validating a folder of labelled test images."""
 
 import logging
 import os
@@ -22,22 +22,22 @@ def images_to_test_on(
     progress: bool = True,
     needed: bool = True,
 ) -> ImageFiles:
-    """Read a folder whose sub-folders are classes, and print how many classes and images it holds.
+    """Read a folder whose sub-folders are classes, and print the number of classes and images.
 
     Args:
-        folder: with a sub-folder for each class.
-        trained_on: the training images, which must not be the same.
-        transform: applied to the PIL RGB image.
-        progress: show a bar while the images are checked.
-        needed: raise if no class has two images. False warns of it: a training goes on without
-            the test, see :func:`can_measure`.
+        folder: folder with a sub-folder for each class.
+        trained_on: training images; at least one test image must not be among them.
+        transform: transform of the PIL RGB image.
+        progress: show a progress bar while the images are checked.
+        needed: raise if no class has two images. False logs a warning instead, and training
+            continues without the test, see :func:`can_measure`.
 
     Returns:
         The images, with labels.
 
     Raises:
-        ValueError: if retrieval cannot be measured on them: images in no sub-folder, fewer than
-            two classes, no class with two images, or none that is not trained on; and as of
+        ValueError: if retrieval cannot be measured: images outside sub-folders, fewer than two
+            classes, no class with two images, or only training images; also the errors of
             :class:`pml_tacl.datasets.ImageFiles`.
     """
     images = ImageFiles(folder, labels="folder", transform=transform, progress=progress)
@@ -49,29 +49,29 @@ def images_to_test_on(
             "a folder with a sub-folder for each of several classes"
         )
     if not can_measure(images):
-        lacking = f"{where} holds {len(sizes)} classes of one image each: none has another to find"
+        lacking = f"{where} holds {len(sizes)} classes of one image each, so no query has a match"
         if needed:
-            raise InputError(f"{lacking}; give at least two images of a class")
-        _LOGGER.warning("%s; the training goes on without this test", lacking)
+            raise InputError(f"{lacking}: give at least two images of a class")
+        _LOGGER.warning("%s; training continues without this test", lacking)
     same = 0 if trained_on is None else len(_places(images) & _places(trained_on))
     if trained_on is not None and same == len(images):
         raise InputError(
-            f"{where} holds only images that are trained on, of {str(trained_on.root)!r}: put "
-            "labelled images aside, outside of that folder"
+            f"{where} holds only training images of {str(trained_on.root)!r}: put labelled images "
+            "aside, outside of that folder"
         )
     lone = int((sizes == 1).sum())
-    notes = [f"{lone} of the classes have one image, which finds no other"] if lone else []
-    notes += [f"{same} of the images are also trained on"] if same else []
+    notes = [f"{lone} of the classes have one image, which has no match"] if lone else []
+    notes += [f"{same} of the images are also training images"] if same else []
     print("; ".join([f"testing on {len(images)} images of {len(sizes)} classes", *notes]))
     return images
 
 
 def can_measure(images: ImageFiles) -> bool:
-    """Whether some class has two images, so that one of them can find the other."""
+    """Return whether any class has two images, so that a query can have a match."""
     return bool(np.bincount(images.labels).max() >= 2)
 
 
 def _places(images: ImageFiles) -> set[tuple[str, str]]:
-    """Where the files lie, whatever link leads to their folder."""
+    """Return the real folder, with links resolved, and the name of each file."""
     real = {folder: os.path.realpath(folder) for folder in {path.parent for path in images.paths}}
     return {(real[path.parent], path.name) for path in images.paths}

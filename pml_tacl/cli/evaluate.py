@@ -1,4 +1,4 @@
-"""Measure how well a run's model retrieves images of the same class."""
+"""Measure how well the model of a run retrieves images of the same class."""
 
 import json
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     """Run the command: print a table of metrics in per cent.
 
     Args:
-        arguments: of the command line; None takes the process's own.
-        program: its name in messages.
+        arguments: arguments of the command line; None for sys.argv.
+        program: name of the command in messages.
     """
     parser = flags.Parser(str(__doc__), None, program)
     parser.epilog = f"example: {parser.prog} runs/photos labelled --json"
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     add("run", type=Path, metavar="RUN", help="folder of a run")
     add("labelled", type=Path, metavar="LABELLED_FOLDER", help="its sub-folders are classes")
     add("--reference", type=Path, metavar="DIR",
-        help="labelled images to search in; left out: the same images")  # fmt: skip
+        help="labelled images to search in; default: the same images")  # fmt: skip
     flags.add_common(parser, json=True)
     args = parser.parse_args(arguments)
     with flags.output(args.quiet, args.json) as results:
@@ -57,18 +57,18 @@ def evaluate_folder(
     """Measure retrieval on a folder whose sub-folders are classes.
 
     Args:
-        loaded: of :func:`pml_tacl.cli.models.load_model`.
-        folder: of the queries.
-        reference: of the images to search in; classes are matched by their names. None searches
+        loaded: model from :func:`pml_tacl.cli.models.load_model`.
+        folder: folder of the queries.
+        reference: folder of the images to search in; classes are matched by name. None searches
             in the same images, each without itself.
         num_workers: processes that read images.
-        progress: show bars.
+        progress: show progress bars.
 
     Returns:
         Value in [0, 1] by name of metric.
 
     Raises:
-        InputError: if retrieval cannot be measured on them.
+        InputError: if retrieval cannot be measured on these images.
     """
     settings: dict[str, Any] = {"num_workers": num_workers, "progress": progress}
     if reference is None:
@@ -81,8 +81,8 @@ def evaluate_folder(
     common = set(images.classes) & set(others.classes)
     if not common:
         raise InputError(
-            f"reference={str(reference)!r} has no sub-folder of a name that {str(folder)!r} has: "
-            "name the same class the same in both"
+            f"reference={str(reference)!r} has no sub-folder with the same name as one in "
+            f"{str(folder)!r}: use the same class names in both"
         )
     names = sorted({*images.classes, *others.classes})
     for one in (images, others):

@@ -1,4 +1,4 @@
-"""Write a run's model as ONNX, for any number of images."""
+"""Export the model of a run to ONNX, for any batch size."""
 
 import logging
 import warnings
@@ -19,13 +19,13 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     """Run the command.
 
     Args:
-        arguments: of the command line; None takes the process's own.
-        program: its name in messages.
+        arguments: arguments of the command line; None for sys.argv.
+        program: name of the command in messages.
     """
     parser = flags.Parser(str(__doc__), None, program)
     parser.epilog = f"example: {parser.prog} runs/photos --onnx photos.onnx"
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--onnx", type=Path, required=True, metavar="FILE", help="the file")
+    parser.add_argument("--onnx", type=Path, required=True, metavar="FILE", help="file to write")
     flags.add_quiet(parser)
     flags.add_debug(parser)
     args = parser.parse_args(arguments)
@@ -35,22 +35,22 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         export_onnx(loaded, args.onnx)
         height, width = loaded.image_size
         print(
-            f"{args.onnx}: images (n, 3, {height}, {width}) -> embeddings; how images are prepared "
-            f"is in {args.onnx.with_suffix('.json')}"
+            f"{args.onnx}: images (n, 3, {height}, {width}) -> embeddings; the preprocessing is "
+            f"described in {args.onnx.with_suffix('.json')}"
         )
 
 
 def export_onnx(loaded: Loaded, path: str | Path) -> None:
     """Write a model as ONNX: ``images`` (n, C, H, W) float32 -> ``embeddings`` (n, D).
 
-    A JSON file of the same stem says how images are prepared: size, mean, std, and so on.
+    A JSON file with the same stem describes the preprocessing: size, mean, std and so on.
 
     Args:
-        loaded: of :func:`pml_tacl.cli.models.load_model`, on the CPU.
-        path: of the file; its folder is made if need be.
+        loaded: model from :func:`pml_tacl.cli.models.load_model`, on the CPU.
+        path: path of the file; its folder is created if needed.
 
     Raises:
-        MissingPackageError: without onnx or onnxscript.
+        MissingPackageError: if onnx or onnxscript is not installed.
     """
     try:
         import onnx  # noqa: F401
@@ -62,11 +62,11 @@ def export_onnx(loaded: Loaded, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     config = loaded.model.data_config
-    # Of another number than 1, which the exporter would take for a constant.
+    # A batch size other than 1, which the exporter would treat as a constant.
     images = torch.zeros(2, int(config["input_size"][0]), *loaded.image_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the exporter, about its own parts
+        warnings.simplefilter("ignore")  # from the exporter's internals
         torch.onnx.export(
             loaded.model.to(memory_format=torch.contiguous_format).eval(),
             (images,),

@@ -1,4 +1,4 @@
-"""Flags of commands and scripts: one name, type and help for each setting, in all of them."""
+"""Flags of commands and scripts, with the same name, type and help everywhere."""
 
 import argparse
 import math
@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-# What may be another when a run goes on: it changes nothing of what is learnt.
+# Settings that may change on resume, because they do not affect the trained weights.
 _FREE = frozenset(
     {
         "run",
@@ -26,25 +26,25 @@ _FREE = frozenset(
         "tensorboard",
     }
 )
-# Shown by --help; the rest is in the group "more", which --help-all shows.
+# Settings that --help shows; --help-all also shows the group "more" with the others.
 _FIRST = ("run", "backbone", "weights", "image_size", "epochs", "batch_size")
 _WEIGHTS: dict[str, bool | str] = {"pretrained": True, "none": False}
 
 
 def training_parser(description: str, defaults: Mapping[str, Any]) -> "Parser":
-    """A parser with a flag for each of a script's settings, --resume, --overwrite and --debug.
+    """Return a parser with flags for a script's settings, --resume, --overwrite and --debug.
 
-    ``batch_size`` becomes ``--batch-size``; ``swap``, which is true or false, ``--swap`` and
-    ``--no-swap``. Settings that no flag is known for, as ``loss_weights``, are parsed arguments
-    all the same, with the script's value.
+    The flag of ``batch_size`` is ``--batch-size``; a boolean such as ``swap`` has ``--swap`` and
+    ``--no-swap``. Settings without a flag, such as ``loss_weights``, keep the script's value in
+    the parsed arguments.
 
     Args:
-        description: of the script; its first line is shown.
+        description: description of the script; its first line is shown.
         defaults: the script's settings: name -> value.
 
     Returns:
-        To which arguments of the script's own can be added. What it refuses ends the script with
-        one line.
+        A parser to which the script can add arguments. Invalid arguments end the script with a
+        message of one line.
 
     Example:
         >>> settings = {"batch_size": 32, "swap": True, "loss_weights": {"metric_loss": 1.0}}
@@ -63,10 +63,11 @@ def training_parser(description: str, defaults: Mapping[str, Any]) -> "Parser":
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         place = parser if name in _FIRST else more
         added = place.add_argument(flag_of(name), default=value, **how)
-        added.help = text  # given above, some versions of Python add a switch's default to it
+        # Set here: some Python versions append the default if the help is given above.
+        added.help = text if value is None else text.partition("; default: ")[0]
         if kind is not bool:
             added.metavar = _METAVARS.get(kind, "N")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
     parser.add_argument("--help-all", action=_HelpAll, help="show all flags")
     add_debug(more)
@@ -74,15 +75,15 @@ def training_parser(description: str, defaults: Mapping[str, Any]) -> "Parser":
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line and exit code 2, and whose help says defaults.
+    """Argument parser with errors of one line, exit code 2, and defaults in its help.
 
     Args:
         description: one sentence.
-        example: one command line, shown last.
-        program: name of the command; None is that of the process.
+        example: one command line, shown at the end.
+        program: name of the command; None for the name of the process.
 
     Attributes:
-        more: the group of flags that only ``--help-all`` shows, of a :func:`training_parser`.
+        more: group of flags that only ``--help-all`` shows, in a :func:`training_parser`.
     """
 
     more: Any = None
@@ -95,11 +96,11 @@ class Parser(argparse.ArgumentParser):
             description=description,
             epilog=None if example is None else f"example: {example}",
             formatter_class=_Help,
-            allow_abbrev=False,  # --ov is no word that a run should be deleted for
+            allow_abbrev=False,  # --ov must not delete a run
         )
 
     def format_help(self, everything: bool = False) -> str:
-        """Return the help; the flags of the group ``more`` are left out unless asked for."""
+        """Return the help, with the flags of the group ``more`` only if ``everything``."""
         groups = self._action_groups
         if not everything:
             self._action_groups = [group for group in groups if group is not self.more]
@@ -109,7 +110,7 @@ class Parser(argparse.ArgumentParser):
             self._action_groups = groups
 
     def error(self, message: str) -> NoReturn:
-        """End with one line; two dozen flags of usage would bury it."""
+        """Exit with a message of one line, without the long usage text."""
         self.exit(2, f"error: {message} (flags: --help)\n")
 
 
@@ -126,11 +127,11 @@ class _HelpAll(argparse.Action):
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:
-            return action.help  # which says what happens then
+            return action.help  # the help text describes the default
         return super()._get_help_string(action)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if text.startswith("example: "):  # to be copied as it is
+        if text.startswith("example: "):  # not wrapped, so that it can be copied
             return indent + text
         return super()._fill_text(text, width, indent)
 
@@ -146,7 +147,7 @@ def command_line(*words: Any) -> str:
 
 
 def by_flags(message: str) -> str:
-    """Return an error message that begins with the flag, where it begins with the argument.
+    """Replace the name of an argument at the start of an error message by its flag.
 
     Example:
         >>> by_flags("batch_size must be at least 2, got 1")
@@ -162,75 +163,75 @@ def by_flags(message: str) -> str:
 
 
 def add_debug(parser: Any) -> None:
-    """Add --debug, by which `run_folder.one_line_errors` shows where an error was raised."""
+    """Add --debug, which makes `run_folder.one_line_errors` show tracebacks."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
 
 
 def add_quiet(parser: Any) -> None:
-    """Add --quiet: no progress bars and no notes, only results, warnings and errors."""
+    """Add --quiet, which hides progress bars and notes; results, warnings and errors stay."""
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no notes")
 
 
 def add_choice(parser: Any) -> None:
-    """Add --exclude and --files, by which images of a folder are left out."""
+    """Add --exclude and --files, which select images of a folder."""
     parser.add_argument(
         "--exclude",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="leave images or sub-folders out, as '*_small.jpg' or thumbs; may be repeated",
+        help="leave out images or sub-folders, such as '*_small.jpg' or thumbs; may be repeated",
     )
     parser.add_argument(
         "--files",
         type=Path,
         metavar="LIST",
-        help="a text file that lists the images of the folder to take, one in each line",
+        help="text file with the images of the folder to use, one per line",
     )
 
 
 def choice(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what --exclude and --files mean to :class:`pml_tacl.datasets.ImageFiles`."""
+    """Return --exclude and --files as arguments of :class:`pml_tacl.datasets.ImageFiles`."""
     return {"exclude": args.exclude, "files": args.files}
 
 
 def bars(args: argparse.Namespace) -> bool:
-    """Whether progress bars are shown: in a terminal, without --quiet."""
+    """Return whether to show progress bars: in a terminal and without --quiet."""
     return not args.quiet and sys.stderr.isatty()
 
 
 def add_device(parser: Any) -> None:
-    """Add --device: cpu, cuda, cuda:1, mps; None if it is left out."""
+    """Add --device, such as cpu, cuda, cuda:1 or mps; the default is None."""
     parser.add_argument(
-        "--device", type=device, metavar="NAME", help="cpu, cuda or mps; left out: a GPU if any"
+        "--device", type=device, metavar="NAME", help="cpu, cuda or mps; default: a GPU if any"
     )
 
 
 def add_model(parser: Any, default: str | None = None) -> None:
-    """Add --model, which is required without a default, --weights and --image-size."""
+    """Add --model, --weights and --image-size; --model is required without a default."""
     parser.add_argument(
         "--model",
         required=default is None,
         default=default,
         metavar="RUN_OR_NAME",
-        help="folder of a run, or any timm model",
+        help="folder of a run, or name of a timm model",
     )
     parser.add_argument(
         "--weights",
         type=weights,
         default="pretrained",
         metavar="WHICH",
-        help="of a timm model: pretrained, none, or a local file",
+        help="weights of a timm model: pretrained, none, or a local file",
     )
     parser.add_argument(
         "--image-size",
         type=at_least(1),
         metavar="N",
-        help="pixels of a side; left out: the run's, or the model's own",
+        help="side in pixels; default: the run's, or the model's own",
     )
 
 
 def add_common(parser: Any, json: bool = False) -> None:
-    """Add the flags that commands share: --device, --workers, --json if asked, --quiet, --debug."""
+    """Add --device, --workers, --quiet, --debug, and --json if ``json``."""
     add_device(parser)
     parser.add_argument(
         "--workers", type=at_least(0), default=2, metavar="N", help="processes that read images"
@@ -243,14 +244,14 @@ def add_common(parser: Any, json: bool = False) -> None:
 
 @contextmanager
 def output(quiet: bool, json: bool = False) -> Iterator[TextIO]:
-    """Yield where results are printed to; notes, printed as usual, do not disturb them.
+    """Separate results from notes: yield a stream for results, and redirect print() for notes.
 
     Args:
-        quiet: notes are not shown.
-        json: notes go to standard error.
+        quiet: hide notes.
+        json: print notes to standard error.
 
     Yields:
-        Standard output, which prints names of files that are no text with backslashes.
+        Standard output, which prints invalid text in file names as backslash escapes.
     """
     results = sys.stdout
     if hasattr(results, "reconfigure"):
@@ -264,14 +265,14 @@ def output(quiet: bool, json: bool = False) -> Iterator[TextIO]:
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what makes a run what it is: the config that `TrainingRun.open` takes.
+    """Return the settings that define a run: the config for `TrainingRun.open`.
 
     Args:
-        arguments: parsed.
+        arguments: parsed arguments.
 
     Returns:
-        All but what may be another when the run goes on (run, resume, overwrite, debug,
-        strict, workers, checkpoint_every); paths are absolute strings.
+        All settings, with paths as absolute strings, except those that may change on resume (run,
+        resume, overwrite, debug, quiet, device, strict, workers, checkpoint_every, tensorboard).
     """
     return {
         name: str(value.resolve()) if isinstance(value, Path) else value
@@ -281,7 +282,7 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Return a type of argument: whole numbers from a least one."""
+    """Return an argument type for whole numbers of at least `least`."""
 
     def count(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -309,7 +310,7 @@ def _number_or_auto(text: str) -> int | str:
 
 
 def device(text: str) -> Any:
-    """Return the torch device of that name; refuse one that this machine has not."""
+    """Return the torch device with a name; raise ArgumentTypeError if it is not available."""
     import torch
 
     try:
@@ -317,47 +318,47 @@ def device(text: str) -> Any:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not there: give cpu, cuda, cuda:1 or mps"
+            f"{text!r} is not available: give cpu, cuda, cuda:1 or mps"
         ) from None
     return found
 
 
 def weights(text: str) -> bool | str:
-    """Return what `AttentionEmbedder` takes as `pretrained`."""
+    """Return the value of `pretrained` of `AttentionEmbedder`."""
     return _WEIGHTS[text] if text in _WEIGHTS else str(Path(text).resolve())
 
 
 _FLAGS: dict[str, tuple[Any, str]] = {
     "run": (Path, "folder for the results"),
-    "backbone": (str, "any timm model"),
+    "backbone": (str, "name of a timm model"),
     "weights": (weights, "pretrained, none, or a local file"),
-    "embedding_dim": (at_least(1), "numbers in an embedding"),
-    "image_size": (at_least(1), "pixels of a side; left out: the backbone's own"),
-    "freeze_batchnorm": (bool, "keep its statistics; left out: if pretrained"),
+    "embedding_dim": (at_least(1), "dimensions of an embedding"),
+    "image_size": (at_least(1), "side in pixels; default: the backbone's own"),
+    "freeze_batchnorm": (bool, "keep BatchNorm statistics; default: if pretrained"),
     "num_clusters": (
         _number_or_auto,
-        "a number; auto: a tenth of the images, or what a batch needs if that is more",
+        "a number; auto: a tenth of the images, but at least what a batch needs",
     ),
-    "images_per_cluster": (at_least(1), "images of one cluster in a batch; left out: 4"),
-    "batch_size": (at_least(1), "images in a batch, of all processes; left out: 64"),
+    "images_per_cluster": (at_least(1), "images of one cluster in a batch; default: 4"),
+    "batch_size": (at_least(1), "images in a batch, of all processes; default: 64"),
     "epochs": (
         at_least(0),
-        "passes; 0 only indexes; left out: by the number of images",
+        "passes; 0 only indexes; default: by the number of images",
     ),
     "warmup_epochs": (
         at_least(0),
-        "epochs before the first clustering; left out: 0, from scratch half of them",
+        "epochs before the first clustering; default: 0, or half of all from scratch",
     ),
-    "learning_rate": (_rate, "of the backbone, at its highest; left out: by the backbone"),
-    "guard": (bool, "keep the better of before and after; left out: if pretrained"),
-    "weight_decay": (_rate, "of AdamW"),
-    "swap": (bool, "swap backgrounds between images, unless they are what is shown"),
-    "device": (device, "cpu, cuda or mps; left out: a GPU if there is one"),
-    "seed": (at_least(0), "of everything random"),
+    "learning_rate": (_rate, "highest rate of the backbone; default: by the backbone"),
+    "guard": (bool, "keep the better of before and after; default: if pretrained"),
+    "weight_decay": (_rate, "weight decay of AdamW"),
+    "swap": (bool, "swap backgrounds between images; switch off if backgrounds matter"),
+    "device": (device, "cpu, cuda or mps; default: a GPU if there is one"),
+    "seed": (at_least(0), "seed of all random numbers"),
     "workers": (at_least(0), "processes that read images"),
     "strict": (bool, "stop at broken files instead of leaving them out"),
-    "checkpoint_every": (at_least(1), "iterations; also at each epoch's end"),
-    "tensorboard": (bool, "write the losses for TensorBoard, too, into RUN/tensorboard"),
+    "checkpoint_every": (at_least(1), "iterations between checkpoints within an epoch"),
+    "tensorboard": (bool, "also write the losses to RUN/tensorboard for TensorBoard"),
 }
 _METAVARS: dict[Any, str] = {
     Path: "DIR",

@@ -1,4 +1,4 @@
-"""Index a folder of images for a search, by a run's model or by one of timm, without training."""
+"""Index a folder of images for search with a run's model or a timm model, without training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +12,11 @@ from pml_tacl.search import ImageIndex
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
-    """Run the command: write the folder of a run that `search` and `report` read.
+    """Run the command: write a run folder for `search` and `report`.
 
     Args:
-        arguments: of the command line; None takes the process's own.
-        program: its name in messages.
+        arguments: arguments of the command line; None for sys.argv.
+        program: name of the command in messages.
     """
     parser = flags.Parser(str(__doc__), None, program)
     parser.epilog = f"example: {parser.prog} photos --model resnet50 --run runs/index"
@@ -54,5 +54,5 @@ def _index(args: Any) -> None:
     run.draw(loaded.model, images, embeddings)
     print(
         f"{len(images)} images indexed in {args.run}: "
-        f"{flags.command_line('search', args.run, 'QUERY')} finds what is like an image"
+        f"{flags.command_line('search', args.run, 'QUERY')} finds similar images"
     )

@@ -1,4 +1,4 @@
-"""The console command `pml-tacl`: hand over to a sub-command."""
+"""The console command `pml-tacl`, which runs a sub-command."""
 
 import argparse
 import sys
@@ -12,30 +12,30 @@ COMMANDS = {
     "train": "train an embedding on a folder of images, and index them",
     "embed": "write the embeddings of a folder of images",
     "index": "index a folder of images without training",
-    "search": "find the images that are most like an image; follow a folder",
-    "serve": "show a page on this machine that searches a run",
-    "duplicates": "find groups of images that are nearly the same",
+    "search": "find the images most similar to an image; update an index",
+    "serve": "serve a local web page that searches a run",
+    "duplicates": "find groups of near-duplicate images",
     "evaluate": "measure retrieval on labelled images",
-    "report": "write one HTML page of a run",
-    "export": "write a run's model as ONNX",
+    "report": "write an HTML report of a run",
+    "export": "export the model of a run to ONNX",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `pml-tacl`.
 
-    It ends with exit code 0, 1 for an error (one line on standard error), 2 for wrong usage, or
-    130 after Ctrl-C.
+    The exit code is 0 on success, 1 for an error (one line on standard error), 2 for wrong usage,
+    or 130 after Ctrl-C.
 
     Args:
-        arguments: of the command line, the sub-command first; None takes the process's own.
+        arguments: arguments of the command line, the sub-command first; None for sys.argv.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] not in COMMANDS:
         _parser().parse_args(words)
     name, *rest = words
     try:
-        # Not before it is known which is wanted: torch takes seconds to load.
+        # Import only the command that is needed: torch takes seconds to load.
         command = import_module(f"pml_tacl.cli.{name}")
         from pml_tacl.cli.run_folder import one_line_errors
         from pml_tacl.distributed.session import session

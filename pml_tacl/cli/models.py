@@ -1,4 +1,4 @@
-"""What a command begins with: the model of a run or of timm, an index, a folder of images."""
+"""Loading of the models, indices and images that a command needs."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from pml_tacl.utils.errors import InputError
 
 
 class Loaded(NamedTuple):
-    """A model to embed with, the (height, width) of its images, and whether a run fitted it."""
+    """A model, the (height, width) of its images in pixels, and whether it comes from a run."""
 
     model: AttentionEmbedder
     image_size: tuple[int, int]
@@ -24,7 +24,7 @@ class Loaded(NamedTuple):
 
     @property
     def transform(self) -> Any:
-        """From a PIL image to what the model takes."""
+        """Transform from a PIL image to an input of the model."""
         return self.model.transform(image_size=self.image_size)
 
 
@@ -34,20 +34,20 @@ def load_model(
     image_size: int | None = None,
     device: torch.device | None = None,
 ) -> Loaded:
-    """Load the model of a run, or build one of timm.
+    """Load the model of a run, or build a timm model.
 
     Args:
-        name: the folder of a run, a folder of `AttentionEmbedder.save_pretrained`, or a timm name.
-        weights: as `pretrained` of :class:`AttentionEmbedder`; for a timm name alone.
-        image_size: pixels of a side; None is that of the run, or the model's own.
-        device: None is a GPU if there is one.
+        name: folder of a run, folder of `AttentionEmbedder.save_pretrained`, or timm name.
+        weights: `pretrained` of :class:`AttentionEmbedder`; only for timm names.
+        image_size: side in pixels; None for the size of the run, or the model's own.
+        device: device of the model; None for a GPU if there is one.
 
     Returns:
-        The model, on the device. The projection of a timm model is not fitted.
+        The model on the device. The projection of a timm model is not fitted.
 
     Raises:
-        InputError: for a folder that holds no model, or an unknown name.
-        OSError: if the weights cannot be had.
+        InputError: for a folder without a model, or an unknown name.
+        OSError: if the weights cannot be loaded.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(name)
@@ -62,27 +62,27 @@ def load_model(
 
 
 def given_run(args: Any) -> Loaded:
-    """Load the model of the run that a command was given, also of one that was stopped.
+    """Load the model of the run ``args.run``, even if its training was stopped.
 
     Raises:
-        InputError: if it is no folder, or holds no model.
+        InputError: if ``args.run`` is not a folder, or contains no model.
     """
     if not args.run.is_dir():
-        raise InputError(f"{args.run} is no folder: give the folder of a run")
+        raise InputError(f"{args.run} is not a folder: give the folder of a run")
     index_stopped(args.run, **_settings(args))
     return load_model(args.run, device=getattr(args, "device", None))
 
 
 def given_index(args: Any, folder: Path | None = None) -> ImageIndex:
-    """Load the index of a run, also of one that was stopped; its images may have moved.
+    """Load the index of a run, even if its training was stopped.
 
     Args:
-        args: of a command with --images, which is None if they have not moved.
-        folder: of the run; None takes ``args.run``.
+        args: parsed arguments; ``args.images`` is the folder of the images if they have moved.
+        folder: folder of the run; None for ``args.run``.
 
     Raises:
-        InputError: if the images are not where they should be.
-        FileNotFoundError: if the folder holds no index.
+        InputError: if the folder of the images does not exist.
+        FileNotFoundError: if the run contains no index.
     """
     folder = args.run if folder is None else folder
     moved = getattr(args, "images", None)
@@ -95,10 +95,10 @@ def given_index(args: Any, folder: Path | None = None) -> ImageIndex:
 
 
 def given_folder(args: Any, folder: Path) -> tuple[Loaded, ImageFiles]:
-    """Load the model of --model and the images of a folder, of which --exclude leaves some out.
+    """Load the model of --model, and the images of a folder that --exclude and --files select.
 
     Raises:
-        InputError: if there is no such model, or the folder holds no readable image.
+        InputError: if the model does not exist, or the folder contains no readable image.
     """
     if Path(args.model).is_dir():
         index_stopped(args.model, **_settings(args))

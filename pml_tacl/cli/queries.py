@@ -1,4 +1,4 @@
-"""What a user asks with: an image, a folder of them, or what comes in through a pipe."""
+"""Queries of a search: an image, a folder of images, or piped input."""
 
 import logging
 import os
@@ -16,15 +16,15 @@ _logger = logging.getLogger(__name__)
 
 
 class ImageList(Dataset[tuple[Any, int]]):
-    """Some images as a data set whose labels are all -1.
+    """Data set of images with label -1.
 
     Args:
-        paths: of the images.
-        transform: applied to the PIL RGB image.
+        paths: paths of the images.
+        transform: transform of the PIL RGB image.
         strict: raise on a broken file instead of leaving it out with a warning.
 
     Attributes:
-        paths: the images that can be read, in order.
+        paths: paths of the readable images, in order.
 
     Raises:
         OSError: if a file is broken and ``strict`` is set.
@@ -57,26 +57,26 @@ class ImageList(Dataset[tuple[Any, int]]):
 
 
 def query_paths(query: str | Path, piped: IO[bytes], scratch: Path) -> list[Path]:
-    """The images that a query names.
+    """Return the paths of the images of a query.
 
     Args:
-        query: an image, a folder of them, or "-" for what is piped in: the bytes of one image,
-            or paths of images, one in each line.
+        query: an image, a folder of images, or "-" for piped input: the bytes of one image, or
+            paths of images, one per line.
         piped: standard input, as bytes.
-        scratch: a folder to keep a piped image in.
+        scratch: folder in which a piped image is saved.
 
     Raises:
-        ValueError: for an empty pipe, or a folder without an image.
+        ValueError: for an empty pipe, or a folder without images.
     """
     if str(query) != "-":
         path = Path(query)
         return ImageFiles(path).paths if path.is_dir() else [path]
     content = piped.read()
     if not content.strip():
-        raise InputError("query is - and nothing was piped in: pipe an image, or paths of some")
+        raise InputError("query is - but the piped input is empty: pipe an image, or image paths")
     lines = [line for line in content.splitlines() if line.strip()]
     paths = [Path(os.fsdecode(line)) for line in lines if b"\0" not in line]
-    # One name is enough to tell: no image's bytes begin with the path of a file.
+    # Testing one path is enough: the bytes of an image do not begin with the path of a file.
     if paths and len(paths) == len(lines) and (_is_file(paths[0]) or _is_text(content)):
         return paths
     image = scratch / "piped in"

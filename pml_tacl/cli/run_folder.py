@@ -1,4 +1,4 @@
-"""A run's folder: opened without harming another run, written without a half-written file."""
+"""Run folders: opening, resuming and validating them, and helpers for scripts."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ __all__ = [
 
 _MARK = "run.json"
 _ENDS = 2**16  # bytes
-# Of sqlite's own words for a fault of the disk; the rest are faults of a statement.
+# Words in sqlite's messages about disk errors; other messages are bugs in a statement.
 _DISK = re.compile(r"full|disk|read-?only|unable to open|locked|malformed", re.I)
 _OTHERS = {"mean_average_precision_at_r": "MAP@R", "NMI": "NMI"}
 
@@ -52,25 +52,24 @@ def open_run(
     overwrite: bool = False,
     free: Collection[str] = (),
 ) -> Path:
-    """Make a run's folder, or open one to go on in it; its config is kept in ``run.json``.
+    """Create a run folder, or open one to resume; the config is saved in ``run.json``.
 
-    Call it last, when all arguments have been found good: with ``overwrite`` the earlier run's
-    files are deleted here.
+    Validate all other arguments first: ``overwrite`` deletes the files of the earlier run here.
 
     Args:
-        folder: made if it is not there.
-        config: what the run was asked to do; numbers, strings and lists of them.
-        resume: go on with the run that the folder holds (or begin, if it holds nothing).
-        overwrite: delete the run that the folder holds.
-        free: names of settings that may be others when the run goes on; the new ones are kept.
+        folder: folder of the run, which is created if needed.
+        config: settings of the run; numbers, strings and lists of them.
+        resume: continue the run in the folder, or begin if the folder is empty.
+        overwrite: delete the run in the folder.
+        free: names of settings that may change on resume; the new values are saved.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: if the folder holds another run or other files, or both flags are set, or the
-            run to resume had another config.
-        InputTypeError: if the config holds what JSON has no form for.
+        InputError: if the folder contains another run or other files, if both flags are set, or
+            if the config of the run to resume differs.
+        InputTypeError: if the config contains a type that JSON does not support.
     """
     folder = Path(folder)
     check_run(folder, config, resume=resume, overwrite=overwrite, free=free)
@@ -94,23 +93,23 @@ def check_run(
     overwrite: bool = False,
     free: Collection[str] = (),
 ) -> None:
-    """Raise what :func:`open_run` would, and touch nothing.
+    """Raise the errors of :func:`open_run` without changing anything.
 
-    For the first line of a script: whoever forgot a flag learns it before images are read.
+    Call it at the start of a script, so that a missing flag is reported before images are read.
+    The arguments are those of :func:`open_run`.
 
     Args:
-        folder: as of :func:`open_run`, and so on.
-        config: None if it is not known yet, and then not compared.
+        config: settings of the run; None if they are not known yet, to skip their comparison.
     """
     folder = Path(folder)
     asked = None if config is None else _as_kept(config)
     if resume and overwrite:
-        raise InputError("resume and overwrite exclude each other: give one of them")
+        raise InputError("resume and overwrite exclude each other: give only one")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run folder {folder} is a file: give another folder")
     there = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if there and _MARK not in there:
-        raise InputError(f"run folder {folder} holds files that are no run: give another folder")
+        raise InputError(f"run folder {folder} holds files, but no run: give another folder")
     if there and not (resume or overwrite):
         raise InputError(
             f"run folder {folder} holds another run: give --resume (resume=True) to go on with it, "
@@ -139,20 +138,20 @@ def _other_images(folder: Path) -> str:
 
 
 def _as_kept(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as it comes back from ``run.json``."""
+    """Return a config as it is read from ``run.json``."""
     made: dict[str, Any] = json.loads(json.dumps(as_json(dict(config), "config")))
     return made
 
 
 def digest_of(names: Sequence[str], paths: Sequence[Path]) -> str:
-    """Tell a collection of files by their names and content, wherever it lies.
+    """Return a hash that identifies a set of files, independent of their folder.
 
     Args:
-        names: of the files, relative to their folder.
-        paths: of the same files.
+        names: names of the files, relative to their folder.
+        paths: paths of the same files.
 
     Returns:
-        A hash of each name, size, and first and last 64 KiB.
+        A hash of name, size, and first and last 64 KiB of all files.
 
     Raises:
         OSError: if a file cannot be read.
@@ -171,32 +170,32 @@ def digest_of(names: Sequence[str], paths: Sequence[Path]) -> str:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """What a run was asked to do.
+    """Read the settings of a run.
 
     Raises:
-        ValueError: if the folder holds no run.
+        ValueError: if the folder contains no run.
     """
     try:
         config = dict(json.loads((Path(folder) / _MARK).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder} is no run's folder: it holds no readable {_MARK}") from error
+        raise InputError(f"{folder} is not a run folder: it holds no readable {_MARK}") from error
     return config
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy (which PML's samplers draw from) and torch."""
+    """Seed the global random generators of Python, NumPy (used by PML's samplers) and torch."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
 
 
 def make_hooks(folder: str | Path, log_freq: int = 10, **kwargs: Any) -> Any:
-    """PML's logging hooks with record-keeper's csv and sqlite records in a folder.
+    """Return PML's logging hooks, with record-keeper's csv and sqlite records in a folder.
 
     Args:
-        folder: of the records.
-        log_freq: iterations between two records of the losses.
-        **kwargs: as of PML's HookContainer.
+        folder: folder of the records.
+        log_freq: iterations from one record of the losses to the next.
+        **kwargs: further arguments of PML's HookContainer.
 
     Returns:
         A ``pytorch_metric_learning.utils.logging_presets.HookContainer``; call
@@ -205,7 +204,7 @@ def make_hooks(folder: str | Path, log_freq: int = 10, **kwargs: Any) -> Any:
     import record_keeper
     from pytorch_metric_learning.utils import common_functions, logging_presets
 
-    # PML's own get_record_keeper wants tensorboard even where nothing is written for it.
+    # PML's get_record_keeper requires tensorboard even if it is not used.
     keeper = Keeper(
         record_writer=record_keeper.RecordWriter(str(folder)),
         attributes_to_search_for=common_functions.list_of_recordable_attributes_list_names(),
@@ -214,7 +213,7 @@ def make_hooks(folder: str | Path, log_freq: int = 10, **kwargs: Any) -> Any:
 
 
 def columns_of(metrics: Iterable[str]) -> dict[str, str]:
-    """Which metrics a table shows, and what heads their columns: R@K by K, MAP@R, NMI."""
+    """Return the metrics that a table shows, with column titles: R@K by K, MAP@R, NMI."""
     there = set(metrics)
     ks = sorted(int(at) for name in there if (at := name.removeprefix("recall_at_")).isdecimal())
     recalls = {f"recall_at_{k}": f"R@{k}" for k in ks}
@@ -222,10 +221,10 @@ def columns_of(metrics: Iterable[str]) -> dict[str, str]:
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Retrieval metrics in per cent, one line per row.
+    """Format retrieval metrics in per cent as a table.
 
     Args:
-        rows: name of the row -> metrics, named as :class:`RetrievalCalculator` does.
+        rows: name of the row -> metrics in [0, 1], with the names of :class:`RetrievalCalculator`.
     """
     names = columns_of(name for row in rows.values() for name in row)
     width = max(map(len, rows), default=0)
@@ -238,16 +237,17 @@ def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End a script with one line instead of a traceback, for errors that a user can mend.
+    """End a script with a message of one line instead of a traceback, for errors of the user.
 
-    These are the package's own (:class:`pml_tacl.utils.errors.PmlTaclError`) and the operating
-    system's; any other is a fault of a program and keeps its traceback. With ``--debug`` among the
-    script's arguments all do. A signal ends it with 130 (SIGINT) or 143 (SIGTERM), an error with 1.
+    These are errors of this package (:class:`pml_tacl.utils.errors.PmlTaclError`) and of the
+    operating system. Other errors are bugs and keep their traceback; with ``--debug`` in the
+    script's arguments all errors do. The exit code is 1 for an error, 130 for SIGINT and 143 for
+    SIGTERM.
     """
     try:
         yield
     except Interrupted as stop:
-        print(f"{stop}: go on with --resume", file=sys.stderr)
+        print(f"{stop}: continue with --resume", file=sys.stderr)
         sys.exit(stop.code)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
@@ -257,6 +257,6 @@ def one_line_errors() -> Iterator[None]:
         if "--debug" in sys.argv[1:] or not of_disk:
             raise
         text = str(error)
-        if "\nOriginal Traceback" in text:  # from a DataLoader's worker: what was raised there
+        if "\nOriginal Traceback" in text:  # from a DataLoader worker: keep its last line
             text = text.strip().rsplit("\n", 1)[-1].partition(": ")[2]
         sys.exit(f"error: {by_flags(' '.join(text.split()))}")

@@ -1,4 +1,4 @@
-"""Find the images of an indexed folder that are most like an image, or like each of several."""
+"""Find the images of an indexed folder that are most similar to one or several images."""
 
 import json
 import sys
@@ -19,32 +19,32 @@ from pml_tacl.models import AttentionEmbedder
 from pml_tacl.search import ImageIndex
 
 SHOWN = 20  # queries in the gallery
-NEIGHBOURS = 40  # of each query in it, at most
-SIDE = 224  # pixels of an image in it, at most
+NEIGHBOURS = 40  # images for each query in the gallery, at most
+SIDE = 224  # pixels of an image in the gallery, at most
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
     """Run the command: print a table and write one gallery.
 
     Args:
-        arguments: of the command line; None takes the process's own.
-        program: its name in messages.
+        arguments: arguments of the command line; None for sys.argv.
+        program: name of the command in messages.
     """
     parser = flags.Parser(str(__doc__), None, program)
     parser.epilog = f"example: {parser.prog} runs/photos new.jpg -k 20"
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="folder of a run that has ended")
-    add("queries", nargs="*", metavar="QUERY", help="images, folders of them, or - (a pipe)")
-    add("-k", type=flags.at_least(1), default=8, metavar="N", help="images to find for each")
-    add("--folder", metavar="DIR", help="find only below this sub-folder of the indexed images")
-    add("--update", action="store_true", help="first index what is new, changed or deleted")
+    add("queries", nargs="*", metavar="QUERY", help="images, folders of images, or - for a pipe")
+    add("-k", type=flags.at_least(1), default=8, metavar="N", help="images to find per query")
+    add("--folder", metavar="DIR", help="search only in this sub-folder of the indexed images")
+    add("--update", action="store_true", help="first index new, changed and deleted images")
     add("--out", type=Path, metavar="FILE",
-        help="the gallery; left out: RUN/search.png, search-2.png, ...")  # fmt: skip
-    add("--images", type=Path, metavar="DIR", help="where the indexed images are, if moved")
+        help="file of the gallery; default: RUN/search.png, search-2.png, ...")  # fmt: skip
+    add("--images", type=Path, metavar="DIR", help="folder of the indexed images, if moved")
     flags.add_common(parser, json=True)
     args = parser.parse_args(arguments)
     if not args.queries and not args.update:
-        parser.error("there is nothing to do: give a QUERY, or --update")
+        parser.error("no query: give a QUERY, or --update")
     if args.out is not None and args.out.suffix.lower() not in (".png", ".svg", ".pdf"):
         parser.error(f"argument --out: must end with .png, .svg or .pdf, got {args.out}")
     with flags.output(args.quiet, args.json) as results:
@@ -59,17 +59,17 @@ def update_index(
     num_workers: int = 0,
     progress: bool = True,
 ) -> dict[str, int]:
-    """Make an index follow its folder; images that cannot be read are left out, with a warning.
+    """Update an index to its folder; unreadable images are left out with a warning.
 
     Args:
-        index: changed here, not on the disk.
-        model: that made the index.
-        transform: from a PIL image to what the model takes.
+        index: index to update, in memory only.
+        model: the model that made the index.
+        transform: transform from a PIL image to an input of the model.
         num_workers: processes that read images.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
-        How many images were ``embedded`` and ``removed``, and how many are ``indexed`` now.
+        Numbers of images: ``embedded`` and ``removed`` now, and ``indexed`` in total.
     """
     added, changed, removed = index.changes()
     paths = [index.root / file for file in (*added, *changed)]
@@ -91,7 +91,7 @@ def _search(args: Any, results: Any) -> None:
         made["update"] = done = update_index(index, loaded.model, loaded.transform, **settings)
         index.save(args.run)
         print(
-            f"{done['embedded']} images embedded, {done['removed']} taken out, "
+            f"{done['embedded']} images embedded, {done['removed']} removed, "
             f"{done['indexed']} in the index"
         )
     if args.queries:
@@ -135,7 +135,7 @@ def _search(args: Any, results: Any) -> None:
 
 
 def unused(path: Path) -> Path:
-    """Return a path that is not there yet: a.png, else a-2.png, a-3.png, ..."""
+    """Return a path that does not exist yet: a.png, else a-2.png, a-3.png, ..."""
     others = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
     return path if not path.exists() else next(one for one in others if not one.exists())
 
@@ -147,17 +147,17 @@ def write_gallery(
     similarities: Sequence[Sequence[float]] | Any,
     out: Path,
 ) -> set[Path]:
-    """Draw images beside the rows of an index that were found for them.
+    """Draw a gallery of queries, each beside the images found for it.
 
     Args:
-        index: of the images found.
+        index: index of the images found.
         queries: Q images.
-        rows: for each query, rows of the index; their counts may differ.
-        similarities: as many, written below the images.
-        out: a .png, .svg or .pdf.
+        rows: for each query the row numbers in the index; their counts may differ.
+        similarities: cosine similarities of the same images, written below them.
+        out: .png, .svg or .pdf file.
 
     Returns:
-        Indexed images that can no longer be read, and are grey in the gallery.
+        Paths of indexed images that can no longer be read; they are grey in the gallery.
     """
     from pml_tacl import visualize as vis
 
@@ -180,7 +180,7 @@ def thumbnail(path: Path) -> Image.Image:
 
 
 def _thumbnails(paths: list[Path], gone: set[Path]) -> list[Image.Image]:
-    """Of indexed images: grey, and added to ``gone``, where one can no longer be read."""
+    """Return thumbnails; an unreadable image becomes grey, and its path is added to ``gone``."""
     images = []
     for path in paths:
         try:

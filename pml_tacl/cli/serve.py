@@ -1,4 +1,4 @@
-"""Show a page on this machine that searches a run: drop an image, or click on one."""
+"""Serve a local web page that searches a run: drop an image, or click on one."""
 
 import json
 import os
@@ -19,19 +19,19 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     """Run the command: serve until Ctrl-C.
 
     Args:
-        arguments: of the command line; None takes the process's own.
-        program: its name in messages.
+        arguments: arguments of the command line; None for sys.argv.
+        program: name of the command in messages.
     """
     parser = flags.Parser(str(__doc__), None, program)
     parser.epilog = f"example: {parser.prog} runs/photos --port 8080"
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="folder of a run")
-    add("--port", type=_port, default=8765, metavar="N", help="0 takes any that is free")
+    add("--port", type=_port, default=8765, metavar="N", help="0: any free port")
     add("--open", action=BooleanOptionalAction, default=True,
         help="open the page in a browser")  # fmt: skip
-    add("--images", type=Path, metavar="DIR", help="where the indexed images are, if moved")
+    add("--images", type=Path, metavar="DIR", help="folder of the indexed images, if moved")
     add("--also", type=Path, action="append", default=[], metavar="DIR",
-        help="a folder outside that links among the images lead to, to be shown too")  # fmt: skip
+        help="another folder that links among the images may lead to")  # fmt: skip
     flags.add_common(parser, json=True)
     args = parser.parse_args(arguments)
     with flags.output(args.quiet, args.json) as results:
@@ -43,7 +43,7 @@ def _serve(args: Any, results: Any) -> None:
 
     for folder in args.also:
         if not folder.is_dir():
-            raise InputError(f"--also {folder} is no folder: give one that links lead to")
+            raise InputError(f"--also {folder} is not a folder: give one that links lead to")
     index = given_index(args)
     loaded = load_model(args.run, device=args.device)
     searcher = RunSearcher(
@@ -54,17 +54,17 @@ def _serve(args: Any, results: Any) -> None:
             print(json.dumps({"url": server.url, "images": len(index)}), file=results, flush=True)
         else:
             print(server.url, file=results, flush=True)
-            print(f"serving {len(index)} images to this machine alone; Ctrl-C ends it", flush=True)
+            print(f"serving {len(index)} images, to this machine only; Ctrl-C stops", flush=True)
         if args.open and _has_a_screen():
             threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            print("ended")
+            print("stopped")
 
 
 def _has_a_screen() -> bool:
-    """Whether a browser would open in a window; without one it would take over the terminal."""
+    """Return whether a browser can open a window; it must not start inside the terminal."""
     if sys.platform != "linux":
         return True
     return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))

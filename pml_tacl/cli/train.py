@@ -1,4 +1,4 @@
-"""Train an embedding on a folder of images, without labels, and index the images by it."""
+"""Train an embedding on a folder of images without labels, and index the images."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ from pml_tacl.trainers.recipe import recipe_for
 from pml_tacl.transforms import SiameseTransform
 from pml_tacl.utils.errors import MissingPackageError
 
-# None: as the recipe of the model says, see `pml_tacl.trainers.recipe`.
+# None: the default of the model's recipe, see `pml_tacl.trainers.recipe`.
 SETTINGS: dict[str, Any] = {
     "run": "runs/folder",
     "backbone": "resnet50",
@@ -59,14 +59,14 @@ SETTINGS: dict[str, Any] = {
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
-    """Run the command.
+    """Run the command: train on a GPU if there is one, and write a run folder.
 
-    Writes a run's folder: the model, the index for a search, metrics.json, figures, records, and
-    a checkpoint of each epoch. Trains on a GPU if there is one.
+    The folder contains the model, the search index, metrics.json, figures, records and
+    checkpoints.
 
     Args:
-        arguments: of the command line; None takes the process's own.
-        program: its name in messages.
+        arguments: arguments of the command line; None for sys.argv.
+        program: name of the command in messages.
     """
     parser = flags.training_parser(__doc__, SETTINGS)
     if program is not None:
@@ -78,12 +78,12 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         "--eval-folder",
         type=Path,
         metavar="DIR",
-        help="to test on: its subfolders are classes; left out: no test",
+        help="test images with a sub-folder per class; default: no test",
     )
     flags.add_choice(parser.more)
     flags.add_quiet(parser.more)
     args = parser.parse_args(arguments)
-    if args.resume:  # the run knows its settings; what is given here is newer
+    if args.resume:  # the run's settings are the defaults of this command line
         parser.set_defaults(**_settings_of_run(Path(args.run), set(vars(args))))
         args = parser.parse_args(arguments)
     if args.images is None:
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
 
 
 def train(args: Any) -> None:
-    """Train as parsed arguments say."""
+    """Train with parsed arguments."""
     # open() may delete an earlier run, so validate all arguments first.
     if args.tensorboard and find_spec("tensorboard") is None:
         raise MissingPackageError("--tensorboard needs tensorboard: pip install tensorboard")
@@ -133,7 +133,7 @@ def train(args: Any) -> None:
         "freeze_batchnorm": frozen,
     }
     for name, files in (("image_files", images), ("eval_image_files", labelled)):
-        if files:  # the same ones may lie elsewhere when a run goes on
+        if files:  # the folder may move before a resume
             digest = partial(runs.digest_of, files.names, files.paths)
             config[name] = run_on_main(digest, "reading the images")
 
@@ -199,8 +199,8 @@ def train(args: Any) -> None:
             print(f"\n{trainer.verdict}")
         print(
             f"\n{count} images indexed in {args.run}: "
-            f"{flags.command_line('search', args.run, 'QUERY')} finds what is like an image, "
-            f"{flags.command_line('serve', args.run)} shows a page"
+            f"{flags.command_line('search', args.run, 'QUERY')} finds similar images, "
+            f"{flags.command_line('serve', args.run)} opens a search page"
         )
 
 
@@ -212,7 +212,7 @@ def tell_start(
     device: torch.device,
     trainer: UnsupervisedTrainer | None,
 ) -> None:
-    """Print what is about to be done: where a run goes on, and on what, how long, how clustered."""
+    """Print whether the run resumes, and its images, model, device, epochs and clusters."""
     if not is_main():
         return
     height, width = config["image_size"]
@@ -220,16 +220,16 @@ def tell_start(
     what = f"{len(images)} images, {args.backbone} at {size}, on {device}"
     saved = checkpoints(run.folder / "checkpoints") if run.begun else []
     if args.resume and not saved:
-        print(f"{args.run} holds no checkpoint to go on from: beginning anew")
+        print(f"{args.run} holds no checkpoint to resume: starting a new training")
     if trainer is None:
         print(f"indexing without training: {what}")
         return
     epochs, warmup = config["epochs"], config["warmup_epochs"]
     ended = int(saved[-1].stem.split("_")[1]) if saved else 0
     if saved and ended >= epochs:
-        print(f"all {epochs} epochs are trained: give more --epochs to go on; indexing again")
+        print(f"all {epochs} epochs are trained: give more --epochs to continue; indexing again")
     elif saved:
-        print(f"going on with {args.run} after epoch {ended} of {epochs} ({saved[-1].name})")
+        print(f"resuming {args.run} after epoch {ended} of {epochs} ({saved[-1].name})")
     print(f"training: {what}")
     since = f"from epoch {warmup + 1} on" if warmup else "from the first epoch on"
     print(
@@ -238,14 +238,14 @@ def tell_start(
     )
     if warmup >= epochs:
         print(
-            f"warning: it never clusters, since --epochs {epochs} are no more than "
-            f"--warmup-epochs {warmup}: give more epochs, or less warm-up",
+            f"warning: training will not cluster, because --epochs {epochs} is not above "
+            f"--warmup-epochs {warmup}: give more epochs, or fewer warm-up epochs",
             file=sys.stderr,
         )
 
 
 class _EpochLines:
-    """A line at the end of each epoch, for a log file, which has no use for bars."""
+    """Hooks that print a line at the end of each epoch, for log files instead of bars."""
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
@@ -256,11 +256,11 @@ class _EpochLines:
         self._began = perf_counter()
 
     def note(self, trainer: Any) -> None:
-        """Remember the loss of an iteration."""
+        """Store the loss of an iteration."""
         self._losses.append(torch.as_tensor(trainer.losses["total_loss"]).detach().float())
 
     def tell(self, trainer: Any) -> None:
-        """Print the mean loss of an epoch, and its time."""
+        """Print the mean loss and the duration of an epoch."""
         loss = float(torch.stack(self._losses).mean()) if self._losses else float("nan")
         seconds = perf_counter() - self._began
         print(f"epoch {trainer.epoch}/{self.epochs}: loss {loss:.3f}, {seconds:.0f} s", flush=True)
@@ -268,7 +268,7 @@ class _EpochLines:
 
 
 def _settings_of_run(run: Path, known: set[str]) -> dict[str, Any]:
-    """Return the flags that a run was begun with; nothing if there is no run."""
+    """Return the flags of an existing run; empty if there is none."""
     path = run / "run.json"
     if not path.is_file():
         return {}

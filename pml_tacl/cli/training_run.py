@@ -1,4 +1,4 @@
-"""A whole training as scripts want it: a folder, records, tests before and after, and images."""
+"""A complete training for scripts: run folder, records, tests before and after, and figures."""
 
 import logging
 import math
@@ -34,29 +34,31 @@ Rows = dict[str, Mapping[str, float]]
 
 
 class TrainingRun:
-    """The folder of a training: checked, opened, trained into, resumed, and drawn at the end.
+    """Run folder of a training, with methods to open, train, resume and draw.
 
-    It ends with ``metrics.json``, ``model/`` (of an :class:`AttentionEmbedder`, with averaged
-    weights if there are some), ``records/`` of record-keeper, ``checkpoints/``, ``curves.png``,
-    and ``recall.png`` if recall was measured. Each loss of each iteration is in
-    ``records/every_loss.csv``. Under torchrun, within
-    :func:`pml_tacl.distributed.inference.session`, every process calls all of it and the first
-    writes.
+    A complete run contains ``metrics.json``, ``model/`` (of an :class:`AttentionEmbedder`, with
+    averaged weights if there are any), ``records/`` of record-keeper, ``checkpoints/``,
+    ``curves.png``, and ``recall.png`` if recall was measured. ``records/every_loss.csv`` contains
+    all losses of all iterations. Under torchrun, within
+    :func:`pml_tacl.distributed.inference.session`, all processes call all methods, and the main
+    process writes.
 
     Args:
-        folder: of the run; made by :meth:`open`.
-        resume: go on with the run that the folder holds, or begin if it holds nothing.
-        overwrite: replace the run that the folder holds.
-        apart_from: folders of images, which a run must neither lie in nor hold; None is none.
+        folder: folder of the run, which :meth:`open` creates.
+        resume: continue the run in the folder, or begin if the folder is empty.
+        overwrite: replace the run in the folder.
+        apart_from: folders of images that must neither contain the run nor lie in it; None
+            entries are ignored.
 
     Attributes:
         folder: absolute path.
-        begun: whether there is a checkpoint to go on from, so that a start need not be made.
-        hooks: of :func:`pml_tacl.cli.run_folder.make_hooks`, on the first process, once it is open.
+        begun: whether the run resumes from a checkpoint, so that no initial state is needed.
+        hooks: hooks from :func:`pml_tacl.cli.run_folder.make_hooks`, on the main process after
+            :meth:`open`.
 
     Raises:
-        ValueError: as of :func:`pml_tacl.cli.run_folder.check_run`, or if the folders are not
-            apart, before anything is touched.
+        ValueError: the errors of :func:`pml_tacl.cli.run_folder.check_run`, or if run and images
+            are not in separate folders. Nothing is changed then.
 
     Example:
         >>> import tempfile
@@ -80,8 +82,8 @@ class TrainingRun:
         for images in (Path(path).resolve() for path in apart_from if path is not None):
             if images.is_relative_to(self.folder) or self.folder.is_relative_to(images):
                 raise InputError(
-                    f"the run, {self.folder}, and the images, {images}, must lie apart: give "
-                    "another folder (--run)"
+                    f"the run, {self.folder}, and the images, {images}, must be in separate "
+                    "folders: give another folder (--run)"
                 )
         self._flags: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
 
@@ -94,23 +96,23 @@ class TrainingRun:
         self._config: dict[str, Any] | None = None
 
     def open(self, config: Mapping[str, Any], free: Collection[str] = ("epochs",)) -> None:
-        """Make or open the folder, once all arguments are validated; see `open_run`.
+        """Create or open the folder, see `open_run`. Validate all other arguments first.
 
         Args:
-            config: what the run was asked to do, kept in ``run.json`` and ``metrics.json``.
-            free: names of settings that may be others when the run goes on, such as its length
-                and where its images lie.
+            config: settings of the run, saved in ``run.json`` and ``metrics.json``.
+            free: names of settings that may change on resume, such as the number of epochs and
+                the folder of the images.
 
         Raises:
-            InputError: if a run to resume had another config.
-            ImportError: without matplotlib, which draws at the end.
+            InputError: if the config of the run to resume differs.
+            ImportError: if matplotlib, which draws the figures, is not installed.
         """
-        import pml_tacl.visualize  # noqa: F401  # better missed now than after days
+        import pml_tacl.visualize  # noqa: F401  # fail before training, not after it
 
         flags = {"free": free, **self._flags}
         run_on_main(lambda: runs.open_run(self.folder, config, **flags), "opening the run")
         self._config = dict(config)
-        if is_main():  # one process writes what all have learnt
+        if is_main():  # only the main process writes
             self.hooks = runs.make_hooks(self.folder / "records")
 
     def train(
@@ -122,31 +124,32 @@ class TrainingRun:
         test_epochs: Collection[int] = (),
         rows: Mapping[str, Metrics] | None = None,
     ) -> Rows:
-        """Train to the end, from the start or the last checkpoint, and write what came of it.
+        """Train to the end, from the start or the last checkpoint, and write the results.
 
         Args:
-            trainer: a new :class:`UnsupervisedTrainer`; gets the run's records, checkpoint_folder
-                and test_hook. Its own hooks of iterations and epochs are called too.
-            epochs: of the whole training, at least 1. A run that has ended goes on if there are
-                more of them now; schedules of learning rates made for the new length go on where
-                they would stand had they been made so from the start.
-            test: epoch -> metrics in [0, 1], called at 0, at ``test_epochs`` and at the end, by
-                every process, each time after a checkpoint. What it finds is shown, and never
-                chosen by. Values may be of NumPy or 0-d tensors; NaN is left out, with a warning.
-            test_epochs: further ones to test at.
-            rows: metrics of other methods, beside which the training's are shown.
+            trainer: a new :class:`UnsupervisedTrainer`. Its records, checkpoint_folder and
+                test_hook are set here; its own iteration and epoch hooks are still called.
+            epochs: number of epochs of the whole training, at least 1. A completed run continues
+                if this is more than before. Learning rate schedules for the new length continue
+                as if training had used them from the start.
+            test: function from the epoch to metrics in [0, 1]. All processes call it before
+                training (epoch 0), after ``test_epochs`` and at the end, each time after a
+                checkpoint. The results are shown but never used to select a model. Values may be
+                NumPy numbers or 0-d tensors; NaN is left out with a warning.
+            test_epochs: further epochs to test after.
+            rows: metrics of other methods, to show beside those of the training.
 
         Returns:
-            ``rows``, and "before" and "after": empty without a test.
+            ``rows``, and "before" and "after", which are empty without a test.
 
         Raises:
             RuntimeError: if the run is not open.
-            InputError: if the trainer was trained before, or the run beyond ``epochs``.
-            InputTypeError: before the first epoch, if the test gives what are no numbers.
+            InputError: if the trainer is not new, or the run has more than ``epochs`` epochs.
+            InputTypeError: before the first epoch, if the test returns values other than numbers.
         """
         check_count("epochs", epochs, 1)
         if self._config is None:
-            raise RuntimeError("a run must be open to be trained: call open(config) before")
+            raise RuntimeError("the run is not open: call open(config) before train")
         if trainer.epoch:
             raise InputError(f"trainer must be new, got one in epoch {trainer.epoch}")
         self._equip(trainer)
@@ -154,8 +157,8 @@ class TrainingRun:
             trainer.load_checkpoint()
         if trainer.epoch > epochs:
             raise InputError(
-                f"epochs={epochs} are fewer than the {trainer.epoch} that {self.folder} has been "
-                "trained: give at least as many"
+                f"epochs={epochs} is below the {trainer.epoch} epochs that {self.folder} was "
+                "trained for: give at least as many"
             )
         recalls = trainer.extra.setdefault("recalls", {})
 
@@ -165,9 +168,9 @@ class TrainingRun:
             if trainer.epoch not in recalls:
                 found = {}
                 if test is not None:
-                    # A training is the same with a test and without.
+                    # Keep the random state, so that a test does not change the training.
                     with torch.random.fork_rng(devices=_devices()):
-                        trainer.fit_projection()  # tested as it would be searched with
+                        trainer.fit_projection()  # searches use it too
                         found = test(trainer.epoch)
                         trainer.reset_projection()
                 recalls[trainer.epoch] = _as_metrics(found, trainer.epoch)
@@ -178,11 +181,11 @@ class TrainingRun:
         if not self.begun:
             measure(trainer)
         trainer.train(trainer.epoch + 1, epochs)
-        measure(trainer)  # if a hook has ended the training at an epoch that was not due
+        measure(trainer)  # if a hook ended the training at another epoch
         trainer.fit_projection()
         after = recalls[trainer.epoch]
         if test is not None and trainer.guard is not None and trainer.guard.kept is not None:
-            # The network that is kept is none of those that were tested on the way.
+            # The network that the guard kept has not been tested yet.
             after = _as_metrics(test(trainer.epoch), trainer.guard.kept)
         beside = {name: _as_metrics(row, None) for name, row in (rows or {}).items()}
         found = {**beside, "before": recalls.get(0, {}), "after": after}
@@ -199,24 +202,24 @@ class TrainingRun:
         progress: bool = True,
         fitted: bool = False,
     ) -> Rows:
-        """Fit the projection to images and write the model: a run without training.
+        """Fit the projection to images and write the model, without training.
 
         Args:
-            model: as it comes.
+            model: the model to write.
             dataset: items (image as the model takes it, anything).
-            test: as of :meth:`train`, called with 0.
-            num_workers: processes that read the images.
-            progress: show a bar.
-            fitted: leave the projection as it is.
+            test: test function as in :meth:`train`, called with 0.
+            num_workers: processes that read images.
+            progress: show a progress bar.
+            fitted: do not fit the projection.
 
         Returns:
-            "before" and "after", which are the same.
+            "before" and "after", which are equal.
 
         Raises:
             RuntimeError: if the run is not open.
         """
         if self._config is None:
-            raise RuntimeError("a run must be open to be written: call open(config) before")
+            raise RuntimeError("the run is not open: call open(config) before fit")
         if not fitted:
             fit_to(model, dataset, num_workers, progress=progress and is_main())
         metrics = {} if test is None else _as_metrics(test(0), 0)
@@ -240,17 +243,17 @@ class TrainingRun:
         count: int = 8,
         title: str = "",
     ) -> None:
-        """``attention.png`` and ``gallery.png`` of images taken evenly from a data set.
+        """Draw ``attention.png`` and ``gallery.png`` of evenly spaced images of a data set.
 
-        What cannot be drawn is logged in one line, and costs the run nothing.
+        If drawing fails, one line is logged and the run continues.
 
         Args:
-            model: of the images' attention.
+            model: model that computes the attention.
             dataset: items (image as the model takes it (3, H, W), anything).
-            embeddings: (N, D) of them, unit rows; not looked at but on the first process.
-            labels: (N,), to frame right and wrong neighbours; None for neither.
-            count: images shown, and neighbours of each.
-            title: of the gallery.
+            embeddings: (N, D), of unit norm; used on the main process only.
+            labels: (N,), to mark right and wrong neighbours; None to mark neither.
+            count: number of images shown, and of neighbours of each.
+            title: title of the gallery.
         """
         if embeddings is None or not is_main():
             return
@@ -287,7 +290,7 @@ class TrainingRun:
         vis.save_figure(gallery, self.folder / "gallery.png")
 
     def _equip(self, trainer: Any) -> None:
-        """Records and checkpoints, beside the hooks that the trainer has."""
+        """Add records and checkpoints to a trainer; its own hooks stay."""
         trainer.checkpoint_folder = self.folder / "checkpoints"
         if not is_main():
             return
@@ -306,7 +309,7 @@ class TrainingRun:
             model.save_pretrained(self.folder / "model")
 
     def _write(self, trainer: Any, rows: Rows) -> None:
-        """What was learnt and measured, and only then what is drawn of it."""
+        """Write model, records and metrics, and only then draw the figures."""
         self._write_model(trainer)
         trainer.whole.eval()
         self.hooks.record_keeper.save_records()
@@ -315,7 +318,7 @@ class TrainingRun:
         if trainer.guard is not None:
             content["guard"] = trainer.guard.summary()
         write_json(self.folder / "metrics.json", content)
-        (self.folder / "stopped.json").unlink(missing_ok=True)  # of a search in between
+        (self.folder / "stopped.json").unlink(missing_ok=True)  # from a search before the end
         from pml_tacl import visualize as vis
 
         recalls = {epoch: row for epoch, row in trainer.extra["recalls"].items() if row}
@@ -335,7 +338,7 @@ def _devices() -> list[int]:
 
 @contextmanager
 def _never_fatal(names: str) -> Iterator[None]:
-    """Log in one line that a figure was not drawn: the training that it shows is worth more."""
+    """Log errors in drawing figures in one line, so that they do not end a finished training."""
     try:
         yield
     except Exception as error:
@@ -345,18 +348,18 @@ def _never_fatal(names: str) -> Iterator[None]:
 
 
 def _as_metrics(found: Any, epoch: int | None) -> Metrics:
-    """Metrics as plain floats, without those that could not be measured."""
+    """Convert metrics to floats, and leave out those that are NaN or infinite."""
     where = "rows" if epoch is None else f"test({epoch})"
     if not isinstance(found, Mapping):
         kind = type(found).__name__
-        raise InputTypeError(f"{where} must give a dict of metrics by name, got {kind}")
+        raise InputTypeError(f"{where} must be a dict of metrics by name, got {kind}")
     if wrong := [name for name in found if not isinstance(name, str)]:
         raise InputTypeError(f"{where} must name its metrics by strings, got {wrong[0]!r}")
     values = {str(name): number(value, f"{where}[{name!r}]") for name, value in found.items()}
     if unknown := [name for name, value in values.items() if not math.isfinite(value)]:
         _LOGGER.warning(
-            "%s could not measure %s (NaN): recall needs classes of two images or more; the "
-            "training goes on without",
+            "%s could not measure %s (NaN): recall needs classes of two images or more; training "
+            "continues without it",
             where,
             ", ".join(unknown),
         )

@@ -1,4 +1,4 @@
-"""A training that was stopped: its images are indexed with the model of its last checkpoint."""
+"""Indexing of a stopped training with the model of its last checkpoint."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from pml_tacl.search import ImageIndex
 from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
 from pml_tacl.trainers.fitting import fit_to
 
-STOPPED = "stopped.json"  # in a run: which checkpoint its model and index are of
+STOPPED = "stopped.json"  # file in a run with the checkpoint of its model and index
 
 
 def index_stopped(
@@ -26,17 +26,17 @@ def index_stopped(
     num_workers: int = 0,
     progress: bool = True,
 ) -> bool:
-    """Write the model and the index of a training that was stopped, from its last checkpoint.
+    """Write model and index of a stopped training from its last checkpoint.
 
-    Nothing is done for a run that has ended, for a folder that is no training, and where the last
-    checkpoint has been indexed already. That the training has not ended is said on standard error.
+    Do nothing for a completed run, for other folders, or if the last checkpoint is indexed
+    already. For a stopped training, print a note to standard error.
 
     Args:
-        run: its folder.
-        images: the folder of images, if it has moved.
-        device: None is a GPU if there is one.
+        run: folder of the run.
+        images: folder of the images, if it has moved.
+        device: device of the model; None for a GPU if there is one.
         num_workers: processes that read images.
-        progress: show bars.
+        progress: show progress bars.
 
     Returns:
         Whether an index was written.
@@ -52,7 +52,7 @@ def index_stopped(
     known = place == saved[-1].name and (run / "index.faiss").is_file()
     print(
         f"{run} has not ended: {'searching' if known else 'indexing its images'} with the model "
-        f"of {saved[-1].name}; {flags.command_line('train', '--resume', '--run', run)} goes on",
+        f"of {saved[-1].name}; {flags.command_line('train', '--resume', '--run', run)} resumes it",
         file=sys.stderr,
     )
     if known:
@@ -80,7 +80,7 @@ def index_stopped(
 
 
 def stopped_at(run: str | Path) -> str | None:
-    """Return the name of the checkpoint that a run's index is of; None for a run that has ended."""
+    """Return the name of the checkpoint of a stopped run's index; None for a completed run."""
     try:
         return str(json.loads((Path(run) / STOPPED).read_text("utf-8"))["checkpoint"])
     except (OSError, ValueError, LookupError, TypeError):

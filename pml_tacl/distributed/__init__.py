@@ -1,1 +1,1 @@
-"""One training in many processes."""
+"""Distributed training: process group, collectives, gradients and inference."""

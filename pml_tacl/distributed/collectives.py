@@ -1,6 +1,6 @@
-"""Tensors that the processes of a training exchange; no-ops in a training of one process.
+"""Collective operations on tensors. They do nothing without distributed training.
 
-Calls marked "collective" must be made by every process, in the same order.
+All processes must call functions marked "collective", in the same order.
 """
 
 import math
@@ -12,17 +12,18 @@ from torch import Tensor, distributed, nn
 
 from pml_tacl.distributed.session import device, in_use, is_main, naming, patient, rank, world_size
 
-_BUCKET = 1 << 23  # numbers that travel at once, 32 MiB of float32
+_BUCKET = 1 << 23  # numbers sent at once, 32 MiB of float32
 
 
 def broadcast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The first process's tensors, of any shape and type, on all of them. Collective.
+    """Send tensors of the main process to all processes. Collective.
 
     Args:
-        tensors: those to send; of the others' only the number counts.
+        tensors: tensors of any shape and dtype, or None. On other processes only their number
+            matters.
 
     Returns:
-        As given on the first process, on its own device; elsewhere on the CPU.
+        On the main process the tensors as given; on the others copies of them on the CPU.
     """
     if not in_use():
         return list(tensors)
@@ -44,15 +45,15 @@ def broadcast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def shard(count: int, batch_size: int, of: int | None = None) -> Tensor:
-    """Which of ``count`` rows this process embeds: whole batches, in turn.
+    """Return the indices of the images that a process embeds: every world_size-th batch.
 
-    Batches are cut as one process would cut them: a row's embedding depends, in its last bits,
-    on the others of its batch.
+    The batches are those of a single process, because the last bits of an embedding depend on the
+    other images of its batch.
 
     Args:
-        count: rows of all processes.
-        batch_size: rows at once.
-        of: another process than this one.
+        count: number of images of all processes.
+        batch_size: images in a batch.
+        of: rank of the process; None for this one.
 
     Returns:
         (n,) int64, ascending.
@@ -64,21 +65,21 @@ def shard(count: int, batch_size: int, of: int | None = None) -> Tensor:
 
 
 def gather_rows(rows: Tensor, count: int, batch_size: int) -> Tensor | None:
-    """Rows of all processes in their order, on the first one. Collective.
+    """Gather the embeddings or labels of all processes on the main process. Collective.
 
-    Memory there is the result and a bucket of each process.
+    The main process needs memory for the result and one bucket of each process.
 
     Args:
-        rows: (n, ...), those that :func:`shard` gave to this process; of one type on all.
-        count: N, rows of all.
-        batch_size: as given to :func:`shard`.
+        rows: (n, ...), for the indices from :func:`shard`; the same dtype on all processes.
+        count: N, number of images of all processes.
+        batch_size: the value given to :func:`shard`.
 
     Returns:
-        (N, ...) on the CPU; None on the others.
+        (N, ...) on the CPU, in the order of the data set; None on the other processes.
     """
     if world_size() == 1:
         return rows
-    # A process without a row does not know their shape; the first one has the first batch.
+    # A process without images does not know the shape; the main process has the first batch.
     known: list[Any] = [(tuple(rows.shape[1:]), rows.dtype)]
     with naming("gathering embeddings"):
         distributed.broadcast_object_list(known, src=0, group=patient())
@@ -103,17 +104,17 @@ def gather_rows(rows: Tensor, count: int, batch_size: int) -> Tensor | None:
 
 
 def gather_batch(own: Tensor, views: int = 1) -> Tensor:
-    """A tensor of the joined batch, through which the gradient reaches this process's rows.
+    """Gather a batch from all processes; gradients flow to this process's part. Collective.
 
-    Every process computes the same loss of the same joined batch, each with the gradient of its
-    own rows: their sum over the processes is the gradient of one process. Collective.
+    Each process computes the same loss on the whole batch, but only the gradient of its own part.
+    The sum of these gradients over ranks equals the gradient of a single process.
 
     Args:
-        own: (views * n, ...), n alike on all processes, a view after the other.
-        views: how many.
+        own: (views * n, ...), one view after the other; n is the same on all processes.
+        views: number of views.
 
     Returns:
-        (views * world_size * n, ...), a view after the other, each in the order of the processes.
+        (views * world_size * n, ...), one view after the other, each in the order of the ranks.
     """
     if world_size() == 1:
         return own
@@ -126,9 +127,9 @@ def gather_batch(own: Tensor, views: int = 1) -> Tensor:
 
 
 def total(tensors: Iterable[Tensor], divisor: float = 1.0) -> None:
-    """Replace tensors by their sums over the processes, over ``divisor``. Collective.
+    """Replace tensors by their sums over ranks, divided by ``divisor``. In place. Collective.
 
-    They travel in flat buckets, so that many small ones cost no more than a large one.
+    Tensors are sent in flat buckets, so many small tensors take as long as one large tensor.
     """
     if world_size() == 1:
         return
@@ -148,7 +149,11 @@ def total(tensors: Iterable[Tensor], divisor: float = 1.0) -> None:
 
 
 def used_anywhere(used: Sequence[bool]) -> list[bool]:
-    """Of each thing, whether any process has used it. Collective; as many on all of them."""
+    """Return for each entry whether it is true on any rank. Collective.
+
+    Args:
+        used: flags, as many on all ranks.
+    """
     if world_size() == 1 or not used:
         return list(used)
     counts = torch.tensor(used, dtype=torch.int32, device=device())
@@ -158,10 +163,13 @@ def used_anywhere(used: Sequence[bool]) -> list[bool]:
 
 
 def mean_loss(own: Tensor) -> Tensor:
-    """A loss of this process's images as a part of the mean over the processes. Collective.
+    """Average a loss over ranks. Collective.
+
+    Args:
+        own: the loss of this process's images.
 
     Returns:
-        The mean; the gradient is of this process's part of it.
+        The mean over ranks; its gradient is that of this process's share of the mean.
     """
     if world_size() == 1:
         return own
@@ -172,7 +180,7 @@ def mean_loss(own: Tensor) -> Tensor:
 
 
 def equal_to_first(tensors: Iterable[Tensor]) -> None:
-    """Give all processes the first one's values, in place. Collective."""
+    """Copy the values of the main process to all processes, in place. Collective."""
     tensors = list(tensors)
     with torch.no_grad():
         if not is_main():
@@ -182,15 +190,15 @@ def equal_to_first(tensors: Iterable[Tensor]) -> None:
 
 
 def equalise_buffers(modules: Iterable[nn.Module]) -> None:
-    """Give all processes the mean of their running statistics. Collective.
+    """Average floating-point buffers (running statistics) over ranks, in place. Collective.
 
-    Statistics are running means: their mean over the processes is that of the joined batches'
-    means, whenever and however often it is taken.
+    Running statistics are means, so averaging them, at any time and any number of times, gives
+    the mean over the batches of all ranks.
     """
     if world_size() == 1:
         return
     buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
-    wide = [buffer.double() for buffer in buffers]  # what is equal already stays, to the last bit
+    wide = [buffer.double() for buffer in buffers]  # equal values stay bit-identical
     total(wide, world_size())
     for buffer, mean in zip(buffers, wide, strict=True):
         buffer.copy_(mean)

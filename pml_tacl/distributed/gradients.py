@@ -1,4 +1,4 @@
-"""What ranks agree on in training: weights at the start, gradients, statistics of BatchNorm."""
+"""Synchronisation of ranks in training: initial weights, gradients and BatchNorm statistics."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -19,18 +19,18 @@ Modules = Mapping[str, nn.Module]
 def start_alike(
     models: Modules, losses: Modules, settings: Sequence[object], device: torch.device
 ) -> None:
-    """Check that all ranks have the same settings, and give them the same weights. Collective.
+    """Check that all ranks have the same settings, and copy the weights of rank 0. Collective.
 
-    On GPUs BatchNorm becomes that of the batch of all ranks.
+    On GPUs BatchNorm is converted to synchronised BatchNorm.
 
     Args:
-        models: by name.
-        losses: by name.
-        settings: compared by their text.
-        device: of the models.
+        models: models by name.
+        losses: losses by name.
+        settings: values that must agree; they are compared by their repr.
+        device: device of the models.
 
     Raises:
-        ValueError: if a rank has other settings than the first.
+        ValueError: if the settings of a rank differ from those of rank 0.
     """
     if world_size() == 1:
         return
@@ -40,19 +40,19 @@ def start_alike(
     remedy = "start all processes with the same arguments and images"
     check_same("settings", [*settings, shapes], remedy)
     if device.type == "cuda":
-        from timm.layers import convert_sync_batchnorm  # torch's own would lose activations
+        from timm.layers import convert_sync_batchnorm  # torch's drops activations
 
         for model in models.values():
-            convert_sync_batchnorm(model)  # in place, parameters stay the same
+            convert_sync_batchnorm(model)  # in place, keeps the parameters
     equal_to_first(tensors)
 
 
 def sum_gradients(models: Modules, losses: Modules) -> None:
-    """Sum gradients of models over ranks, and average those of losses' parameters. Collective.
+    """Sum model gradients over ranks; average the gradients of loss parameters. Collective.
 
-    Each rank has the gradients of its own images, while a loss's parameters have seen all of
-    them. A parameter that no image of one rank has used, as in a branch that was dropped or a
-    layer that was skipped, counts as zero there; one that none has used stays without gradient.
+    Model gradients come from a rank's own images. Loss parameters have the gradient of the whole
+    batch on each rank. A parameter without gradient on one rank, such as in a skipped layer,
+    counts as zero there. A parameter without gradient on all ranks stays without.
     """
     if world_size() == 1:
         return
@@ -61,7 +61,7 @@ def sum_gradients(models: Modules, losses: Modules) -> None:
         used = used_anywhere([p.grad is not None for p in parameters])
         shared = [p for p, anywhere in zip(parameters, used, strict=True) if anywhere]
         for parameter in shared:
-            if parameter.grad is None:  # another rank's images have used it
+            if parameter.grad is None:  # used on another rank
                 parameter.grad = torch.zeros_like(parameter)
             elif parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.to_dense()
@@ -69,5 +69,5 @@ def sum_gradients(models: Modules, losses: Modules) -> None:
 
 
 def equalise(models: Iterable[nn.Module | None]) -> None:
-    """Give all ranks one set of BatchNorm statistics. Collective."""
+    """Average BatchNorm statistics over ranks. Collective."""
     equalise_buffers([model for model in models if model is not None])

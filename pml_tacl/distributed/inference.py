@@ -1,10 +1,12 @@
-"""Training in several processes, for scripts that torchrun starts; without it, nothing changes.
+"""Distributed training for scripts that are started with torchrun. Without torchrun: one process.
 
-from pml_tacl.distributed.inference import is_main, run_on_main, session
+Example of a script::
 
-if __name__ == "__main__":
-    with session():
-        main()  # an UnsupervisedTrainer in it trains together with the other processes'
+    from pml_tacl.distributed.inference import is_main, run_on_main, session
+
+    if __name__ == "__main__":
+        with session():
+            main()  # an UnsupervisedTrainer in here trains on all processes
 """
 
 from collections.abc import Sequence
@@ -53,24 +55,25 @@ def embed_distributed(
     dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor] | None:
-    """As :func:`pml_tacl.evaluation.embed`, shared by all processes; all of them must call it.
+    """Embed a data set on all processes, see :func:`pml_tacl.evaluation.embed`. Collective.
 
     Args:
         model: images (N, C, H, W) -> embeddings (N, D).
         dataset: items (image, label).
-        batch_size: images at once in each process.
-        file: an .npy file, which all processes must see: each writes its embeddings to their
-            place in it, and no process holds all of them. None: they are sent to the first one.
-        dtype: of the embeddings in the file, torch.float32 or torch.float16.
-        **kwargs: of ``embed``.
+        batch_size: images in a batch on each process.
+        file: .npy file on a disk that all processes can access. Each process writes its part of
+            the embeddings, and no process holds all of them in memory. None: the main process
+            gathers them.
+        dtype: dtype of the embeddings in the file, torch.float32 or torch.float16.
+        **kwargs: further arguments of ``embed``.
 
     Returns:
-        Embeddings (N, D) and labels on the first process, in the order of the data set and in
-        every bit those of one process (rounded to ``dtype``); None on the others. With ``file``
-        the embeddings are the file, mapped: what is written to them is written there.
+        On the main process embeddings (N, D) and labels (N,), in the order of the data set and
+        bit-identical to those of a single process (rounded to ``dtype``); None on the others.
+        With ``file``, the embeddings are memory-mapped: writing to them changes the file.
 
     Raises:
-        ValueError: as ``embed``, or for another dtype, on all processes.
+        ValueError: on all processes, for another dtype; also the errors of ``embed``.
     """
     count = len(dataset)  # type: ignore[arg-type]
     if file is not None:
@@ -111,12 +114,12 @@ def _into_file(
         mine: Dataset[Any] = Subset(dataset, own.tolist())
         settings["progress"] = progress and is_main()
         for rows, batch_labels in embed_in_batches(model, mine, batch_size=batch_size, **settings):
-            start = int(own[done])  # a batch is whole batches of one process, so neighbours
+            start = int(own[done])  # images of a batch are adjacent
             store.write(start, rows)
             labels.append(batch_labels)
             done += len(rows)
     store.flush()
-    barrier()  # nobody reads before all have written
+    barrier()  # read only after all have written
     found = gather_rows(torch.cat(labels[1:] or labels), count, batch_size)
     return None if found is None else (store.tensor(), found)
 
@@ -129,17 +132,17 @@ def evaluate_distributed(
     reference: Dataset[Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, float]:
-    """As :func:`pml_tacl.evaluation.evaluate`, shared by all processes; all of them must call it.
+    """Evaluate on all processes, see :func:`pml_tacl.evaluation.evaluate`. Collective.
 
     Args:
         model: images (N, C, H, W) -> embeddings (N, D).
         dataset: items (image, label) of the queries.
-        metrics: names; empty for all.
-        reference: the gallery to search in, if it is another data set.
-        **kwargs: of :func:`embed_distributed`.
+        metrics: names of metrics; empty for all.
+        reference: the gallery to search in; None for the queries themselves.
+        **kwargs: further arguments of :func:`embed_distributed`.
 
     Returns:
-        Value in [0, 1] by name of metric, on every process.
+        Value in [0, 1] by name of metric, on all processes.
     """
     parts, order = [dataset], None
     if reference is not None and reference is not dataset:

@@ -1,7 +1,7 @@
-"""Training in several processes: what they share, and how one that is lost ends the others.
+"""Process group of distributed training, and errors for lost processes.
 
-Everything here is a no-op in a training of one process, so that callers have one code path. Calls
-marked "collective" must be made by every process, in the same order.
+Without distributed training all functions work for a single process, so callers need no special
+case. All processes must call functions marked "collective", in the same order.
 """
 
 import hashlib
@@ -20,7 +20,8 @@ from torch import Tensor, distributed
 from pml_tacl.utils.errors import DivergedError, InputError, InputTypeError, MissingPackageError
 
 _T = TypeVar("_T")
-# Clustering and evaluation are the first process's, and may take hours; who dies is seen at once.
+# The main process clusters and evaluates, which may take hours; the others wait. Dead ranks are
+# detected immediately.
 _PATIENCE = timedelta(days=7)
 _LOST = re.compile(
     r"connection (closed|reset|refused)|timed? ?out|broken pipe|peer|socket|nccl|aborted", re.I
@@ -32,44 +33,44 @@ _TYPES: tuple[type[Exception], ...] = (
 
 
 class ProcessLost(ConnectionError):
-    """Another process of the training has ended, or no longer answers."""
+    """Error for a process of the training that has ended or does not respond."""
 
 
 def in_use() -> bool:
-    """Whether this process trains together with others (or alone in a process group)."""
+    """Return whether a process group exists, even if it has only this process."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Return the rank of this process, from 0; 0 without distributed training."""
     return distributed.get_rank() if in_use() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return the number of processes; 1 without distributed training."""
     return distributed.get_world_size() if in_use() else 1
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints, clusters, evaluates and writes."""
+    """Return whether this is the main process, which prints, clusters, evaluates and writes."""
     return rank() == 0
 
 
 @contextmanager
 def session(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
-    """Join the processes that torchrun started; without torchrun, nothing.
+    """Create the process group of torchrun for the block; do nothing without torchrun.
 
-    Each process takes the GPU of its local rank, if there are GPUs. CPU tensors travel by gloo,
-    which notices at once that a process has died, GPU tensors by nccl. At the end of the block the
-    processes wait for each other and part; what follows it runs in each of them by itself. An
-    error within the block goes on to the caller.
+    Each process uses the GPU of its local rank, if there are GPUs. CPU tensors are sent with
+    gloo, which detects dead processes immediately, and GPU tensors with nccl. At the end of the
+    block all processes wait for each other, and the process group is destroyed. Errors inside the
+    block are passed to the caller.
 
     Args:
-        timeout: for one exchange of tensors in training; a process that hangs longer is lost.
+        timeout: for one exchange of tensors; a process that hangs longer counts as lost.
 
     Raises:
         SystemExit: if a machine has fewer GPUs than processes, or another process was lost; the
-            code is one line that says so.
+            code is a message of one line.
     """
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         yield
@@ -86,7 +87,7 @@ def session(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"
     failed = True
     try:
-        with naming("meeting the others"):
+        with naming("joining the process group"):
             distributed.init_process_group(backend, timeout=timeout)
         yield
         barrier()
@@ -98,10 +99,11 @@ def session(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
 
 
 def _leave(broken: bool) -> None:
-    """End the exchange, so that no thread of it outlives the interpreter.
+    """Destroy the process group, so that none of its threads outlives the interpreter.
 
     Args:
-        broken: whether nccl may still wait for others; it would do so for ever.
+        broken: whether nccl may still wait for lost processes; the group is left alone then,
+            because destroying it would never return.
     """
     _patient_group.cache_clear()
     if in_use() and not broken:
@@ -110,25 +112,25 @@ def _leave(broken: bool) -> None:
 
 
 def barrier() -> None:
-    """Wait for all processes, however long the first one works. Collective."""
+    """Wait for all processes, up to 7 days. Collective."""
     if in_use():
         with naming("waiting for the others"):
             distributed.barrier(group=patient())
 
 
 def run_on_main(function: Callable[[], _T], doing: str) -> _T:
-    """What a function gives on the first process, on all of them. Collective.
+    """Call a function on the main process and return its result on all processes. Collective.
 
     Args:
-        function: called on the first process alone; the others wait, however long it takes.
-        doing: for the message of the others, such as "clustering".
+        function: called on the main process only; the others wait, up to 7 days.
+        doing: what the function does, such as "clustering", for messages of other processes.
 
     Returns:
-        Its result, which travels as a pickle.
+        The result of the function, which is sent as a pickle.
 
     Raises:
-        Exception: what the function raised, on all processes, so that none waits for ever; on
-            the others of a common type and with the first one's words.
+        Exception: the error of the function, on all processes. The other processes raise an error
+            of a built-in type or of this package, with the same text.
     """
     if not in_use():
         return function()
@@ -152,15 +154,15 @@ def run_on_main(function: Callable[[], _T], doing: str) -> _T:
 
 
 def check_same(what: str, values: Iterable[Any], remedy: str) -> None:
-    """Raise on every process unless all of them have the same values. Collective.
+    """Check that values are the same on all processes. Collective.
 
     Args:
-        what: named in the message.
-        values: tensors, whose bytes are compared, or anything with a repr.
-        remedy: what to do about it.
+        what: the noun for the message.
+        values: tensors, whose bytes are compared, or other objects, whose repr is compared.
+        remedy: advice for the message.
 
     Raises:
-        ValueError: naming the processes that differ from the first.
+        ValueError: on all processes, with the ranks that differ from rank 0.
     """
     if not in_use():
         return
@@ -185,7 +187,7 @@ def check_same(what: str, values: Iterable[Any], remedy: str) -> None:
 
 
 def all_reduce_max(value: int) -> int:
-    """The largest of the processes' numbers. Collective."""
+    """Return the maximum of an integer over ranks. Collective."""
     if world_size() == 1:
         return value
     said = torch.tensor([value])
@@ -195,25 +197,25 @@ def all_reduce_max(value: int) -> int:
 
 
 def device() -> torch.device:
-    """Where tensors must lie to travel: the CPU unless nccl is all there is."""
+    """Return the device of tensors to send: the CPU, or CUDA if nccl is the only backend."""
     there = distributed.get_backend_config()
     return torch.device("cpu" if "cpu:" in there else "cuda")
 
 
 def patient() -> Any:
-    """A group of all processes whose members wait for days; they notice a death at once."""
+    """Return a gloo group of all processes with a timeout of 7 days. It detects dead processes."""
     return _patient_group(distributed.group.WORLD)
 
 
 @lru_cache(maxsize=1)
 def _patient_group(_world: Any) -> Any:
-    with naming("meeting the others"):
+    with naming("joining the process group"):
         return distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 @contextmanager
 def naming(doing: str) -> Iterator[None]:
-    """Turn what a backend throws when a process is gone into one line that says what to do."""
+    """Turn a backend's error about a lost process into a message of one line with advice."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Embeddings in one file, which every process writes a part of and reads without holding it."""
+"""Embeddings in a memory-mapped file that all processes write and read."""
 
 import mmap
 import os
@@ -14,7 +14,7 @@ from torch import Tensor
 from pml_tacl.utils.errors import InputError
 
 IN_MEMORY_UP_TO = 1_000_000
-"""Images up to which a training keeps embeddings in memory: 2 GB of 512 numbers each."""
+"""Largest data set, in images, whose embeddings a training keeps in memory (2 GB at D = 512)."""
 _TYPES: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype("<f4"),
     torch.float16: np.dtype("<f2"),
@@ -22,17 +22,17 @@ _TYPES: dict[torch.dtype, np.dtype[Any]] = {
 
 
 class EmbeddingFile:
-    """Embeddings (N, D) in an .npy file on a disk that all processes see.
+    """Embeddings (N, D) in an .npy file on a disk that all processes can access.
 
-    Processes write different rows, so that none waits for another. Rows that nobody has written
-    are zero. ``numpy.load(path, mmap_mode="r")`` reads it too.
+    Processes write different rows and do not wait for each other. Rows that have not been written
+    are zero. ``numpy.load(path, mmap_mode="r")`` also reads the file.
 
     Args:
-        path: of a file that :meth:`create` has made.
+        path: path of a file from :meth:`create`.
 
     Raises:
-        ValueError: if the file holds something else.
-        FileNotFoundError: if there is none.
+        ValueError: if the file contains anything else.
+        FileNotFoundError: if the file does not exist.
 
     Attributes:
         rows: (N, D), float32 or float16, mapped from the file for reading and writing.
@@ -44,7 +44,7 @@ class EmbeddingFile:
         try:
             self.rows = np.load(path, mmap_mode="r+")
         except (ValueError, EOFError) as error:
-            raise InputError(f"{path} is no file of embeddings, or damaged: {error}") from error
+            raise InputError(f"{path} is damaged, or not a file of embeddings: {error}") from error
         if self.rows.ndim != 2 or self.rows.dtype not in _TYPES.values():
             raise InputError(
                 f"{path} must hold (N, D) float32 or float16, and holds {self.rows.dtype} of shape "
@@ -55,16 +55,19 @@ class EmbeddingFile:
     def create(
         cls, path: str | PathLike[str], count: int, dim: int, dtype: torch.dtype = torch.float32
     ) -> "EmbeddingFile":
-        """Make a file of zeros, in the place of one that may be there; one process does.
+        """Create a file of zeros, and replace an existing one. Only one process must call this.
 
-        It takes no room on the disk before rows are written, where the system can do so. Who has
-        mapped a file that was there keeps it.
+        If the file system supports sparse files, the file uses disk space only for written rows.
+        Processes that have mapped an existing file keep the old contents.
 
         Args:
-            path: of the file; its folder is made.
-            count: N.
-            dim: D.
-            dtype: torch.float32, or torch.float16 for half of the room.
+            path: path of the file; its folder is created if needed.
+            count: number of rows, N.
+            dim: number of dimensions, D.
+            dtype: torch.float32, or torch.float16 for half the size.
+
+        Returns:
+            The open file.
 
         Raises:
             ValueError: for another dtype.
@@ -85,7 +88,11 @@ class EmbeddingFile:
         return len(self.rows)
 
     def write(self, start: int, rows: Tensor) -> None:
-        """Write rows (n, D) of any type and device to the places from ``start`` on."""
+        """Write rows (n, D), of any dtype and device, starting at row ``start``.
+
+        Raises:
+            ValueError: if the rows do not fit into the file.
+        """
         stop = start + len(rows)
         if rows.shape[1:] != self.rows.shape[1:] or not 0 <= start <= stop <= len(self):
             raise InputError(
@@ -94,7 +101,7 @@ class EmbeddingFile:
         self.rows[start:stop] = rows.detach().to("cpu", torch.float32).numpy()
 
     def flush(self) -> None:
-        """Bring what was written to the disk, and let go of the memory that it takes here."""
+        """Write changes to the disk, and release the memory of the mapped pages."""
         assert isinstance(self.rows, np.memmap)
         self.rows.flush()
         pages = getattr(self.rows, "_mmap", None)
@@ -102,5 +109,5 @@ class EmbeddingFile:
             pages.madvise(mmap.MADV_DONTNEED)
 
     def tensor(self) -> Tensor:
-        """The file as a tensor (N, D) on the CPU; what is written to it is written there."""
+        """Return the file as a tensor (N, D) on the CPU; writing to it changes the file."""
         return torch.from_numpy(self.rows)

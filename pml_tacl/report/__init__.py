@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run, which no network is needed to view."""
+"""HTML report of a run: one self-contained file, which needs no network."""
 
 import base64
 import hashlib
@@ -26,8 +26,8 @@ from pml_tacl.utils.files import atomic_write
 
 __all__ = ["read_run", "report_html", "write_report"]
 
-_SHEET_BYTES = 3_300_000  # of all sheets on the page, which stays under 5 MB
-_GRID = 4095  # places on the map are whole numbers up to this
+_SHEET_BYTES = 3_300_000  # size of all sheets, so that the page stays below 5 MB
+_GRID = 4095  # coordinates on the map are integers up to this
 _NOISE = "noise, in no cluster"
 
 
@@ -42,24 +42,24 @@ def write_report(
     points: int = 4000,
     seed: int = 0,
 ) -> Path:
-    """Write the page of a run of quickstart.py or train_folder.py.
+    """Write the report of a run of `pml-tacl train`, quickstart.py or train_folder.py.
 
     Args:
-        folder: of the run.
-        out: the page; RUN/report.html if not given.
-        images: where the images that were trained on are, if they have moved.
+        folder: folder of the run.
+        out: file of the page; None for RUN/report.html.
+        images: folder of the training images, if it has moved.
         folders_are_classes: judge clusters by the sub-folders of the training images.
-        queries: of the best and of the worst, each.
-        clusters: of each kind.
-        points: on the maps together at most; the page says how many there are in truth.
-        seed: of what is drawn at random, and of the map.
+        queries: number of best and of worst queries to show, at least 1.
+        clusters: number of clusters of each kind to show, at least 1.
+        points: largest number of points on all maps together, at least 1.
+        seed: seed of random samples and of the map.
 
     Returns:
         The path of the page.
 
     Raises:
-        ValueError: if the folder holds no ended run, or a count is below 1.
-        OSError: if the run's model or images are missing.
+        ValueError: if the folder contains no completed run, or a count is below 1.
+        OSError: if the model or the images of the run are missing.
     """
     for name, value in (("queries", queries), ("clusters", clusters), ("points", points)):
         check_count(name, value, 1)
@@ -72,7 +72,7 @@ def write_report(
 
 
 def report_html(run: Run, *, queries: int, clusters: int, points: int, seed: int) -> str:
-    """The page as text; arguments as of :func:`write_report`."""
+    """Return the page as text; the arguments are those of :func:`write_report`."""
     ranked = ranked_clusters(clusters_of(run.training), clusters)
     first = list(dict.fromkeys(c.number for row in ranked.values() for c in row))
     sets = [_map_set(run.training, "cluster", points, first, seed)]
@@ -87,18 +87,18 @@ def report_html(run: Run, *, queries: int, clusters: int, points: int, seed: int
     budget = _SHEET_BYTES // len(sets)
     sheets = ""
     for at, (one, images, rows) in enumerate(sets):
-        # Images that no longer fit have a place and a name, and no thumbnail.
+        # Images beyond the size limit have a point and a name, but no thumbnail.
         sheet, one["tiles"] = _images.sheet(images.open, rows.tolist(), budget)
         sheets += f'<img id="sheet-{at}" alt="" hidden src="{sheet}">'
     best, worst, among = best_and_worst(shown, queries, seed)
     eight = np.linspace(0, len(shown) - 1, min(8, len(shown))).round().astype(int).tolist()
     judged = shown.labels is not None
     how = (
-        "Each query is another class. Blue with a tick is of the same class, orange with a cross "
-        "is not. The worst are the surest mistakes."
+        "Each query has a different class. Blue with a tick: same class; orange with a cross: "
+        "another class. The worst queries are mistakes with the most similar neighbours."
         if judged
-        else "Without labels, the best are the queries whose neighbours are most similar, the "
-        "worst those that have nothing similar; each is of another cluster."
+        else "Without labels, the best queries have the most similar neighbours and the worst "
+        "queries the least similar ones. Each query is from a different cluster."
     )
     galleries = page.gallery(shown, best, "Best queries")
     galleries += page.gallery(shown, worst, "Worst queries")
@@ -106,16 +106,16 @@ def report_html(run: Run, *, queries: int, clusters: int, points: int, seed: int
     body = page.header(run)
     for name, title, lede, content in (
         ("results", "Results", "", page.results(run)),
-        ("training", "Training", "Thin: every value that was recorded. Thick: its moving mean.",
+        ("training", "Training", "Thin lines: recorded values. Thick lines: moving means.",
          page.training(run)),
         ("retrieval", "Retrieval",
-         f"{shown.title}, looked for among {among} queries. {how}", galleries),
+         f"{shown.title}: best and worst of {among} queries. {how}", galleries),
         ("attention", "Attention",
-         f"{shown.title}, evenly drawn: what the model sees, and where it looks. Each map is "
-         "stretched to its own range.", page.attention(run, shown, eight)),
+         f"{shown.title}, evenly spaced: the image as the model sees it, and the attention on it. "
+         "Each map is scaled to its own range.", page.attention(run, shown, eight)),
         ("clusters", "Clusters",
-         f"{run.clusters_are} Images begin with the one nearest the centre; those of mixed and "
-         "loose clusters go from centre to rim.",
+         f"{run.clusters_are} Images are sorted by distance to the centroid. Mixed and loose "
+         "clusters show a sample from the nearest to the farthest image.",
          page.cluster_cards(run.training, ranked)),
         ("map", "Map", "", _template("map.html") + sheets),
         ("setup", "Setup", "", page.configuration(run)),
@@ -136,7 +136,7 @@ def report_html(run: Run, *, queries: int, clusters: int, points: int, seed: int
         "DATA": data,
         "SCRIPT": script,
     }
-    # In one pass, so that a file's name that looks like a place to fill stays what it is.
+    # In one pass, so that placeholders in file names are not replaced.
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _template("page.html"))
 
 
@@ -145,7 +145,7 @@ def _map_set(
 ) -> tuple[dict[str, Any], ImageSet, Any]:
     groups = images.clusters if kind == "cluster" else images.labels
     if groups is None:
-        raise InputError(f"{images.title} have no {kind} to be coloured by")
+        raise InputError(f"{images.title} have no {kind} for the colours of the map")
     rows = sample_of(groups, cap, first, seed)
     places, how = project(images.embeddings[rows], seed)
     numbers, index = np.unique(groups[rows], return_inverse=True)

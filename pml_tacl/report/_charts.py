@@ -1,4 +1,4 @@
-"""Line charts as SVG, which follow the page's light and dark colours and any zoom."""
+"""Line charts as SVG, with the light and dark colours of the page."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,11 @@ from pml_tacl.report._sources import Curve
 from pml_tacl.visualize._curves import smoothed, spread_apart
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 12, 34
-_MOST_POINTS = 400  # of a line: more than a chart has pixels for
+_MOST_POINTS = 400  # points of a line, more than a chart has pixels
 
 
 def loss_chart(name: str, curve: Curve, warmup: int = 0) -> str:
-    """A loss by iteration, raw and smoothed; where the warm-up ends, clustering begins."""
+    """Draw a loss by iteration, raw and smoothed, with a mark at the end of the warm-up."""
     steps, values = thinned(curve)
     mean = smoothed(np.where(np.isfinite(values), values, np.nan)).tolist()
     finite = [value for value in values if math.isfinite(value)] or [0.0]
@@ -38,13 +38,16 @@ def percent_chart(
     height: int = 270,
     margin: int = 118,
 ) -> str:
-    """Shares in [0, 1] as per cent, one line for each name, its name and last value at its end.
+    """Draw shares in [0, 1] in per cent as one labelled line per name.
 
     Args:
         lines: name -> (xs, values).
-        says: the chart in words, for who cannot see it.
-        logarithmic: powers of two evenly spaced.
-        margin: at the right, for names.
+        x_label: label of the x axis.
+        says: description of the chart for screen readers.
+        logarithmic: use a logarithmic x axis with base 2.
+        width: width of the chart in pixels.
+        height: height of the chart in pixels.
+        margin: space for names at the right, in pixels.
     """
     xs = sorted({x for line, _ in lines.values() for x in line})
     top = max((value for _, values in lines.values() for value in values), default=1.0)
@@ -74,7 +77,7 @@ def percent_chart(
 
 
 def thinned(curve: Curve) -> tuple[list[float], list[float]]:
-    """At most ``_MOST_POINTS`` of a curve, evenly."""
+    """Return at most ``_MOST_POINTS`` evenly spaced points of a curve."""
     steps, values = curve
     if len(steps) <= _MOST_POINTS:
         return list(steps), list(values)
@@ -83,7 +86,7 @@ def thinned(curve: Curve) -> tuple[list[float], list[float]]:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """About four round numbers that span a range."""
+    """Return about four round numbers that span a range."""
     span = max(high - low, abs(high) * 1e-6, 1e-9)
     rough = span / 4
     size = 10.0 ** math.floor(math.log10(rough))
@@ -123,7 +126,7 @@ class _Frame:
     def line(
         self, xs: Sequence[float], ys: Sequence[float], kind: str, *, dots: bool = False
     ) -> str:
-        """A line with a gap where a value is not finite."""
+        """Draw a line with gaps at values that are not finite."""
         commands, pen = [], "M"
         for x, y in zip(xs, ys, strict=True):
             if not math.isfinite(y):
@@ -141,7 +144,7 @@ class _Frame:
         return drawn
 
     def mark(self, value: float, name: str) -> str:
-        """A vertical line, with its name beside it."""
+        """Draw a vertical line with a name beside it."""
         x, low = self.x(value), self._size[1] - _BOTTOM
         return (
             f'<path class="mark" d="M{x:.1f} {_TOP}V{low}"/>'

@@ -1,4 +1,4 @@
-"""Which queries and clusters a page shows, and where its points lie. Arrays in, arrays out."""
+"""Selection of queries and clusters for the page, and coordinates of the map."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from pml_tacl.report._sources import ImageSet
 from pml_tacl.utils.neighbours import nearest_others
 
 NEIGHBOURS = 8
-_QUERIES = 4000  # more than enough to find the extremes among, and a second's search
+_QUERIES = 4000  # enough to find the extremes, with a search of about a second
 _COMPONENTS = 50
 _NOISE = -1
 
@@ -19,7 +19,10 @@ class Query(NamedTuple):
     """A query with its neighbours, nearest first.
 
     Attributes:
-        right: for each neighbour whether its class is the query's, None without labels.
+        row: index of the query.
+        rows: indices of the neighbours.
+        similarities: cosine similarities of the neighbours.
+        right: for each neighbour whether it has the class of the query; None without labels.
     """
 
     row: int
@@ -29,11 +32,14 @@ class Query(NamedTuple):
 
 
 class Cluster(NamedTuple):
-    """A cluster's members, nearest its centre first.
+    """A cluster with its members, nearest to the centroid first.
 
     Attributes:
-        tightness: mean cosine similarity of the members to the centre.
-        purity: share of its most frequent class, and the index of that class; None without labels.
+        number: number of the cluster.
+        rows: indices of the members.
+        tightness: mean cosine similarity of the members to the centroid.
+        purity: share of the most frequent class in [0, 1]; None without labels.
+        majority: index of the most frequent class; None without labels.
     """
 
     number: int
@@ -46,18 +52,23 @@ class Cluster(NamedTuple):
 def best_and_worst(
     images: ImageSet, count: int, seed: int = 0
 ) -> tuple[list[Query], list[Query], int]:
-    """The queries that retrieve best and worst, each of another class (or cluster).
+    """Find the queries with the best and the worst retrieval, each of a different class.
 
-    With labels a query is judged by the precision among its neighbours, the right ones counting
-    more the nearer they are; ties go to the surer: more similar neighbours. Without labels
-    similarity alone decides.
+    With labels, queries are ranked by the average precision of their neighbours; ties are broken
+    by higher mean similarity. Without labels they are ranked by mean similarity alone, each of a
+    different cluster.
+
+    Args:
+        images: images to choose from.
+        count: largest number of best and of worst queries.
+        seed: seed of the sample, if there are many queries.
 
     Returns:
-        The best, the worst, and among how many queries they were looked for.
+        The best queries, the worst queries, and the number of queries compared.
     """
     queries = np.arange(len(images))
     groups = images.clusters if images.labels is None else images.labels
-    if images.labels is not None:  # a lone image has nothing to find
+    if images.labels is not None:  # queries need another image of their class
         members = np.bincount(images.labels)[images.labels]
         queries = np.flatnonzero(members > 1)
     if len(queries) > _QUERIES:
@@ -95,7 +106,7 @@ def best_and_worst(
 
 
 def clusters_of(images: ImageSet) -> list[Cluster]:
-    """All clusters, by their number."""
+    """Return all clusters except noise, sorted by number."""
     labels = images.clusters
     if labels is None:
         return []
@@ -119,7 +130,10 @@ def clusters_of(images: ImageSet) -> list[Cluster]:
 
 
 def ranked_clusters(clusters: list[Cluster], count: int) -> dict[str, list[Cluster]]:
-    """The largest, the purest (or tightest) and the most mixed (or loosest) of some size."""
+    """Return the largest, the purest (or tightest) and the most mixed (or loosest) clusters.
+
+    Very small clusters are excluded from the last two. Without labels tightness replaces purity.
+    """
     usual = float(np.median([len(c.rows) for c in clusters])) if clusters else 0.0
     some = [c for c in clusters if len(c.rows) >= max(3, min(5, usual))] or clusters
     largest = sorted(clusters, key=lambda c: (-len(c.rows), c.number))
@@ -135,12 +149,16 @@ def ranked_clusters(clusters: list[Cluster], count: int) -> dict[str, list[Clust
 
 
 def sample_of(groups: IntArray, cap: int, first: list[int], seed: int = 0) -> IntArray:
-    """Rows to draw, ascending: all if they are few, else whole groups until there are ``cap``.
+    """Choose the points of the map: all if possible, else whole groups up to ``cap`` points.
 
     Args:
-        groups: (N,) group of each row.
-        cap: rows at most.
-        first: groups that come before the others, which follow at random.
+        groups: (N,) group of each point.
+        cap: largest number of points.
+        first: groups that are taken first; the others follow in random order.
+        seed: seed of the random order.
+
+    Returns:
+        Indices of the points, ascending.
     """
     if len(groups) <= cap:
         return np.arange(len(groups))
@@ -151,7 +169,11 @@ def sample_of(groups: IntArray, cap: int, first: list[int], seed: int = 0) -> In
 
 
 def project(embeddings: FloatArray, seed: int = 0) -> tuple[FloatArray, str]:
-    """Places (N, 2) in [0, 1] that keep neighbours together, and how they were found."""
+    """Project embeddings to the plane, with t-SNE if scikit-learn is installed, else with PCA.
+
+    Returns:
+        Coordinates (N, 2) in [0, 1], and the name of the method for the page.
+    """
     count = len(embeddings)
     centred = embeddings - embeddings.mean(axis=0)
     axes = np.linalg.svd(centred, full_matrices=False)[2]

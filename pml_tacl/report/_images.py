@@ -1,4 +1,4 @@
-"""Images as data URIs: thumbnails, overlays, and sheets of many small ones."""
+"""Images as data URIs: thumbnails, overlays, and sheets of many small images."""
 
 import base64
 import io
@@ -10,26 +10,26 @@ from PIL import Image, ImageDraw, ImageOps
 from pml_tacl.report._sources import Run
 from pml_tacl.visualize._overlays import attention_of
 
-TILE = 64  # pixels; a multiple of 16, so that no tile of a WebP sheet bleeds into the next
+TILE = 64  # pixels; a multiple of 16, so that WebP compression does not mix tiles
 COLUMNS = 40
 _THUMBNAIL = 128
 _QUALITIES = (72, 60, 48, 36, 24, 14)
 
 
 def uri(image: Image.Image) -> str:
-    """An image as a WebP data URI."""
+    """Encode an image as a WebP data URI."""
     return _as_uri(_encoded(image, _QUALITIES[0]))
 
 
 def thumbnail(image: Image.Image, side: int = _THUMBNAIL) -> Image.Image:
-    """A copy that fits into a square."""
+    """Return a copy of an image that fits into a square of ``side`` pixels."""
     small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
     return small
 
 
 def opened(open_row: Callable[[int], Image.Image], row: int) -> Image.Image:
-    """An image, or a crossed grey square for one that has been moved, deleted or damaged."""
+    """Open an image; return a crossed grey square if it cannot be read."""
     try:
         return open_row(row)
     except OSError:
@@ -43,14 +43,16 @@ def opened(open_row: Callable[[int], Image.Image], row: int) -> Image.Image:
 def sheet(
     open_row: Callable[[int], Image.Image], rows: Sequence[int], budget: int
 ) -> tuple[str, int]:
-    """Small square images on one sheet, in rows of ``COLUMNS``.
+    """Draw small square images on one sheet, with ``COLUMNS`` images per line.
 
     Args:
-        rows: those to draw.
-        budget: bytes of the data URI at most; quality gives way first, then the last images.
+        open_row: function that opens an image by its index.
+        rows: indices of the images.
+        budget: largest size of the data URI in bytes; if needed, first the quality is reduced,
+            then the last images are dropped.
 
     Returns:
-        The data URI and how many images are on it.
+        The data URI, and the number of images on it.
     """
     count = len(rows)
     tiles = [
@@ -71,7 +73,7 @@ def sheet(
 def attention_overlays(
     run: Run, open_row: Callable[[int], Image.Image], rows: Sequence[int]
 ) -> list[tuple[Image.Image, Image.Image]]:
-    """For each row the image as the model sees it, and its attention over it."""
+    """Return for each index the image as the model sees it, and its attention overlay."""
     views = torch.stack([run.transform(opened(open_row, row).convert("RGB")) for row in rows])
     return attention_of(run.model, views)[1]
 

@@ -1,4 +1,4 @@
-"""The sections of the page. Every word that comes from the run is escaped here."""
+"""Sections of the page. All text from the run is escaped here."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ _ROW_NAMES = {"raw_pixels": "raw pixels", "before": "before training", "after": 
 
 
 def header(run: Run) -> str:
-    """Name, what was done in a sentence, and the numbers that matter."""
+    """Return the header: name, settings, verdict and the main numbers."""
     config, after = run.config, run.metrics.get("after", {})
     before = run.metrics.get("before", {})
     facts = []
@@ -28,7 +28,7 @@ def header(run: Run) -> str:
             facts.append((head, *_better(before.get(name), after[name])))
     clusters = run.training.clusters
     count = 0 if clusters is None else len(set(clusters[clusters >= 0].tolist()))
-    facts.append(("Images", _grouped(len(run.training)), "", "trained on, without labels"))
+    facts.append(("Images", _grouped(len(run.training)), "", "used in training, without labels"))
     per = f"{len(run.training) / count:.1f} images each" if count else ""
     facts.append(("Clusters", _grouped(count), "", per))
     if not after:
@@ -48,7 +48,7 @@ def header(run: Run) -> str:
 
 
 def _better(before: float | None, after: float) -> tuple[str, str, str]:
-    """The better of two shares in large type, its unit, and the other beside it."""
+    """Return the better of two shares in per cent, its unit, and a note about the other."""
     if before is None:
         return f"{100 * after:.1f}", "%", ""
     if before > after:
@@ -57,7 +57,7 @@ def _better(before: float | None, after: float) -> tuple[str, str, str]:
 
 
 def _verdict(run: Run) -> str:
-    """Whether the training was worth it: what its guard says, else what was measured."""
+    """Return whether training helped: the verdict of the guard, else by measured recall."""
     if run.verdict:
         return f"{run.verdict[:1].upper()}{run.verdict[1:]}."
     name = "recall_at_1"
@@ -67,18 +67,18 @@ def _verdict(run: Run) -> str:
     if before == after:
         return ""
     if before > after:
-        return "Training made retrieval worse: search with the model as it was before."
+        return "Training made retrieval worse: use the untrained model for search."
     return "Training made retrieval better."
 
 
 def results(run: Run) -> str:
-    """The table of metrics, and Recall@K as a chart."""
+    """Return the table of metrics, and a chart of Recall@K."""
     rows = {_ROW_NAMES.get(name, name): values for name, values in run.metrics.items()}
     names = columns_of(name for row in rows.values() for name in row)
     if not rows or not names:
         return (
-            '<p class="empty">The run had no labelled images to test on, so nothing was '
-            "measured. Give <code>--eval-folder</code> when training to have a table here.</p>"
+            '<p class="empty">The run had no labelled test images, so nothing was measured. Train '
+            "with <code>--eval-folder</code> to get a table here.</p>"
         )
     best = {name: max(row.get(name, -1.0) for row in rows.values()) for name in names}
     head = "".join(f'<th scope="col">{title}</th>' for title in names.values())
@@ -108,7 +108,7 @@ def results(run: Run) -> str:
 
 
 def training(run: Run) -> str:
-    """Each loss by iteration, and recall by epoch."""
+    """Return charts of each loss by iteration, and of recall by epoch."""
     order = sorted(run.losses, key=lambda name: (name != "total_loss", name))
     drawn = [
         _figure(charts.loss_chart(name, run.losses[name], run.warmup), name.replace("_", " "))
@@ -132,7 +132,7 @@ def training(run: Run) -> str:
 
 
 def gallery(images: ImageSet, queries: Iterable[Query], title: str) -> str:
-    """Queries, each beside its nearest images."""
+    """Return a gallery of queries, each beside its nearest images."""
     rows = ""
     for query in queries:
         found = ""
@@ -150,7 +150,7 @@ def gallery(images: ImageSet, queries: Iterable[Query], title: str) -> str:
 
 
 def attention(run: Run, images: ImageSet, rows: list[int]) -> str:
-    """Images as the model sees them beside its attention."""
+    """Return images as the model sees them, each beside its attention overlay."""
     overlays = _images.attention_overlays(run, images.open, rows)
     cells = ""
     for row, (image, overlay) in zip(rows, overlays, strict=True):
@@ -164,7 +164,7 @@ def attention(run: Run, images: ImageSet, rows: list[int]) -> str:
 
 
 def cluster_cards(images: ImageSet, ranked: Mapping[str, list[Cluster]]) -> str:
-    """Clusters by what makes them worth a look."""
+    """Return a section of cluster cards for each kind of cluster."""
     sections = ""
     for title, clusters in ranked.items():
         cards = "".join(_card(images, cluster, title) for cluster in clusters)
@@ -173,7 +173,7 @@ def cluster_cards(images: ImageSet, ranked: Mapping[str, list[Cluster]]) -> str:
 
 
 def configuration(run: Run) -> str:
-    """What the run was asked to do, and with which versions."""
+    """Return tables of the settings of the run and of package versions."""
     tables = ""
     for title, values in (("Configuration", flat(run.config)), ("Versions", run.versions)):
         rows = "".join(
@@ -186,7 +186,7 @@ def configuration(run: Run) -> str:
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested settings as one level: {"a": {"b": 1}} is {"a.b": 1}."""
+    """Flatten nested settings: {"a": {"b": 1}} becomes {"a.b": 1}."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -197,7 +197,7 @@ def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def as_json(value: Any) -> str:
-    """JSON that can stand in an HTML script element: nothing in it can end the element."""
+    """Return JSON for an HTML script element, escaped so that it cannot end the element."""
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -205,14 +205,14 @@ def as_json(value: Any) -> str:
 def _card(images: ImageSet, cluster: Cluster, title: str) -> str:
     rows = cluster.rows
     if title in ("Most mixed", "Loosest") and len(rows) > _SHOWN_IN_CLUSTER:
-        step = (len(rows) - 1) / (_SHOWN_IN_CLUSTER - 1)  # from the centre to the rim
+        step = (len(rows) - 1) / (_SHOWN_IN_CLUSTER - 1)  # from the nearest to the farthest image
         rows = rows[[round(at * step) for at in range(_SHOWN_IN_CLUSTER)]]
     shown = "".join(_image(images, int(row)) for row in rows[:_SHOWN_IN_CLUSTER])
     facts = [f"{len(cluster.rows)} images"]
     if cluster.purity is not None and cluster.majority is not None:
         facts.append(f"{100 * cluster.purity:.0f} % are {images.classes[cluster.majority]}")
     else:
-        facts.append(f"similarity to the centre {cluster.tightness:.2f}")
+        facts.append(f"mean similarity to the centroid {cluster.tightness:.2f}")
     return (
         f'<article class="card"><h4>Cluster {cluster.number}</h4>'
         f'<p>{escape(" · ".join(facts))}</p><div class="thumbs">{shown}</div>'

@@ -1,4 +1,4 @@
-"""What a run left behind, read into one form for the page."""
+"""Reading of a run folder into one structure for the page."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ from pml_tacl.trainers.records import read_losses
 from pml_tacl.utils.errors import InputError
 
 Curve = tuple[list[float], list[float]]
-GLYPH_SIDE = 64  # pixels, of the quickstart's images
+GLYPH_SIDE = 64  # pixels of the quickstart's images
 
 
 @dataclass
@@ -35,13 +35,13 @@ class ImageSet:
     """Images with their embeddings.
 
     Attributes:
-        title: what the page calls them.
-        names: of the N images.
-        embeddings: (N, D) float32, unit norm.
-        open: row -> image; raises OSError if it cannot be read.
+        title: title on the page.
+        names: names of the N images.
+        embeddings: (N, D) float32, of unit norm.
+        open: function from index to image; raises OSError if it cannot be read.
         labels: (N,) indices of ``classes``, or None.
-        classes: their names.
-        clusters: (N,) pseudo-labels, -1 is noise, or None.
+        classes: names of the classes.
+        clusters: (N,) pseudo-labels, -1 for noise, or None.
     """
 
     title: str
@@ -58,17 +58,22 @@ class ImageSet:
 
 @dataclass
 class Run:
-    """A run's folder, read.
+    """Contents of a run folder.
 
     Attributes:
+        folder: folder of the run.
+        config: settings of the run.
+        versions: versions of packages.
         metrics: "before", "after" and others -> values in [0, 1] by name.
         losses: name -> (iterations, values).
         recalls: name of a metric -> (epochs, values).
-        training: the images that were trained on, with clusters.
-        test: labelled images that were not, or None.
-        notes: what a reader of the page should know about these data.
-        verdict: of the training's guard, in one line; "" without one.
-        clusters_are: what the clusters on the page are, in a sentence.
+        model: model of the run.
+        transform: transform from a PIL image to an input of the model.
+        training: training images, with clusters.
+        test: labelled test images, or None.
+        notes: remarks about the data for readers of the page.
+        verdict: verdict of the guard in one line; "" without one.
+        clusters_are: one sentence that says where the clusters come from.
         warmup: iterations before the first clustering.
     """
 
@@ -91,16 +96,16 @@ class Run:
 def read_run(
     folder: str | Path, images: str | Path | None = None, *, folders_are_classes: bool = False
 ) -> Run:
-    """Read a run of quickstart.py or train_folder.py.
+    """Read a run of `pml-tacl train`, quickstart.py or train_folder.py.
 
     Args:
-        folder: of the run.
-        images: where the images that were trained on are, if they have moved.
+        folder: folder of the run.
+        images: folder of the training images, if it has moved.
         folders_are_classes: judge clusters by the sub-folders of the training images.
 
     Raises:
-        ValueError: if the folder holds no ended run.
-        OSError: if its model or images are missing.
+        ValueError: if the folder contains no completed run.
+        OSError: if the model or the images of the run are missing.
     """
     folder = Path(folder)
     config = runs.read_config(folder)
@@ -114,11 +119,11 @@ def read_run(
                 f"{folder} holds no readable metrics.json: give a training that has ended"
             ) from error
         content = {}
-        notes.append(f"The training was stopped: this is what {place} holds of it.")
+        notes.append(f"The training was stopped: the page shows the state of {place}.")
     if "images" not in config and "root" in config:
         raise InputError(
-            f"{folder} is a training on {config['root']}, which no report is made of: give a run "
-            "of quickstart.py or train_folder.py"
+            f"{folder} is a training on {config['root']}, for which reports are not supported: "
+            "give a run of pml-tacl train, quickstart.py or train_folder.py"
         )
     model = AttentionEmbedder.from_pretrained(folder / "model")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -129,7 +134,9 @@ def read_run(
         test = _labelled_files(model, transform, config.get("eval_folder"), notes)
     else:
         training, test = (_glyphs(model, transform, split) for split in ("train", "test"))
-        notes.append("Labels of the training characters judge clusters here; training read none.")
+        notes.append(
+            "Clusters are judged by labels of the training characters, which training did not use."
+        )
     state = _last_checkpoint(folder)
     training.clusters, clusters_are, own = _clusters(training, state)
     notes += [] if own else [clusters_are]
@@ -221,26 +228,26 @@ def _labelled_files(
 
 
 def _last_checkpoint(folder: Path) -> dict[str, Any]:
-    # Read by itself and not to go on from: one of another version tells its clusters as well.
+    # Not with load_checkpoint, because checkpoints of other versions also contain clusters.
     for path in reversed(checkpoints(folder / "checkpoints")):
-        with suppress(Exception):  # damaged bytes raise nearly anything
+        with suppress(Exception):  # damaged bytes raise many types of errors
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             return state
     return {}
 
 
 def _clusters(training: ImageSet, state: Mapping[str, Any]) -> tuple[IntArray, str, bool]:
-    """Pseudo-labels, what they are in a sentence, and whether they are the training's own."""
+    """Return pseudo-labels, a sentence about their origin, and whether training used them."""
     saved = state.get("labels")
     if isinstance(saved, torch.Tensor) and len(saved) == len(training):
         labels: IntArray = saved.cpu().numpy().astype(np.int64)
         if len(np.unique(labels)) < len(labels):
-            return labels, "The pseudo-labels of the last epoch.", True
-        why = "The training never clustered: its epochs were all warm-up"
+            return labels, "Clusters are the pseudo-labels of the last epoch.", True
+        why = "The training never clustered, because all epochs were warm-up"
     else:
-        why = "The run holds no pseudo-labels of these images"
+        why = "The run contains no pseudo-labels of these images"
     found = KMeansPseudoLabeler("auto")(training.embeddings)
-    made = f"{why}; they were clustered for this page, and nothing was trained by that."
+    made = f"{why}; the clusters were computed for this page, and training did not use them."
     return np.asarray(found.labels.numpy(), dtype=np.int64), made, False
 
 
@@ -252,7 +259,7 @@ def _warmup(state: Mapping[str, Any], config: Mapping[str, Any]) -> int:
 
 def _losses(folder: Path, state: Mapping[str, Any]) -> dict[str, Curve]:
     history = read_losses(folder / "records" / "every_loss.csv")
-    history = history or state.get("extra", {}).get("history")  # of earlier versions
+    history = history or state.get("extra", {}).get("history")  # from earlier versions
     if history:
         return {k: (list(range(1, len(v) + 1)), [float(x) for x in v]) for k, v in history.items()}
     rows = _read_csv(folder / "records" / "loss_histories.csv")

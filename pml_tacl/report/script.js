@@ -16,7 +16,7 @@
   const count = () => now().x.length;
   const many = (n) => n.toLocaleString("en").replace(/,/g, "\u202f");
 
-  // The map fills the box, stretched by no more than the eye forgives; zoom and shift come on top.
+  // The map fills the box, with a limited change of aspect ratio; zoom and shift are applied on top.
   const high = () => height - 2 * PAD;
   const wide = () => Math.min(width - 2 * PAD, 1.7 * high());
   const tall = () => Math.min(high(), 1.7 * (width - 2 * PAD));
@@ -147,8 +147,8 @@
     byId("map-status").textContent = `${many(shown)} images ${of}.`;
     const part = count() < set_.all ? `${many(count())} of ${many(set_.all)} images, so that the `
       + `page stays small` : `All ${many(set_.all)} images`;
-    byId("map-lede").textContent = `${set_.title}: ${part}, placed by ${set_.how}. Near means alike; `
-      + `far means little. Colours are ${set_.kind === "class" ? "classes" : "clusters"}.`;
+    byId("map-lede").textContent = `${set_.title}: ${part}, placed by ${set_.how}. Close images are similar; `
+      + `large distances mean little. Colours are ${set_.kind === "class" ? "classes" : "clusters"}.`;
   }
 
   function choose(next) {
@@ -241,7 +241,7 @@
     if (event.pointerType === "mouse" && !fingers.size) point(-1);
   });
   canvas.addEventListener("wheel", (event) => {
-    // A page must scroll past the map: the wheel alone zooms only where the map was clicked.
+    // The wheel must scroll the page past the map, so it zooms only after a click on the map.
     if (!event.ctrlKey && !event.metaKey && document.activeElement !== canvas) return;
     event.preventDefault();
     zoomAt(Math.exp(-event.deltaY * (event.ctrlKey ? 0.01 : 0.002)), ...at(event));

@@ -1,4 +1,4 @@
-"""A local page that searches a run: drop an image or choose one, and see what is like it."""
+"""Local web page that searches a run: drop or choose an image to see similar images."""
 
 from pml_tacl.serve._searcher import RunSearcher
 from pml_tacl.serve._server import MAX_UPLOAD, SearchServer

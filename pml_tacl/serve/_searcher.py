@@ -19,19 +19,19 @@ from pml_tacl.search import ImageIndex
 from pml_tacl.utils.files import shown_name
 from pml_tacl.visualize._overlays import attention_of
 
-_SIDES = {"thumbnail": 320, "image": 1600}  # pixels at most
-_KEPT = 512  # small images that are kept in memory
+_SIDES = {"thumbnail": 320, "image": 1600}  # largest side in pixels
+_KEPT = 512  # encoded images in the cache
 
 
 class RunSearcher:
-    """Searches an index by its images and by others; many threads may call it.
+    """Search in an index by indexed or uploaded images. Thread-safe.
 
     Args:
-        model: that made the index.
-        image_size: (height, width) in pixels of what the model takes.
-        index: of the images.
-        also: further folders that links below the index's root may lead to.
-        name: of the run, for the page.
+        model: the model that made the index.
+        image_size: (height, width) of the model's input in pixels.
+        index: index of the images.
+        also: further folders that links inside the index's root may lead to.
+        name: name of the run for the page.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class RunSearcher:
     ) -> None:
         self.index, self.name = index, name
         self._model, self._transform = model.eval(), model.transform(image_size=image_size)
-        times = max(1, -(-_SIDES["thumbnail"] // min(image_size)))  # to lay attention over
+        times = max(1, -(-_SIDES["thumbnail"] // min(image_size)))  # enlarges the overlay
         height, width = image_size
         self._shown = model.transform(image_size=(times * height, times * width))
         self._folders = [Path(folder).resolve() for folder in (index.root, *also)]
@@ -52,12 +52,15 @@ class RunSearcher:
         self.drawn = lru_cache(_KEPT)(self._drawn)
 
     def sample(self, count: int, seed: int = 0, text: str = "") -> dict[str, Any]:
-        """Return images to begin with: drawn at random, in the order of the index.
+        """Return a random sample of images, in the order of the index.
 
         Args:
-            count: of them at most.
-            seed: another one draws others.
-            text: only images in whose names it occurs, in any case.
+            count: largest number of images.
+            seed: seed of the sample.
+            text: only images whose file names contain this text, ignoring case.
+
+        Returns:
+            "all": number of images that match ``text``; "images": the sample.
         """
         wanted = text.casefold()
         rows = [row for row, file in enumerate(self.index.files) if wanted in file.casefold()]
@@ -66,10 +69,10 @@ class RunSearcher:
         return {"all": len(rows), "images": images}
 
     def neighbours(self, row: int, k: int) -> dict[str, Any]:
-        """Return the k images that are most like an indexed one, without itself.
+        """Return the k images that are most similar to an indexed image, except itself.
 
         Raises:
-            LookupError: for a row that the index has not.
+            LookupError: for a row that is not in the index.
         """
         self._check(row)
         with self._lock:
@@ -78,10 +81,10 @@ class RunSearcher:
         return {"query": self._told(row), "found": found[:k]}
 
     def neighbours_of(self, content: bytes, k: int) -> dict[str, Any]:
-        """Return the k images that are most like one that is given by its file's bytes.
+        """Return the k images that are most similar to an image, given as the bytes of its file.
 
         Raises:
-            OSError: if it cannot be read.
+            OSError: if the image cannot be read.
         """
         embeddings, seen, over = self._looked_at(rgb_of_bytes(content))
         with self._lock:
@@ -90,24 +93,23 @@ class RunSearcher:
         return {"query": query, "found": self._pairs(similarities, rows)}
 
     def path(self, row: int) -> Path:
-        """Return where an image really is.
+        """Return the path of an image, with links resolved.
 
         Raises:
-            LookupError: for a row that the index has not, and for a file outside of the folders
-                of images, whatever its name says and wherever a link leads.
+            LookupError: for a row that is not in the index, or a file outside the allowed folders.
         """
         self._check(row)
         path = self.index.paths([row])[0].resolve()
         if not any(path.is_relative_to(folder) for folder in self._folders):
-            raise LookupError(f"image {row} lies outside of the run's folder of images")
+            raise LookupError(f"image {row} is outside the run's folder of images")
         return path
 
     def _drawn(self, kind: str, row: int) -> bytes:
-        """Return an image as WebP: a "thumbnail", an "image", or its "attention".
+        """Return an image as WebP: its "thumbnail", "image" or "attention".
 
         Raises:
-            LookupError: as of :meth:`path`.
-            OSError: if it can no longer be read.
+            LookupError: see :meth:`path`.
+            OSError: if the image cannot be read.
         """
         image = load_rgb(self.path(row))
         if kind == "attention":
@@ -118,7 +120,7 @@ class RunSearcher:
         return _encoded(image)
 
     def _looked_at(self, image: Image.Image) -> tuple[Tensor, Image.Image, Image.Image]:
-        """Return the embedding (1, D), what the model sees, and that under its attention."""
+        """Return the embedding (1, D), the image as the model sees it, and its overlay."""
         view, shown = self._transform(image)[None], self._shown(image)[None]
         with self._lock:
             embeddings, [(seen, over)] = attention_of(self._model, view, shown)
@@ -126,7 +128,7 @@ class RunSearcher:
 
     def _check(self, row: int) -> None:
         if not 0 <= row < len(self.index):
-            raise LookupError(f"there is no image {row}: the index holds {len(self.index)}")
+            raise LookupError(f"image {row} does not exist: the index holds {len(self.index)}")
 
     def _told(self, row: int) -> dict[str, Any]:
         return {"row": row, "file": shown_name(self.index.files[row])}

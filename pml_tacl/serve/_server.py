@@ -1,4 +1,4 @@
-"""The server of the page: this machine alone, no file by its name, no request of another site."""
+"""Server of the search page. It accepts local requests only, and serves no files by path."""
 
 import errno
 import json
@@ -16,8 +16,8 @@ from pml_tacl.serve._searcher import RunSearcher
 from pml_tacl.utils.errors import InputError
 
 MAX_UPLOAD = 32 * 2**20  # bytes
-_MOST = 200  # images in one answer
-_SECONDS = 30.0  # that a connection may say nothing
+_MOST = 200  # images in one response
+_SECONDS = 30.0  # timeout of an idle connection
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; "
@@ -30,20 +30,20 @@ _HEADERS = {
 
 
 class SearchServer(ThreadingHTTPServer):
-    """Serves the page of a run on 127.0.0.1.
+    """HTTP server of a run's search page on 127.0.0.1.
 
-    An image is asked for by its row in the index, never by a path. Requests whose Host is another
-    name than this machine's own, and those of another site's pages, are refused with 403.
+    Clients request images by row number in the index, never by path. Requests with a Host header
+    other than this machine, and requests from pages of other sites, get status 403.
 
     Args:
-        searcher: of the run.
-        port: 0 takes a free one.
+        searcher: searcher of the run.
+        port: port from 0 to 65535; 0 for any free port.
 
     Attributes:
-        url: of the page.
+        url: URL of the page.
 
     Raises:
-        InputError: if the port is in use, or must not be used.
+        InputError: if the port is in use, or not allowed.
 
     Example:
         >>> server = SearchServer(searcher, port=0)  # doctest: +SKIP
@@ -51,7 +51,7 @@ class SearchServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
-    # On Windows the option would let two servers share a port.
+    # On Windows this option would let two servers share a port.
     allow_reuse_address = os.name != "nt"
 
     def __init__(self, searcher: RunSearcher, port: int = 8765) -> None:
@@ -63,7 +63,7 @@ class SearchServer(ThreadingHTTPServer):
                 raise
             why = "is in use" if error.errno == errno.EADDRINUSE else "is not allowed"
             raise InputError(
-                f"port={port} {why}: give another one, or 0 for any that is free"
+                f"port={port} {why}: give another port, or 0 for any free port"
             ) from error
         self.port = int(self.server_address[1])
         self.url = f"http://127.0.0.1:{self.port}/"
@@ -95,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(self._post)
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing: what is asked for is the user's own business."""
+        """Do not log requests, for privacy."""
 
     def _answer(self, make: Callable[[str, dict[str, str]], tuple[str, bytes]]) -> None:
         try:
@@ -115,17 +115,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, kind, content)
 
     def _check_origin(self) -> None:
-        """Refuse what a page of another site, or of a name that leads here, has asked for."""
+        """Refuse requests from pages of other sites, also if their host name resolves to here."""
         hosts = self.server.hosts
         if self.headers.get("Host", "").lower() not in hosts:
             raise _Refused(HTTPStatus.FORBIDDEN, f"open {self.server.url}")
         origin = self.headers.get("Origin")
         if origin is not None and origin.lower() not in {f"http://{host}" for host in hosts}:
-            raise _Refused(HTTPStatus.FORBIDDEN, "asked by another site")
+            raise _Refused(HTTPStatus.FORBIDDEN, "request from another site")
         if self.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site"):
-            top = self.headers.get("Sec-Fetch-Mode") == "navigate"  # a link that was followed
+            top = self.headers.get("Sec-Fetch-Mode") == "navigate"  # the user followed a link
             if not (top and self.path == "/"):
-                raise _Refused(HTTPStatus.FORBIDDEN, "asked by another site")
+                raise _Refused(HTTPStatus.FORBIDDEN, "request from another site")
 
     def _get(self, path: str, fields: dict[str, str]) -> tuple[str, bytes]:
         searcher = self.server.searcher
@@ -152,11 +152,12 @@ class _Handler(BaseHTTPRequestHandler):
         if int(length) > MAX_UPLOAD:
             raise _Refused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the image has {int(length) / 2**20:.0f} MB, and {MAX_UPLOAD >> 20} are the most",
+                f"the image has {int(length) / 2**20:.0f} MB, but at most {MAX_UPLOAD >> 20} MB "
+                "are allowed",
             )
         content = self.rfile.read(int(length))
         if len(content) < int(length):
-            raise ConnectionError("the upload was broken off")
+            raise ConnectionError("the upload was interrupted")
         try:
             return _json(self.server.searcher.neighbours_of(content, k))
         except OSError as error:
@@ -165,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
             ) from error
 
     def _refuse(self, status: HTTPStatus, text: str) -> None:
-        self.close_connection = True  # what else was sent is not read
+        self.close_connection = True  # the rest of the request is not read
         self._send(status, "application/json", json.dumps({"error": text}).encode())
 
     def _send(self, status: HTTPStatus, kind: str, content: bytes) -> None:
@@ -183,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(content)
-        except (ConnectionError, TimeoutError):  # the browser wants it no longer
+        except (ConnectionError, TimeoutError):  # the browser closed the connection
             self.close_connection = True
 
 

@@ -84,7 +84,7 @@
     rove(results.querySelector("button"));
   }
 
-  // One stop for the tab key, arrows within: 96 images are not 96 stops.
+  // The tab key stops once for all images; arrow keys move between them.
   function rove(chosen, focus) {
     for (const button of results.querySelectorAll("button")) button.tabIndex = -1;
     if (!chosen) return;
@@ -122,7 +122,7 @@
     link.hidden = asked.row === null;
     if (asked.row !== null) link.href = `/image/${asked.row}`;
     image.src = asked.row === null ? (attention ? asked.attention : asked.seen) : source(asked.row);
-    image.alt = attention ? `where the model looks in ${asked.file}` : asked.file;
+    image.alt = attention ? `attention of the model on ${asked.file}` : asked.file;
   }
 
   async function browse() {
@@ -140,7 +140,7 @@
 
   function showFound(found, name) {
     asked = { ...found.query, file: found.query.file || name };
-    const from = document.activeElement;  // not out of a control that is being used
+    const from = document.activeElement;  // keep the focus on a control in use
     const move = !from || from === document.body || results.contains(from);
     drawQuery();
     show(found.found);
@@ -157,7 +157,7 @@
   async function searchFile(given) {
     if (!given) return;
     if (given.size > limit) {
-      fail(`${given.name} has ${Math.round(given.size / 2 ** 20)} MB, and ${limit / 2 ** 20} are the most.`);
+      fail(`${given.name} has ${Math.round(given.size / 2 ** 20)} MB, but at most ${limit / 2 ** 20} MB are allowed.`);
       return;
     }
     say(`Searching for ${given.name || "the image"} …`);

@@ -7,7 +7,7 @@ __all__ = ["UnsupervisedTrainer"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load the trainer on first use: its own parts are imported from this folder before."""
+    """Import the trainer on first use, which avoids a circular import with the other modules."""
     if name != "UnsupervisedTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from pml_tacl.trainers.unsupervised_trainer import UnsupervisedTrainer

@@ -1,4 +1,4 @@
-"""What a trainer is given: taken apart, and checked before anything is computed."""
+"""Validation of a trainer's arguments, before any computation."""
 
 import unicodedata
 from collections import OrderedDict
@@ -25,15 +25,15 @@ from pml_tacl.utils.pml_compat import (
 
 _T = TypeVar("_T")
 _MINERS = {"tuple_miner", "attention_miner"}
-_LONGEST = 100  # a file's name is at most 255 bytes, and the type of the loss is in it too
-_TAKEN = ("total_loss", "id", "iteration")  # columns of their own
+_LONGEST = 100  # file names have at most 255 bytes and also contain the type of the loss
+_TAKEN = ("total_loss", "id", "iteration")  # columns that the records use themselves
 _HIDING = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _SHAPE = '{"trunk": module, "embedder": module}'
 _ENDINGS = ("_scheduler_by_iteration", "_scheduler_by_epoch", "_scheduler_by_plateau")
-# Arguments of PML's BaseTrainer about labels that a data set has, or about drawing by them.
+# Arguments of PML's BaseTrainer that have no effect here: most concern the data set's own labels.
 _WITHOUT_USE = {
-    "sampler": (None, "each epoch is drawn by the pseudo-labels, see images_per_cluster"),
-    "dtype": (None, "the images keep the type that transform gives them, see amp_dtype"),
+    "sampler": (None, "each epoch is sampled by pseudo-labels, see images_per_cluster"),
+    "dtype": (None, "images keep the dtype that transform returns, see amp_dtype"),
     "data_and_label_getter": (None, "items are (image, anything): wrap the data set"),
     "label_hierarchy_level": (0, "pseudo-labels have one level"),
     "dataset_labels": (None, "labels of the data set are not read"),
@@ -63,16 +63,20 @@ def check_arguments(
     functions: Mapping[str, object],
     processes: int = 1,
 ) -> None:
-    """Raise ValueError for an argument of :class:`UnsupervisedTrainer` that does not fit.
+    """Validate the arguments of :class:`UnsupervisedTrainer`.
+
+    Arguments that are not listed have the same meaning as in the trainer.
 
     Args:
-        count: images in the data set.
-        batch_size: as of the trainer, and so on.
+        count: number of images in the data set.
         miners: names of mining_funcs.
         weights: names of loss_weights.
-        losses: loss_funcs, of which the names are looked at.
-        functions: further ones that must be callable, by name.
-        processes: that train together.
+        losses: loss_funcs; only the names are checked.
+        functions: other arguments that must be callable, by name.
+        processes: number of processes in distributed training.
+
+    Raises:
+        ValueError: naming the first invalid argument.
     """
     check_count("batch_size", batch_size, 1)
     if batch_size > count:
@@ -86,7 +90,7 @@ def check_arguments(
         )
     if batch_size % (processes * images_per_cluster):
         raise InputError(
-            f"batch_size={batch_size} is of all {processes} processes, and each takes whole "
+            f"batch_size={batch_size} is split over {processes} processes, and each takes whole "
             f"clusters: give a multiple of {processes * images_per_cluster}, or fewer processes"
         )
     check_count("recluster_every", recluster_every, 1)
@@ -111,21 +115,22 @@ def check_arguments(
         raise InputError(f"amp_dtype must be torch.bfloat16, float16 or None, got {amp_dtype}")
     for name, function in {"labeler": labeler, **functions}.items():
         if not callable(function):
-            raise InputError(f"{name} must be a function or an object to call, got {function!r}")
+            raise InputError(f"{name} must be callable, got {function!r}")
     names = list(losses) if isinstance(losses, Mapping | nn.ModuleDict) else []
     if not names:
         got = losses if isinstance(losses, Mapping | nn.ModuleDict) else type(losses).__name__
         raise InputError(
-            f'loss_funcs must be a dict of at least one loss, as {{"metric_loss": loss}}, got {got}'
+            "loss_funcs must be a dict with at least one loss, for example "
+            f'{{"metric_loss": loss}}, got {got}'
         )
     check_loss_names(names)
     if unknown := set(miners) - _MINERS:
         raise InputError(
-            f"mining_funcs must be named tuple_miner or attention_miner, got {sorted(unknown)}"
+            f"mining_funcs may have the keys tuple_miner and attention_miner, got {sorted(unknown)}"
         )
     if unknown := set(weights) - set(names):
         raise InputError(
-            f"loss_weights must be named as loss_funcs, {sorted(names)}, got {sorted(unknown)}"
+            f"loss_weights may have the keys of loss_funcs, {sorted(names)}, got {sorted(unknown)}"
         )
     clusters = clusters_of(labeler, count)
     if clusters is not None:
@@ -137,7 +142,7 @@ def check_arguments(
 
 
 def clusters_of(labeler: PseudoLabeler, count: int) -> int | None:
-    """Return how many clusters a labeler asks of `count` images; None if only clustering tells."""
+    """Return how many clusters a labeler makes of `count` images; None if not known in advance."""
     if isinstance(labeler, KMeansPseudoLabeler):
         return labeler.number_for(count)
     clusters = getattr(labeler, "num_clusters", None)
@@ -145,23 +150,29 @@ def clusters_of(labeler: PseudoLabeler, count: int) -> int | None:
 
 
 def check_loss_names(names: Iterable[object]) -> None:
-    """Raise InputError for a name that cannot be that of a file, a table and a column of records.
+    """Check that the names of losses can be names of files, tables and columns in the records.
 
-    Records, checkpoints and PML's own checks use the names as they are: a letter first, then
-    letters, digits and underscores, and no two that differ by case alone.
+    Records, checkpoints and PML's own checks use the names unchanged. A name begins with a letter
+    or an underscore, followed by letters, digits and underscores. Two names must not differ by
+    case alone.
+
+    Raises:
+        InputError: for a name that does not fit.
     """
     seen: dict[str, str] = {}
     for name in names:
         wrong = ""
         if not isinstance(name, str) or not name.isidentifier():
-            wrong = "must be letters, digits and underscores, and not begin with a digit"
+            wrong = "must consist of letters, digits and underscores, and not begin with a digit"
         elif len(name.encode()) > _LONGEST:
             wrong = f"must be at most {_LONGEST} bytes long"
         elif name.casefold() in _TAKEN or name.casefold().startswith("sqlite_"):
-            wrong = "is taken by the records"
+            wrong = "is reserved for the records"
         if wrong:
             shown = repr(name) if len(repr(name)) < _LONGEST else f"{name!r:.40}..."
-            raise InputError(f"loss_funcs: name {shown} {wrong}: give another, as metric_loss")
+            raise InputError(
+                f"loss_funcs: name {shown} {wrong}: give another, for example metric_loss"
+            )
         same = unicodedata.normalize("NFKC", str(name)).casefold()
         if same in seen:
             raise InputError(
@@ -172,17 +183,17 @@ def check_loss_names(names: Iterable[object]) -> None:
 
 
 def check_pml_arguments(settings: Mapping[str, object]) -> None:
-    """Raise InputError for an argument of PML's BaseTrainer that a training would pass over."""
+    """Raise InputError for an argument of PML's BaseTrainer that would have no effect."""
     for name, (usual, why) in _WITHOUT_USE.items():
         given = settings.get(name, usual)
         if given is not usual and not (isinstance(given, int | bool) and given == usual):
             raise InputError(f"{name} must be left out, got {_shown(given)}: {why}")
     schedulers = settings.get("lr_schedulers")
     for name in schedulers if isinstance(schedulers, Mapping) else ():
-        if not str(name).endswith(_ENDINGS):  # PML would take the name and never make a step
+        if not str(name).endswith(_ENDINGS):  # PML would accept the name but never step it
             raise InputError(
                 f"lr_schedulers must be named PART{_ENDINGS[0]}, ...{_ENDINGS[1]} or "
-                f"...{_ENDINGS[2]}, as trunk{_ENDINGS[0]}; got {name!r}"
+                f"...{_ENDINGS[2]}, for example trunk{_ENDINGS[0]}; got {name!r}"
             )
     if settings.get("iterations_per_epoch") is not None:
         check_count("iterations_per_epoch", settings["iterations_per_epoch"], 1, "or None")
@@ -190,17 +201,17 @@ def check_pml_arguments(settings: Mapping[str, object]) -> None:
 
 
 def as_models(models: object) -> tuple[dict[str, nn.Module], nn.Module, bool]:
-    """Take models apart.
+    """Return trunk and embedder of a model as a dict, together with the whole model.
 
     Args:
-        models: a module with `trunk` and `embedder`, perhaps by torch.compile; or a dict of them,
-            of which the embedder may be missing.
+        models: a module with `trunk` and `embedder`, possibly compiled with torch.compile; or a
+            dict of the two, where the embedder may be missing.
 
     Returns:
-        The dict, the whole (of a dict, a Sequential), and whether it came compiled.
+        The dict, the whole model (a Sequential if a dict was given), and whether it was compiled.
 
     Raises:
-        InputError: saying what to give instead.
+        InputError: for anything else.
     """
     uncompiled: object = getattr(models, "_orig_mod", None)
     compiled = isinstance(models, nn.Module) and uncompiled is not None
@@ -209,8 +220,8 @@ def as_models(models: object) -> tuple[dict[str, nn.Module], nn.Module, bool]:
     if isinstance(models, _HIDING):
         kind = type(models).__name__
         raise InputError(
-            f"models must not be within {kind}: give the model itself, and start a process for "
-            "each GPU with torchrun"
+            f"models must not be wrapped in {kind}: give the model itself, and start one process "
+            "for each GPU with torchrun"
         )
     if isinstance(models, nn.Module):
         named = dict(models.named_children())
@@ -218,7 +229,7 @@ def as_models(models: object) -> tuple[dict[str, nn.Module], nn.Module, bool]:
         if missing:
             raise InputError(
                 f"models must be an AttentionEmbedder or {_SHAPE}, got {type(models).__name__} "
-                f'without {" and ".join(missing)}: give {{"trunk": model}} for a model of one part'
+                f'without {" and ".join(missing)}: give {{"trunk": model}} for a model without them'
             )
         return {"trunk": named["trunk"], "embedder": named["embedder"]}, models, compiled
     if not isinstance(models, Mapping) or "trunk" not in models:
@@ -229,15 +240,15 @@ def as_models(models: object) -> tuple[dict[str, nn.Module], nn.Module, bool]:
             raise InputError(f"models must be {_SHAPE}, got {name!r}: {type(part).__name__}")
         if isinstance(part, nn.parallel.DistributedDataParallel):
             raise InputError(
-                f"models[{name!r}] must not be within DistributedDataParallel: the trainer sums "
-                "the gradients of all processes itself"
+                f"models[{name!r}] must not be wrapped in DistributedDataParallel: give the module "
+                "itself, the trainer sums the gradients of all processes"
             )
     both = {"trunk": models["trunk"], "embedder": models.get("embedder", nn.Identity())}
     return both, nn.Sequential(OrderedDict(both)), compiled
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model is; the CPU if it has no tensors."""
+    """Return the device of a model; the CPU if it has no tensors."""
     tensors = (*model.parameters(), *model.buffers())
     return tensors[0].device if tensors else torch.device("cpu")
 
@@ -245,36 +256,36 @@ def device_of(model: nn.Module) -> torch.device:
 def check_losses(
     losses: Mapping[str, nn.Module], miners: Mapping[str, nn.Module], processes: int
 ) -> None:
-    """Raise InputError for losses and miners that a training could not call as they are meant."""
+    """Raise InputError for losses and miners that the trainer would not call correctly."""
     for kind, parts in (("loss_funcs", losses), ("mining_funcs", miners)):
         for name, part in parts.items():
             if not isinstance(part, nn.Module):
                 raise InputError(
-                    f"{kind}[{name!r}] must be a module, got {_shown(part)}: make one, as "
-                    "losses.MultiSimilarityLoss()"
+                    f"{kind}[{name!r}] must be a module, got {_shown(part)}: give an instance, "
+                    "for example losses.MultiSimilarityLoss()"
                 )
             for module in part.modules():
                 own = f"{kind}[{name!r}]: {type(module).__name__}"
                 needs = needs_of(module)
                 if needs == "feature_maps" and name == "tuple_miner" and kind == "mining_funcs":
                     raise InputError(
-                        f"{own} reads feature maps and a tuple_miner gets embeddings: name it "
+                        f"{own} needs feature maps, but a tuple_miner gets embeddings: name it "
                         "attention_miner"
                     )
                 if needs == "feature_maps" and module is not part:
                     raise InputError(
-                        f"{own} is within {type(part).__name__}, which gives it embeddings: it "
-                        "reads feature maps, so name it among loss_funcs itself"
+                        f"{own} is within {type(part).__name__}, which gives it embeddings, but it "
+                        "needs feature maps: give it in loss_funcs under its own name"
                     )
                 if processes > 1 and gathers_itself(module):
                     raise InputError(
-                        f"{own} joins the batches of all processes, which the trainer has done: "
-                        "give what is in it"
+                        f"{own} joins the batches of all processes, which the trainer does itself: "
+                        "give the loss or miner that it wraps"
                     )
                 if needs == "views" and module is not part:
                     raise InputError(
-                        f"{own} is within {type(part).__name__}, which gives it labels: it takes "
-                        "two views, so name it among loss_funcs itself"
+                        f"{own} is within {type(part).__name__}, which gives it labels, but it "
+                        "needs two views: give it in loss_funcs under its own name"
                     )
 
 
@@ -282,9 +293,9 @@ def check_classes(losses: Mapping[str, nn.Module], needed: int, of: str) -> None
     """Raise InputError if a loss has fewer classes than there are labels.
 
     Args:
-        losses: by name.
-        needed: labels are below it.
-        of: what there are as many of, as "clusters".
+        losses: losses by name.
+        needed: number of classes that the labels need; all labels are below it.
+        of: the noun for the message, such as "clusters".
     """
     for name, loss in losses.items():
         for module in loss.modules():
@@ -297,22 +308,22 @@ def check_classes(losses: Mapping[str, nn.Module], needed: int, of: str) -> None
 
 
 def check_dimensions(losses: Mapping[str, nn.Module], dim: int) -> None:
-    """Raise InputError if a loss was made for embeddings of other than `dim` dimensions."""
+    """Raise InputError if a loss was created for another number of dimensions than `dim`."""
     for name, loss in losses.items():
         for module in loss.modules():
             made_for = dimensions_of(module)
             if made_for is not None and made_for != dim:
                 raise InputError(
                     f"loss_funcs[{name!r}]: {type(module).__name__} is for embeddings of "
-                    f"{made_for} dimensions, and the model gives {dim} in training: make it with "
+                    f"{made_for} dimensions, but the model returns {dim} in training: give "
                     f"embedding_size={dim}"
                 )
 
 
 def check_memories(losses: Mapping[str, nn.Module], batch_size: int) -> None:
-    """Raise InputError if a memory of PML's cannot take the two views of a batch."""
+    """Raise InputError if a CrossBatchMemory cannot hold the two views of a batch."""
     for name, loss in losses.items():
-        # A module of the user's may hand over less.
+        # User-defined modules may pass fewer embeddings.
         parts = loss.modules() if isinstance(loss, CrossBatchMemory | MultipleLosses) else ()
         for module in parts:
             if isinstance(module, CrossBatchMemory) and module.memory_size < 2 * batch_size:
@@ -337,7 +348,7 @@ def check_warm_up(
 
 
 def plain_number(value: _T) -> _T:
-    """Return a number of NumPy as Python's, and anything else as it is."""
+    """Convert a NumPy number to a Python number; return anything else unchanged."""
     return value.item() if isinstance(value, np.generic) else value
 
 

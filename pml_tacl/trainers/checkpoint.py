@@ -1,4 +1,4 @@
-"""Checkpoints: what of a training is saved, how it is written, read, and put back."""
+"""Checkpoints: writing, reading and restoring the state of a training."""
 
 import copy
 import logging
@@ -37,15 +37,15 @@ _LOGGER = logging.getLogger(__name__)
 _FORMAT = 3
 _COUNTERS = ("queue_idx", "has_been_filled")  # of PML's CrossBatchMemory, not in its state_dict
 _NAME = re.compile(r"epoch_(\d+)(?:_iteration_(\d+))?\.pt")
-_NAMES = {"extra": "trainer.extra"}  # what messages call a part of the state
-# What a scheduler writes into an optimizer's groups.
+_NAMES = {"extra": "trainer.extra"}  # names of entries of the state in messages
+# Entries that schedulers write into an optimizer's parameter groups.
 _RATES = (
     "lr", "initial_lr", "max_lr", "min_lr", "momentum", "betas", "base_momentum", "max_momentum",
 )  # fmt: skip
 
 
 class Stateful(Protocol):
-    """Anything with a state: modules, optimizers, schedulers."""
+    """An object with a state: a module, optimizer or scheduler."""
 
     def state_dict(self) -> StateDict: ...
 
@@ -53,7 +53,7 @@ class Stateful(Protocol):
 
 
 class Parts(Protocol):
-    """The parts of a trainer, of ours or of PML's, that have a state."""
+    """Parts with a state of any trainer, of this package or of PML."""
 
     models: dict[str, nn.Module]
     loss_funcs: dict[str, nn.Module]
@@ -63,7 +63,7 @@ class Parts(Protocol):
 
 
 class Trainer(Parts, Protocol):
-    """What a checkpoint reads of a trainer of ours."""
+    """Attributes of :class:`UnsupervisedTrainer` that checkpoints read."""
 
     state: TrainingState
     whole: nn.Module
@@ -84,7 +84,7 @@ class Trainer(Parts, Protocol):
 
 
 class SavedParts(TypedDict):
-    """A checkpoint of a trainer of PML's: its parts."""
+    """Checkpoint of any PML trainer: the state of its parts."""
 
     format: int
     epoch: int
@@ -94,9 +94,10 @@ class SavedParts(TypedDict):
 
 
 class Saved(SavedParts):
-    """A checkpoint of a trainer of ours.
+    """Checkpoint of an :class:`UnsupervisedTrainer`.
 
-    ``epoch`` is how many epochs have ended, ``iteration`` how much of the next one is done.
+    ``epoch`` is the number of epochs completed, ``iteration`` the number of iterations completed
+    in the next epoch.
     """
 
     order: Tensor | None
@@ -121,14 +122,14 @@ class Saved(SavedParts):
 
 
 class Cells(TypedDict, total=False):
-    """Where the cells of the feature maps look: what a transform or swap knows of it."""
+    """Grid and offset of feature map cells, as a transform or swap stores them."""
 
     grid: tuple[int, int]
     cell_offset: tuple[float, float]
 
 
 class RandomState(TypedDict, total=False):
-    """The state of Python's, NumPy's and torch's generators."""
+    """State of the random number generators of Python, NumPy and torch."""
 
     python: tuple[int, tuple[int, ...], float | None]
     numpy: tuple[str, Tensor, int, int, float]
@@ -137,29 +138,29 @@ class RandomState(TypedDict, total=False):
 
 
 class OtherRank(TypedDict):
-    """What a checkpoint holds of each rank but the first."""
+    """State of one rank, other than the main process, in a checkpoint."""
 
     random: RandomState
     unreadable: list[str]
 
 
 def save_checkpoint(folder: str | Path, state: Mapping[str, object], keep: int = 2) -> Path:
-    """Write a state atomically, and delete all earlier checkpoints but the last of them.
+    """Write a state atomically, and delete old checkpoints.
 
     Args:
-        folder: made if it is not there.
-        state: as of :func:`trainer_state` or :func:`parts_state`. Its ``epoch``, E, is how many
-            epochs have ended, its ``iteration``, I, what is done of the next one: the file is
-            ``epoch_E.pt``, or ``epoch_E_iteration_I.pt``.
-        keep: how many files stay, this one among them, at least 1.
+        folder: the folder, which is created if needed.
+        state: from :func:`trainer_state` or :func:`parts_state`. The file name contains its
+            ``epoch``, E, and ``iteration``, I: ``epoch_E.pt``, or ``epoch_E_iteration_I.pt`` if I
+            is not 0.
+        keep: number of files to keep, including the new one, at least 1.
 
     Returns:
         The path written.
 
     Raises:
-        InputTypeError: if the state holds what could not be read again, naming where and its
-            type; nothing is written.
-        OSError: if it cannot be written; the earlier ones are as they were.
+        InputTypeError: if the state contains a type that cannot be loaded again; the message
+            gives its place and type. Nothing is written.
+        OSError: if the file cannot be written; earlier checkpoints are kept.
     """
     folder = Path(folder)
     state = {name: plain(value, _NAMES.get(name, name)) for name, value in state.items()}
@@ -168,11 +169,11 @@ def save_checkpoint(folder: str | Path, state: Mapping[str, object], keep: int =
     try:
         with atomic_write(path) as file:
             torch.save(state, file)
-    except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
         cause = error if isinstance(error, OSError) else error.__context__
         reason = getattr(cause, "strerror", None) or " ".join(str(error).split())
         whole = [p.name for p in checkpoints(folder)]
-        kept = f"{whole[-1]} is whole: make room and go on from it" if whole else "make room"
+        kept = f"{whole[-1]} is intact: free space and resume from it" if whole else "free space"
         raise OSError(f"cannot write checkpoint {path} ({reason}); {kept}") from error
     earlier = [there for there in checkpoints(folder) if _place(there) < _place(path)]
     for old in earlier[: len(earlier) + 1 - keep]:
@@ -181,7 +182,7 @@ def save_checkpoint(folder: str | Path, state: Mapping[str, object], keep: int =
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints in a folder, earliest first."""
+    """Return the checkpoints in a folder, earliest first."""
     return sorted((p for p in Path(folder).glob("*.pt") if _NAME.fullmatch(p.name)), key=_place)
 
 
@@ -191,20 +192,24 @@ def _place(path: Path) -> tuple[int, int]:
 
 
 class DamagedError(InputError):
-    """A checkpoint whose bytes are not those that were written."""
+    """Error for a checkpoint with damaged bytes."""
 
 
 def load_checkpoint(path: str | Path) -> Saved:
-    """Read a checkpoint onto the CPU; no pickled code is run.
+    """Read a checkpoint to the CPU, without running pickled code.
 
     Args:
-        path: a checkpoint, or a folder, whose last undamaged one is read; a damaged one after it
-            is renamed to ``*.damaged``, with a warning.
+        path: a checkpoint, or a folder, of which the last undamaged checkpoint is read. Damaged
+            ones after it are renamed to ``*.damaged``, with a warning.
+
+    Returns:
+        The state that was saved.
 
     Raises:
-        FileNotFoundError: if there is none.
-        InputError: if the file, or every one in the folder, is damaged, is of another version, or
-            holds a type that is not read without running code. The last two rename nothing.
+        FileNotFoundError: if there is no checkpoint.
+        InputError: if the file, or every file in the folder, is damaged, if it was written by
+            another version, or if it contains a type that can only be read by running code. The
+            last two cases rename nothing.
     """
     path = Path(path)
     if not path.is_dir():
@@ -212,7 +217,7 @@ def load_checkpoint(path: str | Path) -> Saved:
         try:
             return _read(path)
         except DamagedError as error:
-            hint = f"use the one before it, {earlier[-1].name}" if earlier else "start anew"
+            hint = f"use the one before it, {earlier[-1].name}" if earlier else "start again"
             raise DamagedError(f"{error}: {hint}") from error
     there = checkpoints(path)
     if not there:
@@ -221,35 +226,35 @@ def load_checkpoint(path: str | Path) -> Saved:
         try:
             state = _read(last)
         except DamagedError as error:
-            _LOGGER.warning("%s: going on from the one before it", error)
+            _LOGGER.warning("%s: reading the one before it", error)
             continue
-        for damaged in there[there.index(last) + 1 :]:  # or the next one would be sorted before it
+        for damaged in there[there.index(last) + 1 :]:  # else it would sort after new ones
             damaged.rename(damaged.with_suffix(".pt.damaged"))
         return state
-    raise DamagedError(f"no checkpoint in {path} can be read: start anew")
+    raise DamagedError(f"no checkpoint in {path} can be read: start again")
 
 
 def _read(path: Path) -> Saved:
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint {path}: there is no such file")
+        raise FileNotFoundError(f"no checkpoint {path}: the file does not exist")
     try:
         state: object = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # damaged bytes raise nearly anything
+    except Exception as error:  # damaged bytes raise many types of errors
         if isinstance(error, pickle.UnpicklingError) and _is_whole(path):
             found = re.search(r"GLOBAL (\S+)|(?:[Cc]lass|type) ([\w.]+)", str(error))
             kind = next(filter(None, found.groups()), "") if found else ""
             raise InputError(
-                f"checkpoint {path} is whole, and holds a type that is not read without running "
-                f"code ({kind or 'unknown'}): if you trust the file, allow the type with "
+                f"checkpoint {path} is intact, but contains a type that can only be read by "
+                f"running code ({kind or 'unknown'}): if you trust the file, allow the type with "
                 "torch.serialization.add_safe_globals, and resume"
             ) from error
         raise DamagedError(f"checkpoint {path} is damaged") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise InputError(
             f"checkpoint {path} is of another version of pml_tacl: resume with that version, or "
-            "start anew in another folder"
+            "start again in another folder"
         )
     return cast(Saved, state)
 
@@ -263,18 +268,18 @@ def _is_whole(path: Path) -> bool:
 
 
 def open_folder(folder: Path, own: Path | None, place: tuple[int, int]) -> bool:
-    """Make a folder ready for the checkpoints of a training that begins or goes on.
+    """Prepare a folder for the checkpoints of a training that begins or resumes.
 
-    Half-written files of a killed process are deleted. Checkpoints later than the training's own
-    place, which was loaded from an earlier one, are renamed to ``*.superseded``.
+    Incomplete files of a killed process are deleted. If the training resumed from an earlier
+    checkpoint, the later ones are renamed to ``*.superseded``.
 
     Args:
-        folder: to write to.
-        own: the folder that the training was loaded from or has written to, if any.
-        place: epochs that have ended, and iterations of the next.
+        folder: folder to write to.
+        own: folder that the training was loaded from or has written to, if any.
+        place: number of epochs completed, and of iterations completed in the next epoch.
 
     Returns:
-        Whether the training is new there.
+        Whether the training has no checkpoint in this folder yet.
 
     Raises:
         ValueError: if the folder holds checkpoints of another training.
@@ -295,7 +300,7 @@ def open_folder(folder: Path, own: Path | None, place: tuple[int, int]) -> bool:
 
 
 def random_state() -> RandomState:
-    """The state of Python's, NumPy's and torch's generators."""
+    """Return the state of the random number generators of Python, NumPy and torch."""
     legacy = np.random.get_state(legacy=True)  # noqa: NPY002
     name, keys, position, has_gauss, cached = cast(_NumPyState, legacy)
     state: RandomState = {
@@ -315,7 +320,7 @@ def random_state() -> RandomState:
 
 
 def set_random_state(state: RandomState) -> None:
-    """Restore what :func:`random_state` gave."""
+    """Restore a state from :func:`random_state`."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -327,7 +332,16 @@ def set_random_state(state: RandomState) -> None:
 
 
 def states_of_others(unreadable: Unreadable) -> list[OtherRank]:
-    """Return random state and unreadable images of each rank but the first, on the first one."""
+    """Gather random states and unreadable images of the other ranks on the main process.
+
+    Collective.
+
+    Args:
+        unreadable: unreadable images of this rank.
+
+    Returns:
+        One entry for each rank from 1 on; empty on the other ranks.
+    """
     if world_size() == 1:
         return []
     own: OtherRank = {"random": random_state(), "unreadable": sorted(unreadable.known)}
@@ -338,7 +352,7 @@ def states_of_others(unreadable: Unreadable) -> list[OtherRank]:
 
 
 def restore_random(state: Saved, batch_size: int) -> None:
-    """Restore this rank's random state, perhaps from a training of another number of ranks."""
+    """Restore this rank's random state; the checkpoint may be of a different number of ranks."""
     if is_main():
         set_random_state(state["random"])
     elif len(state["others"]) == world_size() - 1:
@@ -360,7 +374,7 @@ def parts_of(trainer: Parts) -> dict[str, Mapping[str, Stateful]]:
 
 
 def parts_state(trainer: Parts, epoch: int, iteration: int = 0) -> SavedParts:
-    """Return the state of a trainer's parts, as a checkpoint of it."""
+    """Return the state of a trainer's parts, in the format of a checkpoint."""
     parts = parts_of(trainer)
     return {
         "format": _FORMAT,
@@ -378,10 +392,10 @@ def parts_state(trainer: Parts, epoch: int, iteration: int = 0) -> SavedParts:
 
 
 def restore_parts(trainer: Parts, state: SavedParts) -> None:
-    """Undo :func:`parts_state`, wholly or not at all; schedules go on where they were.
+    """Restore a state from :func:`parts_state`. After an error nothing is changed.
 
     Raises:
-        InputError: if the state is of other models, losses, optimizers or schedulers.
+        InputError: if models, losses, optimizers or schedulers differ from those of the state.
     """
     _check_kinds(trainer, state)
     with _unchanged_on_error(_all_parts(trainer)):
@@ -391,11 +405,11 @@ def restore_parts(trainer: Parts, state: SavedParts) -> None:
 
 
 def trainer_state(trainer: Trainer, others: Sequence[OtherRank] = ()) -> Saved:
-    """Return what an :class:`UnsupervisedTrainer` needs to go on as if it had never stopped.
+    """Return the complete state of an :class:`UnsupervisedTrainer`, for an exact resume.
 
     Args:
-        trainer: that of the first rank.
-        others: of the other ranks, as of :func:`states_of_others`.
+        trainer: the trainer of the main process.
+        others: states of the other ranks, from :func:`states_of_others`.
     """
     state = trainer.state
     unreadable = state.unreadable.known.union(*(other["unreadable"] for other in others))
@@ -424,15 +438,15 @@ def trainer_state(trainer: Trainer, others: Sequence[OtherRank] = ()) -> Saved:
 
 
 def restore_trainer(trainer: Trainer, state: Saved) -> None:
-    """Undo :func:`trainer_state`, but for the random state; wholly, or not at all.
+    """Restore a state from :func:`trainer_state`, except random states. On error change nothing.
 
-    A schedule of learning rates goes on where it was. One that was made with other settings than
-    the checkpoint's, such as for more epochs, goes on where a training that had it from the start
-    would stand after as many epochs.
+    A learning rate schedule continues from its saved state. If it was created with settings that
+    differ from the checkpoint's, such as more epochs, its steps are replayed: it then continues
+    as if training had used it from the start.
 
     Raises:
-        InputError: if the state is of another number of images, of other models, losses,
-            optimizers or schedulers, or within an epoch of other batches.
+        InputError: if the number of images, models, losses, optimizers or schedulers differ from
+            those of the state, or if the state is from within an epoch with other batches.
     """
     _check_fit(trainer, state)
     now = trainer.state
@@ -446,7 +460,7 @@ def restore_trainer(trainer: Trainer, state: Saved) -> None:
         for name, loss in trainer.loss_funcs.items():
             for path, counters in state["counters"][name].items():
                 vars(loss.get_submodule(path)).update(counters)
-        if state["scaler"] and trainer.scaler.is_enabled():  # else the precision is another now
+        if state["scaler"] and trainer.scaler.is_enabled():  # else the precision has changed
             trainer.scaler.load_state_dict(state["scaler"])
         if trainer.average is not None and state["ema"] is not None:
             _load_module("ema_model", trainer.average, state["ema"])
@@ -496,7 +510,7 @@ def _config_of(trainer: Trainer) -> dict[str, float]:
 
 
 def _network_of(trainer: Trainer) -> dict[str, bool]:
-    """Return what decides how a network is trained and is in none of its weights."""
+    """Return the settings of a network that affect training and are not in its state_dict."""
     found = {
         "from_scratch": getattr(trainer.whole, "from_scratch", None),
         "freeze_batchnorm": getattr(trainer.models["trunk"], "freeze_batchnorm", None),
@@ -507,7 +521,7 @@ def _network_of(trainer: Trainer) -> dict[str, bool]:
 def _check_fit(trainer: Trainer, state: Saved) -> None:
     count = len(trainer.state.labels)
     if "labels" not in state:
-        raise InputError("checkpoint is of a trainer of PML's: restore it into one of the same")
+        raise InputError("checkpoint is of a PML trainer: restore it into a trainer of that class")
     if len(state["labels"]) != count:
         raise InputError(
             f"checkpoint is of {len(state['labels'])} images and the data set has "
@@ -522,11 +536,11 @@ def _check_fit(trainer: Trainer, state: Saved) -> None:
         if network.get(name, value) != value:
             how = "set model.from_scratch" if name == "from_scratch" else f"build it with {name}"
             raise InputError(
-                f"checkpoint is of a model with {name}={value} and the trainer's has "
-                f"{network[name]}, by which it would be trained otherwise: {how}={value}"
+                f"checkpoint is of a model with {name}={value}, but the trainer's model has "
+                f"{network[name]}, which changes training: {how}={value}"
             )
     config = _config_of(trainer)
-    for name in ("batch_size", "iterations_per_epoch"):  # what a drawn epoch depends on
+    for name in ("batch_size", "iterations_per_epoch"):  # the order of an epoch depends on them
         had_value = state["config"][name]
         if state["order"] is not None and had_value != config[name]:
             raise InputError(
@@ -536,7 +550,7 @@ def _check_fit(trainer: Trainer, state: Saved) -> None:
 
 
 def _check_kinds(trainer: Parts, state: SavedParts) -> None:
-    """Raise InputError for a state of other parts, or of parts of other types."""
+    """Raise InputError if the names or types of parts differ from those of a state."""
     parts = parts_of(trainer)
     for kind, things in parts.items():
         if set(state["parts"][kind]) != set(things):
@@ -556,7 +570,7 @@ def _check_kinds(trainer: Parts, state: SavedParts) -> None:
 
 @contextmanager
 def _unchanged_on_error(parts: Sequence[Stateful]) -> Iterator[None]:
-    """Put every part back as it was if the block raises."""
+    """Restore the state of all parts if the block raises."""
     before = [copy.deepcopy(each.state_dict()) for each in parts]
     try:
         yield
@@ -567,7 +581,7 @@ def _unchanged_on_error(parts: Sequence[Stateful]) -> Iterator[None]:
 
 
 def _load_parts(trainer: Parts, state: SavedParts) -> None:
-    """Load models, losses, miners and optimizers; InputError names the first that differs."""
+    """Load models, losses, miners and optimizers; raise InputError for the first that differs."""
     saved = state["parts"]
     for kind, modules in (
         ("models", trainer.models),
@@ -583,7 +597,7 @@ def _load_parts(trainer: Parts, state: SavedParts) -> None:
 def _load_module(name: str, module: nn.Module, state: StateDict) -> None:
     try:
         module.load_state_dict(state)
-    except Exception as error:  # a module of the user's own may raise anything
+    except Exception as error:  # user-defined modules may raise any error
         raise InputError(
             f"checkpoint's {name} does not fit the trainer's ({_difference(state, module)}): "
             "resume with the same model and losses"
@@ -596,12 +610,12 @@ def _difference(state: StateDict, module: nn.Module) -> str:
         had, has = (_shape(where, key) for where in (state, now))
         if had != has:
             return f"{key}: {had} in the checkpoint, {has} in the trainer"
-    return f"{type(module).__name__} refuses its state"
+    return f"{type(module).__name__} cannot load its state"
 
 
 def _shape(state: StateDict, key: str) -> str:
     if key not in state:
-        return "not there"
+        return "missing"
     value = state[key]
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
@@ -624,10 +638,10 @@ def _groups(sizes: list[int]) -> str:
 
 
 def fresh_schedules(trainer: Parts) -> Schedules:
-    """Return the schedules of a trainer as they are before their first step.
+    """Return a copy of the schedules of a trainer, which must not have made a step yet.
 
-    NumPy's numbers in optimizers and schedulers become plain ones, in place: a checkpoint gives
-    plain ones back, and a resumed training must compute with the same types.
+    NumPy numbers in optimizers and schedulers are replaced by Python numbers, in place. They are
+    Python numbers after a resume, and the training must compute with the same types.
     """
     rates: dict[str, list[StateDict]] = {}
     for name, optimizer in trainer.optimizers.items():
@@ -645,9 +659,9 @@ def fresh_schedules(trainer: Parts) -> Schedules:
 
 
 def _load_schedules(trainer: Trainer, state: Saved, schedules: Schedules) -> None:
-    """Load schedulers, or replay those that were made with other settings."""
+    """Load schedulers; if one was created with other settings, replay the steps of all."""
     saved = state["parts"]["lr_schedulers"]
-    # All are plain values, so that their text compares them, NaN and tensors too.
+    # All values are plain, so comparing their repr also works for NaN and tensors.
     earlier = state["schedules"]["states"] if state["schedules"] else {}
     others = [
         name
@@ -671,7 +685,7 @@ def _load_schedules(trainer: Trainer, state: Saved, schedules: Schedules) -> Non
 
 
 def _is_of_another_function(schedule: LRScheduler, state: dict[str, Any]) -> bool:
-    """Whether a LambdaLR, whose functions no state holds, would give another rate here."""
+    """Return whether a LambdaLR gives other rates than its state, which lacks its functions."""
     if not isinstance(schedule, LambdaLR):
         return False
     at = state["last_epoch"]
@@ -689,14 +703,17 @@ def replay(
     iterations: int,
     others: list[str],
 ) -> None:
-    """Make the steps of new schedulers, in the order of a training.
+    """Step new schedulers as often as a training has stepped, in the same order.
 
     Args:
-        schedulers: by name, as of the trainer.
-        iterations_per_epoch: of the training.
-        epochs: that have ended.
-        iterations: of the next one that are done.
-        others: names of those that are new, for the messages.
+        schedulers: schedulers of the trainer by name.
+        iterations_per_epoch: iterations per epoch of the training.
+        epochs: number of epochs completed.
+        iterations: number of iterations completed in the next epoch.
+        others: names of the new schedulers, for messages.
+
+    Raises:
+        InputError: if a OneCycleLR has fewer steps.
     """
     every, at_end = (
         [schedule for name, schedule in schedulers.items() if name.endswith(ending)]
@@ -704,31 +721,30 @@ def replay(
     )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # no optimizer has made a step yet
+            warnings.simplefilter("ignore")  # torch warns since no optimizer has made a step
             for epoch in range(epochs + 1):
                 count = iterations if epoch == epochs else iterations_per_epoch
                 for schedule in every * count:
                     schedule.step()
                 for schedule in () if epoch == epochs else at_end:
                     schedule.step()
-    except ValueError as error:  # of OneCycleLR
+    except ValueError as error:  # from OneCycleLR
         raise InputError(
-            f"{', '.join(others)} ends before epoch {epochs}, where the checkpoint is: make it for "
-            "all epochs of the training"
+            f"{', '.join(others)} ends before epoch {epochs} of the checkpoint: create it for all "
+            "epochs of the training"
         ) from error
     _LOGGER.info(
-        "%s: other settings than before; goes on where it would stand after %d epochs",
+        "%s: settings have changed; the steps of %d epochs were replayed",
         ", ".join(others),
         epochs,
     )
 
 
 def _cells_of(trainer: Trainer) -> dict[str, Cells]:
-    """Return where the cells of a trainer's transform and swap look, of those that know.
+    """Return grid and cell offset of a trainer's transform and swap, if they have them.
 
-    A resumed training must track the same points and swap by the same masks, also where its
-    script measures the offset anew: with another version of timm, or through weights that have
-    moved on.
+    A resumed training must track the same points and use the same masks. Its script may measure a
+    different offset, with another version of timm or with weights that have changed.
     """
     found: dict[str, Cells] = {}
     for name, part in (("transform", trainer.transform), ("swap", trainer.swap)):
@@ -746,10 +762,10 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _lay_cells(trainer: Trainer, cells: dict[str, Cells]) -> None:
-    """Let a trainer's transform and swap look where those of :func:`_cells_of` did.
+    """Set the cell offsets of a trainer's transform and swap to those of :func:`_cells_of`.
 
-    Views of another grid are of another size, for which the offset is another: they stay, with a
-    warning.
+    A different grid means another size of views, which needs another offset: such an offset is
+    not changed, and a warning is logged.
     """
     now = _cells_of(trainer)
     for name, part in (("transform", trainer.transform), ("swap", trainer.swap)):
@@ -758,7 +774,7 @@ def _lay_cells(trainer: Trainer, cells: dict[str, Cells]) -> None:
             continue
         if has.get("grid") != had.get("grid"):
             _LOGGER.warning(
-                "the checkpoint's views have a grid of %s and now have %s: cells look at %s",
+                "the checkpoint's views have a grid of %s, but now it is %s: cell_offset stays %s",
                 had.get("grid"),
                 has.get("grid"),
                 has["cell_offset"],
@@ -769,4 +785,4 @@ def _lay_cells(trainer: Trainer, cells: dict[str, Cells]) -> None:
             lay(had["cell_offset"])
         else:
             setattr(part, "cell_offset", had["cell_offset"])  # noqa: B010
-        _LOGGER.info("%s: cells look at %s, as in the checkpoint", name, had["cell_offset"])
+        _LOGGER.info("%s: cell_offset=%s, as in the checkpoint", name, had["cell_offset"])

@@ -1,4 +1,4 @@
-"""What a training reads: the views of images, the order of an epoch, and its loader."""
+"""Input of a training: views of images, order of an epoch, and loader."""
 
 import logging
 import os
@@ -23,25 +23,25 @@ from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.signals import ShieldedLoader
 
 Images: TypeAlias = Dataset[Any]
-"""A data set of the user: items (image as the transform takes it, anything)."""
+"""A data set with items (image as the transform takes it, anything)."""
 Views: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """(view, transformed view, points) of one image."""
 Item: TypeAlias = tuple[Tensor, Tensor, Tensor, int, str]
 
 ORDER_OF_PML_UP_TO = 100_000
-"""Images of a data set up to which PML's sampler draws the order of an epoch.
+"""Largest data set, in images, for which PML's sampler draws the order of an epoch.
 
-It takes a second there and its time grows faster than the images. Above, the order is drawn in
-arrays (:func:`pml_tacl.trainers.order.draw_by_clusters`), so that smaller trainings keep, number
-for number, the order that they had.
+PML's sampler takes about a second at this size, and its time grows faster than the number of
+images. Larger data sets use :func:`pml_tacl.trainers.order.draw_by_clusters`. The limit keeps the
+exact order of earlier trainings on smaller data sets.
 """
-_ITEMS = 1 << 16  # of an order that are Python's numbers at once
-_TRIES = 5  # images in a row that cannot be read: it is the storage then, not an image
+_ITEMS = 1 << 16  # images of an order that are converted to Python numbers at once
+_TRIES = 5  # after so many unreadable images in a row, the storage has probably failed
 _LOGGER = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    """N images: both views (N, 3, S, S), points (N, G, 2) and pseudo-labels (N,)."""
+    """A batch of N images: two views (N, 3, S, S), points (N, G, 2) and pseudo-labels (N,)."""
 
     views: Tensor
     transformed: Tensor
@@ -50,20 +50,20 @@ class Batch(NamedTuple):
 
 
 class TwoViews(Dataset[Item]):
-    """Two views of an image: item (index, seed) -> (view, transformed view, points, index, "").
+    """Data set of two views: item (index, seed) -> (view, transformed view, points, index, "").
 
-    Whatever is random in an item comes from its seed alone, so that neither the number of
-    workers nor where an epoch was resumed changes it. An image that cannot be read is replaced
-    by another of its cluster, whose index is given; the last entry then says why.
+    The random numbers of an item depend on its seed alone. The number of workers, or the place
+    where an epoch was resumed, does not change them. If an image cannot be read, another image of
+    its cluster is returned, with its own index; the last entry then holds the error.
 
     Args:
         dataset: items (image, anything).
         transform: image -> (view, transformed view, points).
-        labels: (N,) pseudo-labels; noise, -1, replaces nothing.
+        labels: (N,) pseudo-labels; images labelled -1 (noise) never serve as replacements.
 
     Raises:
-        OSError: for an item, if its replacements cannot be read either.
-        ValueError: for an item that is NaN.
+        OSError: on access to an item, if its replacements cannot be read either.
+        ValueError: on access to an item with NaN or infinite values.
     """
 
     def __init__(
@@ -104,9 +104,17 @@ class TwoViews(Dataset[Item]):
 
 
 class OneView(Dataset[tuple[Tensor, int]]):
-    """(evaluation view, index) of each image; ValueError for NaN in it.
+    """Data set of evaluation views: item index -> (view, index).
 
-    The index of an image that cannot be read comes as -1 - index, with another's view.
+    If an image cannot be read, the view of another image is returned with -1 - index.
+
+    Args:
+        dataset: items (image, anything).
+        transform: image -> (3, S, S).
+
+    Raises:
+        OSError: on access to an item, if the images after it cannot be read either.
+        ValueError: on access to an item with NaN or infinite values.
     """
 
     def __init__(self, dataset: Images, transform: Callable[[Any], Tensor]) -> None:
@@ -131,7 +139,7 @@ class OneView(Dataset[tuple[Tensor, int]]):
 
 
 def describe(index: int, error: OSError) -> str:
-    """One line about an image that cannot be read."""
+    """Return one line about an image that cannot be read."""
     return " ".join(f"image {index}: {error}".split())
 
 
@@ -140,7 +148,7 @@ _ONE_AT_A_TIME = threading.RLock()
 
 def _new_lock() -> None:
     global _ONE_AT_A_TIME
-    _ONE_AT_A_TIME = threading.RLock()  # or a process forked meanwhile would wait for ever
+    _ONE_AT_A_TIME = threading.RLock()  # a forked process may inherit a lock that stays locked
 
 
 if hasattr(os, "register_at_fork"):
@@ -149,13 +157,15 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
-    """Within, torch's, Python's and NumPy's global generators draw from a seed, on the CPU.
+    """Seed the global CPU generators of torch, Python and NumPy, and restore their state on exit.
 
-    torchvision's transforms and the data sets of users take no generator, so the global ones
-    must give these numbers; afterwards they stand where they stood, in a loader's process too.
-    Threads that draw by this function take turns. A thread that draws from the global generators
-    by itself meanwhile gets, and takes, numbers of the seed: read in processes then
-    (``dataloader_num_workers`` of at least 1).
+    The global generators are used since torchvision's transforms and users' data sets take no
+    generator. A lock serialises threads that use this function. Another thread that draws from
+    the global generators at the same time would mix up the sequence: in that case read images in
+    worker processes (``dataloader_num_workers`` of at least 1).
+
+    Args:
+        seed: any non-negative integer below 2**63.
     """
     with _ONE_AT_A_TIME:
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
@@ -181,17 +191,17 @@ def _three(found: object) -> Views:
 
 
 def _finite(image: Tensor, index: int) -> Tensor:
-    # Here, where the image is known: one NaN would spread to the batch through BatchNorm.
+    # Checked here, where the index is known: BatchNorm would spread one NaN to the whole batch.
     if not torch.isfinite(image.sum()):
-        raise InputError(f"image {index} of the data set is NaN or infinite: mend or remove it")
+        raise InputError(f"image {index} of the data set is NaN or infinite: repair or remove it")
     return image
 
 
 class Unreadable:
-    """What was unreadable so far, each told once, up to a bound.
+    """Record of unreadable images, with an upper bound. Each image is reported once.
 
     Args:
-        most: how many images are tolerated.
+        most: largest number of unreadable images that is tolerated.
     """
 
     def __init__(self, most: int) -> None:
@@ -199,18 +209,18 @@ class Unreadable:
         self.known: set[str] = set()
 
     def add(self, trouble: str) -> None:
-        """Note one line about an image; OSError if there are too many."""
+        """Add one line about an image; raise OSError if there are too many."""
         if trouble in self.known:
             return
         self.known.add(trouble)
         count = len(self.known)
         if count > self.most:
             raise OSError(
-                f"{count} images cannot be read, more than max_unreadable={self.most}: mend the "
-                f"storage and resume, or raise it; the last is {trouble}"
+                f"{count} images cannot be read, more than max_unreadable={self.most}: repair the "
+                f"storage and resume, or raise max_unreadable; the last is {trouble}"
             )
         _LOGGER.warning(
-            "another image takes the place of one (%d of at most %d): %s",
+            "an unreadable image was replaced by another (%d of at most %d): %s",
             count,
             self.most,
             trouble,
@@ -220,16 +230,16 @@ class Unreadable:
 def draw_order(
     labels: Tensor, clustered: bool, size: int, images_per_cluster: int, batch_size: int
 ) -> Tensor:
-    """Draw an epoch from the global random state.
+    """Draw the images of an epoch, with the global random state.
 
-    Up to ``ORDER_OF_PML_UP_TO`` images PML's MPerClassSampler and torch's RandomSampler draw it;
-    above, arrays are drawn from a seed that is torch's next number.
+    Up to ``ORDER_OF_PML_UP_TO`` images, PML's MPerClassSampler or torch's RandomSampler draws the
+    order. For more images it is drawn in arrays, with a seed from torch's generator.
 
     Args:
         labels: (N,) pseudo-labels, -1 for noise.
-        clustered: whether to draw by clusters; else every image alike.
+        clustered: draw by clusters; otherwise all images are equally likely.
         size: images in the epoch.
-        images_per_cluster: in a batch.
+        images_per_cluster: images of one cluster in a batch.
         batch_size: images in a batch.
 
     Returns:
@@ -257,10 +267,12 @@ def draw_order(
 def draw_epoch(
     labels: Tensor, clustered: bool, size: int, images_per_cluster: int, batch_size: int
 ) -> Tensor:
-    """Draw an epoch on the first rank, as :func:`draw_order`, and seed the other ranks. Collective.
+    """Draw an epoch on the main process, and seed the other ranks. Collective.
+
+    The arguments are those of :func:`draw_order`.
 
     Returns:
-        (size, 2), the same on all ranks.
+        (size, 2) int64, the same on all ranks.
     """
     drawn = None
     if is_main():
@@ -272,13 +284,13 @@ def draw_epoch(
 
 
 def share_of(order: Tensor, batch_size: int) -> Tensor:
-    """Return this rank's part of each batch of an order: (size / world_size, 2)."""
+    """Return this rank's share of each batch of an order: (size / world_size, 2)."""
     shares = order.view(-1, world_size(), batch_size // world_size(), 2)
     return shares[:, rank()].flatten(0, 1)
 
 
 def seed_apart(order: Tensor, at: int = 0) -> None:
-    """Seed all ranks but the first differently, from the epoch alone."""
+    """Seed each rank, except the main process, differently. The seed depends on the order alone."""
     if not is_main():
         seed = (int(order[at, 1]) + rank()) % 2**63
         random.seed(seed)
@@ -307,21 +319,21 @@ def make_loader(
     collate_fn: Callable[[list[Item]], object] | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[Item]:
-    """A loader of the images of an order, or of what is left of it.
+    """Return a loader for the images of an epoch, or for the rest of an epoch.
 
     Args:
-        views: what to read.
-        order: as :func:`draw_order` gives it.
+        views: the data set of two views.
+        order: (size, 2), from :func:`draw_order`.
         batch_size: images in a batch.
         num_workers: processes that read images.
-        collate_fn: of the DataLoader.
-        pin_memory: of the DataLoader.
+        collate_fn: passed to the DataLoader.
+        pin_memory: passed to the DataLoader.
     """
     return ShieldedLoader(
         views,
         batch_size,
         sampler=_Items(order),
-        generator=torch.Generator(),  # the global one would be a draw ahead after resuming
+        generator=torch.Generator(),  # the global one would be one draw ahead after a resume
         num_workers=num_workers,
         collate_fn=collate_fn,
         pin_memory=pin_memory,
@@ -330,25 +342,26 @@ def make_loader(
 
 @contextmanager
 def lost_workers_named() -> Iterator[None]:
-    """Turn torch's error about a killed loader's process into an OSError that says what to do.
+    """Turn torch's error about a killed worker of a loader into an OSError that says what to do.
 
-    Within, it is raised where a batch is waited for. Torch's handler of SIGCHLD would raise it
-    anywhere: within an optimizer's step, or in a destructor, which swallows it.
+    Inside the block, the error is raised only where a batch is requested. Torch's own handler of
+    SIGCHLD may raise it anywhere, such as in an optimizer's step, or in a destructor, where it is
+    lost.
     """
     handler = None
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal_handling._set_SIGCHLD_handler()  # once for ever, so not later within
+        signal_handling._set_SIGCHLD_handler()  # torch sets it once: not inside the block
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield
-    # The last three: a batch was on its way when its sender went.
+    # The last three occur if a worker dies while it sends a batch.
     except (RuntimeError, EOFError, ConnectionResetError, ConnectionRefusedError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ChildProcessError(
-            f"a process that reads images was lost ({reason}), perhaps for want of memory: "
-            "resume, with smaller dataloader_num_workers if it happens again"
+            f"a process that reads images was lost ({reason}), perhaps for lack of memory: "
+            "resume, with a smaller dataloader_num_workers if it happens again"
         ) from error
     finally:
         if handler is not None:

@@ -1,4 +1,4 @@
-"""What a trainer takes where it is given nothing, from the recipe of the model."""
+"""Defaults for the trainer's optional arguments, taken from the recipe of the model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,16 +22,16 @@ _LEAST_IMAGES = 8
 
 
 def check_enough(count: int) -> None:
-    """Raise InputError for fewer images than a training with defaults can use."""
+    """Raise InputError if there are too few images to train with the defaults."""
     if count < _LEAST_IMAGES:
         raise InputError(
-            f"dataset holds {count} images, and a training needs at least {_LEAST_IMAGES} (a few "
+            f"dataset holds {count} images, and training needs at least {_LEAST_IMAGES} (a few "
             "thousand to be worth it): add images, or search with the untrained model"
         )
 
 
 def default_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return AdamW with the recipe's rates."""
+    """Return AdamW with the recipe's learning rates and weight decay."""
     rate = recipe.learning_rate
     if isinstance(model, AttentionEmbedder):
         groups: Any = model.parameter_groups(rate, head_lr=recipe.head_rate * rate)
@@ -41,14 +41,14 @@ def default_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
 
 
 def default_schedule(optimizer: torch.optim.Optimizer, steps: int) -> OneCycleLR:
-    """Return one cycle of learning rates over `steps`, the highest as the optimizer has them."""
+    """Return one cycle of learning rates over `steps`; the optimizer's rates are the maxima."""
     rates = [group["lr"] for group in optimizer.param_groups]
-    rises = 0.1 if steps > 9 else 2 / (steps + 1)  # at least one step, or torch divides by zero
+    rises = 0.1 if steps > 9 else 2 / (steps + 1)  # 1 step or more, or torch divides by zero
     return OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=rises)
 
 
 def default_losses() -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """Return the losses of the method, and the miner of matched pairs."""
+    """Return the default losses, and the miner that matches image pairs."""
     losses = {
         "metric_loss": MultiSimilarityLoss(),
         "clustering_loss": ContrastiveClusteringLoss(),
@@ -60,11 +60,11 @@ def default_losses() -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
 def default_transforms(
     model: nn.Module, image_size: Any
 ) -> tuple[Callable[[Any], tuple[Tensor, Tensor, Tensor]], Callable[[Any], Tensor]]:
-    """Return the transform to two views and the one of the embedding pass."""
+    """Return the transform that makes two views, and the transform of the embedding pass."""
     if not isinstance(model, AttentionEmbedder):
         raise InputError(
             f"transform and eval_transform must be given for {type(model).__name__}: only an "
-            "AttentionEmbedder tells what it takes"
+            "AttentionEmbedder has defaults for them"
         )
     size = size_in_pixels(model.data_config, image_size)
     return SiameseTransform.for_model(model, size), model.transform(image_size=size)
@@ -76,7 +76,7 @@ def default_labeler(recipe: Recipe, count: int) -> PseudoLabeler:
 
 
 def default_swap(recipe: Recipe, transform: Any) -> BackgroundSwap | None:
-    """Return the swap of backgrounds where the views can be followed."""
+    """Return the background swap, or None if the transform does not track feature map cells."""
     offset = getattr(transform, "cell_offset", None)
     if recipe.swap == 0 or offset is None:
         return None

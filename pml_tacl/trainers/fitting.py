@@ -20,20 +20,20 @@ def fit_to(
     max_images: int = 10_000,
     progress: bool = True,
 ) -> bool:
-    """Fit the projection of an :class:`AttentionEmbedder`, if it has one that is fitted.
+    """Fit the projection of an :class:`AttentionEmbedder`, if it has one that can be fitted.
 
-    Where images are too few or all look the same, the model goes on with the backbone's own
-    embedding, and a warning says so.
+    If there are too few images, or all look the same, log a warning and use the backbone's
+    embedding without a projection.
 
     Args:
-        model: any; others than an AttentionEmbedder are left alone.
+        model: any model; one that is not an AttentionEmbedder is not changed.
         dataset: items (image as the model takes it, anything).
-        num_workers: processes that read the images.
-        max_images: a random sample of so many is used, if there are more.
-        progress: show a bar.
+        num_workers: processes that read images.
+        max_images: largest number of images used; a random sample is taken of more.
+        progress: show a progress bar.
 
     Returns:
-        Whether the projection is fitted.
+        Whether the projection was fitted.
     """
     if not isinstance(model, AttentionEmbedder):
         return False
@@ -45,7 +45,7 @@ def fit_to(
         Subset(dataset, chosen.tolist()),
         64,
         num_workers=num_workers,
-        generator=torch.Generator(),  # a loader draws from it, and the training must not notice
+        generator=torch.Generator(),  # keeps the global random state of the training unchanged
     )
     try:
         model.fit_projection(loader, max_images, progress)

@@ -1,4 +1,4 @@
-"""A batch through the model: in which precision, in how many chunks, on which background."""
+"""Forward pass of a batch: precision, chunks and background swap."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,19 +18,19 @@ from pml_tacl.utils.precision import at_least_float32
 
 
 def in_precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    """Autocast to a trainer's amp_dtype; None is none."""
+    """Return an autocast context for a trainer's amp_dtype; it does nothing for None."""
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 class Features(NamedTuple):
-    """What the losses read: embeddings (N, D) and, if the trunk gives them, feature maps."""
+    """Output of a model: embeddings (N, D) and feature maps, if the trunk returns them."""
 
     embeddings: Tensor
     feature_maps: Tensor | None
 
 
 def forward_of(models: dict[str, nn.Module]) -> Callable[[Tensor], Features]:
-    """Images (N, C, H, W) -> Features, by trunk and embedder."""
+    """Return a function from images (N, C, H, W) to :class:`Features`: trunk, then embedder."""
 
     def forward(images: Tensor) -> Features:
         output = models["trunk"](images)
@@ -42,17 +42,20 @@ def forward_of(models: dict[str, nn.Module]) -> Callable[[Tensor], Features]:
 def forward_in_chunks(
     forward: Callable[[Tensor], Features], images: Tensor, chunks: int, models: list[nn.Module]
 ) -> Features:
-    """Features of a batch, of which the backward pass holds the activations of one chunk at a time.
+    """Compute the features of a batch in chunks, so that activations of only one are in memory.
 
-    A loss over all of them sees every pair of the batch, and its gradient is that of one pass
-    over the batch (where no layer mixes images: BatchNorm's statistics are each chunk's). The
-    price is a second forward of each chunk, with the first one's random numbers.
+    Losses still see every pair of the batch, and the gradient equals that of one pass over the
+    batch, unless a layer mixes images: BatchNorm computes its statistics for each chunk. The
+    backward pass computes each chunk a second time, with the same random numbers.
 
     Args:
-        forward: as of :func:`forward_of`, perhaps compiled.
+        forward: function from :func:`forward_of`, possibly compiled.
         images: (N, C, H, W).
-        chunks: how many; 1 is a plain forward.
-        models: whose BatchNorm statistics the second forward must leave alone.
+        chunks: number of chunks; 1 is a plain forward pass.
+        models: models whose BatchNorm statistics the second forward pass must not change.
+
+    Returns:
+        Features of all N images.
     """
     if chunks == 1:
         return forward(images)
@@ -95,15 +98,23 @@ def swap_background(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Swap the background of both views.
 
-    A mask from maps takes a pass of the trunk over the unswapped views, in evaluation mode, in so
-    many chunks and in the precision of the training.
+    Masks that are computed from feature maps need one more pass of the trunk over the original
+    views, in evaluation mode.
+
+    Args:
+        swap: the swap to apply.
+        trunk: model that returns feature maps.
+        batch: both views, points and pseudo-labels.
+        grid: (rows, columns) of the feature maps; None if no loss uses them.
+        chunks: number of chunks for the pass of the trunk.
+        amp_dtype: autocast type for the pass of the trunk; None for no autocast.
 
     Returns:
-        Both views (N, 3, S, S), and how far both kept each cell of the first: (N, H*W) in [0, 1],
-        None without a grid.
+        Both views (N, 3, S, S), and the share of each cell of the first view that both views
+        kept: (N, H*W) in [0, 1], or None without a grid.
 
     Raises:
-        ValueError: for a mask from maps, if the trunk gives none.
+        ValueError: if the mask needs feature maps and the trunk returns none.
     """
     ground: list[Tensor | None] = [None, None]
     if swap.mask != "centred":

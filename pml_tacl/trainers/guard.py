@@ -1,4 +1,4 @@
-"""A guard without labels: a training keeps what is better, the untrained start included."""
+"""Choice of the best network of a training without labels; the untrained one is a candidate."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,28 +14,29 @@ if TYPE_CHECKING:
     from pml_tacl.trainers.unsupervised_trainer import UnsupervisedTrainer
 
 Weights = dict[str, Any]
-# Shares that differ by less are taken for equal: see the table of docs/results.md.
+# Smaller differences count as equal: see the table in docs/results.md.
 TOLERANCE = 0.02
 _IN_A_ROW = 2
 
 
 class Guard:
-    """Compares the networks of a training by :func:`mutual_neighbours`, and keeps a good one.
+    """Selection of a network by :func:`mutual_neighbours`, a criterion without labels.
 
-    It looks at the embeddings of each clustering, of which the first are those of the untrained
-    network, and once more at the end. The last network whose share is at most 0.02 below the
-    highest is kept, the untrained one included. Of a trained one, the weights that are kept are
-    the mean of its own and the untrained ones: that retrieves about as well where training helps,
-    and better where it does harm. What it remembers is part of the checkpoints.
+    The guard measures the embeddings of each clustering, which begins with the untrained network,
+    and once more at the end of the training. It keeps the latest network whose share of mutual
+    neighbours is at most 0.02 below the highest. If that is a trained network, the final weights
+    are a weighted mean of the trained and the untrained weights: retrieval is about as good where
+    training helps, and better where training does harm. The guard's state is saved in checkpoints.
 
-    After Wortsman et al. 2022 (robust fine-tuning by the mean of weights); the criterion is ours.
+    Averaging weights follows Wortsman et al. 2022 (robust fine-tuning); the criterion is ours.
 
     Args:
-        share: of the trained weights in that mean, in (0, 1]; 1 keeps the trained network itself.
+        share: weight of the trained network in the mean, in (0, 1]; 1 keeps the trained network.
 
     Attributes:
-        values: epochs that had ended -> share of mutual neighbours.
-        kept: the epochs after which the network that is kept was seen; None before the first look.
+        values: share of mutual neighbours in [0, 1] by the number of epochs completed.
+        kept: number of epochs completed by the network that is kept; None before the first
+            measurement.
     """
 
     def __init__(self, share: float = 1.0) -> None:
@@ -47,7 +48,12 @@ class Guard:
         self._state: dict[str, Any] = {}
 
     def look(self, trainer: "UnsupervisedTrainer", embeddings: Tensor | None) -> None:
-        """Judge the network as it is. All processes call it, the first with the embeddings."""
+        """Measure the current network and keep it if it is good. Collective.
+
+        Args:
+            trainer: the trainer whose network is measured.
+            embeddings: (N, D) on the main process; ignored on the others.
+        """
         if trainer.ended in self.values:
             return
 
@@ -64,17 +70,17 @@ class Guard:
                 self._start = self._state
 
     def note_collapse(self, trainer: "UnsupervisedTrainer") -> None:
-        """Judge a network whose embeddings cannot be clustered: it is the worst."""
+        """Record the lowest value for a network whose embeddings cannot be clustered."""
         self.values.setdefault(trainer.ended, 0.0)
 
     @property
     def falls(self) -> bool:
-        """Whether the last looks were clearly below the highest: training has begun to do harm."""
+        """Whether the last two values are clearly below the highest: training does harm."""
         last = [self.values[epoch] for epoch in sorted(self.values)][-_IN_A_ROW:]
         return len(last) == _IN_A_ROW and max(last) < max(self.values.values()) - TOLERANCE
 
     def restore_kept(self, trainer: "UnsupervisedTrainer") -> None:
-        """Give the models of a trainer the weights that are kept."""
+        """Load the kept weights into the models of a trainer."""
         load_network(trainer, mean_state(self._start, self._state, self.share))
 
     @property
@@ -83,9 +89,9 @@ class Guard:
         return self.kept is not None and self.kept == min(self.values)
 
     def verdict(self) -> str:
-        """Say in one line which network was kept, and why."""
+        """Return one line that says which network was kept, and why."""
         if self.kept is None:
-            return "nothing was compared: the last network is kept"
+            return "no networks were compared: the last network is kept"
         start, kept = self.values[min(self.values)], self.values[self.kept]
         last = self.values[max(self.values)]
         if self.start_is_kept:
@@ -101,7 +107,7 @@ class Guard:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Return what a run's metrics.json tells of it."""
+        """Return the values for a run's metrics.json."""
         values = {str(epoch): value for epoch, value in sorted(self.values.items())}
         return {
             "mutual_neighbours": values,
@@ -111,18 +117,18 @@ class Guard:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what checkpoints hold."""
+        """Return the state for checkpoints."""
         states = {"state": self._state, "start": self._start}
         return {"values": dict(self.values), "kept": self.kept, **states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo :meth:`state_dict`."""
+        """Restore a state from :meth:`state_dict`."""
         self.values, self.kept = dict(state["values"]), state["kept"]
         self._state, self._start = state["state"], state["start"]
 
 
 def network_state(trainer: "UnsupervisedTrainer") -> dict[str, Any]:
-    """Return a copy, in main memory, of the weights of a trainer's models and their average."""
+    """Return a copy on the CPU of the weights of a trainer's models and of their average."""
     models: dict[str, nn.Module] = dict(trainer.models)
     if trainer.average is not None:
         models["average"] = trainer.average
@@ -133,7 +139,7 @@ def network_state(trainer: "UnsupervisedTrainer") -> dict[str, Any]:
 
 
 def load_network(trainer: "UnsupervisedTrainer", state: dict[str, Any]) -> None:
-    """Undo :func:`network_state`."""
+    """Load the weights from :func:`network_state` into a trainer's models."""
     for name, weights in state.items():
         model = trainer.average if name == "average" else trainer.models[name]
         assert model is not None
@@ -141,9 +147,15 @@ def load_network(trainer: "UnsupervisedTrainer", state: dict[str, Any]) -> None:
 
 
 def mean_state(start: Weights, end: Weights, share: float) -> Weights:
-    """Return the weights `share` of the way from one network to another.
+    """Interpolate linearly between the weights of two networks.
 
-    Numbers that are counted, such as BatchNorm's steps, are taken from the end.
+    Args:
+        start: weights of the first network.
+        end: weights of the second network.
+        share: weight of `end` in the mean, in (0, 1].
+
+    Returns:
+        The interpolated weights; integers, such as BatchNorm's step counts, are those of `end`.
     """
 
     def between(first: Any, last: Any) -> Any:

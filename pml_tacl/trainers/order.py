@@ -1,4 +1,4 @@
-"""The order of an epoch of many images, drawn in arrays: PML draws it cluster by cluster."""
+"""Drawing the order of an epoch with array operations, for large data sets."""
 
 import numpy as np
 import numpy.typing as npt
@@ -6,7 +6,7 @@ import numpy.typing as npt
 from pml_tacl.utils.errors import InputError
 
 IntArray = npt.NDArray[np.int64]
-_CELLS = 1 << 22  # entries of the largest array of one step
+_CELLS = 1 << 22  # largest number of array elements in one step
 
 
 def draw_by_clusters(
@@ -16,29 +16,29 @@ def draw_by_clusters(
     size: int,
     generator: np.random.Generator,
 ) -> IntArray:
-    """Draw batches of some images of some clusters, as PML's MPerClassSampler does.
+    """Draw batches with several images per cluster, similar to PML's MPerClassSampler.
 
-    Each batch takes ``batch_size / images_per_cluster`` different clusters, every set of them
-    equally likely. A cluster gives its images in turn, in a random order that is drawn anew by
-    each call: none comes twice in a batch or again before all others have come, unless the
-    cluster is smaller than ``images_per_cluster``. Then a batch holds each of them as often as
-    any other of them, give or take one. PML draws the images of each batch by themselves, so
-    that some come often and others never.
+    Each batch has ``batch_size / images_per_cluster`` different clusters; all sets of clusters are
+    equally likely. The images of a cluster are used in turn, in a random order that each call
+    draws. No image is repeated in a batch, or before all others of its cluster were used, unless
+    the cluster is smaller than ``images_per_cluster``. In that case the numbers of repetitions in
+    a batch differ by at most one. PML's sampler draws each batch independently, so it uses some
+    images often and others never.
 
-    Time and memory grow with the images and the size, not with the number of clusters.
+    Time and memory depend on the number of images and ``size``, not on the number of clusters.
 
     Args:
-        labels: (N,), -1 for noise, which is left out.
-        images_per_cluster: in a batch; divides ``batch_size``.
+        labels: (N,), -1 for noise, which is excluded.
+        images_per_cluster: images of one cluster in a batch; must divide ``batch_size``.
         batch_size: images in a batch.
-        size: images to draw, whole batches.
-        generator: where all numbers come from.
+        size: number of images to draw; a multiple of ``batch_size``.
+        generator: source of all random numbers.
 
     Returns:
-        (size,) int64, indices of images; those of one cluster in a batch are neighbours.
+        (size,) int64, indices of images; images of one cluster in a batch are adjacent.
 
     Raises:
-        ValueError: for fewer clusters than a batch takes, or sizes that do not divide each other.
+        ValueError: for fewer clusters than a batch needs, or sizes that do not divide each other.
     """
     of_batch, rest = divmod(batch_size, images_per_cluster)
     if rest or size % batch_size:
@@ -59,7 +59,7 @@ def draw_by_clusters(
     for start in range(0, len(clusters), step):
         part = clusters[start : start + step, None]
         place = turns[start : start + step, None] * images_per_cluster
-        # Neighbours in a cycle are different images, also where the cycle begins again.
+        # Consecutive images of a cycle are different, also across its end.
         place = (place + np.arange(images_per_cluster)) % counts[part]
         order[start : start + step] = members[starts[part] + place]
     return order.ravel()
@@ -68,7 +68,7 @@ def draw_by_clusters(
 def _members(
     labels: npt.NDArray[np.integer], generator: np.random.Generator
 ) -> tuple[IntArray, IntArray, IntArray]:
-    """Indices of the images of each cluster in random order, where they start and how many."""
+    """Return image indices grouped by cluster in random order, and start and size of each group."""
     members = generator.permutation(np.flatnonzero(labels >= 0))
     own = labels[members]
     order = np.argsort(own, kind="stable")
@@ -78,9 +78,9 @@ def _members(
 
 
 def _subsets(count: int, size: int, rows: int, generator: np.random.Generator) -> IntArray:
-    """Draw sets of different numbers below ``count``, each set equally likely: (rows, size).
+    """Draw sets of distinct integers below ``count``, uniformly: (rows, size).
 
-    Floyd's algorithm, on all rows at once (Bentley & Floyd 1987).
+    The method is Floyd's algorithm, applied to all rows at once (Bentley & Floyd 1987).
     """
     chosen = np.empty((rows, size), dtype=np.int64)
     for done, last in enumerate(range(count - size, count)):
@@ -94,7 +94,7 @@ def _subsets(count: int, size: int, rows: int, generator: np.random.Generator) -
 
 
 def _number_among_equal(values: IntArray, count: int) -> IntArray:
-    """Tell of each value below ``count`` how many equal ones come before it."""
+    """Return for each value below ``count`` the number of equal values before it."""
     order = np.argsort(values, kind="stable")
     counts = np.bincount(values, minlength=count)
     firsts = np.cumsum(counts) - counts

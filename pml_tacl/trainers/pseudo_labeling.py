@@ -1,4 +1,4 @@
-"""Pseudo-labels of a training: the embedding pass, the clusters, and what is reset with them."""
+"""Pseudo-labels: embedding pass, clustering, and updates of the losses and miners."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.labels import pseudo_labels
 
 _LOGGER = logging.getLogger(__name__)
-_SAMPLE = 1000  # images that stand for all when it is asked how far the embeddings have moved
+_SAMPLE = 1000  # images in the sample that measures how far the embeddings have moved
 
 
 class _Embedding(nn.Module):
@@ -37,17 +37,17 @@ class _Embedding(nn.Module):
 
 @dataclass
 class EmbeddingPass:
-    """Embed images as the evaluation sees them, in the training's precision.
+    """Embedding of images with the evaluation transform, in the precision of the training.
 
     Attributes:
         models: "trunk" and "embedder".
         images: evaluation views of the data set.
-        amp_dtype: of autocast; None for none.
-        batch_size: images at once, on each rank.
+        amp_dtype: autocast type; None for no autocast.
+        batch_size: images per batch on each rank.
         num_workers: processes that read images.
-        progress: show a bar.
-        file: that all ranks see, for the embeddings of all images
-            (:func:`pml_tacl.distributed.inference.embed_together`); None keeps them in memory.
+        progress: show a progress bar.
+        file: file for the embeddings of all images, on a disk that all ranks can access (see
+            :func:`pml_tacl.distributed.inference.embed_distributed`); None keeps them in memory.
     """
 
     models: Mapping[str, nn.Module]
@@ -62,11 +62,11 @@ class EmbeddingPass:
         """Embed images; all ranks share the work. Collective.
 
         Args:
-            index: (M,) of the images; None for all.
+            index: (M,) indices of the images; None for all.
 
         Returns:
-            On the first rank embeddings (M, D) float32, and where each is from, (M,) int64: for
-            an image that cannot be read, -1 - its index. None on the others.
+            On the main process embeddings (M, D) float32 and the index of each image, (M,) int64;
+            the index of an unreadable image is -1 - index. None on the other processes.
         """
         views: Dataset[tuple[Tensor, int]] = self.images
         return embed_distributed(
@@ -81,10 +81,19 @@ class EmbeddingPass:
     def readable(
         self, found: tuple[Tensor, Tensor] | None, unreadable: Unreadable
     ) -> tuple[Tensor, Tensor]:
-        """Try unreadable images again, since storage has bad moments, and note what stays so.
+        """Read unreadable images a second time, and record those that fail again.
+
+        Storage may fail temporarily, so one retry avoids false reports.
+
+        Args:
+            found: embeddings and indices from a call of this object.
+            unreadable: the record of unreadable images, which is updated.
 
         Returns:
-            Embeddings, NaN for images that cannot be read, and which can: (M,) bool.
+            Embeddings (M, D), NaN for unreadable images, and (M,) bool, True for readable images.
+
+        Raises:
+            OSError: for more unreadable images than allowed.
         """
         assert found is not None
         embeddings, index = found
@@ -102,7 +111,7 @@ class EmbeddingPass:
             index[missing] = now
             for image, place in zip(unread.tolist(), now.tolist(), strict=True):
                 if place >= 0:
-                    _LOGGER.warning("image %d was unreadable for a moment: read again", image)
+                    _LOGGER.warning("image %d was unreadable at first: the retry worked", image)
                 else:
                     unreadable.add(self._trouble(image))
         return embeddings, index >= 0
@@ -112,13 +121,19 @@ class EmbeddingPass:
             self.images.dataset[image]
         except OSError as error:
             return describe(image, error)
-        return f"image {image}: unreadable in two passes, and read in between"
+        return f"image {image}: unreadable in two passes, but readable afterwards"
 
 
 def cluster(
     labeler: PseudoLabeler, embeddings: Tensor, readable: Tensor, centroids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Cluster embeddings (N, D) of readable images, from centroids if there are some.
+    """Cluster the embeddings of readable images.
+
+    Args:
+        labeler: the clustering algorithm.
+        embeddings: (N, D).
+        readable: (N,) bool.
+        centroids: (K, D) to start from; None for a cold start.
 
     Returns:
         Labels (N,), -1 for noise and for unreadable images, and centroids (K, D).
@@ -131,24 +146,27 @@ def cluster(
 
 
 def sample(count: int, most: int = _SAMPLE) -> Tensor:
-    """Return the index of the images that stand for all `count`, evenly over the data set.
+    """Return indices of images, spread evenly over a data set.
 
     Args:
-        count: images.
-        most: that stand for them.
+        count: number of images in the data set.
+        most: largest number of indices.
+
+    Returns:
+        (min(count, most),) int64, ascending.
     """
     size = min(most, count)
     return torch.arange(size) * count // size
 
 
 def distance_moved(embeddings: Tensor, readable: Tensor, before: Tensor) -> float:
-    """Return the mean cosine distance of embeddings (M, D) from where they were, in [0, 2]."""
+    """Return the mean cosine distance, in [0, 2], between new and earlier embeddings (M, D)."""
     distance = 1 - F.cosine_similarity(embeddings, before)
     return float(distance[readable & distance.isfinite()].mean())
 
 
 def check_clusters(clusters: int, batch_size: int, images_per_cluster: int) -> None:
-    """Raise ValueError for fewer clusters than a batch needs."""
+    """Raise ValueError if there are fewer clusters than a batch needs."""
     needed = batch_size // images_per_cluster
     if clusters < needed:
         raise InputError(
@@ -160,20 +178,20 @@ def check_clusters(clusters: int, batch_size: int, images_per_cluster: int) -> N
 
 @runtime_checkable
 class TakesCentroids(Protocol):
-    """A loss or miner of the user's that is given the centroids whenever they change."""
+    """A user-defined loss or miner that receives the centroids whenever they change."""
 
     def set_centroids(self, centroids: Tensor | None) -> object: ...
 
 
 @runtime_checkable
 class RemembersLabels(Protocol):
-    """A loss that remembers pseudo-labels, as PML's CrossBatchMemory."""
+    """A loss that stores earlier pseudo-labels, such as PML's CrossBatchMemory."""
 
     def reset_queue(self) -> object: ...
 
 
 def modules_of(*parts: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
-    """Iterate over every module in losses and miners, however deep, each once."""
+    """Iterate over all modules in losses and miners, nested ones included, each once."""
     seen: set[nn.Module] = set()
     for part in (part for each in parts for part in each.values()):
         for module in part.modules():
@@ -183,16 +201,16 @@ def modules_of(*parts: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
 
 
 def share_centroids(table: CentroidTable, *parts: Mapping[str, nn.Module]) -> bool:
-    """Let every loss and miner that compares with centroids, also within others, use a table.
+    """Give the table of centroids to all losses and miners that use centroids, nested ones too.
 
-    Those that are not ours are given its centroids by ``set_centroids``.
+    User-defined losses and miners receive the centroids through ``set_centroids``.
 
     Args:
-        table: the one owner of the centroids.
+        table: the owner of the centroids.
         *parts: losses and miners by name.
 
     Returns:
-        Whether any of ours compares with it.
+        Whether any loss or miner of this package uses the table.
     """
     shared = False
     for module in modules_of(*parts):
@@ -205,7 +223,7 @@ def share_centroids(table: CentroidTable, *parts: Mapping[str, nn.Module]) -> bo
 
 
 def forget_labels(*parts: Mapping[str, nn.Module]) -> None:
-    """Empty every memory of earlier pseudo-labels."""
+    """Clear every memory of earlier pseudo-labels."""
     for module in modules_of(*parts):
         if isinstance(module, RemembersLabels):
             module.reset_queue()

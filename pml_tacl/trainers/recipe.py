@@ -1,4 +1,4 @@
-"""The defaults of a training, in one place: how fast, how long, and what the losses weigh."""
+"""Default settings of a training: learning rates, duration and loss weights."""
 
 from dataclasses import dataclass, field
 
@@ -9,28 +9,28 @@ from pml_tacl.clustering.kmeans import auto_clusters
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a training that follow from where the network begins.
+    """Default settings of a training, which depend on the kind of network and its weights.
 
     `UnsupervisedTrainer`, the command line and `benchmarks/retrieval.py` take their defaults from
-    here. Chosen on validation, see docs/results.md.
+    here. They were chosen on validation data, see docs/results.md.
 
     Attributes:
-        pooling: of the `AttentionEmbedder`.
-        learning_rate: of the trunk, at its highest.
-        head_rate: factor on it for the embedder's trained layers.
-        weight_decay: of AdamW.
-        batch_size: images in a batch, each in two views.
+        pooling: pooling of the `AttentionEmbedder`.
+        learning_rate: highest learning rate of the trunk.
+        head_rate: factor on the learning rate for the trained layers of the embedder.
+        weight_decay: weight decay of AdamW.
+        batch_size: images in a batch; each comes in two views.
         images_per_cluster: images of one cluster in a batch.
-        warmup: share of the epochs before the first clustering; each image is its own cluster.
-        freeze_batchnorm: BatchNorm keeps its statistics and weights.
-        centroid_momentum: of the centroids, which follow the batches; 1 keeps them.
-        swap: share of the views whose background is swapped.
-        guard: keep the better network by a criterion without labels, the untrained one included.
-        trained_share: of the trained weights in the mean with the untrained ones that the guard
-            keeps.
-        loss_weights: of the metric loss, the clustering loss and the attention loss.
-        least_steps: fewest optimizer steps.
-        passes: passes over the images, where those are more steps.
+        warmup: share of the epochs before the first clustering, in which each image is a cluster.
+        freeze_batchnorm: do not train BatchNorm's statistics and weights.
+        centroid_momentum: in [0, 1], of the centroids, which follow the batches; 1 fixes them.
+        swap: share of the views whose background is swapped, in [0, 1].
+        guard: select the best network by a criterion without labels, which may be the untrained
+            one.
+        trained_share: weight of the trained network in the mean that the guard keeps, in (0, 1].
+        loss_weights: weights of metric loss, clustering loss and attention loss.
+        least_steps: smallest number of optimizer steps.
+        passes: passes over the images, if that takes more than `least_steps`.
     """
 
     learning_rate: float
@@ -69,17 +69,17 @@ class Recipe:
         return max(1, -(-self.steps(count) // max(1, count // self.batch_size_for(count))))
 
     def clusters(self, count: int) -> int:
-        """Return the number of clusters for `count` images: a tenth, as many as a batch needs."""
+        """Return the number of clusters: a tenth of `count`, but at least what a batch needs."""
         needed = self.batch_size_for(count) // self.images_per_cluster
         return auto_clusters(count, least=needed)
 
     def warmup_epochs(self, epochs: int) -> int:
-        """Return how many of `epochs` pass before the first clustering."""
+        """Return the number of epochs before the first clustering."""
         return int(self.warmup * epochs)
 
 
 PRETRAINED = Recipe(learning_rate=3e-4)
-# Transformers and other networks of LayerNorm are trained at lower rates throughout the field.
+# Transformers and other networks with LayerNorm are commonly trained at lower learning rates.
 PRETRAINED_LAYERNORM = Recipe(learning_rate=3e-5)
 SCRATCH = Recipe(
     learning_rate=1e-3,
@@ -94,11 +94,11 @@ SCRATCH = Recipe(
 
 
 def recipe_for(model: nn.Module) -> Recipe:
-    """Return the recipe of a model, by two questions that have plain answers.
+    """Return the default recipe of a model.
 
-    A model is from scratch if its attribute `from_scratch` says so, as that of an
-    `AttentionEmbedder` built by name with `pretrained=False` does. Of the others, a network with
-    BatchNorm is taken for a convolutional one.
+    `SCRATCH` is for models whose attribute `from_scratch` is true, such as an `AttentionEmbedder`
+    that was built by name with `pretrained=False`. Otherwise, `PRETRAINED` is for networks with
+    BatchNorm and `PRETRAINED_LAYERNORM` for all others.
     """
     if getattr(model, "from_scratch", False):
         return SCRATCH

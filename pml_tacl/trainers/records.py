@@ -1,7 +1,7 @@
-"""record-keeper's records as part of a checkpoint: taken back to where it was written.
+"""Saving record-keeper's records in checkpoints, and restoring them.
 
-A record that was written after the last checkpoint belongs to iterations that a resumed training
-makes again; it would stand there twice.
+A resumed training repeats the iterations after the last checkpoint. Records of those iterations
+are removed on resume; otherwise they would appear twice.
 """
 
 import csv
@@ -21,25 +21,25 @@ from torch import Tensor
 from pml_tacl.utils.plain import plain
 
 _LOGGER = logging.getLogger(__name__)
-_TOGETHER = 100  # iterations
+_TOGETHER = 100  # iterations written at once
 
 
 class RecordsState(TypedDict):
-    """Where record-keeper's records were when a checkpoint was written."""
+    """State of record-keeper's records when a checkpoint was written."""
 
     csv: dict[str, int]
-    """Bytes of each file."""
+    """Size of each csv file in bytes."""
     rows: dict[str, int]
-    """Last row of each table."""
+    """Id of the last row of each table."""
     waiting: dict[str, dict[str, dict[int, object]]]
-    """What is not written yet: iteration -> value, by group and name."""
+    """Values in memory, not yet written: iteration -> value, by group and name."""
 
 
 class Keeper(RecordKeeper):
-    """A RecordKeeper whose tables and files have names that every data base and disk can hold.
+    """RecordKeeper that makes names valid for tables and files.
 
-    Names come from the parts of a loss: those of ``MultipleLosses([...])`` are numbers, and those
-    of a dict may be any text. Other names are as record-keeper makes them.
+    Names come from the parts of a loss. Those of ``MultipleLosses([...])`` are numbers, and those
+    of a dict may be any text. Valid names do not change.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -55,13 +55,13 @@ class Keeper(RecordKeeper):
 
 
 class LossesFile:
-    """Every loss of every iteration, in a csv file that grows and is never read in training.
+    """A csv file with all losses of all iterations. Training appends to it and never reads it.
 
-    Reading a loss makes the CPU wait for a GPU, so that many are read together. In the folder of
-    record-keeper's records the file is part of the checkpoints, as they are.
+    Reading a loss makes the CPU wait for the GPU, so the losses of 100 iterations are read at
+    once. If the file is in the folder of record-keeper's records, checkpoints cover it too.
 
     Args:
-        path: of the file; made with the first losses.
+        path: path of the file, which is created with the first losses.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,13 +69,18 @@ class LossesFile:
         self._waiting: list[tuple[int, dict[str, float | Tensor]]] = []
 
     def add(self, iteration: int, losses: dict[str, float | Tensor]) -> None:
-        """Note the losses of an iteration: numbers, or 0-d tensors without a graph."""
+        """Add the losses of an iteration.
+
+        Args:
+            iteration: number of the iteration.
+            losses: numbers, or 0-d tensors without a graph, by name.
+        """
         self._waiting.append((iteration, dict(losses)))
         if len(self._waiting) >= _TOGETHER:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has been noted."""
+        """Write all losses that are still in memory."""
         if not self._waiting:
             return
         steps, rows = zip(*self._waiting, strict=True)
@@ -91,7 +96,7 @@ class LossesFile:
 
 
 def read_losses(path: str | Path) -> dict[str, list[float]]:
-    """Return what a :class:`LossesFile` holds: name -> one value for each iteration."""
+    """Read a :class:`LossesFile`: name -> one value for each iteration; empty without a file."""
     if not Path(path).is_file():
         return {}
     with Path(path).open(newline="", encoding="utf-8") as file:
@@ -104,7 +109,7 @@ def read_losses(path: str | Path) -> dict[str, list[float]]:
 
 
 def _numbers(values: list[float | Tensor]) -> list[float]:
-    """Numbers and 0-d tensors as floats; the device is waited for once."""
+    """Convert numbers and 0-d tensors to floats, with one synchronisation of the device."""
     tensors = [value.detach() for value in values if isinstance(value, Tensor)]
     if not tensors:
         return [float(value) for value in values]
@@ -114,19 +119,19 @@ def _numbers(values: list[float | Tensor]) -> list[float]:
 
 
 def records_state(keeper: Any) -> RecordsState:
-    """Where the records of a RecordKeeper are: on the disk, and still in memory.
+    """Return the state of a RecordKeeper's records, on disk and in memory.
 
     Args:
         keeper: a ``record_keeper.RecordKeeper`` with a record_writer.
 
     Returns:
-        Plain numbers, strings and containers.
+        A state of plain numbers, strings and containers.
     """
     writer = keeper.record_writer
     sizes = {}
     for path in sorted(Path(writer.folder).glob("*.csv")):
         with path.open("r+b") as file:
-            os.fsync(file.fileno())  # the checkpoint will say that they are there
+            os.fsync(file.fileno())  # the checkpoint will rely on this size
         sizes[path.name] = path.stat().st_size
     with closing(sqlite3.connect(writer.local_db.db_path)) as base:
         rows = {name: _last_row(base, name) for name in _tables(base)}
@@ -138,7 +143,7 @@ def records_state(keeper: Any) -> RecordsState:
 
 
 def restore_records(keeper: Any, state: RecordsState) -> None:
-    """Undo what was recorded since :func:`records_state`."""
+    """Remove everything that was recorded since the state of :func:`records_state`."""
     writer = keeper.record_writer
     for path in sorted(Path(writer.folder).glob("*.csv")):
         size = state["csv"].get(path.name)

@@ -1,4 +1,4 @@
-"""Where a training stands, as one object: what a checkpoint keeps besides its networks."""
+"""State of a training, which checkpoints keep together with the networks."""
 
 from dataclasses import dataclass, field
 from typing import TypedDict
@@ -9,41 +9,45 @@ from pml_tacl.clustering.centroids import CentroidTable
 from pml_tacl.trainers.data import Unreadable
 
 StateDict = dict[str, object]
-"""What a part's ``state_dict()`` returns."""
+"""Return value of a ``state_dict()`` method."""
 
 
 class Schedules(TypedDict):
     """Learning rate schedules before their first step.
 
-    A schedule of a resumed training that began otherwise is told by it.
+    On resume they show which schedules were created with different settings.
     """
 
     states: dict[str, StateDict]
-    """State by name of the scheduler."""
+    """State of each scheduler by name."""
     rates: dict[str, list[StateDict]]
-    """By name of the optimizer, the rates of each of its parameter groups."""
+    """Rates of each parameter group by name of the optimizer."""
 
 
 @dataclass
 class TrainingState:
-    """Where a training stands.
+    """State of a training, without networks, losses and optimizers.
 
-    The generators of random numbers are part of it, too: a checkpoint reads them from Python,
-    NumPy and torch when it is written (:func:`pml_tacl.trainers.checkpoint.random_state`).
+    The state of the random number generators is not stored here: checkpoints read it from Python,
+    NumPy and torch (:func:`pml_tacl.trainers.checkpoint.random_state`).
 
     Attributes:
-        labels: pseudo-labels (N,), -1 for noise; each image's own before the first clustering.
+        labels: pseudo-labels (N,), -1 for noise; before the first clustering each image has its
+            own label.
         unreadable: images that could not be read so far.
-        table: the centroids, which losses and miners share; empty before the first clustering.
-        moved_from: embeddings (M, D) of a sample, at the last clustering.
-        embeddings: (N, D) of the last embedding pass, on the first rank; not in checkpoints.
-        ended: epochs that have ended.
-        done: iterations of the next epoch that are done.
-        order: (size, 2) of the epoch that runs, as of :func:`pml_tacl.trainers.data.draw_order`.
-        loaded_within_epoch: whether a checkpoint was loaded whose epoch has yet to go on.
+        table: centroids that losses and miners share; empty before the first clustering.
+        moved_from: embeddings (M, D) of a sample of images at the last clustering.
+        embeddings: embeddings (N, D) of the last embedding pass, on the main process only; not in
+            checkpoints.
+        ended: number of epochs completed.
+        done: number of iterations completed in the current epoch.
+        order: images and seeds (size, 2) of the current epoch, from
+            :func:`pml_tacl.trainers.data.draw_order`.
+        loaded_within_epoch: whether a checkpoint from within an epoch was loaded and that epoch
+            has not continued yet.
         stopped: whether a hook or the guard has ended the training.
-        schedules: of learning rates, before their first step; None before training.
-        extra: of the user.
+        schedules: learning rate schedules before their first step; None before training.
+        extra: data of the user.
     """
 
     labels: Tensor

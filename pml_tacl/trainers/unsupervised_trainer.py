@@ -1,4 +1,4 @@
-"""A trainer of PML that needs no labels: its loop and its step."""
+"""A PML trainer for data without labels: training loop and training step."""
 
 import logging
 import math
@@ -101,97 +101,106 @@ _LOOK_EVERY = 10  # iterations: reading a loss makes the CPU wait for a GPU
 
 
 class UnsupervisedTrainer(BaseTrainer):
-    """Train an embedding on images without labels: cluster, then learn from the clusters.
+    """Trainer for embeddings on images without labels. It alternates clustering and training.
 
-    A trainer of PML: models, loss_funcs, mining_funcs, optimizers, hooks and records are as
-    there. Each epoch that is due begins with an embedding pass over the whole data set; its
-    clusters are the pseudo-labels of the epoch, and a new sampler and loader draw by them.
-    Both views of an image share its pseudo-label. During ``warmup_epochs`` every image is a
-    cluster of its own. In many processes (:mod:`pml_tacl.distributed.inference`) all train as one,
-    and the first calls the hooks. After Li et al. 2020; definition ours.
+    The trainer is a PML trainer: models, loss_funcs, mining_funcs, optimizers, hooks and records
+    work as in PML. At the start of an epoch it embeds the whole data set and clusters the
+    embeddings (see ``recluster_every``). The clusters are the pseudo-labels of the epoch, and
+    batches are sampled by them. Both views of an image have the same pseudo-label. During
+    ``warmup_epochs`` each image is its own cluster. In distributed training
+    (:mod:`pml_tacl.distributed.inference`) all processes train one model, and the main process
+    calls the hooks. The method follows Li et al. 2020; this formulation is ours.
 
-    Only the model and the data set must be given. What is left out follows
-    :func:`pml_tacl.trainers.recipe.recipe_for`. If the data set is a folder, the training ends
-    with :meth:`finish`: a model, an index to search, and a line that says whether it helped.
+    Only the model and the data set are required. The defaults of other arguments come from
+    :func:`pml_tacl.trainers.recipe.recipe_for`. If the data set is given as a folder,
+    :meth:`train` ends with :meth:`finish`: it writes a model and a search index, and prints
+    whether training helped.
 
     Args:
         models: an :class:`AttentionEmbedder`, or {"trunk": ..., "embedder": ...}; the embedder
             may be missing.
-        optimizers: one optimizer of all parameters, or {"trunk_optimizer": ...,
+        optimizers: one optimizer for all parameters, or {"trunk_optimizer": ...,
             "embedder_optimizer": ...}. None: AdamW with one cycle of learning rates.
-        batch_size: images in a batch, of all processes together; each comes in two views.
-        loss_funcs: named losses, added up: an AttentionConsistencyLoss gets feature maps and
-            points, PML's SelfSupervisedLoss the two views, any other the embeddings of both
-            views with their pseudo-labels. Losses of centroids get them wherever they are, within
-            PML's wrappers or a module of the user's, and with them need no wrapper: within
-            SelfSupervisedLoss or CrossBatchMemory such a loss is called itself.
-        dataset: items (image, anything), the image as ``transform`` takes it; labels, if it
-            has them, are not read. Or the path of a folder of images.
-        image_size: side or (height, width) in pixels, for the transforms that are left out; None
-            is the model's own.
+        batch_size: images in a batch, summed over all processes; each comes in two views.
+        loss_funcs: losses by name; their weighted sum is minimised. An AttentionConsistencyLoss
+            gets feature maps and points, PML's SelfSupervisedLoss gets the two views, and any
+            other loss gets the embeddings of both views with their pseudo-labels. Losses that use
+            centroids receive them, also inside PML's wrappers or user-defined modules. Such
+            losses need no wrapper: inside SelfSupervisedLoss or CrossBatchMemory the loss is
+            called directly.
+        dataset: items (image, anything), the image as ``transform`` takes it; labels are ignored.
+            Or the path of a folder of images.
+        image_size: side or (height, width) in pixels, for the default transforms; None for the
+            model's own size.
         run: folder that :meth:`finish` writes to; None is "runs/" and the name of the data set's
             folder.
         transform: image -> (view, transformed view, points): a :class:`SiameseTransform`.
         eval_transform: image -> (3, S, S), for the embedding pass.
-        labeler: embeddings (N, D) -> PseudoLabels, as :class:`KMeansPseudoLabeler`; label -1 is
-            noise and is not drawn.
-        mining_funcs: "tuple_miner" for the metric losses, "attention_miner" (feature maps and
+        labeler: embeddings (N, D) -> PseudoLabels, such as :class:`KMeansPseudoLabeler`; images
+            with label -1 are noise and are not sampled.
+        mining_funcs: "tuple_miner" for the metric losses, "attention_miner" (gets feature maps and
             labels of the first views) for the attention losses.
-        images_per_cluster: images of one cluster in a batch; divides batch_size.
-        recluster_every: epochs between two clusterings, at least 1.
-        recluster_when_moved: cluster an epoch that is due only if the embeddings have moved by
-            this much since the last clustering: the mean cosine distance, in [0, 2], of 1000
-            images from where they were (0.02 is little, 0.2 much). None: always.
-        warmup_epochs: epochs before the first clustering.
-        centroid_momentum: in [0, 1], of centroids that follow the batches of a training
-            (``ContrastiveClusteringLoss.move_centroids``); at 1 they stay where clustering left
-            them.
-        swap: a :class:`BackgroundSwap` of both views, or None.
-        amp_dtype: of autocast, torch.bfloat16 or torch.float16 (scales the loss); None for none.
-        accumulation_steps: chunks that a batch goes through the model in, to save memory. The
-            losses see the whole batch, so the step is that of one chunk, but for BatchNorm.
-        ema_decay: in (0, 1), of averaged weights, ``ema_model``; None for none. They are for
-            evaluation and export; clusters come from the weights that are trained, since their
-            centroids are compared with those weights' embeddings.
-        compile: torch.compile trunk and embedder, as one; names of parameters stay.
-        max_unreadable: images that may turn unreadable before the training stops; until then
-            each becomes noise, and another of its cluster takes its place.
-        checkpoint_folder: a checkpoint is written there at the end of each epoch, and SIGINT or
-            SIGTERM end the training after one, with :class:`Interrupted` (a SystemExit, 130 or
-            143); a second signal ends it at once. None: only :meth:`save_checkpoint` writes.
-        checkpoint_every: iterations between two more of them, within an epoch; None for none.
-        keep: how many of the last checkpoints stay, at least 1.
-        record_keeper: record-keeper's RecordKeeper (``hooks.record_keeper``), whose records are
-            part of the checkpoints: none is lost after a crash, or there twice.
-        progress: show bars.
-        **kwargs: as of PML's BaseTrainer (loss_weights, iterations_per_epoch, lr_schedulers,
-            gradient_clippers, freeze_these, dataloader_num_workers, end_of_epoch_hook, ...),
-            but for those about labels of the data set (sampler, dataset_labels, ...), which are
-            refused.
-        guard: keep the better network by a criterion without labels, the untrained one included,
-            and end early where it falls (:class:`pml_tacl.trainers.guard.Guard`). Needs a
-            clustering before the first epoch, so no warm-up. None: as the recipe says, where there
-            is no warm-up.
+        images_per_cluster: images of one cluster in a batch; must divide batch_size.
+        recluster_every: number of epochs from one clustering to the next, at least 1.
+        recluster_when_moved: skip a clustering that is due unless the embeddings of a sample of
+            1000 images have moved at least this far since the last one: mean cosine distance, in
+            [0, 2] (0.02 is little, 0.2 is much). None: never skip.
+        warmup_epochs: epochs before the first clustering, at least 0.
+        centroid_momentum: in [0, 1], momentum of centroids that follow the batches
+            (``ContrastiveClusteringLoss.move_centroids``); 1 keeps the centroids of the
+            clustering.
+        swap: a :class:`BackgroundSwap` for both views, or None.
+        amp_dtype: autocast type, torch.bfloat16 or torch.float16 (with loss scaling); None for no
+            autocast.
+        accumulation_steps: number of chunks in which a batch passes through the model, to save
+            memory. The losses see the whole batch, so the step equals that of one chunk, except
+            for BatchNorm.
+        ema_decay: decay in (0, 1) of the averaged weights, ``ema_model``; None for no average.
+            Averaged weights are for evaluation and export. Clusters come from the trained
+            weights, because the losses compare centroids with embeddings of those weights.
+        compile: apply torch.compile to trunk and embedder together; parameter names do not change.
+        max_unreadable: number of images that may become unreadable before training stops. Such an
+            image counts as noise, and another image of its cluster replaces it.
+        checkpoint_folder: folder for a checkpoint at the end of each epoch. SIGINT or SIGTERM then
+            end the training after a checkpoint, with :class:`Interrupted` (a SystemExit, code 130
+            or 143); a second signal ends it immediately. None: only :meth:`save_checkpoint`
+            writes.
+        checkpoint_every: number of iterations between further checkpoints within an epoch; None
+            for none.
+        keep: number of checkpoints to keep, at least 1.
+        record_keeper: record-keeper's RecordKeeper (``hooks.record_keeper``). Its records are
+            saved in checkpoints, so a crash neither loses nor duplicates records.
+        progress: show progress bars.
+        **kwargs: arguments of PML's BaseTrainer (loss_weights, iterations_per_epoch,
+            lr_schedulers, gradient_clippers, freeze_these, dataloader_num_workers,
+            end_of_epoch_hook, ...). Arguments that concern labels of the data set (sampler,
+            dataset_labels, ...) raise ValueError.
+        guard: select the best network, possibly the untrained one, by a criterion without labels,
+            and stop early if training does harm (:class:`pml_tacl.trainers.guard.Guard`). Requires
+            a clustering before the first epoch, so ``warmup_epochs`` must be 0. None: the
+            recipe's default, or False with warm-up epochs.
 
     Attributes:
-        state: where the training stands (:class:`pml_tacl.trainers.state.TrainingState`).
-        labels: pseudo-labels (N,), -1 for noise. Each image's own before the first clustering.
-        centroids: (K, D) of unit norm, which losses and miners share; None before the first
+        state: state of the training (:class:`pml_tacl.trainers.state.TrainingState`).
+        labels: pseudo-labels (N,), -1 for noise. Before the first clustering each image has its
+            own label.
+        centroids: (K, D), of unit norm, shared by losses and miners; None before the first
             clustering.
-        embeddings: (N, D) of the last embedding pass, NaN for unreadable images; not kept in
-            checkpoints, and only on the first of many processes. Of more than 1 000 000 images
-            they are a file in ``checkpoint_folder``, if it is given, which all processes write.
-        extra: a dict of the user's tensors, numbers, strings and containers, in checkpoints too.
-            NumPy's numbers become plain ones there, and arrays tensors; other types are refused.
+        embeddings: (N, D) from the last embedding pass, NaN for unreadable images; on the main
+            process only, and not saved in checkpoints. For more than 1 000 000 images they are in a
+            file in ``checkpoint_folder``, if it is set, which all processes write.
+        extra: dict of the user's tensors, numbers, strings and containers, saved in checkpoints.
+            NumPy numbers become Python numbers there, and arrays become tensors; other types
+            raise an error.
 
     Raises:
-        ValueError: for an argument that does not fit, before anything is computed.
+        ValueError: for an invalid argument, before any computation.
         FloatingPointError: in training, if the loss is NaN or infinite.
-        OSError: in training, for more unreadable images than ``max_unreadable``, for a
-            checkpoint that cannot be written, or for a loader's process that was killed.
+        OSError: in training, for more unreadable images than ``max_unreadable``, if a checkpoint
+            cannot be written, or if a process of the loader was killed.
     """
 
-    # Of PML's BaseTrainer, which has no types.
+    # Attributes of PML's BaseTrainer, which has no types.
     models: dict[str, nn.Module]
     loss_funcs: dict[str, nn.Module]
     mining_funcs: dict[str, nn.Module]
@@ -244,7 +253,7 @@ class UnsupervisedTrainer(BaseTrainer):
         **kwargs: Any,
     ) -> None:
         if dataset is None:
-            raise InputError("dataset must be given: a data set, or the path of a folder of images")
+            raise InputError("dataset is missing: give a data set, or the path of an image folder")
         models, whole, compiled = as_models(models)
         self.recipe = recipe = recipe_for(whole)
         self.run: Path | None = None
@@ -253,7 +262,7 @@ class UnsupervisedTrainer(BaseTrainer):
             _check_unused(self.run)
             dataset = ImageFiles(dataset, progress=progress)
         elif run is not None:
-            raise InputError("run is for a dataset that is the path of a folder: leave run out")
+            raise InputError("run needs a dataset that is the path of a folder: leave run out")
         count = len(dataset)  # type: ignore[arg-type]
         plain_pml = loss_funcs is not None
         if loss_funcs is None:
@@ -273,7 +282,7 @@ class UnsupervisedTrainer(BaseTrainer):
             labeler = defaults.default_labeler(recipe, count)
         if isinstance(swap, str):
             swap = None if plain_pml else defaults.default_swap(recipe, transform)
-        # Of networks from scratch half of the epochs, whose number `train` is told.
+        # The recipe gives warm-up as a share of the epochs, whose number only `train` knows.
         self._warmup_is_open = warmup_epochs is None and not plain_pml and recipe.warmup > 0
         warmup_epochs = warmup_epochs or 0
         self._schedule_is_own = optimizers is None and not kwargs.get("lr_schedulers")
@@ -284,10 +293,10 @@ class UnsupervisedTrainer(BaseTrainer):
         self.guard = Guard(recipe.trained_share) if guard else None
         if self.guard is not None and warmup_epochs:
             raise InputError(
-                "guard compares with the untrained network, which warm-up epochs leave before the "
+                "guard compares with the untrained network, but warm-up epochs train it before the "
                 "first clustering: give warmup_epochs=0, or guard=False"
             )
-        self._last: dict[str, dict[str, Tensor]] | None = None  # the network that was trained last
+        self._last: dict[str, dict[str, Tensor]] | None = None  # last trained network
         compile = compile or compiled
         kwargs = {name: plain_number(value) for name, value in kwargs.items()}
         check_pml_arguments(kwargs)
@@ -324,7 +333,7 @@ class UnsupervisedTrainer(BaseTrainer):
         self.transform, self.eval_transform, self.labeler = transform, eval_transform, labeler
         self.swap, self.amp_dtype, self.progress = swap, amp_dtype, progress
         self.checkpoint_folder = None if checkpoint_folder is None else Path(checkpoint_folder)
-        # Plain numbers, for loaders and checkpoints: NumPy's are neither's.
+        # Python numbers: loaders and checkpoints do not accept those of NumPy.
         self.images_per_cluster, self.warmup_epochs = int(images_per_cluster), int(warmup_epochs)
         self.recluster_every = int(recluster_every)
         self.recluster_when_moved = plain_number(recluster_when_moved)
@@ -335,9 +344,9 @@ class UnsupervisedTrainer(BaseTrainer):
         self.state = TrainingState(torch.arange(count), Unreadable(int(max_unreadable)))
         self.epoch = 0
         self.test_hook: Callable[[UnsupervisedTrainer], object] | None = None  # on every rank
-        self.test_epochs: Collection[int] = ()  # at whose end all is saved before the test
+        self.test_epochs: Collection[int] = ()  # their ends are saved before the test
         self.losses_file: LossesFile | None = None
-        self._others: list[OtherRank] | None = None  # of the other ranks, in a hook
+        self._others: list[OtherRank] | None = None  # states of other ranks, set during hooks
         self._within_step = False
         self._own_folder: Path | None = None
         self._signals = Signals(active=False)
@@ -363,13 +372,13 @@ class UnsupervisedTrainer(BaseTrainer):
         self.forward_features = forward_of(self.models)
         if compile:
             self.forward_features = torch.compile(self.forward_features)
-        self._fits = False  # whether the losses are known to fit the size of the embeddings
+        self._fits = False  # whether embedding dimensions were checked
         self.average: AveragedModel | None = None
         if ema_decay is not None:
             averaged = get_ema_multi_avg_fn(float(ema_decay))
             self.average = AveragedModel(whole, multi_avg_fn=averaged, use_buffers=True)
-        self._grids: dict[tuple[int, int], tuple[int, int]] = {}  # by size of the views
-        self._skipped: set[str] = set()  # optimizers whose last step GradScaler has left out
+        self._grids: dict[tuple[int, int], tuple[int, int]] = {}  # by (height, width) of the views
+        self._skipped: set[str] = set()  # optimizers whose last step GradScaler skipped
         self._share_centroids()
 
     @property
@@ -397,19 +406,20 @@ class UnsupervisedTrainer(BaseTrainer):
 
     @property
     def extra(self) -> StateDict:
-        """What the user keeps in the checkpoints."""
+        """Data of the user, which is saved in checkpoints."""
         return self.state.extra
 
     @property
     def ended(self) -> int:
-        """Epochs that have ended."""
+        """Number of epochs completed."""
         return self.state.ended
 
     @property
     def ema_model(self) -> nn.Module:
-        """The model with averaged weights: evaluate and export it like the other.
+        """The model with averaged weights, for evaluation and export.
 
-        An AttentionEmbedder if that is what is trained, else trunk and embedder as a Sequential.
+        It is an AttentionEmbedder if the trained model is one, otherwise a Sequential of trunk and
+        embedder.
 
         Raises:
             ValueError: without ``ema_decay``.
@@ -421,11 +431,11 @@ class UnsupervisedTrainer(BaseTrainer):
 
     @property
     def verdict(self) -> str:
-        """Whether the training was worth it, in one line; "" without a guard."""
+        """One line that says whether training helped; "" without a guard."""
         return "" if self.guard is None else self.guard.verdict()
 
     def modify_schema(self) -> None:
-        """Allow any names of losses; PML's checker would pass names that only begin right."""
+        """Allow any names of losses, and exact names of miners; PML checks only their beginning."""
         self.schema["loss_funcs"].keys = [name for name in self.loss_names if name != "total_loss"]
         self.schema["mining_funcs"].keys = ["tuple_miner", "attention_miner"]
         self.schema["optimizers"].important = []
@@ -433,12 +443,15 @@ class UnsupervisedTrainer(BaseTrainer):
     def train(self, start_epoch: int = 1, num_epochs: int = 1) -> None:
         """Train the epochs from ``start_epoch`` to ``num_epochs``, both included.
 
-        After :meth:`load_checkpoint`, ``start_epoch`` is ``trainer.epoch + 1``. A hook at the end
-        of an epoch that returns False ends the training.
+        An end_of_epoch_hook that returns False ends the training.
+
+        Args:
+            start_epoch: first epoch, from 1; after :meth:`load_checkpoint` ``trainer.epoch + 1``.
+            num_epochs: last epoch.
 
         Raises:
-            ValueError: if a checkpoint was loaded from within another epoch, or checkpoint_folder
-                holds checkpoints of a training that was not loaded.
+            ValueError: if ``start_epoch`` does not continue a checkpoint from within an epoch, or
+                checkpoint_folder holds checkpoints of a training that was not loaded.
             Interrupted: after SIGINT or SIGTERM, with a checkpoint_folder.
         """
         state = self.state
@@ -447,7 +460,7 @@ class UnsupervisedTrainer(BaseTrainer):
             load_network(self, self._last)
             self._last = None
         if isinstance(self.whole, AttentionEmbedder):
-            self.whole.reset_projection()  # it is fitted to what is learned here
+            self.whole.reset_projection()  # fitted again after training
         if self._warmup_is_open:
             self.warmup_epochs = self.recipe.warmup_epochs(num_epochs)
         self._make_schedule(num_epochs * self.iterations_per_epoch)
@@ -463,7 +476,7 @@ class UnsupervisedTrainer(BaseTrainer):
                 try:
                     self._begin_epoch()
                 except InputError as error:
-                    # The clusters of an untrained network are the caller's to mend.
+                    # Clusters of the untrained network fail for reasons the caller must fix.
                     if self.guard is None or not state.ended:
                         raise
                     _LOGGER.warning("the training ends before epoch %d: %s", epoch, error)
@@ -484,7 +497,7 @@ class UnsupervisedTrainer(BaseTrainer):
             self.finish()
 
     def _begin(self, start_epoch: int) -> None:
-        """Make sure that a training which is killed from here on can be resumed."""
+        """Prepare the state and the checkpoint folder, so that a killed training can resume."""
         state = self.state
         if state.loaded_within_epoch and start_epoch != state.ended + 1:
             raise InputError(
@@ -499,7 +512,7 @@ class UnsupervisedTrainer(BaseTrainer):
         if folder is not None and run_on_main(
             lambda: open_folder(folder, self._own_folder, place), "opening checkpoint_folder"
         ):
-            self._save()  # or a crash in the first epoch would leave records without a checkpoint
+            self._save()  # a crash in the first epoch must not leave records without a checkpoint
 
     def _begin_epoch(self) -> None:
         if not self.state.loaded_within_epoch:
@@ -534,31 +547,31 @@ class UnsupervisedTrainer(BaseTrainer):
                 if ends or made % self.look_every == 0:
                     bar.set_postfix_str(self.look_at_losses(), refresh=False)
                 bar.update(self.batch_size)
-                # A test that fails must not cost the epoch: it is whole but for its end.
+                # Save before the test, so that an error in it does not lose the epoch.
                 self._between_iterations(self.epoch in self.test_epochs if ends else due)
-        del self.dataloader_iter  # its processes end, and leave the memory to the hook
+        del self.dataloader_iter  # ends its processes, which frees memory for the hook
 
     def forward_and_backward(self) -> None:
-        """Make one training step: from two views of each image of a batch to new weights.
+        """Run one training step: load a batch, compute the losses and update the weights.
 
-        Everything between PML's hooks is here: ``calculate_loss`` and ``backward`` of PML's
-        trainers are not called, so override this method instead.
+        The step does not call ``calculate_loss`` and ``backward`` of PML's trainers: to change the
+        step, override this method.
         """
         self.zero_losses()
         self.zero_grad()
         self.update_loss_weights()
-        warming_up = self.centroids is None  # every image is a cluster of its own
+        warming_up = self.centroids is None  # each image is its own cluster
         losses = {
             name: called_by_step(loss)
             for name, loss in self.loss_funcs.items()
             if self.loss_weights[name] != 0
         }
 
-        # Views: of each image, with where the cells of the first lie in the second.
+        # Views: two of each image, and the points of the second where cells of the first lie.
         batch = self.get_batch()
         views, transformed, weights = batch.views, batch.transformed, None
 
-        # Swap: other backgrounds, and how far both views kept each cell.
+        # Swap: replace backgrounds; the weights say how much of each cell both views kept.
         if self.swap is not None:
             views, transformed, weights = swap_background(
                 self.swap,
@@ -569,7 +582,7 @@ class UnsupervisedTrainer(BaseTrainer):
                 self.amp_dtype,
             )
 
-        # Forward: both views at once.
+        # Forward: both views in one batch.
         images = torch.cat([views, transformed])
         if images.device.type == "cpu":
             images = images.contiguous(memory_format=torch.channels_last)
@@ -580,13 +593,13 @@ class UnsupervisedTrainer(BaseTrainer):
         if not self._fits:
             check_dimensions(self.loss_funcs, embeddings.shape[1])
             self._fits = True
-        # Outside of autocast: PML's losses would round similarities to half precision, of which
-        # they then take exponentials. Of all ranks, whose losses see the whole batch.
+        # Losses run in float32, outside autocast: they take exponentials of similarities, which
+        # half precision would round. Gather all ranks, so that losses see the whole batch.
         embeddings = gather_batch(at_least_float32(embeddings), 2)
         labels = gather_batch(batch.labels)
         labels = torch.cat([labels, labels])
 
-        # Mine: pairs of embeddings, and images that are matched by their feature maps.
+        # Mine: tuples of embeddings, and pairs of images with matching feature maps.
         pairs, matched = self.maybe_mine_embeddings(embeddings, labels), None
         if any(needs == "feature_maps" for _, needs in losses.values()):
             if maps is None:
@@ -594,14 +607,14 @@ class UnsupervisedTrainer(BaseTrainer):
                     "AttentionConsistencyLoss needs a trunk with feature_maps: use "
                     "AttentionEmbedder"
                 )
-            if warming_up:  # an image is matched with itself, seen through the transform
+            if warming_up:  # match each image with its own transformed view
                 index = torch.arange(len(batch.labels), device=batch.labels.device)
                 matched = (index, index, index[:0], index[:0])
             elif "attention_miner" in self.mining_funcs:
                 first = maps.detach().chunk(2)[0]
                 matched = self.mining_funcs["attention_miner"](first, batch.labels)
 
-        # Losses: each is called with what it needs.
+        # Losses: call each with the inputs that it needs.
         for name, (loss, needs) in losses.items():
             if needs == "feature_maps" and maps is not None:
                 each = (*maps.chunk(2), batch.points, batch.labels, matched, weights)
@@ -612,15 +625,15 @@ class UnsupervisedTrainer(BaseTrainer):
                 self.losses[name] = loss(embeddings, labels, pairs if needs == "pairs" else None)
         self.loss_tracker.update(self.loss_weights)
 
-        # Backward: gradients of all ranks.
+        # Backward: compute the gradients and sum them over ranks.
         self.scaler.scale(self.losses["total_loss"]).backward()
         sum_gradients(self.models, self.loss_funcs)
-        for name, value in self.losses.items():  # the graph has done its work
+        for name, value in self.losses.items():  # frees the graph
             self.losses[name] = value.detach() if isinstance(value, Tensor) else value
-        if self.look_every == 1:  # else a GPU would have to be waited for
+        if self.look_every == 1:  # only on the CPU: reading losses waits for a GPU
             self.look_at_losses()
 
-        # Step: of the weights, then of what follows them.
+        # Step: update the weights, then the centroids and the averaged weights.
         self.clip_gradients()
         if not self.step_optimizers():
             return
@@ -631,9 +644,9 @@ class UnsupervisedTrainer(BaseTrainer):
             self.average.update_parameters(self.whole)
 
     def _grid_of(self, views: Tensor) -> tuple[int, int] | None:
-        """Return rows and columns of the maps that losses read; None if no loss reads maps.
+        """Return (rows, columns) of the feature maps; None if no loss uses feature maps.
 
-        As the transform says; one of the user's own may not, and then the trunk does.
+        The values come from the transform, or else are measured by a pass of the trunk.
         """
         if all(needs_of(loss) != "feature_maps" for loss in self.loss_funcs.values()):
             return None
@@ -653,7 +666,7 @@ class UnsupervisedTrainer(BaseTrainer):
         super().clip_gradients()
 
     def step_optimizers(self) -> bool:
-        """Make a step of each optimizer; False if all were left out for an overflow."""
+        """Step each optimizer; return False if GradScaler skipped all steps after an overflow."""
         due = {
             name: optimizer
             for name, optimizer in self.optimizers.items()
@@ -669,7 +682,7 @@ class UnsupervisedTrainer(BaseTrainer):
         return not due or self._skipped != set(due)
 
     def _steps(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Make a scaled step; False if the scaler has left it out."""
+        """Step with loss scaling; return False if the scaler skipped the step."""
         made: list[bool] = []
         noted = optimizer.register_step_post_hook(lambda *_: made.append(True))
         try:
@@ -679,7 +692,7 @@ class UnsupervisedTrainer(BaseTrainer):
         return bool(made)
 
     def step_lr_schedulers(self, end_of_epoch: bool = False) -> None:
-        """As in PML, but a schedule by iteration waits for an optimizer whose step was left out."""
+        """Step the schedulers as in PML, except per-iteration ones of optimizers that skipped."""
         waiting = {id(self.optimizers[name]) for name in self._skipped}
         if end_of_epoch or not waiting:
             super().step_lr_schedulers(end_of_epoch)
@@ -690,12 +703,12 @@ class UnsupervisedTrainer(BaseTrainer):
                 schedule.step()
 
     def look_at_losses(self) -> str:
-        """The losses for the progress bar; FloatingPointError if they are not finite."""
+        """Return the losses for the progress bar; raise FloatingPointError if not finite."""
         device = torch.device(self.data_device)
         values = [
             torch.as_tensor(v, dtype=torch.float32, device=device) for v in self.losses.values()
         ]
-        # Together, so that a GPU is waited for once.
+        # One transfer for all losses, so that the CPU waits for a GPU only once.
         shown = dict(zip(self.losses, torch.stack(values).tolist(), strict=True))
         if not math.isfinite(shown["total_loss"]):
             parts = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
@@ -706,12 +719,13 @@ class UnsupervisedTrainer(BaseTrainer):
         return ", ".join(f"{name.removesuffix('_loss')} {v:.3f}" for name, v in shown.items())
 
     def relabel(self) -> None:
-        """Embed the whole data set, cluster it, and set the pseudo-labels and centroids found.
+        """Embed the whole data set, cluster it, and set the new pseudo-labels and centroids.
 
-        In distributed training the first rank clusters; all end with its labels and centroids.
+        In distributed training the main process clusters and sends the result to all ranks.
 
         Raises:
-            ValueError: if the clusters cannot fill a batch, or what the labeler raises.
+            ValueError: if there are too few clusters for a batch. Errors of the labeler are not
+                caught.
         """
         state, embed_images = self.state, self._embedding_pass()
         found = embed_images()
@@ -720,7 +734,7 @@ class UnsupervisedTrainer(BaseTrainer):
 
         def find() -> None:
             embeddings, readable = embed_images.readable(found, state.unreadable)
-            if embed_images.file is not None:  # a comparison would copy what memory cannot hold
+            if embed_images.file is not None:  # too large for the guard to copy
                 some = sample(len(embeddings), IN_MEMORY_UP_TO // 10)
                 seen.append(embeddings[some][readable[some]])
             else:
@@ -745,20 +759,23 @@ class UnsupervisedTrainer(BaseTrainer):
             )
 
     def set_pseudo_labels(self, labels: Tensor, centroids: Tensor | None) -> None:
-        """Set the pseudo-labels (N,), -1 for noise, and the centroids (K, D) that they index.
+        """Set the pseudo-labels and the centroids.
 
-        Every loss and miner that compares with centroids, also one within another, compares with
-        these, and every memory of earlier labels is emptied (``reset_queue``, of PML's
-        CrossBatchMemory).
+        All losses and miners that use centroids get the new ones, nested ones included. Memories
+        of earlier labels are cleared (``reset_queue`` of PML's CrossBatchMemory).
+
+        Args:
+            labels: (N,), indices of centroids, -1 for noise.
+            centroids: (K, D), or None for no centroids.
 
         Raises:
             ValueError: if there are fewer clusters than a batch needs or more than a loss has
-                classes for, or labels and centroids do not fit each other or the images.
+                classes, or if labels do not match the centroids or the number of images.
         """
         labels = pseudo_labels(labels).cpu()
         if labels.shape != self.labels.shape:
             raise InputError(
-                f"labels must be one for each of the {len(self.labels)} images, got shape "
+                f"labels must have one entry for each of the {len(self.labels)} images, got shape "
                 f"{tuple(labels.shape)}"
             )
         needed = int(labels.max()) + 1
@@ -776,13 +793,13 @@ class UnsupervisedTrainer(BaseTrainer):
         forget_labels(self.loss_funcs, self.mining_funcs)
 
     def _share_centroids(self) -> None:
-        """Let all losses and miners compare with the centroids of this training."""
+        """Give the centroids of this training to all losses and miners."""
         self._centroids_are_used = share_centroids(
             self.state.table, self.loss_funcs, self.mining_funcs
         )
 
     def _clustering_is_due(self) -> bool:
-        """Whether the epoch that begins needs another clustering."""
+        """Return whether to cluster before the epoch that begins."""
         since, state = self.epoch - self.warmup_epochs - 1, self.state
         if since < 0 or self.centroids is None:
             return since >= 0
@@ -802,7 +819,7 @@ class UnsupervisedTrainer(BaseTrainer):
         return run_on_main(have_moved, "comparing embeddings")
 
     def _embedding_pass(self) -> EmbeddingPass:
-        """Return what embeds the data set, with one set of statistics on all ranks. Collective."""
+        """Average BatchNorm statistics over ranks and return the embedding pass. Collective."""
         equalise([*self.models.values(), self.average])
         folder = self.checkpoint_folder
         if len(self.state.labels) <= IN_MEMORY_UP_TO:
@@ -818,9 +835,9 @@ class UnsupervisedTrainer(BaseTrainer):
         )
 
     def initialize_dataloader(self) -> None:
-        """Draw an epoch, or take what is left of a loaded one, for a new loader.
+        """Draw an epoch, or take the rest of a loaded epoch, and make a new loader for it.
 
-        A loader already running would hand out old pseudo-labels.
+        A new loader is needed because a running one would return the old pseudo-labels.
         """
         state = self.state
         if not state.loaded_within_epoch or state.order is None:
@@ -852,9 +869,12 @@ class UnsupervisedTrainer(BaseTrainer):
         return Batch(views, transformed, points, self.labels[index].to(self.data_device))
 
     def _call_end_of_epoch_hooks(self) -> bool:
-        """Call test_hook, then end_of_epoch_hook on the first rank alone; whether that ends it.
+        """Call test_hook on all ranks, then end_of_epoch_hook on the main process.
 
-        All else that a checkpoint needs is gathered before: the hook may save one.
+        States of other ranks are gathered before, because the hook may save a checkpoint.
+
+        Returns:
+            Whether end_of_epoch_hook ends the training.
         """
         equalise([*self.models.values(), self.average])
         if self.test_hook is not None:
@@ -868,31 +888,35 @@ class UnsupervisedTrainer(BaseTrainer):
     def save_checkpoint(
         self, folder: str | Path, keep: int = 2, extra: Mapping[str, object] | None = None
     ) -> Path:
-        """Write everything that :meth:`load_checkpoint` needs to go on as if never stopped.
+        """Write a checkpoint, from which :meth:`load_checkpoint` resumes exactly.
 
-        In many processes all must call it, or a hook; the first writes.
+        In distributed training the main process writes. All processes must call this method, or
+        only end_of_epoch_hook, which runs on the main process.
 
         Args:
-            folder: the file is ``epoch_NNNN.pt`` in it, named by the epochs that have ended, or
-                ``epoch_NNNN_iteration_NNNNNN.pt`` within the next one.
-            keep: how many of the last checkpoints stay.
-            extra: added to ``trainer.extra``.
+            folder: the file is ``epoch_NNNN.pt`` in it, named by the number of epochs completed,
+                or ``epoch_NNNN_iteration_NNNNNN.pt`` within the next epoch.
+            keep: number of checkpoints to keep, at least 1.
+            extra: entries to add to ``trainer.extra``.
+
+        Returns:
+            The path written.
 
         Raises:
-            InputTypeError: if the state, or what is in ``trainer.extra``, holds what could not be
-                read again; the message says where and what it is.
-            OSError: if it cannot be written; earlier ones are left.
-            ValueError: in an end_of_iteration_hook, where an iteration is not quite done.
+            InputTypeError: if the state or ``trainer.extra`` contains a type that cannot be
+                loaded again; the message gives its place and type.
+            OSError: if the file cannot be written; earlier checkpoints are kept.
+            ValueError: if called in end_of_iteration_hook, where the iteration is not complete.
         """
         if self._within_step:
             raise InputError(
-                "a checkpoint within an iteration would not be whole: set checkpoint_every, or "
+                "a checkpoint within an iteration would be incomplete: set checkpoint_every, or "
                 "save in end_of_epoch_hook"
             )
         self.extra.update(extra or {})
         if self.losses_file is not None:
             self.losses_file.flush()
-        if self._others is not None:  # in a hook of the first rank
+        if self._others is not None:  # in end_of_epoch_hook, on the main process
             return save_checkpoint(folder, trainer_state(self, self._others), keep)
         equalise([*self.models.values(), self.average])
         others = states_of_others(self.state.unreadable)
@@ -902,18 +926,19 @@ class UnsupervisedTrainer(BaseTrainer):
         )
 
     def load_checkpoint(self, path: str | Path | None = None) -> StateDict:
-        """Restore a checkpoint (a folder: its last readable one); train on from ``epoch + 1``.
+        """Restore a checkpoint; continue with ``train(trainer.epoch + 1, num_epochs)``.
 
         Args:
-            path: a file or folder; None for ``checkpoint_folder``, which must be set then.
+            path: a file, or a folder, of which the last readable checkpoint is taken; None for
+                ``checkpoint_folder``.
 
         Returns:
-            ``trainer.extra``, as it was saved.
+            ``trainer.extra`` as it was saved.
 
         Raises:
-            FileNotFoundError: if there is none.
-            InputError: if it is damaged, or does not fit this trainer and its data set; the
-                trainer is as it was then.
+            FileNotFoundError: if there is no checkpoint.
+            InputError: if the checkpoint is damaged, or does not match this trainer and its data
+                set; the trainer is not changed then.
         """
         path = self.checkpoint_folder if path is None else path
         if path is None:
@@ -927,7 +952,7 @@ class UnsupervisedTrainer(BaseTrainer):
         return self.extra
 
     def _between_iterations(self, due: bool) -> None:
-        """Save if it is time to, or if the training is asked to end; then end it."""
+        """Save a checkpoint if it is due or a signal arrived; raise Interrupted after a signal."""
         if self.checkpoint_folder is None:
             return
         signum = all_reduce_max(
@@ -935,7 +960,7 @@ class UnsupervisedTrainer(BaseTrainer):
         )  # all processes stop after one iteration
         if not (due or signum):
             return
-        self.look_at_losses()  # a model that has diverged must not take the place of a sound one
+        self.look_at_losses()  # a diverged model must not replace good checkpoints
         path = self._save()
         if signum:
             where = (
@@ -951,14 +976,14 @@ class UnsupervisedTrainer(BaseTrainer):
         return self.save_checkpoint(self.checkpoint_folder, self.keep)
 
     def _prepare_schedule(self, state: Saved) -> None:
-        """Make the schedule that a checkpoint's state is restored into."""
+        """Create the default schedule, so that its state can be loaded from a checkpoint."""
         saved = state["parts"]["lr_schedulers"].get(defaults.SCHEDULE)
         steps = None if saved is None else saved.get("total_steps")
         if isinstance(steps, int) and self._schedule_is_own and not self.lr_schedulers:
             self._make_schedule(steps - 1)
 
     def _make_schedule(self, steps: int) -> None:
-        """Make the default schedule of a training of so many steps, where this one stands."""
+        """Create the default schedule for a number of steps, advanced to the current step."""
         state, made = self.state, self.lr_schedulers
         earlier = made.get(defaults.SCHEDULE)
         if not self._schedule_is_own:
@@ -966,7 +991,7 @@ class UnsupervisedTrainer(BaseTrainer):
         if isinstance(earlier, OneCycleLR) and earlier.total_steps == steps + 1:
             return
         (optimizer,) = self.optimizers.values()
-        if earlier is not None:  # more epochs, or fewer, than when it was made
+        if earlier is not None:  # the number of epochs has changed
             for group in optimizer.param_groups:
                 group["lr"] = group["max_lr"]
         made[defaults.SCHEDULE] = defaults.default_schedule(optimizer, steps)
@@ -977,7 +1002,7 @@ class UnsupervisedTrainer(BaseTrainer):
             replay(made, iterations, state.ended, state.done, [defaults.SCHEDULE])
 
     def _keep_better(self, guard: Guard) -> None:
-        """Compare the last network too, and go on with what the guard keeps."""
+        """Measure the last network too, and load the network that the guard keeps."""
         found = self._embedding_pass()()
         guard.look(self, None if found is None else found[0])
         self._last = network_state(self)
@@ -985,20 +1010,20 @@ class UnsupervisedTrainer(BaseTrainer):
         _LOGGER.info("%s", guard.verdict())
 
     def fit_projection(self, max_images: int = 10_000) -> None:
-        """Fit the projection of an :class:`AttentionEmbedder` to the images that are trained on.
+        """Fit the projection of an :class:`AttentionEmbedder` to the training images.
 
-        All processes fit to the same images. Other models have no projection, and are left alone;
-        so is one whose images all look the same, with a warning.
+        All processes use the same images. Other models have no projection and are not changed. If
+        all images look the same, a warning is logged and the model stays without a projection.
 
         Args:
-            max_images: a random sample of so many, if there are more.
+            max_images: largest number of images used; a random sample is taken of more.
         """
         images = OneView(self.dataset, self.eval_transform)
         workers, progress = self.dataloader_num_workers, self.progress and is_main()
         fit_to(self._model_to_keep, images, workers, max_images, progress)
 
     def reset_projection(self) -> None:
-        """Go back to the embedding that is trained."""
+        """Remove the fitted projection, so that the model returns the trained embedding."""
         if isinstance(self._model_to_keep, AttentionEmbedder):
             self._model_to_keep.reset_projection()
 
@@ -1027,7 +1052,7 @@ class UnsupervisedTrainer(BaseTrainer):
             model.save_pretrained(run / "model")
             size = size_in_pixels(model.data_config, self._image_size)
             images = str(dataset.root.resolve())
-            # For a search, which embeds its queries at the size that was trained at.
+            # A search embeds its queries at the image size of the training.
             write_json(
                 run / "run.json", {"images": images, "image_size": size, "epochs": self.ended}
             )
@@ -1039,6 +1064,6 @@ class UnsupervisedTrainer(BaseTrainer):
 
 
 def _check_unused(run: Path) -> None:
-    """Raise InputError if a run lies there, before anything is computed."""
+    """Raise InputError if the folder holds a run already."""
     if (run / "model").exists() or (run / "run.json").exists():
         raise InputError(f"run={str(run)!r} holds another run: give another folder, run=...")

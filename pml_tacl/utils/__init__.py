@@ -1,1 +1,1 @@
-"""Small helpers that several folders share."""
+"""Helpers that several subpackages share."""

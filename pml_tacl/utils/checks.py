@@ -1,4 +1,4 @@
-"""Arguments that are counts or numbers, checked in one voice."""
+"""Range checks for arguments that are integers or numbers."""
 
 from collections.abc import Sequence
 from math import inf
@@ -11,12 +11,12 @@ from pml_tacl.utils.errors import InputError
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is one real number: no bool, no string, no tensor."""
+    """Return whether a value is a real number; bools, strings and tensors are not."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def as_numbers(values: Any) -> list[float]:
-    """The values of a sequence, array or tensor as floats; none of them if any is no number."""
+    """Convert a sequence, array or tensor to floats; return [] if any value is not a number."""
     try:
         return [float(value) for value in values]
     except (TypeError, ValueError):
@@ -24,7 +24,7 @@ def as_numbers(values: Any) -> list[float]:
 
 
 def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """Return an int, or a pair of ints, as (rows, columns); ValueError if it is neither."""
+    """Return a positive int, or a pair of them, as (rows, columns); else raise ValueError."""
     pair = (value, value) if isinstance(value, int) else value
     if isinstance(pair, Sequence) and len(pair) == 2:
         rows, columns = pair
@@ -60,16 +60,16 @@ def check_number(
     """Raise ValueError unless `value` is a number in a range, and not NaN.
 
     Args:
-        name: of the argument, for the message.
-        value: to check.
-        least: the smallest that fits; one that is `above` it does not include it.
-        most: the largest that fits; one that is `below` it does not include it.
-        alternative: what else is taken, such as "or None".
-        above: leave `least` out.
-        below: leave `most` out.
-        finite: refuse infinity.
+        name: name of the argument, for the message.
+        value: value to check.
+        least: lower bound.
+        most: upper bound.
+        alternative: other allowed values for the message, such as "or None".
+        above: exclude `least` from the range.
+        below: exclude `most` from the range.
+        finite: reject infinity.
     """
-    # NaN is neither above nor below anything, so it never fits.
+    # All comparisons with NaN are false, so NaN is always rejected.
     fits = is_number(value) and (value > least if above else value >= least)
     fits = fits and is_number(value) and (value < most if below else value <= most)
     if fits and not (finite and value == inf):

@@ -1,4 +1,4 @@
-"""Rows that are there more than once."""
+"""Detection of identical rows in an array."""
 
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ CHUNK = 16384
 
 
 class Rows(Protocol):
-    """Rows of numbers (N, D), read a part at a time."""
+    """Array (N, D) that is read in parts, such as a memory map."""
 
     def __len__(self) -> int: ...
 
@@ -18,14 +18,17 @@ class Rows(Protocol):
 
 
 def first_copies(rows: Rows, tolerance: float = 0.0) -> IntArray:
-    """Give for each row the index (N,) of the first one that has the same bytes.
+    """Find for each row the first row with the same bytes.
 
-    Rows are read in chunks and compared by a hash; those of one hash are then compared in full.
+    Rows are read in chunks and compared by hash; rows with equal hashes are then compared fully.
 
     Args:
         rows: (N, D), float32 or float64.
-        tolerance: of rows of unit norm: nearly all that differ from another by rounding, by no
-            more than this in any number, count as its copies too.
+        tolerance: for rows of unit norm: treat rows as equal if no number differs by more than
+            this. Nearly all rows that differ by rounding alone are found.
+
+    Returns:
+        (N,) int64, the index of the first equal row.
     """
     hashes = np.empty(len(rows), dtype=np.uint64)
     for start in range(0, len(rows), CHUNK):
@@ -40,7 +43,7 @@ def first_copies(rows: Rows, tolerance: float = 0.0) -> IntArray:
 
 
 def _near_firsts(rows: Rows, firsts: IntArray, tolerance: float) -> IntArray:
-    """The same where copies may differ by a tolerance: rows of one small cell are compared."""
+    """Also match rows that differ by a tolerance, among rows in the same cell of a grid."""
     distinct = np.flatnonzero(firsts == np.arange(len(firsts)))
     cells = np.empty(len(distinct), dtype=np.uint64)
     for start in range(0, len(distinct), CHUNK):
@@ -56,7 +59,7 @@ def _near_firsts(rows: Rows, firsts: IntArray, tolerance: float) -> IntArray:
 
 
 def _cells(rows: npt.NDArray[Any], width: float) -> npt.NDArray[np.uint64]:
-    """A number for the cell of a coarse grid that each row falls into, seen in 4 directions."""
+    """Return a hash of each row's cell in a coarse grid along 4 random directions."""
     directions = np.random.default_rng(1).standard_normal((rows.shape[1], 4))
     directions /= np.linalg.norm(directions, axis=0)
     places = np.floor(rows.astype(np.float64) @ directions / width)
@@ -76,7 +79,7 @@ def _hashes(rows: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
     words = _words(rows)
     factors = np.random.default_rng(0).integers(2**63, size=words.shape[1], dtype=np.uint64) * 2 + 1
     hashes = np.zeros(len(words), dtype=np.uint64)
-    for start in range(0, len(words), 512):  # the products stay in the cache
+    for start in range(0, len(words), 512):  # keeps the products in the cache
         part = words[start : start + 512].astype(np.uint64)
         hashes[start : start + 512] = (part * factors).sum(axis=1, dtype=np.uint64)
     return hashes

@@ -1,25 +1,25 @@
-"""The errors that this package raises for what a user can mend."""
+"""Errors of this package that a user can fix."""
 
 
 class PmlTaclError(Exception):
-    """What a user can mend. The message is one line: what is wrong, and what to give instead.
+    """Error that a user can fix. Its message is one line: the problem and what to give instead.
 
-    :func:`pml_tacl.cli.run_folder.one_line_errors` ends a script with that line. An error of any
-    other type, but for the operating system's, is a fault of a program and keeps its traceback.
+    :func:`pml_tacl.cli.run_folder.one_line_errors` prints that line and ends the script. Errors of
+    other types are bugs and keep their traceback, except those of the operating system.
     """
 
 
 class InputError(PmlTaclError, ValueError):
-    """An argument or a file that does not fit."""
+    """Error for an invalid argument or file."""
 
 
 class InputTypeError(PmlTaclError, TypeError):
-    """An argument of a wrong type."""
+    """Error for an argument of a wrong type."""
 
 
 class MissingPackageError(PmlTaclError, ImportError):
-    """A package that is needed for this is not installed."""
+    """Error for a required package that is not installed."""
 
 
 class DivergedError(PmlTaclError, FloatingPointError):
-    """The loss is no longer finite."""
+    """Error for a loss that is NaN or infinite."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writing of files."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from pml_tacl.utils.plain import as_json
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[Any]]:
-    """A binary file to write, which takes its name only once it is written and on the disk.
+    """Open a binary file that replaces ``path`` only after it is complete and synced to disk.
 
-    A reader, also after a crash, sees the old file or the new one; if the block raises, the old
-    one stays and nothing is left behind. Folders are made. Its mode is that of any new file, by
-    the umask.
+    Readers see either the old or the new file, also after a crash. If the block raises, the old
+    file stays and the temporary file is deleted. Missing parent folders are created. The file mode
+    follows the umask, as for any new file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,30 +34,31 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[Any]]:
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write JSON atomically: a reader sees the old file or the new one, never half of it.
+    """Write JSON atomically.
 
-    NumPy's numbers are written as numbers; NaN and infinity, which JSON has not, as null.
+    NumPy numbers are written as numbers; NaN and infinity, which JSON lacks, as null.
 
     Raises:
-        InputTypeError: for what JSON has no form for, naming where it is; nothing is written.
+        InputTypeError: for a type that JSON does not support, with its place in the content;
+            nothing is written.
     """
     made = as_json(content, Path(path).stem)
     text = json.dumps(made, indent=2, ensure_ascii=False, allow_nan=False)
     try:
         content = f"{text}\n".encode()
-    except UnicodeEncodeError:  # the name of a file that is no text in any encoding
+    except UnicodeEncodeError:  # a file name with bytes that are not valid text
         content = f"{json.dumps(made, indent=2, allow_nan=False)}\n".encode()
     with atomic_write(path) as file:
         file.write(content)
 
 
 def shown_name(name: str) -> str:
-    """Return a file's name as text: bytes that are no text in any encoding as backslashes."""
+    """Return a file's name as text; bytes that are not valid text become backslash escapes."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a file's new name safe from a loss of power, where the system can."""
+    """Sync a folder, so that a renamed file survives a power loss, if the system supports it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""The one conversion to RGB: whatever form an image comes in, the same pixels come out."""
+"""Conversion of PIL images, arrays and tensors to RGB."""
 
 from __future__ import annotations
 
@@ -16,43 +16,44 @@ from pml_tacl.utils.errors import InputError, InputTypeError
 AnyImage: TypeAlias = Image.Image | npt.NDArray[Any] | Tensor
 
 _CHANNELS = (1, 3, 4)
-_ROUNDING = 1e-3  # an interpolated image may leave [0, 1] by this much
-# What white may be in an image of wide numbers: 1, 2, 4, 8, 10, 12, 14 or 16 bits.
+_ROUNDING = 1e-3  # interpolated images may exceed [0, 1] by this much
+# Possible white points of images with more than 8 bits: 1, 2, 4, 8, 10, 12, 14 or 16 bits.
 _WHITES = (1, 3, 15, 255, 1023, 4095, 16383, 65535)
 _ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
-_SCALED = ("JPEG2000", "PPM")  # Pillow brings their samples to 16 bits
+_SCALED = ("JPEG2000", "PPM")  # Pillow scales their samples to 16 bits
 
 
 def to_rgb(image: AnyImage, name: str = "image") -> Image.Image:
-    """Convert one image to an upright PIL image of mode RGB.
+    """Convert an image to an upright PIL image of mode RGB.
 
-    A PIL image, an array and a tensor of the same content give the same pixels, and so does a
-    file of it that :func:`pml_tacl.datasets.load_rgb` reads.
+    A PIL image, an array and a tensor with the same content give the same pixels, and so does
+    :func:`pml_tacl.datasets.load_rgb` for a file with that content.
 
     - The EXIF orientation of a PIL image is applied.
-    - What is transparent becomes white.
-    - Numbers wider than 8 bits get a white point: the TIFF file's bits per sample if they are
-      fewer than 16; else the least of 1, 3, 15, 255, 1023, 4095, 16383 and 65535 that is not
-      below the values, a thousandth of them (at least one of 64) left out. 8-bit values that were
-      widened (times 256 or 257) are white at 65535. Values below 0 or above 65535 are stretched
-      from the least to the largest, the same thousandth left out at either end.
-      Colour files of 16 bits are an exception: Pillow opens them as 8 bits, the high bytes.
+    - Transparent pixels become white.
+    - Values with more than 8 bits are scaled by a white point. It is given by the bits per sample
+      of a TIFF file, if fewer than 16; otherwise it is the smallest of 1, 3, 15, 255, 1023, 4095,
+      16383 and 65535 that is not below the values. The highest thousandth of the values is
+      ignored (at least one value, in images of 64 pixels or more). For 8-bit values multiplied by
+      256 or 257 the white point is 65535. If values are below 0 or above 65535, the range from
+      smallest to largest is scaled, with a thousandth ignored at both ends.
+      16-bit colour files are an exception: Pillow opens them as 8 bits (the high bytes).
 
     Args:
         image: a PIL image of any mode and size; or an array or tensor (H, W), (H, W, C) or
             (C, H, W) with C = 1, 3 or 4 (the last is alpha), of bool, uint8, wider integers, or
-            floating point in [0, 1]. Where both layouts fit, an array is read as (H, W, C) and a
+            floating point in [0, 1]. If both layouts fit, an array is read as (H, W, C) and a
             tensor as (C, H, W).
-        name: the argument that errors speak of.
+        name: name of the argument, for messages.
 
     Returns:
-        The image, mode RGB; the same object if it is that already.
+        The image in mode RGB; the same object if it is upright RGB already.
 
     Raises:
-        TypeError: if it is no image, or of another dtype.
+        TypeError: if the input is not an image, or has another dtype.
         ValueError: for another shape, an empty image, NaN or infinite pixels, or an array or
             tensor of floats outside [0, 1].
-        OSError: if a PIL image's file cannot be decoded.
+        OSError: if the file of a PIL image cannot be decoded.
 
     Example:
         >>> to_rgb(torch.tensor([[0, 2048, 4095]])).getpixel((1, 0))  # 12 bits
@@ -69,8 +70,8 @@ def to_rgb(image: AnyImage, name: str = "image") -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation of a PIL image; the same object if there is none to apply."""
-    # Damaged EXIF data is no reason to lose an image whose pixels are whole.
+    """Apply the EXIF orientation of a PIL image; return the same object if nothing changes."""
+    # Ignore damaged EXIF data: the pixels may be fine.
     with suppress(Exception):
         if image.getexif().get(_ORIENTATION, 1) != 1:
             return ImageOps.exif_transpose(image)
@@ -81,9 +82,9 @@ def _from_pil(image: Image.Image, name: str) -> Image.Image:
     if 0 in image.size:
         raise InputError(f"{name} must hold pixels, got an image of {image.size} pixels")
     _load(image)
-    # Turned upright, an image no longer knows its file.
+    # Read before the rotation, which drops the attributes of the file.
     white = _white_of_file(image)
-    negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # only 8 bits Pillow inverts
+    negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # Pillow inverts only 8 bits
     image = upright(image)
     if not image.mode.startswith(("I", "F")):
         return _opaque(image)
@@ -97,8 +98,8 @@ def _from_pil(image: Image.Image, name: str) -> Image.Image:
 
 
 def _load(image: Image.Image) -> None:
-    # Pillow maps the file of an uncompressed TIFF into memory with height and width confused, if
-    # its orientation swaps them; it reads the file instead where it knows no name.
+    # Pillow maps uncompressed TIFF files into memory, but swaps height and width wrongly if the
+    # orientation exchanges them. Without a file name it reads the file instead.
     if image.format != "TIFF":
         image.load()
         return
@@ -111,7 +112,7 @@ def _load(image: Image.Image) -> None:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    if image.mode == "La":  # Pillow has no way from here to RGBA but this
+    if image.mode == "La":  # Pillow converts La to RGBA only via LA
         image = image.convert("LA")
     has_alpha = image.mode.endswith(("A", "a")) or "transparency" in image.info
     if has_alpha or (image.palette is not None and image.palette.mode.endswith("A")):
@@ -168,7 +169,7 @@ def _as_array(image: npt.NDArray[Any] | Tensor, name: str) -> npt.NDArray[Any]:
 
 
 def _white_of_file(image: Image.Image) -> int | None:
-    """What the file says is white, or None."""
+    """Return the white point that follows from the file, or None."""
     if not image.mode.startswith("I"):
         return None
     if image.format in _SCALED:
@@ -179,7 +180,7 @@ def _white_of_file(image: Image.Image) -> int | None:
 
 def _eight_bits(values: npt.NDArray[Any], name: str, white: int | None) -> npt.NDArray[np.uint8]:
     whole = np.issubdtype(values.dtype, np.integer)
-    # Zeros in their place would train on an image that nobody took.
+    # Raise instead of replacing them, which would change the image silently.
     if not whole and (bad := int((~np.isfinite(values)).sum())):
         raise InputError(f"{name} is NaN or infinite in {bad} of {values.size} pixels")
     low, high = 0.0, float(white or 0)
@@ -197,8 +198,8 @@ def _eight_bits(values: npt.NDArray[Any], name: str, white: int | None) -> npt.N
 
 
 def _range(values: npt.NDArray[Any], whole: bool) -> tuple[float, float]:
-    """What is black and what is white in an image of wide numbers."""
-    # A few hot or dead pixels decide nothing.
+    """Return black and white point of an image with more than 8 bits."""
+    # Ignore a few hot or dead pixels.
     apart = max(1, values.size // 1000) if values.size >= 64 else 0
     last = values.size - 1
     parted = np.partition(values, (apart, last - apart), axis=None)
@@ -208,7 +209,7 @@ def _range(values: npt.NDArray[Any], whole: bool) -> tuple[float, float]:
         return low, high
     white = next(white for white in _WHITES if high <= white * (1 + slack) or white == _WHITES[-1])
     if whole and 255 < white < _WHITES[-1]:
-        # 8 bits widened to 16, of an image that is dark.
+        # A dark image of 8 bits that were scaled to 16.
         for step in (256, 257):
             if np.count_nonzero(values % step) <= apart:
                 return 0.0, float(_WHITES[-1])

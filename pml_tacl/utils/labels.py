@@ -1,4 +1,4 @@
-"""Pseudo-labels as losses and miners take them: whole numbers, -1 for noise."""
+"""Validation of pseudo-labels: integers, -1 for noise."""
 
 from typing import Any
 
@@ -7,22 +7,25 @@ from torch import Tensor
 
 from pml_tacl.utils.errors import InputError
 
-_LARGEST = 2**53  # beyond it, neighbours are one number in a float
+_LARGEST = 2**53  # from here on float64 does not represent all integers
 
 
 def pseudo_labels(labels: Any, name: str = "labels") -> Tensor:
-    """Labels in {-1, 0, 1, ...} as int64, on their own device.
+    """Return labels in {-1, 0, 1, ...} as int64, on the same device.
 
-    Whole numbers of every type are taken, True and False as 1 and 0. On a GPU integers are
-    checked without waiting for it: a wrong one ends in an assertion of the device. Float labels
-    there are waited for.
+    Integers in any dtype are allowed; True and False count as 1 and 0. On a GPU, integer dtypes
+    are checked asynchronously: an invalid label causes a device-side assertion. Float dtypes are
+    checked with a synchronisation.
 
     Args:
         labels: (N,) tensor, array or sequence.
-        name: of the argument, for messages.
+        name: name of the argument, for messages.
+
+    Returns:
+        (N,) int64.
 
     Raises:
-        ValueError: for a label below -1, a fraction, NaN, or anything that is no number.
+        ValueError: for a label below -1, a fraction, NaN, or a value that is not a number.
     """
     return _checked(labels if isinstance(labels, Tensor) else _as_tensor(labels, name), name)
 
@@ -38,7 +41,7 @@ def _checked(labels: Tensor, name: str) -> Tensor:
             raise _refused(name, labels[wrong][0].item())
     elif labels.is_complex():
         raise _refused(name, labels.flatten()[0].item() if labels.numel() else "complex numbers")
-    unsigned = labels.dtype == torch.uint64  # the upper half of which int64 does not hold
+    unsigned = labels.dtype == torch.uint64  # int64 cannot hold its upper half
     labels = labels.long()
     if _traced(labels) or not labels.numel():
         return labels

@@ -1,4 +1,4 @@
-"""A model in evaluation mode for a while."""
+"""Context manager for evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +8,8 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, the model is in evaluation mode; then every module is as it was."""
-    # Each flag by itself: model.train() would wake modules that were frozen on purpose.
+    """Set a model to evaluation mode for the block, then restore the mode of each module."""
+    # Not with model.train(), which would also change modules that were in evaluation mode.
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,7 +1,7 @@
-"""Nearest neighbours by cosine similarity among unit rows, by looking at all of them.
+"""Exhaustive nearest-neighbour search by cosine similarity among unit embeddings.
 
-:mod:`pml_tacl.evaluation.nearest` ranks by distance in the order that exact arithmetic gives, and
-:class:`pml_tacl.search.ImageIndex` keeps an index.
+See :mod:`pml_tacl.evaluation.nearest` for a ranking with exact arithmetic, and
+:class:`pml_tacl.search.ImageIndex` for an index that can be saved.
 """
 
 from typing import Any
@@ -15,26 +15,26 @@ IntArray = npt.NDArray[np.int64]
 
 
 def flat_index(rows: FloatArray) -> Any:
-    """Return faiss's index of unit rows (N, D), which compares a query with all of them."""
+    """Return a faiss index of unit embeddings (N, D) that compares a query with all of them."""
     index: Any = faiss.IndexFlatIP(rows.shape[1])
     index.add(rows)
     return index
 
 
 def nearest_others(rows: FloatArray, which: IntArray, k: int) -> tuple[FloatArray, IntArray]:
-    """Find the nearest others of some of the rows.
+    """Find the nearest neighbours of some embeddings among all others.
 
     Args:
-        rows: (N, D), of unit norm.
-        which: (Q,), the rows that ask.
-        k: neighbours of each; at most N - 1 are given.
+        rows: embeddings (N, D), of unit norm.
+        which: (Q,), indices of the queries.
+        k: number of neighbours; at most N - 1 are returned.
 
     Returns:
-        Similarities (Q, k), the highest first, and rows (Q, k).
+        Similarities (Q, k), highest first, and indices (Q, k).
     """
     k = min(k, len(rows) - 1)
     similarities, found = flat_index(rows).search(rows[which], k + 1)
-    # The row itself is left out; among identical rows it need not come first.
+    # Drop the query itself, which need not come first among identical embeddings.
     own = found == which[:, None]
     own[~own.any(axis=1), -1] = True
     shape = (len(which), k)

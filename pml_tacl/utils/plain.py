@@ -1,4 +1,4 @@
-"""Values as files hold them: what is a number becomes a plain one, the rest is refused by name."""
+"""Conversion of values to plain types that checkpoints and JSON files can hold."""
 
 import math
 import sys
@@ -25,23 +25,23 @@ _SCALARS: tuple[tuple[Any, Any], ...] = (
     (np.str_, str.__str__),
     (np.bytes_, lambda value: bytes(value) or bytearray()),
 )
-_BITS = 2000  # of an integer that a checkpoint can hold
+_BITS = 2000  # of the largest integer that a checkpoint can hold
 _DEEPEST = 100
 
 
 def plain(value: Any, name: str = "value") -> Any:
-    """Return a value as one that ``torch.load(weights_only=True)`` reads.
+    """Convert a value to types that ``torch.load(weights_only=True)`` can read.
 
-    NumPy's numbers and subclasses of int and float become Python's, with the same value; arrays
-    become tensors, mappings dicts (an OrderedDict stays one), paths strings. Plain numbers,
-    strings, tensors, lists, tuples, sets, dtypes and devices stay what they are.
+    NumPy numbers and subclasses of int and float become Python numbers of the same value. Arrays
+    become tensors, mappings become dicts (an OrderedDict stays one), and paths become strings.
+    Plain numbers, strings, tensors, lists, tuples, sets, dtypes and devices keep their type.
 
     Args:
-        value: anything; it is not changed, and its containers are copied.
-        name: of the value, for the message.
+        value: value to convert; it is not changed, and its containers are copied.
+        name: name of the value, for messages.
 
     Raises:
-        InputTypeError: for anything else, naming where it is and its type.
+        InputTypeError: for any other type, with its place and type.
 
     Example:
         >>> import numpy as np
@@ -52,10 +52,10 @@ def plain(value: Any, name: str = "value") -> Any:
 
 
 def number(value: Any, name: str = "value") -> float:
-    """Return a number, a 0-d tensor or array, or one of a single element, as a float.
+    """Convert a number, or a tensor or array with a single element, to a float.
 
     Raises:
-        InputTypeError: for anything else, naming the value and its type.
+        InputTypeError: for anything else, with the value and its type.
     """
     if isinstance(value, Tensor | np.ndarray):
         if math.prod(value.shape) == 1:
@@ -69,12 +69,12 @@ def number(value: Any, name: str = "value") -> float:
 
 
 def as_json(value: Any, name: str = "content") -> Any:
-    """Return a value as JSON holds it: plain numbers, strings, lists and dicts.
+    """Convert a value to types that JSON supports: numbers, strings, lists and dicts.
 
-    A number that is NaN or infinite becomes None, since JSON has neither.
+    NaN and infinity become None, since JSON has neither.
 
     Raises:
-        InputTypeError: for what JSON has no form for, such as a tensor, naming where it is.
+        InputTypeError: for a type that JSON does not support, such as a tensor, with its place.
     """
     value = _plain(value, name, ())
     return _json(value, name)
@@ -83,7 +83,7 @@ def as_json(value: Any, name: str = "content") -> Any:
 def _plain(value: Any, name: str, within: tuple[int, ...]) -> Any:
     kind = type(value)
     if kind is bytes and not value:
-        return bytearray()  # equal, and read again, which the other is not
+        return bytearray()  # torch.load cannot read empty bytes
     if kind in _KEPT or kind in (float, str) or (kind is int and value.bit_length() <= _BITS):
         return value
     if isinstance(value, Tensor):
@@ -93,7 +93,7 @@ def _plain(value: Any, name: str, within: tuple[int, ...]) -> Any:
     if isinstance(value, np.generic):
         return _scalar(value, name)
     if isinstance(value, str):
-        return str.__str__(value)  # of a subclass, whose own __str__ may say something else
+        return str.__str__(value)  # a subclass may override __str__
     if isinstance(value, int) and value.bit_length() <= _BITS:
         return int.__int__(value)
     if isinstance(value, float):
@@ -102,14 +102,14 @@ def _plain(value: Any, name: str, within: tuple[int, ...]) -> Any:
         return str(value)
     if isinstance(value, Mapping) or kind in (list, tuple, set):
         if id(value) in within:
-            raise InputTypeError(f"{name} holds itself: take it out")
+            raise InputTypeError(f"{name} contains itself: remove it")
         if len(within) >= _DEEPEST:
-            raise InputTypeError(f"{name.split('[')[0]} is nested too deep: take it apart")
+            raise InputTypeError(f"{name.split('[')[0]} is nested too deep: give fewer levels")
         within = (*within, id(value))
         if isinstance(value, Mapping):
             return _mapping(value, name, within)
         return kind(_plain(each, f"{name}[{at}]", within) for at, each in enumerate(value))
-    reason = "too large" if isinstance(value, int) else "of a type that cannot be read again"
+    reason = "too large" if isinstance(value, int) else "of a type that cannot be loaded again"
     raise InputTypeError(
         f"{name} is {reason} ({_named(kind)}): give numbers, strings, tensors, or lists and dicts "
         "of them"
@@ -122,17 +122,17 @@ def _mapping(value: Mapping[Any, Any], name: str, within: tuple[int, ...]) -> di
         simple = _plain(key, f"a key of {name}", within)
         try:
             twice = simple in made
-        except TypeError:  # a tensor's hash is its own; a list has none
+        except TypeError:  # not hashable
             twice = True
         if twice or isinstance(simple, Tensor):
             raise InputTypeError(
-                f"{name} has the key {key!r:.60} ({_named(type(key))}), which cannot be kept: give "
-                "a string or a number, each once"
+                f"{name} has the key {key!r:.60} ({_named(type(key))}), which cannot be saved: "
+                "give strings or numbers, each once"
             )
-        if type(simple) is str:  # equal keys are one, so that equal states are equal files
+        if type(simple) is str:  # so that equal states give equal files
             simple = sys.intern(simple)
         made[simple] = _plain(each, f"{name}[{simple!r}]", within)
-    if isinstance(made, OrderedDict) and vars(value):  # a state_dict's versions of its modules
+    if isinstance(made, OrderedDict) and vars(value):  # module versions of a state_dict
         vars(made).update({k: _plain(v, f"{name}.{k}", within) for k, v in vars(value).items()})
     return made
 
@@ -140,9 +140,9 @@ def _mapping(value: Mapping[Any, Any], name: str, within: tuple[int, ...]) -> di
 def _tensor(value: Tensor, name: str) -> Tensor:
     if type(value) in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
         return value
-    if hasattr(value, "__tensor_flatten__"):  # it holds others, as those that are sharded do
+    if hasattr(value, "__tensor_flatten__"):  # it contains other tensors, such as a sharded one
         raise InputTypeError(
-            f"{name} is of a type that cannot be read again ({_named(type(value))}): give a "
+            f"{name} is of a type that cannot be loaded again ({_named(type(value))}): give a "
             "torch.Tensor"
         )
     return value.as_subclass(Tensor)
@@ -166,8 +166,8 @@ def _scalar(value: Any, name: str) -> Any:
         if isinstance(value, kind) and not isinstance(value, np.timedelta64):  # an np.integer
             return made(value)
     raise InputTypeError(
-        f"{name} is of a type that cannot be read again ({_named(type(value))}): give a number or "
-        "a string"
+        f"{name} is of a type that cannot be loaded again ({_named(type(value))}): give a number "
+        "or a string"
     )
 
 
@@ -184,7 +184,7 @@ def _json(value: Any, name: str) -> Any:
                 raise InputTypeError(f"{name} has the key {key!r:.60}: give strings")
         return {key: _json(each, f"{name}[{key!r}]") for key, each in value.items()}
     raise InputTypeError(
-        f"{name} is {_named(type(value))}, which JSON has no form for: give numbers, strings, or "
+        f"{name} is {_named(type(value))}, which JSON does not support: give numbers, strings, or "
         "lists and dicts of them"
     )
 

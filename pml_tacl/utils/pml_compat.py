@@ -1,4 +1,4 @@
-"""All that is used of PML's internals: a move to another PML version changes this file alone."""
+"""All uses of PML's internals. A port to another PML version changes only this file."""
 
 from typing import Any, Literal
 
@@ -50,30 +50,30 @@ to_device = c_f.to_device
 Pairs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 Needs = Literal["pairs", "labels", "views", "feature_maps"]
-"""What a training step calls a loss with, as the loss's class attribute ``needs`` says.
+"""Inputs of a loss in a training step, declared by the loss's class attribute ``needs``.
 
-- "pairs": embeddings of both views, their labels, and the tuple miner's pairs or None. Losses
-  without the attribute are called so, as PML's metric losses are.
-- "labels": the same without pairs, where the loss itself finds what is hard.
-- "views": embeddings of the views, and those of the transformed views, in the same order.
+- "pairs": embeddings of both views, their labels, and the pairs of the tuple miner or None. This
+  is the default for losses without the attribute, such as PML's metric losses.
+- "labels": the same without pairs, for losses that choose hard examples themselves.
+- "views": embeddings of the views, and embeddings of the transformed views, in the same order.
 - "feature_maps": feature maps of both views, points, labels, matched pairs of the attention miner
-  or None, and weights of the cells or None: as of :class:`AttentionConsistencyLoss`. A miner with
+  or None, and weights of the cells or None, see :class:`AttentionConsistencyLoss`. A miner with
   this value is called with feature maps and labels of the first views.
 """
 
 
 def needs_of(module: nn.Module) -> Needs:
-    """Return what a loss or miner is called with."""
+    """Return the inputs that a loss or miner needs."""
     needs: Needs = "views" if isinstance(module, SelfSupervisedLoss) else "pairs"
     return getattr(module, "needs", needs)
 
 
 def called_by_step(loss: nn.Module) -> tuple[nn.Module, Needs]:
-    """Return the loss that a training step calls, and what with.
+    """Return the loss that a training step calls, and the inputs that it needs.
 
-    A loss that has centroids of all images is called itself, not PML's wrapper around it: a
-    SelfSupervisedLoss numbers the batch anew and a CrossBatchMemory gives what it remembers as
-    reference, and neither fits the centroids.
+    A loss with centroids is called directly instead of through PML's wrappers. SelfSupervisedLoss
+    renumbers the labels of the batch, and CrossBatchMemory passes stored embeddings as reference:
+    neither works with centroids.
     """
     inner = loss
     while isinstance(inner, SelfSupervisedLoss | CrossBatchMemory):
@@ -84,9 +84,9 @@ def called_by_step(loss: nn.Module) -> tuple[nn.Module, Needs]:
 
 
 class PairMiner(BaseMiner):
-    """A miner of pairs that takes labels of any type and gives none for an empty batch.
+    """Base class of pair miners. It accepts labels of any dtype, and empty batches.
 
-    Subclasses find the pairs in ``pairs``; there both sets hold at least one element.
+    Subclasses implement ``pairs``, which is called only if batch and reference are not empty.
     """
 
     def forward(
@@ -99,10 +99,10 @@ class PairMiner(BaseMiner):
         """Return pairs (anchors, positives, anchors, negatives).
 
         Args:
-            embeddings: (N, D), or (N, C, H, W) of a miner that reads feature maps.
-            labels: (N,) pseudo-labels, whole numbers of any type; -1 is noise.
-            ref_emb: (M, ...), where positives and negatives are from; None for the batch itself.
-            ref_labels: (M,) of them.
+            embeddings: (N, D), or (N, C, H, W) for a miner of feature maps.
+            labels: (N,) pseudo-labels, integers in any dtype; -1 is noise.
+            ref_emb: (M, ...), source of positives and negatives; None for the batch itself.
+            ref_labels: (M,) pseudo-labels of ``ref_emb``.
         """
         ref_labels = None if ref_labels is None else pseudo_labels(ref_labels, "ref_labels")
         found: Pairs = super().forward(embeddings, pseudo_labels(labels), ref_emb, ref_labels)
@@ -118,7 +118,7 @@ class PairMiner(BaseMiner):
         return self.pairs(embeddings, labels, ref_emb, ref_labels)
 
     def check_input(self, embeddings: Tensor, ref_emb: Tensor) -> None:
-        """Raise InputError for shapes that the miner cannot read."""
+        """Raise InputError for invalid shapes; to be overridden."""
 
     def pairs(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
@@ -131,7 +131,7 @@ class PairMiner(BaseMiner):
 
 
 def classes_of(module: nn.Module) -> int | None:
-    """How many classes a loss or reducer has something for; None where it takes any label."""
+    """Return the number of classes of a loss or reducer; None if it accepts any label."""
     if isinstance(module, ClassWeightedReducer):
         return len(module.weights)
     if isinstance(module, MarginLoss):
@@ -147,7 +147,7 @@ def classes_of(module: nn.Module) -> int | None:
 
 
 def dimensions_of(module: nn.Module) -> int | None:
-    """How many dimensions a loss of PML's was made for; None where it takes any embeddings."""
+    """Return the embedding dimensions of a PML loss; None if it accepts any."""
     if not isinstance(module, BaseMetricLossFunction | CrossBatchMemory):
         return None
     for name in ("embedding_size", "descriptors_dim"):
@@ -162,7 +162,7 @@ def dimensions_of(module: nn.Module) -> int | None:
 
 
 def gathers_itself(module: nn.Module) -> bool:
-    """Whether a loss or miner joins the batches of all processes by itself."""
+    """Return whether a loss or miner gathers the batches of all processes itself."""
     from pytorch_metric_learning.utils import distributed
 
     wrappers = (distributed.DistributedLossWrapper, distributed.DistributedMinerWrapper)
@@ -170,15 +170,16 @@ def gathers_itself(module: nn.Module) -> bool:
 
 
 def as_pml_gives(reduced: Any, embeddings: Tensor) -> Any:
-    """A reduced loss in the dtype of the embeddings, as PML's losses are, except under autocast.
+    """Convert a reduced loss to the dtype of the embeddings, like PML, except under autocast.
 
-    All before it is at least fp32. MultipleLosses adds up in place, in the first loss's dtype.
+    Losses are computed in at least fp32. The dtype matters for MultipleLosses, which adds losses
+    in place in the dtype of the first.
     """
     return c_f.to_dtype(reduced, tensor=embeddings) if isinstance(reduced, Tensor) else reduced
 
 
 def positive_pairs(indices_tuple: tuple[Tensor, ...], device: torch.device) -> list[Tensor]:
-    """Anchors and positives of PML's triplets (a, p, n) or pairs (a1, p, a2, n).
+    """Return anchors and positives of PML's triplets (a, p, n) or pairs (a1, p, a2, n).
 
     Raises:
         ValueError: if the tuple has another length.
@@ -193,10 +194,10 @@ def positive_pairs(indices_tuple: tuple[Tensor, ...], device: torch.device) -> l
 def miner_weights(
     indices_tuple: tuple[Tensor, ...] | None, size: int, like: Tensor, using_ref: bool
 ) -> Tensor | None:
-    """How often a miner chose each element, over the largest count: PML's weights, without a sync.
+    """Compute PML's miner weights without synchronising a GPU: counts over the largest count.
 
     Returns:
-        (size,) weights in [0, 1], or None where PML gives every element the weight 1.
+        (size,) weights in [0, 1], or None if all weights are 1 in PML.
     """
     if indices_tuple is None or all(len(x) == 0 for x in indices_tuple):
         return None
@@ -216,10 +217,10 @@ def loss_dict(
     valid: Tensor,
     reducer: nn.Module,
 ) -> dict[str, dict[str, Any]] | None:
-    """PML's loss dictionary of the valid losses alone; None if there is none.
+    """Return PML's loss dictionary of the valid losses; None if there are none.
 
-    Selecting needs their number, which a GPU would have to be asked for. The mean does not:
-    it keeps all losses, zero where invalid, scaled so that their mean is that of the valid ones.
+    Selecting the valid losses synchronises a GPU. For a MeanReducer this is avoided: invalid
+    losses become 0, and the others are scaled so that the mean is that of the valid losses.
     """
     if isinstance(reducer, MultipleReducers):
         named = reducer.reducers
@@ -251,10 +252,10 @@ def reduce_without_noise(
     feature_maps: Tensor,
     labels: Tensor | None,
 ) -> Any:
-    """What the reducer makes of pair losses in a batch that has no image labelled -1.
+    """Reduce pair losses as if the batch contained no images labelled -1.
 
-    Some reducers divide by the size of the batch. They read nothing else of the maps, so each
-    is represented by a single number; a zero loss keeps its graph.
+    Some reducers divide by the batch size and use nothing else of the feature maps. So a single
+    number stands for each map, which also keeps the graph of a zero loss.
     """
     stand_ins = feature_maps[:, 0, 0, :1]
     if labels is not None and not isinstance(reducer, (MeanReducer, DoNothingReducer)):

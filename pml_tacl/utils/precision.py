@@ -1,4 +1,4 @@
-"""Sums and products in at least fp32, whatever autocast and the process say."""
+"""Computation in at least fp32, independent of autocast and global precision settings."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of ``x``, at least fp32."""
+    """Return the dtype of ``x``, promoted to at least fp32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return half precision as float32, and anything wider as it is."""
+    """Convert half precision to float32; return wider dtypes unchanged."""
     return x.to(wide_dtype(x))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Switch autocast off; nothing on a device that has none."""
-    # torch 2.11 can not trace the question; devices without autocast are not compiled for.
+    """Return a context with autocast off; it does nothing on devices without autocast."""
+    # torch 2.11 cannot trace is_autocast_available; all devices that compile have autocast.
     if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -28,16 +28,16 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Multiply float32 matrices in float32 within, whatever the process or autocast allows.
+    """Multiply float32 matrices in full float32 precision inside the block, without autocast.
 
-    ``torch.set_float32_matmul_precision`` and the settings behind it are as before afterwards.
+    ``torch.set_float32_matmul_precision`` and its backend settings are restored afterwards.
     """
-    settings: Any = torch.backends  # torch types not all of it
+    settings: Any = torch.backends  # not fully typed by torch
     backends = (settings.cuda.matmul, settings.mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
     try:
         usual = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch can not tell where only one of the two was set
+    except RuntimeError:  # raised if only one of the two backends was set
         usual = None
     torch.set_float32_matmul_precision("highest")
     try:

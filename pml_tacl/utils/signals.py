@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM in a training: noted, and acted upon where nothing is lost."""
+"""Handling of SIGINT and SIGTERM, which end a training only after it is saved."""
 
 import multiprocessing
 import os
@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 
 
 class Interrupted(SystemExit):
-    """A signal ended the training and everything is saved; ``code`` is 128 and its number.
+    """Exit of a training after a signal, with everything saved; ``code`` is 128 + ``signum``.
 
     Args:
-        signum: of the signal.
-        saved: where the training stands and what holds it, in one line.
+        signum: number of the signal.
+        saved: one line that says at which place and in which file the training was saved.
     """
 
     def __init__(self, signum: int, saved: str) -> None:
@@ -30,13 +30,13 @@ class Interrupted(SystemExit):
 
 
 class Signals:
-    """The handlers of SIGINT and SIGTERM while a training runs in the main thread.
+    """Handlers of SIGINT and SIGTERM for a training in the main thread.
 
-    The first signal is only noted, in ``received``, for the training to end at its next safe
-    place; while :meth:`at_once` it ends there and then. The second does what it did before.
+    The first signal is stored in ``received``; the training ends at the next safe place. Inside
+    :meth:`at_once` it ends immediately. The second signal calls the previous handler.
 
     Args:
-        active: False leaves everything as it is.
+        active: False changes no handlers.
     """
 
     def __init__(self, active: bool = True) -> None:
@@ -49,7 +49,7 @@ class Signals:
     def __enter__(self) -> "Signals":
         if self._active:
             for signum in (signal.SIGINT, signal.SIGTERM):
-                # Ignored means ignored: nohup, or a script's background job.
+                # Keep ignored signals ignored, as under nohup or in a background job.
                 if signal.getsignal(signum) not in (signal.SIG_IGN, None):
                     self._previous[signum] = signal.signal(signum, self._handle)
         return self
@@ -61,7 +61,11 @@ class Signals:
 
     @contextmanager
     def at_once(self, saved: str) -> Iterator[None]:
-        """Within, a signal need not wait: ``saved`` says what holds everything there is."""
+        """Let signals end the training immediately inside the block.
+
+        Args:
+            saved: place of the last checkpoint, for the message of :class:`Interrupted`.
+        """
         self._safe_now = saved
         try:
             if self.received is not None:
@@ -72,18 +76,19 @@ class Signals:
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a loader's process has inherited this: the training's own ends it
+            return  # a loader's process that inherited the handler; the training ends it
         self.__exit__()
         self.received = signum
         if self._safe_now:
             raise Interrupted(signum, self._safe_now)
-        # Not through logging or print: the signal may have come within one of theirs.
+        # Not through logging or print, because the signal may have interrupted one of them.
         name = signal.Signals(signum).name
-        os.write(2, f"\n{name}: ends after this iteration and a checkpoint; again: now\n".encode())
+        text = "training ends after this iteration and a checkpoint; a second signal ends it now"
+        os.write(2, f"\n{name}: {text}\n".encode())
 
 
 class ShieldedLoader(DataLoader[Any]):
-    """A DataLoader whose processes obey none but their parent, from their first moment on."""
+    """DataLoader whose worker processes ignore signals, except SIGTERM from their parent."""
 
     def __iter__(self) -> Any:
         if self.num_workers:
@@ -92,7 +97,7 @@ class ShieldedLoader(DataLoader[Any]):
             self.worker_init_fn = partial(obey_parent_alone, None if served else os.getpid())
         if not hasattr(signal, "pthread_sigmask"):
             return super().__iter__()
-        # What starts in here begins with both blocked; what comes meanwhile waits for us.
+        # Workers start with both signals blocked; signals that arrive meanwhile stay pending.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             return super().__iter__()
@@ -101,18 +106,18 @@ class ShieldedLoader(DataLoader[Any]):
 
 
 def obey_parent_alone(parent: int | None, _worker: int) -> None:
-    """Let none but its parent end a loader's process: Ctrl-C and SIGTERM often go to all of them.
+    """Make a worker process ignore SIGINT, and SIGTERM from any process but its parent.
 
-    The training ends its loader when it has finished the iteration; a reader that is gone before
-    would break that iteration.
+    Ctrl-C and SIGTERM often reach all processes. The training ends its loader after the current
+    iteration; a worker that ends earlier would break that iteration.
 
     Args:
-        parent: process of the training. One that is killed while this process starts is not
-            missed by torch's own watch, which takes whoever is the parent by then for it. None
-            where a server forks the loader's processes, and is the parent of all.
+        parent: process id of the training. It also detects a training that is killed while the
+            worker starts, which torch's own check misses. None if a fork server starts the
+            workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):  # only Linux says who sent a signal
+    if hasattr(signal, "sigtimedwait"):  # only Linux tells the sender of a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey, args=(parent,), daemon=True).start()
 

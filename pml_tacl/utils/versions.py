@@ -1,4 +1,4 @@
-"""Which versions of the packages that matter are installed."""
+"""Versions of installed packages."""
 
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +15,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and its core dependencies."""
+    """Return the versions of Python, this package and its core dependencies."""
     found = {"python": sys.version.split()[0]}
     for package in _PACKAGES:
         try:

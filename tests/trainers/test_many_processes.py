@@ -357,7 +357,7 @@ def test_two_processes_learn_what_one_learns(tmp_path):
         assert found["stopped"] == 2
         assert found["metrics"] == evaluate(make_model(), labelled(), batch_size=4, progress=False)
         assert "settings of process 1 differ from process 0's: start all" in found["settings"]
-        assert "batch_size=6 is of all 2 processes" in found["batch"]
+        assert "batch_size=6 is split over 2 processes" in found["batch"]
         assert "give a multiple of 4, or fewer processes" in found["batch"]
     called = sorted(path.name for path in tmp_path.glob("called by *"))
     assert called == ["called by 0 in 1", "called by 0 in 2"]

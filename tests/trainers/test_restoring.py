@@ -126,8 +126,8 @@ def test_the_trainer_s_own_schedule_goes_on_for_more_epochs(tmp_path):
 def test_a_model_that_would_be_trained_otherwise_is_refused(tmp_path):
     new(tmp_path).train(1, 1)
     for name, message in (
-        ("from_scratch", "from_scratch=True and the trainer's has False.*: set model.from_scratch"),
-        ("freeze_batchnorm", "freeze_batchnorm=False and the trainer's has True.*: build it with"),
+        ("from_scratch", "from_scratch=True, .* has False.*: set model.from_scratch"),
+        ("freeze_batchnorm", "freeze_batchnorm=False, .* has True.*: build it with"),
     ):
         model = make_model()
         setattr(model if name == "from_scratch" else model.trunk, name, name != "from_scratch")
@@ -203,12 +203,12 @@ PARTS = {
     "backbone": (
         {"model": "test_vit"},
         r"trunk does not fit the trainer's \(model\.conv1\.0\.weight: \(16, 3, 3, 3\) in the "
-        "checkpoint, not there in the trainer",
+        "checkpoint, missing in the trainer",
     ),
     "dimension": ({"model": 32}, r"projection\.\w+: .* in the checkpoint, .* in the"),
     "loss": (
         {"loss_funcs": {"metric_loss": losses.ProxyAnchorLoss(4, 16)}},
-        r"metric_loss does not fit .*\(proxies: not there in the checkpoint, \(4, 16\) in",
+        r"metric_loss does not fit .*\(proxies: missing in the checkpoint, \(4, 16\) in",
     ),
     "names of losses": (
         {"loss_funcs": {"clustering_loss": ContrastiveClusteringLoss()}},
@@ -283,26 +283,26 @@ def test_no_path_and_no_folder_is_said(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="load_checkpoint needs a path: the trainer has no check"):
         new().load_checkpoint()
     for gone in ("none", "none.pt", tmp_path / "none" / "epoch_0001.pt"):
-        with pytest.raises(FileNotFoundError, match=r"no checkpoint .*none.*: there is no such"):
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint .*none"):
             new(tmp_path / "checkpoints").load_checkpoint(gone)
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["metric-loss"], "name 'metric-loss' must be letters, digits and underscores"),
-        (["ms loss"], "name 'ms loss' must be letters"),
-        (["loss.1"], "name 'loss.1' must be letters"),
-        (["2nd_loss"], "name '2nd_loss' must be letters"),
-        (["a/b"], "name 'a/b' must be letters"),
-        (["../../x"], "name '../../x' must be letters"),
-        ([""], "name '' must be letters"),
-        (["a]"], r"name 'a\]' must be letters"),
-        ([3], "name 3 must be letters"),
+        (["metric-loss"], "name 'metric-loss' must"),
+        (["ms loss"], "name 'ms loss' must consist"),
+        (["loss.1"], "name 'loss.1' must consist"),
+        (["2nd_loss"], "name '2nd_loss' must consist"),
+        (["a/b"], "name 'a/b' must consist"),
+        (["../../x"], "name '../../x' must consist"),
+        ([""], "name '' must consist"),
+        (["a]"], r"name 'a\]' must consist"),
+        ([3], "name 3 must consist"),
         (["x" * 101], "must be at most 100 bytes long"),
-        (["ID"], "name 'ID' is taken by the records"),
-        (["total_loss"], "name 'total_loss' is taken by the records"),
-        (["Sqlite_x"], "name 'Sqlite_x' is taken by the records"),
+        (["ID"], "name 'ID' is reserved"),
+        (["total_loss"], "name 'total_loss' is reserved"),
+        (["Sqlite_x"], "name 'Sqlite_x' is reserved"),
         (["a_loss", "A_Loss"], "names 'a_loss' and 'A_Loss' differ by case alone"),
         (["ä", "a\u0308"], "differ by case alone"),
     ],
