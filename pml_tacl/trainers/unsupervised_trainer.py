@@ -328,7 +328,6 @@ class UnsupervisedTrainer(BaseTrainer):
         )
         check_losses(loss_funcs, mining_funcs, world_size())
         check_memories(loss_funcs, batch_size)
-        check_memories(loss_funcs, batch_size)
         check_warm_up(loss_funcs, labeler, count, warmup_epochs)
         self.transform, self.eval_transform, self.labeler = transform, eval_transform, labeler
         self.swap, self.amp_dtype, self.progress = swap, amp_dtype, progress
