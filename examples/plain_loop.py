@@ -1,8 +1,6 @@
 """Train like the quickstart in a plain PyTorch loop, without trainer and hooks.
 
     python examples/plain_loop.py
-
-The script prints the retrieval of unseen characters before and after training without labels.
 """
 
 import torch

@@ -111,7 +111,7 @@ def parses(script):
     code = script.read_text("utf-8")
     beside = (path for path in script.parent.glob("*.py") if f"\nfrom {path.stem} import" in code)
     of_package = re.search(r"^from pml_tacl\.cli\.\w+ import .*\bmain$", code, re.M)
-    return "parse_args()" in code or bool(of_package) or any(map(parses, beside))
+    return "parse_args(" in code or bool(of_package) or any(map(parses, beside))
 
 
 def console_commands():

@@ -90,7 +90,7 @@ def test_attention_consistency_is_the_formula(temperature, weighted):
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("own_batch", [False, True])
-def test_commonness_is_the_formula(temperature, labelled, own_batch):
+def test_background_score_is_the_formula(temperature, labelled, own_batch):
     images = maps(4, 5, 2, 3)
     labels = torch.tensor([0, 1, 0, -1]) if labelled else None
     others = images if own_batch else maps(3, 5, 3, 2, seed=1)

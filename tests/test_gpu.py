@@ -73,7 +73,7 @@ LOSSES = {
     "clustering, means of the batch": lambda x: clustering(x, centroids=False),
     "attention": attention,
     "attention, temperature": lambda x: attention(x, temperature=0.2),
-    "commonness": lambda x: functional.commonness(x["first"], x["labels"]),
+    "background_score": lambda x: functional.background_score(x["first"], x["labels"]),
     "border": lambda x: functional.border_similarity(x["first"]),
 }
 

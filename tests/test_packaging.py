@@ -52,7 +52,10 @@ def imported_by(code):
         ("AttentionEmbedder", {"torch", "timm"}),
         ("KMeansPseudoLabeler", {"torch", "faiss"}),
         ("RetrievalCalculator", {"torch", "faiss", "pytorch_metric_learning"}),
-        ("UnsupervisedTrainer", {"torch", "faiss", "pytorch_metric_learning", "timm"}),
+        (
+            "UnsupervisedTrainer",
+            {"torch", "faiss", "pytorch_metric_learning", "timm", "record_keeper"},
+        ),
     ],
 )
 def test_a_name_imports_no_more_than_it_needs(names, expected):

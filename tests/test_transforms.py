@@ -642,7 +642,7 @@ def test_too_few_images_are_returned_as_they_are(count):
 
 
 @pytest.mark.parametrize("background_score", [torch.full((3, 4, 4), 0.3), torch.rand(3, 1, 1)])
-def test_constant_commonness_gives_half_masks_and_no_nan(background_score):
+def test_constant_background_score_gives_half_masks_and_no_nan(background_score):
     output = BackgroundSwap(1.0)(batch(3), background_score)
     assert (output.masks == 0.5).all()
     assert output.images.isfinite().all()
@@ -703,7 +703,7 @@ def test_swap_is_reproducible_and_leaves_its_input_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_mask_carries_no_gradient_to_the_commonness():
+def test_mask_carries_no_gradient_to_the_background_score():
     background_score = torch.rand(6, 3, 4, requires_grad=True)
     assert not BackgroundSwap(1.0)(batch(), background_score).images.requires_grad
 

@@ -143,7 +143,7 @@ class TestNone:
 
 
 class TestDistinctive:
-    def test_commonness_from_the_formula(self):
+    def test_background_score_from_the_formula(self):
         feature_maps, others = maps(2, 5, 3, 4), maps(7, 5, 2, 3, seed=1)
         bank = F.normalize(others.flatten(2).transpose(1, 2), dim=2)
         expected = torch.zeros(2, 3, 4)
