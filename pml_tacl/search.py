@@ -21,15 +21,15 @@ from pml_tacl.utils.files import atomic_write
 FLAT_UP_TO = 50_000
 # A graph takes 4 D + 270 bytes of memory for each image, 2.3 GB here with D = 512.
 HNSW_UP_TO = 1_000_000
-# Codewords of a part of the vector are 256, and faiss wants 39 images to learn each from.
+# Each part of a code has 256 codewords, and faiss needs about 39 images to train each of them.
 IVFPQ_FROM = 10_000
 _KINDS = ("auto", "flat", "hnsw", "ivfpq")
-# So many steps also leave a crowd of near copies, such as the frames of a film.
+# A search this wide also leaves groups of near copies, such as the frames of a film.
 _LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 100, 256
 _ROUNDING = 1e-6  # embeddings of copies may differ by this much in each number
 _EMBEDDINGS, _FILES, _INDEX = "embeddings.npy", "files.json", "index.faiss"
 _CHUNK = 16384
-_DIMS_A_BYTE = 8  # of a vector, that one byte of its code stands for
+_DIMS_A_BYTE = 8  # dimensions that one byte of a code encodes
 _POINTS_A_LIST, _LISTS_SEARCHED, _RANKED_AGAIN = 64, 32, 200
 _Self = TypeVar("_Self", bound="ImageIndex")
 
@@ -52,16 +52,16 @@ class ImageIndex:
         embeddings: (N, D), array or tensor on any device; L2-normalised here.
         files: of the N images, relative to ``root``, each once.
         root: the folder that they lie in.
-        kind: "flat" looks at every image; "hnsw" walks a graph, misses a few per cent of the
-            neighbours at most and stays fast at millions; "ivfpq" keeps a code of about D / 8
-            bytes for each image in memory, and ranks what the codes find by the embeddings
-            themselves, which stay where they were given: a memory map is never held. It is flat
-            below ``IVFPQ_FROM`` (10 000) images, too few to learn codes from. "auto" is flat up
-            to ``FLAT_UP_TO`` (50 000) images, hnsw up to ``HNSW_UP_TO`` (1 000 000) and ivfpq
-            above, and changes over when images are added or removed. Images with one
-            embedding are one entry of each, and are all found; of "hnsw" also most whose
-            embeddings differ by rounding alone.
-        exclude: patterns of files that :meth:`changes` leaves out, as of
+        kind: "flat" compares with every image. "hnsw" searches a graph: it misses at most a few
+            per cent of the neighbours and stays fast for millions of images. "ivfpq" keeps a code
+            of about D / 8 bytes per image in memory, and ranks the candidates again by their exact
+            embeddings. These are read from the array that was given, which may be a memory map.
+            Below ``IVFPQ_FROM`` (10 000) images, which are too few to train codes, "ivfpq" is
+            flat. "auto" is flat up to ``FLAT_UP_TO`` (50 000) images, hnsw up to ``HNSW_UP_TO``
+            (1 000 000) and ivfpq above, and changes when images are added or removed. Images
+            with equal embeddings share one entry of the index, and all of them are found; in
+            "hnsw" this includes most embeddings that differ only by rounding.
+        exclude: patterns of files that :meth:`changes` ignores, see
             :class:`pml_tacl.datasets.ImageFiles`.
         fixed: :meth:`changes` reports no new files, because these were listed explicitly.
 
@@ -83,8 +83,8 @@ class ImageIndex:
     files: list[str]
     root: Path
     _index: Any
-    _rows: "_Rows | None"  # where _index has codes alone: unit rows (N, D)
-    _entries: IntArray  # (N,), of the images in _index, which holds each embedding once
+    _rows: "_Rows | None"  # unit embeddings (N, D), if _index holds only codes
+    _entries: IntArray  # (N,), entry of each image in _index, which holds each embedding once
     _firsts: tuple[IntArray, IntArray] | None  # the entries, and the first image of each
     _asked: str
     _stamps: list[list[int] | None]
@@ -125,7 +125,7 @@ class ImageIndex:
 
     @property
     def kind(self) -> str:
-        """ "flat", "hnsw" or "ivfpq": what searches now."""
+        """Kind of the present index: "flat", "hnsw" or "ivfpq"."""
         if isinstance(self._index, faiss.IndexPreTransform):
             return "ivfpq"
         return "hnsw" if hasattr(self._index, "hnsw") else "flat"
@@ -168,7 +168,7 @@ class ImageIndex:
         if folder is None:
             inside, wanted = np.arange(len(self)), min(k, self._index.ntotal)
             similarities, entries = self._look_up(unit.hold(), wanted)
-            if (entries < 0).any():  # a graph's walk may end before it has met k
+            if (entries < 0).any():  # the graph search found fewer than k
                 return self.search(embeddings, k, folder=".")
         else:
             inside = self.rows_in(folder)
@@ -186,7 +186,7 @@ class ImageIndex:
         return self._images(np.clip(similarities, -1.0, 1.0), entries, inside, k)
 
     def _look_up(self, queries: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
-        """Similarities and entries (Q, k) by the index; of codes, ranked again exactly."""
+        """Return similarities and entries (Q, k); candidates from codes are ranked exactly."""
         if self._rows is None:
             similarities, entries = self._index.search(queries, k)
             return similarities, entries
@@ -202,7 +202,7 @@ class ImageIndex:
             exact = self._rows[firsts[np.maximum(known, 0)]]
             near = np.einsum("qd,qcd->qc", part, exact[place.reshape(found.shape)])
             near[found < 0] = -np.inf
-            # Entries are in the order of the images, which decides where none is nearer.
+            # Entries are in the order of the images, which decides ties.
             order = np.lexsort((found, -near))[:, :k]
             entries[start : start + step] = np.take_along_axis(found, order, axis=1)
             similarities[start : start + step] = np.take_along_axis(near, order, axis=1)
@@ -211,7 +211,7 @@ class ImageIndex:
     def _look_through(
         self, queries: FloatArray, selected: IntArray, k: int
     ) -> tuple[FloatArray, IntArray]:
-        """The same among some entries, sorted, by looking at all of their embeddings in chunks."""
+        """Compare with the embeddings of some entries, in chunks; the entries are ascending."""
         assert self._rows is not None
         firsts = self._first_rows()[selected]
         best = faiss.ResultHeap(len(queries), k, keep_max=True)
@@ -225,7 +225,7 @@ class ImageIndex:
         return best.D, selected[best.I]
 
     def _first_rows(self) -> IntArray:
-        """The first image of each entry."""
+        """Return the first image of each entry."""
         if self._firsts is None or self._firsts[0] is not self._entries:
             self._firsts = self._entries, np.unique(self._entries, return_index=True)[1]
         return self._firsts[1]
@@ -299,7 +299,7 @@ class ImageIndex:
         given = set(files)
         kept = np.flatnonzero([file not in given for file in self.files])
         kind = _chosen(self._asked, len(kept) + len(unit))
-        if kind == self.kind == "ivfpq":  # codes are learnt anew: copies must be looked for again
+        if kind == self.kind == "ivfpq":  # train new codes, and find copies among all images
             assert self._rows is not None
             self._rebuild(_Joined(_Chosen(self._rows, kept), unit), kind)
         elif kind == self.kind and len(kept) == len(self):
@@ -345,7 +345,7 @@ class ImageIndex:
                 np.save(file, self.embeddings)
             else:
                 _save_in_parts(file, self._rows)
-        # As ASCII, which keeps also names that are no text in any encoding.
+        # ASCII escapes also keep names with undecodable bytes.
         listed: dict[str, Any] = {"root": str(self.root), "kind": self._asked}
         listed["files"] = self.files
         if self._exclude:
@@ -444,7 +444,7 @@ def _chosen(kind: str, count: int) -> str:
 
 
 class _Rows(Protocol):
-    """Unit rows (N, D), read a part at a time."""
+    """Unit embeddings (N, D) that are read in parts."""
 
     def __len__(self) -> int: ...
 
@@ -452,7 +452,7 @@ class _Rows(Protocol):
 
 
 class _Chosen:
-    """Some of the rows, in ascending order."""
+    """Selection of rows, in ascending order."""
 
     def __init__(self, rows: _Rows, index: IntArray) -> None:
         self.rows, self.index = rows, index
@@ -465,7 +465,7 @@ class _Chosen:
 
 
 class _Held:
-    """The entries of an index, as rows."""
+    """Entries of an index, as rows."""
 
     def __init__(self, index: Any) -> None:
         self.index = index
@@ -478,7 +478,7 @@ class _Held:
 
 
 class _Joined:
-    """Rows and other rows, one after the other."""
+    """Concatenation of two sets of rows."""
 
     def __init__(self, rows: _Rows, others: _Rows) -> None:
         self.rows, self.others = rows, others
@@ -505,7 +505,7 @@ def _dim(rows: _Rows) -> int:
 
 
 def _build(rows: _Rows, kind: str) -> tuple[Any, IntArray]:
-    """An index that holds each row once, and the entry of each row."""
+    """Return an index that holds each distinct row once, and the entry of each row."""
     dim = _dim(rows)
     index: Any = faiss.IndexFlatIP(dim)
     if kind == "hnsw":
@@ -523,10 +523,10 @@ def _build(rows: _Rows, kind: str) -> tuple[Any, IntArray]:
 
 
 def _trained(rows: _Rows, fresh: IntArray) -> Any:
-    """An index of codes without an entry, from a sample of some rows.
+    """Train an empty index of codes on a sample of rows.
 
-    A random rotation comes first: it makes the parts of a vector, each of which is a byte of its
-    code, equally long whatever D is, and spreads what it holds over them.
+    A random rotation comes first. It pads D to a multiple of the code size, and distributes the
+    variance evenly over the parts of a vector, each of which becomes one byte of the code.
     """
     dim, count = _dim(rows), len(fresh)
     code = -(-dim // _DIMS_A_BYTE)
@@ -537,18 +537,18 @@ def _trained(rows: _Rows, fresh: IntArray) -> Any:
     size = min(count, max(_POINTS_A_LIST * lists, 256 * 64))
     chosen = np.random.default_rng(0).choice(count, size, replace=False)
     points = np.empty((size, dim), dtype=np.float32)
-    where = fresh[np.sort(chosen)]  # a memory map is read once from front to back
+    where = fresh[np.sort(chosen)]  # sorted, so that a memory map is read in order
     for start in range(0, size, _CHUNK):
         points[start : start + _CHUNK] = rows[where[start : start + _CHUNK]]
     inverted: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
-    inverted.pq.cp.niter = 10  # as of the lists; what it finds is ranked again
+    inverted.pq.cp.niter = 10  # as for the lists; enough, since candidates are ranked again
     index.train(points)
     inverted.nprobe = min(lists, _LISTS_SEARCHED)
     return index
 
 
 def _save_in_parts(file: IO[Any], rows: _Rows) -> None:
-    """Write rows as ``np.save`` does, a chunk at a time."""
+    """Write rows in the format of ``np.save``, in chunks."""
     header = {"descr": "<f4", "fortran_order": False, "shape": (len(rows), _dim(rows))}
     np.lib.format.write_array_header_1_0(file, header)
     for start in range(0, len(rows), _CHUNK):
@@ -556,7 +556,7 @@ def _save_in_parts(file: IO[Any], rows: _Rows) -> None:
 
 
 def _mapped(path: Path) -> FloatArray:
-    """Embeddings as :meth:`ImageIndex.save` has written them, which are read when asked for."""
+    """Return a memory map of the embeddings that :meth:`ImageIndex.save` wrote."""
     try:
         rows = np.load(path, mmap_mode="r")
     except FileNotFoundError:
@@ -567,9 +567,9 @@ def _mapped(path: Path) -> FloatArray:
 
 
 def _add(index: Any, rows: _Rows) -> IntArray:
-    """Add the rows that an index does not hold, and give the entry of each."""
+    """Add the rows that an index does not contain, and return the entry of each row."""
     known = int(index.ntotal)
-    # A crowd of copies hides others from a graph, also where they differ by rounding.
+    # Many copies reduce the recall of a graph, also if they differ by rounding.
     tolerance = _ROUNDING if hasattr(index, "hnsw") else 0.0
     firsts = first_copies(_Joined(_Held(index), rows), tolerance)[known:]
     fresh = firsts == np.arange(known, known + len(rows))

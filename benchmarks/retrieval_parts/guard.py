@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pml_tacl.evaluation.label_free import mutual_neighbours
-from pml_tacl.trainers.guard import TOLERANCE
+from pml_tacl.trainers.guard import is_kept
 from retrieval_parts.scoring import embed_images
 from retrieval_parts.state import Training
 
@@ -29,6 +29,6 @@ def look(run: Training, embeddings: Tensor | None) -> None:
         run.history[-1]["mutual"] = found
     else:
         run.history.append({"step": run.step, "mutual": found, "purity": float("nan")})
-    if found >= max(at["mutual"] for at in run.history if "mutual" in at) - TOLERANCE:
+    if is_kept([at["mutual"] for at in run.history if "mutual" in at]):
         state = copy.deepcopy(run.model.state_dict())
         run.kept = {"step": run.step, "mutual": found, "state": state}

@@ -12,6 +12,7 @@ from pml_tacl.cli.unfinished import index_stopped
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.models import AttentionEmbedder
 from pml_tacl.search import ImageIndex
+from pml_tacl.utils.device import device_or_default
 from pml_tacl.utils.errors import InputError
 
 
@@ -49,7 +50,7 @@ def load_model(
         InputError: for a folder without a model, or an unknown name.
         OSError: if the weights cannot be loaded.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_or_default(device)
     folder = Path(name)
     of_run = folder.is_dir()
     if of_run:

@@ -31,6 +31,7 @@ from pml_tacl.trainers import UnsupervisedTrainer, defaults
 from pml_tacl.trainers.checkpoint import checkpoints
 from pml_tacl.trainers.recipe import recipe_for
 from pml_tacl.transforms import SiameseTransform
+from pml_tacl.utils.device import device_or_default
 from pml_tacl.utils.errors import MissingPackageError
 
 # None: the default of the model's recipe, see `pml_tacl.trainers.recipe`.
@@ -100,7 +101,7 @@ def train(args: Any) -> None:
     begin = {"resume": args.resume, "overwrite": args.overwrite}
     run = TrainingRun(args.run, apart_from=[args.images, args.eval_folder], **begin)
     runs.seed_everything(args.seed)
-    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_or_default(args.device)
     bars = flags.bars(args)
     scratch = args.weights is False
     model = training_model(vars(args), False if run.begun else args.weights)

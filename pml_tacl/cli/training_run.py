@@ -185,8 +185,10 @@ class TrainingRun:
         trainer.fit_projection()
         after = recalls[trainer.epoch]
         if test is not None and trainer.guard is not None and trainer.guard.kept is not None:
-            # The network that the guard kept has not been tested yet.
-            after = _as_metrics(test(trainer.epoch), trainer.guard.kept)
+            if trainer.guard.start_is_kept and recalls.get(0):
+                after = recalls[0]
+            else:  # averaged with the untrained network: not tested yet
+                after = _as_metrics(test(trainer.epoch), trainer.guard.kept)
         beside = {name: _as_metrics(row, None) for name, row in (rows or {}).items()}
         found = {**beside, "before": recalls.get(0, {}), "after": after}
         run_on_main(lambda: self._write(trainer, found), "writing the run")

@@ -14,6 +14,7 @@ from pml_tacl.evaluation import embed
 from pml_tacl.search import ImageIndex
 from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
 from pml_tacl.trainers.fitting import fit_to
+from pml_tacl.utils.device import device_or_default
 
 STOPPED = "stopped.json"  # file in a run with the checkpoint of its model and index
 
@@ -62,8 +63,7 @@ def index_stopped(
     for name in ("trunk", "embedder"):
         model.get_submodule(name).load_state_dict(state["parts"]["models"][name])
     model.from_scratch = False
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    model.to(device_or_default(device), memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     dataset = ImageFiles(
         images or config["images"],
         transform=model.transform(image_size=config["image_size"]),
@@ -75,7 +75,7 @@ def index_stopped(
     found, _ = embed(model, dataset, num_workers=num_workers, progress=progress)
     model.save_pretrained(run / "model")
     ImageIndex.of(dataset, found).save(run)
-    write_json(run / STOPPED, {"checkpoint": checkpoints(run / "checkpoints")[-1].name})
+    write_json(run / STOPPED, {"checkpoint": saved[-1].name})
     return True
 
 

@@ -18,16 +18,16 @@ from pml_tacl.utils.neighbours import flat_index
 _COLLAPSED = 1e-6
 _MOST_CLUSTERS = 10_000
 _CHUNK = 16384  # rows in memory at once
-# Points that k-means trains on where there are more and `max_points` does not say.
+# Default training sample of k-means, for larger data sets: a number of points, and per cluster.
 _MOST_POINTS, _POINTS_A_CLUSTER = 1_000_000, 50
 TWO_LEVELS_ABOVE = 20_000
-"""Clusters above which k-means has two levels.
+"""Largest number of clusters for which k-means has a single level.
 
-The work of k-means grows with points times clusters. On two cores 10 000 clusters take minutes and
-100 000 hours (docs/scaling.md).
+The cost of k-means is proportional to points times clusters. On two cores 10 000 clusters take
+minutes, and 100 000 take hours (docs/scaling.md).
 """
-_CELLS_SEARCHED = 8  # of the first level, for a row's nearest centroid
-_ROUNDS = 5  # of k-means after two levels, over all centroids
+_CELLS_SEARCHED = 8  # cells of an inverted file that are searched for the nearest centroid
+_ROUNDS = 5  # rounds of k-means over all centroids, after the second level
 
 
 class PseudoLabels(NamedTuple):
@@ -113,31 +113,31 @@ def pseudo_labels_from(
 class KMeansPseudoLabeler:
     """Spherical k-means (faiss) that returns pseudo-labels.
 
-    Embeddings are L2-normalised inside. With one seed, one thread count and one faiss build, a
-    call on CPU gives the same result every time; when the installed faiss has GPUs it uses them,
-    and then gives no such promise. Empty clusters are dropped and the rest renumbered 0..K'-1
-    in order. Above ``TWO_LEVELS_ABOVE`` (20 000) clusters the rows are divided into about the root
-    of so many groups, each is clustered by itself, and a few rounds of k-means over all centroids
-    follow in which a row looks at those near it alone; labels then come from the same search.
-    Rows lie a little farther from their centroids than with all clusters at once, and the work
-    grows with the root of the number of clusters. Centroids are then the normalised means of their
-    members, so that labels and centroids agree (a row may lie a little nearer to another centroid,
-    since that is half an iteration more than faiss made).
+    Embeddings are L2-normalised first. On a CPU, calls with the same seed, number of threads and
+    faiss build return the same result. If the installed faiss supports GPUs, it uses them, and
+    results may vary. Empty clusters are dropped, and the others are renumbered 0..K'-1 in order.
+    The centroids returned are the normalised means of their members. Since faiss does not take
+    this last half of an iteration, some embeddings may be slightly nearer to another centroid.
+
+    Above ``TWO_LEVELS_ABOVE`` (20 000) clusters, k-means has two levels. A first k-means divides
+    the embeddings into about sqrt(K) groups, and each group is clustered separately. A few rounds
+    over all centroids follow, in which each embedding is compared with nearby centroids only. The
+    cost then grows with sqrt(K) instead of K, and clusters are slightly less compact.
 
     Args:
         num_clusters: at least 2, or "auto": a tenth of the images, at least 2 and at most
             10 000. About ten images a cluster leave enough positives, and clusters that split a
             class do less harm than clusters that merge two; the bound keeps the cost linear in
             the number of images.
-        num_iterations: of k-means.
-        seed: of k-means and of the sampling.
-        max_points: train k-means on at most that many rows, drawn at random; all rows are still
-            assigned. None trains on all up to a million rows, which takes a normalised copy of
-            them, and above on a million or 50 for each cluster, whichever is more. Otherwise
-            memory is max_points rows, one chunk, centroids and labels.
-        min_cluster_size: clusters with fewer members become noise (-1). 1 keeps all: two views
-            of one image are a positive pair already.
-        chunk_size: rows that are checked and assigned at once.
+        num_iterations: number of iterations of k-means.
+        seed: seed of k-means and of the sample.
+        max_points: number of embeddings that k-means trains on; a random sample is taken of more,
+            and all embeddings are assigned afterwards. None is a million, or 50 per cluster if
+            that is more. Memory holds a normalised copy of the sample, one chunk, centroids and
+            labels.
+        min_cluster_size: clusters with fewer members become noise (-1). 1 keeps all clusters,
+            since two views of one image are already a positive pair.
+        chunk_size: number of embeddings that are checked and assigned at once.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -255,7 +255,7 @@ class KMeansPseudoLabeler:
         return start
 
     def _points(self, rows: UnitRows, number: int) -> FloatArray:
-        """The rows that k-means trains on."""
+        """Return the embeddings that k-means trains on."""
         most = self.max_points or max(_MOST_POINTS, _POINTS_A_CLUSTER * number)
         if most >= len(rows):
             return rows.hold()
@@ -283,7 +283,7 @@ class KMeansPseudoLabeler:
     def _train_levels(
         self, points: FloatArray, number: int, start: FloatArray | None
     ) -> FloatArray:
-        """k-means of the members of each cluster of a coarse k-means, then rounds over all."""
+        """Cluster each group of a coarse k-means, then run k-means over all centroids."""
         rng, rounds = np.random.default_rng(self.seed), _ROUNDS
         if start is None:
             coarse = self._train(points, round(number**0.5))
@@ -315,7 +315,7 @@ class KMeansPseudoLabeler:
             norms = np.linalg.norm(means, axis=1, keepdims=True)
             empty = norms[:, 0] < 1e-6
             centroids = np.where(empty[:, None], centroids, means / np.maximum(norms, 1e-6))
-            # One without a point goes to one of a large cluster.
+            # Move centroids of empty clusters to a point of a large cluster.
             large = np.argsort(-np.bincount(labels, minlength=number), kind="stable")
             for place, cluster in zip(np.flatnonzero(empty), large, strict=False):
                 centroids[place] = points[rng.choice(np.flatnonzero(labels == cluster))]
@@ -323,7 +323,7 @@ class KMeansPseudoLabeler:
 
 
 def _shares(number: int, sizes: list[int]) -> list[int]:
-    """Divide a number among groups by their sizes: whole parts, none above the size of its own."""
+    """Divide a number among groups in proportion to their sizes, as integers of at most a size."""
     exact = np.array(sizes) * (number / sum(sizes))
     shares = np.floor(exact).astype(np.int64)
     left = int(number - shares.sum())
@@ -332,7 +332,7 @@ def _shares(number: int, sizes: list[int]) -> list[int]:
 
 
 def _cells_of(centroids: FloatArray, seed: int) -> Any:
-    """An index of centroids that compares a row with those of the nearest cells alone."""
+    """Return an inverted file of centroids, which searches the nearest cells only."""
     lists = max(1, round(len(centroids) ** 0.5))
     index: Any = faiss.index_factory(
         centroids.shape[1], f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT
@@ -346,7 +346,7 @@ def _cells_of(centroids: FloatArray, seed: int) -> Any:
 
 def _nearest(index: Any, rows: FloatArray) -> IntArray:
     labels = np.asarray(index.search(rows, 1)[1][:, 0])
-    missed = labels < 0  # all cells that were searched are empty
+    missed = labels < 0  # only empty cells were searched
     if missed.any():
         before, index.nprobe = index.nprobe, index.nlist
         labels[missed] = index.search(rows[missed], 1)[1][:, 0]

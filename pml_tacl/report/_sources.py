@@ -24,6 +24,7 @@ from pml_tacl.models import AttentionEmbedder
 from pml_tacl.search import ImageIndex
 from pml_tacl.trainers.checkpoint import checkpoints
 from pml_tacl.trainers.records import read_losses
+from pml_tacl.utils.device import device_or_default
 from pml_tacl.utils.errors import InputError
 
 Curve = tuple[list[float], list[float]]
@@ -126,7 +127,7 @@ def read_run(
             "give a run of pml-tacl train, quickstart.py or train_folder.py"
         )
     model = AttentionEmbedder.from_pretrained(folder / "model")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device_or_default())
     size = tuple(config.get("image_size", (GLYPH_SIDE, GLYPH_SIDE)))
     transform = model.transform(image_size=size)
     if "images" in config:

@@ -1,5 +1,6 @@
 """Choice of the best network of a training without labels; the untrained one is a candidate."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -7,7 +8,9 @@ from torch import Tensor, nn
 
 from pml_tacl.clustering.kmeans import have_collapsed
 from pml_tacl.distributed.session import run_on_main
+from pml_tacl.distributed.store import IN_MEMORY_UP_TO
 from pml_tacl.evaluation.label_free import mutual_neighbours
+from pml_tacl.trainers.pseudo_labeling import sample
 from pml_tacl.utils.checks import check_number
 
 if TYPE_CHECKING:
@@ -17,6 +20,11 @@ Weights = dict[str, Any]
 # Smaller differences count as equal: see the table in docs/results.md.
 TOLERANCE = 0.02
 _IN_A_ROW = 2
+
+
+def is_kept(values: Sequence[float]) -> bool:
+    """Return whether the last share of mutual neighbours is close enough to the highest one."""
+    return values[-1] >= max(values) - TOLERANCE
 
 
 class Guard:
@@ -52,18 +60,22 @@ class Guard:
 
         Args:
             trainer: the trainer whose network is measured.
-            embeddings: (N, D) on the main process; ignored on the others.
+            embeddings: (N, D) on the main process, NaN for unreadable images; ignored on the
+                others. Of more than a million, an even sample is measured.
         """
         if trainer.ended in self.values:
             return
 
         def judge() -> float:
             assert embeddings is not None
-            return 0.0 if have_collapsed(embeddings) else mutual_neighbours(embeddings)
+            seen = embeddings
+            if len(seen) > IN_MEMORY_UP_TO:  # too large to copy
+                seen = seen[sample(len(seen), IN_MEMORY_UP_TO // 10)]
+            return 0.0 if have_collapsed(seen) else mutual_neighbours(seen)
 
         value = run_on_main(judge, "comparing networks")
         self.values[trainer.ended] = value
-        if value >= max(self.values.values()) - TOLERANCE:
+        if is_kept(list(self.values.values())):
             self.kept = trainer.ended
             self._state = network_state(trainer)
             if len(self.values) == 1:

@@ -729,22 +729,16 @@ class UnsupervisedTrainer(BaseTrainer):
         state, embed_images = self.state, self._embedding_pass()
         found = embed_images()
         made: list[Tensor | None] = [None, None, None]
-        seen: list[Tensor] = []
 
         def find() -> None:
             embeddings, readable = embed_images.readable(found, state.unreadable)
-            if embed_images.file is not None:  # too large for the guard to copy
-                some = sample(len(embeddings), IN_MEMORY_UP_TO // 10)
-                seen.append(embeddings[some][readable[some]])
-            else:
-                seen.append(embeddings if readable.all() else embeddings[readable])
             labels, centroids = cluster(self.labeler, embeddings, readable, self.centroids)
             state.embeddings = embeddings
             made[:] = labels, centroids, embeddings[sample(len(labels))].clone()
 
         run_on_main(find, "clustering")
         if self.guard is not None:
-            self.guard.look(self, seen[0] if seen else None)
+            self.guard.look(self, state.embeddings)
         labels, centroids, moved_from = broadcast(made)
         assert labels is not None
         assert centroids is not None
@@ -954,9 +948,8 @@ class UnsupervisedTrainer(BaseTrainer):
         """Save a checkpoint if it is due or a signal arrived; raise Interrupted after a signal."""
         if self.checkpoint_folder is None:
             return
-        signum = all_reduce_max(
-            self._signals.received or 0
-        )  # all processes stop after one iteration
+        # All processes stop after the same iteration.
+        signum = all_reduce_max(self._signals.received or 0)
         if not (due or signum):
             return
         self.look_at_losses()  # a diverged model must not replace good checkpoints
