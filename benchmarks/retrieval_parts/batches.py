@@ -14,7 +14,10 @@ from retrieval_parts.views import Views
 
 @dataclass
 class Batch:
-    """Batch of N images: two views, rows, labels, and the kept fraction of each first-view cell."""
+    """Batch of N images: two views, rows, labels, and the kept fraction of each first-view cell.
+
+    The rows are on the CPU.
+    """
 
     views: Views
     rows: Tensor
@@ -50,7 +53,7 @@ def draw(run: Training) -> Batch:
         if config.tac_masked:
             kept, _ = sample_at_points(second.masks, views.points)
             weights = cell_weights(first.masks, run.views.grid) * kept
-    return Batch(views, rows, run.labels[rows], weights)
+    return Batch(views, rows, run.labels[rows].to(run.device), weights)
 
 
 def draw_rows(run: Training) -> Tensor:
@@ -61,7 +64,7 @@ def draw_rows(run: Training) -> Tensor:
         # As in the paper: random images, each with its nearest by the teacher's embedding.
         queries = torch.randperm(count, generator=generator)[: config.batch // config.per_cluster]
         near = run.embeddings[queries] @ run.embeddings.T
-        return near.topk(config.per_cluster, 1).indices.flatten()
+        return near.topk(config.per_cluster, 1).indices.flatten().cpu()
     grouped = config.metric in ("ms", "none") and (
         config.labels == "true" or run.centroids is not None
     )

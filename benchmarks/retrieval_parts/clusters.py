@@ -31,15 +31,16 @@ def recluster(run: Training, losses: Losses) -> None:
         return
     if config.labels == "true":
         count = int(run.images.labels.max()) + 1
-        sums = torch.zeros(count, run.embeddings.shape[1])
-        run.centroids = F.normalize(sums.index_add_(0, run.labels, run.embeddings))
+        sums = torch.zeros(count, run.embeddings.shape[1], device=run.device)
+        sums.index_add_(0, run.labels.to(run.device), run.embeddings)
+        run.centroids = F.normalize(sums)
     else:
         labeler = KMeansPseudoLabeler(number_of_clusters(run), seed=config.seed)
         found = labeler(run.embeddings, run.centroids)
-        run.labels, run.centroids = found.labels, found.centroids
+        run.labels, run.centroids = found.labels.cpu(), found.centroids
         if config.max_ambiguity > 0:
             own, other = (1 - run.embeddings @ run.centroids.T).topk(2, 1, largest=False)[0].T
-            run.labels = torch.where(own <= config.max_ambiguity * other, run.labels, -1)
+            run.labels = torch.where((own <= config.max_ambiguity * other).cpu(), run.labels, -1)
     losses.clustering.set_centroids(run.centroids)
     sure = run.labels >= 0
     run.history.append(

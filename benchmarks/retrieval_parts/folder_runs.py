@@ -7,7 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from pml_tacl.cli import run_folder as runs
+from pml_tacl.utils.device import device_or_default
 from pml_tacl.utils.errors import InputError
 from retrieval_parts import folders
 from retrieval_parts.config import PHOTO_METHODS, Config, make, of_one_training
@@ -44,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=96, help="side of the images in pixels")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--split", choices=folders.SPLITS[1:], default="test", help="measured part")
+    parser.add_argument(
+        "--device", type=torch.device, help="of the networks; left out: CUDA if there is one"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time")
     parser.add_argument("--json", type=Path, help="also write all results to this file")
 
@@ -82,8 +88,9 @@ def main(args: argparse.Namespace) -> None:
     for key in done:
         print(line(found[key]), flush=True)
     left = _trained_once([config for key, config in wanted.items() if key not in done])
+    device = device_or_default(args.device)
     with TemporaryDirectory() as folder:
-        for result in run_all(left, Path(folder), args.cache, args.root, args.jobs):
+        for result in run_all(left, Path(folder), args.cache, args.root, args.jobs, device):
             for other in of_one_training(Config(**result["config"])):
                 if other.key in wanted:
                     path = Path(folder, f"{other.key}.json")

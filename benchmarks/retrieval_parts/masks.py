@@ -17,9 +17,11 @@ MaskFunction = Callable[[Tensor, Tensor | None, int, int], Tensor]
 def distinctive(maps: Tensor, labels: Tensor | None, references: int, seed: int) -> Tensor:
     """Return the background score of each cell against random images of other clusters."""
     rows = torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed))[:references]
+    rows = rows.to(maps.device)
     if labels is None:
         # Each image as its own cluster, so that none is found in itself.
         labels = torch.arange(len(maps))
+    labels = labels.to(maps.device)
     return background_score(maps, labels, maps[rows], labels[rows])
 
 

@@ -69,7 +69,7 @@ class Losses:
     def _attention(self, maps: Tensor, batch: Batch) -> Tensor:
         first, second = maps.chunk(2)
         if self.run.centroids is None:  # match each image with itself
-            index = torch.arange(len(batch.labels))
+            index = torch.arange(len(batch.labels), device=maps.device)
             pairs: Any = (index, index, index[:0], index[:0])
         else:
             pairs = self.pairs(first, batch.labels)

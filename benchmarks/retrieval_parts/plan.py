@@ -7,6 +7,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from retrieval_parts.config import FIRST, METHODS, Config, make
 from retrieval_parts.photos import PHOTOS
 from retrieval_parts.running import run
@@ -62,6 +64,7 @@ def run_all(
     cache: Path,
     data_root: Path | None = None,
     jobs: int = 1,
+    device: torch.device | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield results when they are complete; existing results are read from files.
 
@@ -71,8 +74,9 @@ def run_all(
         cache: folder of archives, images and weights.
         data_root: folder of the photograph data sets.
         jobs: number of runs at a time, each in a process with its share of the cores.
+        device: of the networks; None is the CPU.
     """
-    arguments = ([config, results, cache, data_root] for config in configs)
+    arguments = ([config, results, cache, data_root, device] for config in configs)
     if jobs <= 1:
         yield from map(_one, arguments)
         return
@@ -85,5 +89,5 @@ def run_all(
 
 
 def _one(arguments: list[Any]) -> dict[str, Any]:
-    config, results, cache, data_root = arguments
-    return run(config, results, cache, data_root=data_root)
+    config, results, cache, data_root, device = arguments
+    return run(config, results, cache, data_root=data_root, device=device)

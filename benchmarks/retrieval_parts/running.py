@@ -39,6 +39,7 @@ def run(
     data_root: Path | None = None,
     verbose: bool = False,
     watch_split: bool = False,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Train and measure, or read the result of an earlier call.
 
@@ -50,6 +51,7 @@ def run(
         verbose: print each clustering.
         watch_split: also measure the split at each clustering (slow; do not use it to select a
             step).
+        device: of the network; None is the CPU.
 
     Returns:
         {"key", "config", "metrics", "history", "cost", "versions"}.
@@ -73,7 +75,7 @@ def run(
 
     forget_peak()
     begin = time.perf_counter()
-    training = train(config, images, cache, watch)
+    training = train(config, images, cache, watch, device)
     seconds = time.perf_counter() - begin
     last = copy.deepcopy(training.result.state_dict())
     found = []
@@ -99,6 +101,7 @@ def run(
                 "seconds_a_step": training.seconds_of_steps / max(1, training.config.steps),
                 "peak_bytes": peak_bytes(),
                 "threads": torch.get_num_threads(),
+                "device": str(training.device),
             },
             "versions": runs.versions(),
         }

@@ -15,7 +15,7 @@ from retrieval_parts.data import Images
 
 @torch.no_grad()  # not inference mode: the result is used in training
 def embed_images(model: nn.Module, images: Tensor, normalise: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return unit embeddings (N, D) of uint8 images."""
+    """Return unit embeddings (N, D) of uint8 images, on the device of the network."""
     parts = []
     with evaluating(model):
         for part in images.split(128):
@@ -35,7 +35,7 @@ def measure(
             "NMI",
         )
     )
-    embeddings = embed_images(model, images.images, normalise)
+    embeddings = embed_images(model, images.images, normalise).cpu()
     labels, queries = images.labels, images.queries
     if queries is None:
         return calculator.get_accuracy(embeddings, labels)

@@ -22,7 +22,7 @@ class Training:
     Attributes:
         model: the network that is trained.
         teacher: its moving average, or the network itself.
-        labels: (N,) labels of the metric losses, -1 for noise.
+        labels: (N,) labels of the metric losses, -1 for noise; on the CPU, as those of the images.
         centroids: (K, D) centroids of the labels, None before the first clustering.
         history: one entry for each clustering: step, clusters, purity, loss since the last one.
     """
@@ -45,12 +45,22 @@ class Training:
     seconds_of_steps: float = 0.0
 
     @property
+    def device(self) -> torch.device:
+        """Return the device of the network, the images and the views."""
+        return self.images.images.device
+
+    @property
     def result(self) -> AttentionEmbedder:
         """Return the network to measure."""
         return self.teacher if self.config.evaluate_teacher else self.model
 
 
-def start(config: Config, images: Images, cache: Path = DEFAULT_CACHE) -> Training:
+def start(
+    config: Config,
+    images: Images,
+    cache: Path = DEFAULT_CACHE,
+    device: torch.device | None = None,
+) -> Training:
     """Return a run before its first step; all random numbers depend on the configured seed."""
     config = config.for_count(len(images.images))
     model = build(config, cache)
@@ -60,7 +70,10 @@ def start(config: Config, images: Images, cache: Path = DEFAULT_CACHE) -> Traini
     data = model.data_config
     offset = model.cell_offset(config.size) if config.cell_offset else (0.0, 0.0)
     norm = (tuple(data["mean"]), tuple(data["std"]))
-    views = BatchViews(RECIPES[config.views], grid, *norm, offset)
+    device = device or torch.device("cpu")
+    model = model.to(device)
+    images = images._replace(images=images.images.to(device))
+    views = BatchViews(RECIPES[config.views], grid, *norm, offset, device)
     if config.pooling == "covariance" and config.whiten:
         model.fit_projection(
             [views.normalise(part.float() / 255) for part in images.images.split(128)],

@@ -55,7 +55,9 @@ def relaxed_contrastive(embeddings: Tensor, similarity: Tensor, delta: float) ->
     distance = relative_distances(embeddings)
     pull = similarity * distance.square()
     push = (1 - similarity) * F.relu(delta - distance).square()
-    return (pull + push).masked_fill(torch.eye(n, dtype=torch.bool), 0).sum() / (n * (n - 1))
+    return (pull + push).masked_fill(
+        torch.eye(n, dtype=torch.bool, device=distance.device), 0
+    ).sum() / (n * (n - 1))
 
 
 def self_distillation(embeddings: Tensor, teaching: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ class SelfTaught:
     def __init__(self, run: "Training") -> None:
         self.run = run
         features = run.model.trunk.num_features
-        self.head = nn.Linear(features, max(1024, features))
+        self.head = nn.Linear(features, max(1024, features)).to(run.device)
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
 
     def __call__(self, output: Any, embeddings: Tensor, batch: "Batch") -> Tensor:
@@ -82,7 +84,7 @@ class SelfTaught:
             taught = F.normalize(self.teacher_head(pooled))
             rows = torch.cat([batch.rows] * 2)
             by_distance = pairwise_similarity(taught, config.stml_sigma)
-            same = rows[:, None] == rows
+            same = (rows[:, None] == rows).to(taught.device)
             by_context = contextual_similarity(by_distance, same, config.stml_neighbours)
             similarity = (by_distance + by_context) / 2
         large = F.normalize(self.head(output.features.mean((2, 3))))

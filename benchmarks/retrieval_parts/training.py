@@ -22,6 +22,7 @@ def train(
     images: Images,
     cache: Path = DEFAULT_CACHE,
     watch: Watcher | None = None,
+    device: torch.device | None = None,
 ) -> Training:
     """Train a network as the configuration says.
 
@@ -30,9 +31,11 @@ def train(
         images: the training third; its labels are used for `labels="true"` and for purity.
         cache: folder of the weights.
         watch: called at each clustering and at the end.
+        device: of the network and the images; None is the CPU. Random numbers are those of the
+            CPU on every device.
     """
     torch.manual_seed(config.seed)
-    run = start(config, images, cache)
+    run = start(config, images, cache, device)
     config = run.config
     losses = Losses(run)
     parameters = [p for p in (*run.model.parameters(), *losses.parameters()) if p.requires_grad]

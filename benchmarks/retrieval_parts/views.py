@@ -57,7 +57,7 @@ class Views(NamedTuple):
 
 
 class BatchViews:
-    """Compute `Views` of uint8 images (N, 3, S, S)."""
+    """Compute `Views` of uint8 images (N, 3, S, S) on a device, with random numbers of the CPU."""
 
     def __init__(
         self,
@@ -66,13 +66,15 @@ class BatchViews:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         cell_offset: tuple[float, float] = (0.0, 0.0),
+        device: torch.device | None = None,
     ) -> None:
         self.recipe, self.grid, self.cell_offset = recipe, grid, cell_offset
-        self.off = torch.tensor(cell_offset) * 2 / grid
-        self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
+        self.device = device or torch.device("cpu")
+        self.off = (torch.tensor(cell_offset) * 2 / grid).to(self.device)
+        self.mean, self.std = (torch.tensor(v).view(3, 1, 1).to(self.device) for v in (mean, std))
         centres = (torch.arange(grid) + 0.5) / grid * 2 - 1
         y, x = torch.meshgrid(centres, centres, indexing="ij")
-        self.cells = torch.stack((x, y), -1).view(-1, 2) + self.off
+        self.cells = torch.stack((x, y), -1).view(-1, 2).to(self.device) + self.off
 
     def __call__(
         self, images: Tensor, generator: torch.Generator, maps: Tensor | None = None
@@ -81,6 +83,7 @@ class BatchViews:
         pixels = images.float() / 255
         crop, turned = self._crops(len(images), generator), self._crops(len(images), generator)
         turned = turned @ self._turns(len(images), generator)
+        crop, turned = crop.to(self.device), turned.to(self.device)
         # Map cells of the first view through the image to the second view.
         across = torch.linalg.inv(turned) @ crop
         points = self.cells @ across[:, :2, :2].transpose(1, 2) + across[:, None, :2, 2]
@@ -93,7 +96,7 @@ class BatchViews:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Normalise values in [0, 1] for the model."""
-        return (pixels - self.mean) / self.std
+        return (pixels.to(self.device) - self.mean) / self.std
 
     def _crops(self, n: int, generator: torch.Generator) -> Tensor:
         """Return (N, 3, 3): maps coordinates of a view to those of the image, in [-1, 1]."""
@@ -129,7 +132,7 @@ class BatchViews:
         r, n = self.recipe, len(x)
 
         def rand(k: int) -> Tensor:
-            return torch.rand(k, n, 1, 1, 1, generator=generator)
+            return torch.rand(k, n, 1, 1, 1, generator=generator).to(x.device)
 
         jittered, greyed, blurred, permuted = rand(4)
         amounts = torch.where(jittered < r.jitter_share, 1 + r.jitter * (2 * rand(3) - 1), 1.0)
@@ -137,9 +140,11 @@ class BatchViews:
         x = (x * brightness).clamp(0, 1)
         x = torch.lerp(_grey(x).mean((2, 3), keepdim=True), x, contrast).clamp(0, 1)
         x = torch.lerp(_grey(x), x, torch.where(greyed < r.grey, 0.0, saturation)).clamp(0, 1)
-        order = torch.rand(n, 3, generator=generator).argsort(1)
-        order = torch.where(permuted.view(n, 1) < r.channels, order, torch.arange(3))
-        x = x[torch.arange(n)[:, None], order]
+        order = torch.rand(n, 3, generator=generator).argsort(1).to(x.device)
+        order = torch.where(
+            permuted.view(n, 1) < r.channels, order, torch.arange(3, device=x.device)
+        )
+        x = x[torch.arange(n, device=x.device)[:, None], order]
         sigma = 0.1 + 1.1 * rand(1)[0].view(n)
         rows = (blurred.view(n) < r.blur).nonzero()[:, 0]
         return x.index_copy(0, rows, _blur(x[rows], sigma[rows])) if len(rows) else x
@@ -153,7 +158,7 @@ def sample(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _grey(x: Tensor) -> Tensor:
-    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    weights = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(3, 1, 1)
     return (x * weights).sum(1, keepdim=True)
 
 
