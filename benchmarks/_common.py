@@ -40,7 +40,7 @@ def ratio_line(title: str, ours: list[float], base: list[float]) -> str:
     """Return a table row: medians in seconds, and the ratio of neighbouring turns."""
     ratios = [a / b for a, b in zip(ours, base, strict=True)]
     return (
-        f"| {title} | {statistics.median(base):.2f} s | {statistics.median(ours):.2f} s "
+        f"| {title} | {statistics.median(base):.2g} s | {statistics.median(ours):.2g} s "
         f"| {statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f} |"
     )
 

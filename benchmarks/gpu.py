@@ -201,6 +201,7 @@ def evaluation(device: torch.device, sizes: Sizes) -> _TABLE:
     }
     rows, first = [["calculator", "time", "over PML's", "R@1"]], 0.0
     for name, calculator in calculators.items():
+        calculator.get_accuracy(embeddings[:500], labels[:500])  # kernels are loaded now
         start = time.perf_counter()
         values = calculator.get_accuracy(embeddings, labels)
         seconds = time.perf_counter() - start

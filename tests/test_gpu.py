@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 from pml_tacl import (
     AttentionConsistencyLoss,
@@ -25,6 +26,7 @@ from pml_tacl import (
     functional,
 )
 from pml_tacl.cli.run_folder import seed_everything
+from pml_tacl.evaluation import embed
 from tests.trainers.small import make_model, make_trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_thread")]
@@ -57,24 +59,26 @@ def batch():
     }
 
 
-def clustering(x, centroids=True, **kwargs):
-    loss = ContrastiveClusteringLoss(margin=1.0, **kwargs)
+def clustering(x, centroids=True):
+    loss = ContrastiveClusteringLoss(margin=1.0)
     if centroids:
-        loss.set_centroids(x["centroids"])
-    return loss(x["embeddings"], x["labels"])
+        loss.set_centroids(x["centroids"])  # looks at the values, which waits
+    return lambda x: loss(x["embeddings"], x["labels"])
 
 
 def attention(x, **kwargs):
-    return AttentionConsistencyLoss(**kwargs)(x["first"], x["second"], x["points"], x["labels"])
+    loss = AttentionConsistencyLoss(**kwargs)
+    return lambda x: loss(x["first"], x["second"], x["points"], x["labels"])
 
 
+# Each returns a function of the batch that computes a loss.
 LOSSES = {
     "clustering, centroids": clustering,
     "clustering, means of the batch": lambda x: clustering(x, centroids=False),
     "attention": attention,
     "attention, temperature": lambda x: attention(x, temperature=0.2),
-    "background_score": lambda x: functional.background_score(x["first"], x["labels"]),
-    "border": lambda x: functional.border_similarity(x["first"]),
+    "background_score": lambda _: lambda x: functional.background_score(x["first"], x["labels"]),
+    "border": lambda _: lambda x: functional.border_similarity(x["first"]),
 }
 
 
@@ -94,10 +98,11 @@ def placed(dtype, device):
 
 def results(case, inputs, autocast=None):
     """The value, and gradients of the embeddings and maps that take part."""
+    run = LOSSES[case](inputs) if isinstance(case, str) else case
     device = inputs["labels"].device.type
     # The backward pass belongs outside, as torch says.
     with torch.autocast(device, autocast, enabled=autocast is not None):
-        value = LOSSES[case](inputs)
+        value = run(inputs)
     leaves = [inputs[name] for name in ("embeddings", "first", "second")]
     if not value.requires_grad:
         return [value]
@@ -130,13 +135,18 @@ def test_autocast_takes_no_precision_from_float32(case, device, dtype):
     assert max(errors(found, results(case, exact))) < WITHIN[torch.float32]
 
 
-def mined(which, x):
+def make_miner(which, x):
     if which == "attention":
-        return AttentionConsistencyMiner(pairs_per_anchor=2)(x["first"], x["labels"])
+        return AttentionConsistencyMiner(pairs_per_anchor=2)
     miner = ContrastiveClusteringMiner(num_negatives=3)
     if which == "clustering, centroids":
         miner.set_centroids(x["centroids"])
-    return miner(x["embeddings"], x["labels"])
+    return miner
+
+
+def mined(which, x):
+    miner = make_miner(which, x)
+    return miner(x["first" if which == "attention" else "embeddings"], x["labels"])
 
 
 def pairs_of(mined):
@@ -160,29 +170,40 @@ def test_miners_choose_the_pairs_of_float64(which, device, dtype):
 
 
 @contextmanager
-def never_waiting():
+def counting_waits():
+    """Yield a list, which holds a message for each wait at the end."""
+    waits = []
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits += [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
 
 
 @pytest.mark.parametrize("case", LOSSES)
 def test_no_loss_makes_the_cpu_wait(case, cuda, dtype):
     there, _ = placed(dtype, cuda)
-    results(case, there)  # kernels are loaded now
-    with never_waiting():
-        results(case, there)
+    run = LOSSES[case](there)
+    results(run, there)  # kernels are loaded now
+    with counting_waits() as waits:
+        results(run, there)
+    assert not waits
 
 
 @pytest.mark.parametrize("which", MINERS)
-def test_no_miner_makes_the_cpu_wait(which, cuda):
+def test_a_miner_makes_the_cpu_wait_only_for_the_number_of_pairs(which, cuda):
     there, _ = placed(torch.float32, cuda)
-    mined(which, there)
-    with never_waiting():
-        mined(which, there)
+    miner = make_miner(which, there)
+    x = there["first" if which == "attention" else "embeddings"]
+    miner(x, there["labels"])
+    with counting_waits() as waits:
+        miner(x, there["labels"])
+    # The attention miner returns no negative pairs.
+    assert len(waits) == (1 if which == "attention" else 2)
 
 
 def on_device(device, **kwargs):
@@ -270,6 +291,16 @@ def test_views_and_fitting_run_on_the_device(device):
         assert out.embeddings.device.type == where.type
         found.append(out.embeddings.cpu())
     assert F.cosine_similarity(*found).min() > 0.999
+
+
+def test_embed_takes_images_and_labels_that_lie_on_the_device(device):
+    images = torch.rand(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = AttentionEmbedder("test_resnet", embedding_dim=16).to(device)
+    data = TensorDataset(images.to(device), torch.arange(10, device=device))
+    embeddings, labels = embed(model, data, progress=False)
+    assert labels.tolist() == list(range(10))
+    expected, _ = embed(model, TensorDataset(images, torch.arange(10)), progress=False)
+    torch.testing.assert_close(embeddings, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_training_resumes_on_the_device(device, tmp_path):

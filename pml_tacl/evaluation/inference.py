@@ -254,7 +254,7 @@ def _images_and_labels(items: list[Any]) -> tuple[Any, list[Any]] | None:
     images, labels = zip(*items, strict=True)
     # As tensors, labels would each take a file handle when a worker sends them.
     known = [isinstance(label, Tensor) and label.dtype != torch.bfloat16 for label in labels]
-    plain = [x.numpy() if numpy else x for x, numpy in zip(labels, known, strict=True)]
+    plain = [x.numpy(force=True) if numpy else x for x, numpy in zip(labels, known, strict=True)]
     return default_collate(list(images)), plain
 
 

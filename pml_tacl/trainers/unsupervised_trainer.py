@@ -858,8 +858,10 @@ class UnsupervisedTrainer(BaseTrainer):
         *tensors, index, troubles = next(self.dataloader_iter)
         for trouble in filter(None, troubles):
             self.state.unreadable.add(trouble)
-        views, transformed, points = (t.to(self.data_device, non_blocking=True) for t in tensors)
-        return Batch(views, transformed, points, self.labels[index].to(self.data_device))
+        tensors.append(self.labels[index])
+        if torch.device(self.data_device).type == "cuda":  # only pinned memory copies in background
+            tensors[-1] = tensors[-1].pin_memory()
+        return Batch(*(t.to(self.data_device, non_blocking=True) for t in tensors))
 
     def _call_end_of_epoch_hooks(self) -> bool:
         """Call test_hook on all ranks, then end_of_epoch_hook on the main process.
