@@ -38,7 +38,7 @@ plain = views.with_transform(model.transform(image_size=IMAGE_SIZE))
 # Losses
 similarity = MultiSimilarityLoss()
 clustering = pml_tacl.ContrastiveClusteringLoss()
-attention = pml_tacl.AttentionConsistencyLoss()
+attention = pml_tacl.AttentionConsistencyLoss(temperature=0.3)
 miner = pml_tacl.AttentionConsistencyMiner()
 num_clusters = max(len(plain) // 10, BATCH_SIZE // IMAGES_PER_CLUSTER)
 labeler = pml_tacl.KMeansPseudoLabeler(num_clusters)

@@ -181,7 +181,8 @@ def counting_waits():
             yield waits
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits += [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    found = [str(warning.message) for warning in caught]
+    waits += [message for message in found if "called a synchronizing" in message]
 
 
 @pytest.mark.parametrize("case", LOSSES)

@@ -61,7 +61,10 @@ REGIMES = ("scratch", "pretrained")
 _AFTERWARDS = ("after", "averaged", "guard")
 _WEIGHTS = PRETRAINED.loss_weights
 _CCL = {"ccl": _WEIGHTS["clustering_loss"], "ccl_momentum": PRETRAINED.centroid_momentum}
-_TAC = {"tac": _WEIGHTS["attention_loss"]}
+_TAC = {
+    "tac": _WEIGHTS["attention_loss"],
+    "tac_temperature": PRETRAINED.attention_temperature or 0.0,
+}
 _SWAP = {"swap": PRETRAINED.swap}
 _TRAINED: dict[str, dict[str, Any]] = {
     "zero_shot": {"steps": 0},

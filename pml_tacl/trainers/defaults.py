@@ -47,12 +47,12 @@ def default_schedule(optimizer: torch.optim.Optimizer, steps: int) -> OneCycleLR
     return OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=rises)
 
 
-def default_losses() -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+def default_losses(recipe: Recipe) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """Return the default losses, and the miner that matches image pairs."""
     losses = {
         "metric_loss": MultiSimilarityLoss(),
         "clustering_loss": ContrastiveClusteringLoss(),
-        "attention_loss": AttentionConsistencyLoss(),
+        "attention_loss": AttentionConsistencyLoss(recipe.attention_temperature),
     }
     return losses, {"attention_miner": AttentionConsistencyMiner()}
 

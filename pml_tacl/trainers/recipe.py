@@ -28,6 +28,8 @@ class Recipe:
         guard: select the best network by a criterion without labels, which may be the untrained
             one.
         trained_share: weight of the trained network in the mean that the guard keeps, in (0, 1].
+        attention_temperature: temperature of the soft maximum in the attention loss; None for the
+            hard maximum.
         loss_weights: weights of metric loss, clustering loss and attention loss.
         least_steps: smallest number of optimizer steps.
         passes: passes over the images, if that takes more than `least_steps`.
@@ -52,6 +54,7 @@ class Recipe:
             "attention_loss": 3.0,
         }
     )
+    attention_temperature: float | None = 0.3
     least_steps: int = 100
     passes: float = 3.0
 
@@ -88,6 +91,7 @@ SCRATCH = Recipe(
     freeze_batchnorm=False,
     guard=False,
     trained_share=1.0,
+    attention_temperature=None,
     least_steps=300,
     passes=10.0,
 )

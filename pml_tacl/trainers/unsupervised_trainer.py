@@ -267,7 +267,7 @@ class UnsupervisedTrainer(BaseTrainer):
         plain_pml = loss_funcs is not None
         if loss_funcs is None:
             defaults.check_enough(count)
-            loss_funcs, own_miners = defaults.default_losses()
+            loss_funcs, own_miners = defaults.default_losses(recipe)
             mining_funcs = own_miners | dict(mining_funcs or {})
             kwargs["loss_weights"] = recipe.loss_weights | (kwargs.get("loss_weights") or {})
         if batch_size is None:
