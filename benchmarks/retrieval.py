@@ -1,6 +1,7 @@
 """Compare retrieval after training without labels with the usual alternatives.
 
     python benchmarks/retrieval.py folders ROOT    # photographs: ROOT/NAME/CLASS/FILE
+    python benchmarks/retrieval.py folders-parts ROOT --json FILE  # parts of the method, validation
     python benchmarks/retrieval.py folders-page    # docs/results.md, from the runs on photographs
     python benchmarks/retrieval.py all --jobs 2    # drawings: every run, hours; can be stopped
     python benchmarks/retrieval.py page            # docs/results_drawings.md, from the runs
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from retrieval_parts import folder_page, plan
+from retrieval_parts import folder_page, folder_parts, plan
 from retrieval_parts import folder_runs as folders
 from retrieval_parts.config import METHODS, make, parse
 from retrieval_parts.data import DEFAULT_CACHE, SPLITS
@@ -38,8 +39,10 @@ def main() -> None:
     args.results = args.results or (Path("runs/retrieval") if args.command == "quick" else RESULTS)
     if args.command == "folders":
         folders.main(args)
+    elif args.command == "folders-parts":
+        folder_parts.main(args)
     elif args.command == "folders-page":
-        folder_page.write(args.json, args.output)
+        folder_page.write(args.json, args.parts, args.output)
         print(args.output)
     elif args.command == "page":
         write(args.results, args.output, args.output.parent / "images", args.split)
@@ -110,8 +113,12 @@ def arguments() -> argparse.ArgumentParser:
     folders.add_arguments(
         commands.add_parser("folders", help="run on photographs in class folders")
     )
+    folder_parts.add_arguments(
+        commands.add_parser("folders-parts", help="measure the parts of the method on validation")
+    )
     page = commands.add_parser("folders-page", help="write the page about photographs")
     page.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "photographs.json")
+    page.add_argument("--parts", type=Path, default=ROOT / "benchmarks" / "photographs_parts.json")
     page.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
     return parser
 

@@ -147,19 +147,32 @@ def command_line(*words: Any) -> str:
 
 
 def by_flags(message: str) -> str:
-    """Replace the name of an argument at the start of an error message by its flag.
+    """Replace names of arguments in an error message by their flags, except inside quotes.
 
     Example:
         >>> by_flags("batch_size must be at least 2, got 1")
         '--batch-size must be at least 2, got 1'
         >>> by_flags("eval_folder='x' holds one class")
         "--eval-folder 'x' holds one class"
+        >>> by_flags("give --resume (resume=True) to go on with it")
+        'give --resume to go on with it'
     """
-    found = re.match(r"(\w+)(=| must\b)", message)
-    if found is None or found[1] not in _NAMES:
-        return message
-    rest = message[found.end() :]
-    return f"{flag_of(found[1])} {rest}" if found[2] == "=" else f"{flag_of(found[1])} must{rest}"
+    message = re.sub(r"(--[\w-]+) \(\w+=\w+\)", r"\1", message)
+    first = re.match(r"(\w+)(?= must\b)", message)
+    if first is not None and first[1] in _NAMES:
+        message = flag_of(first[1]) + message[first.end() :]
+    # A name stands at the start of a word; what is in quotes is a path or another value.
+    words = re.compile(r"'[^']*'|(?<![\w.-])(\w+)=(?=\S)")
+    return words.sub(_by_flag, message)
+
+
+def _by_flag(found: re.Match[str]) -> str:
+    """Return ``--name `` for ``name=``; the rest of the message stays."""
+    if found[1] == "pretrained":  # True, False or a file
+        value = found.string[found.end() :]
+        which = "pretrained" if value.startswith("True") else "none"
+        return "--weights " if value[0] == "'" else f"--weights {which}="
+    return f"{flag_of(found[1])} " if found[1] in _NAMES else found[0]
 
 
 def add_debug(parser: Any) -> None:
