@@ -338,7 +338,7 @@ class TestImageFiles:
         ]  # fmt: skip
         left_out, skipped = (record.getMessage() for record in caplog.records)
         assert left_out.startswith("left out 2 of 3 files: ")
-        assert skipped.startswith("skipped 6 files that are no images: ")
+        assert skipped.startswith("skipped 6 files that are not images: ")
         assert all(str(path) in skipped for path in images.skipped)
 
     def test_no_other_program_is_started_for_a_file(self, tmp_path):
@@ -428,7 +428,7 @@ class TestImageFiles:
         assert reasons["text.jpg"] == "not an image of a known format"
         assert "truncated" in reasons["cut.jpg"]
         message, skipped = (record.getMessage() for record in caplog.records)
-        assert skipped == f"skipped 1 files that are no images: {tree / 'a/notes.txt'}"
+        assert skipped == f"skipped 1 files that are not images: {tree / 'a/notes.txt'}"
         assert message.startswith("left out 3 of 6 files: ")
         assert "\n" not in message
         assert all(str(path) in message for path, _ in data.broken)

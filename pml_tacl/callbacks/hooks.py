@@ -29,7 +29,7 @@ from pml_tacl.utils.checks import check_count, check_number
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.modes import evaluating
 
-Hook = Callable[[Any], bool | None]
+Hook = Callable[[Any], object]  # False ends the training
 Criterion = Callable[[Any], float | None]
 
 _LOGGER = logging.getLogger(__name__)

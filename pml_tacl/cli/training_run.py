@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from pml_tacl.utils.files import write_json
 from pml_tacl.utils.modes import evaluating
 from pml_tacl.utils.plain import number
 from pml_tacl.utils.versions import versions
+
+if TYPE_CHECKING:
+    from pml_tacl.trainers.unsupervised_trainer import UnsupervisedTrainer
 
 _LOGGER = logging.getLogger(__name__)
 _LOSSES = "records/every_loss.csv"
@@ -117,7 +120,7 @@ class TrainingRun:
 
     def train(
         self,
-        trainer: Any,
+        trainer: "UnsupervisedTrainer",
         epochs: int,
         test: Callable[[int], Metrics] | None = None,
         *,
@@ -160,9 +163,9 @@ class TrainingRun:
                 f"epochs={epochs} is below the {trainer.epoch} epochs that {self.folder} was "
                 "trained for: give at least as many"
             )
-        recalls = trainer.extra.setdefault("recalls", {})
+        recalls = _recalls(trainer)
 
-        def measure(trainer: Any) -> None:
+        def measure(trainer: "UnsupervisedTrainer") -> None:
             if trainer.epoch == epochs:
                 run_on_main(lambda: self._write_model(trainer), "writing the model")
             if trainer.epoch not in recalls:
@@ -190,7 +193,7 @@ class TrainingRun:
             else:  # averaged with the untrained network: not tested yet
                 after = _as_metrics(test(trainer.epoch), trainer.guard.kept)
         beside = {name: _as_metrics(row, None) for name, row in (rows or {}).items()}
-        found = {**beside, "before": recalls.get(0, {}), "after": after}
+        found: Rows = {**beside, "before": recalls.get(0, {}), "after": after}
         run_on_main(lambda: self._write(trainer, found), "writing the run")
         return found
 
@@ -291,7 +294,7 @@ class TrainingRun:
         gallery = vis.retrieval_gallery(asked, found, correct=right, title=title or None)
         vis.save_figure(gallery, self.folder / "gallery.png")
 
-    def _equip(self, trainer: Any) -> None:
+    def _equip(self, trainer: "UnsupervisedTrainer") -> None:
         """Add records and checkpoints to a trainer; its own hooks stay."""
         trainer.checkpoint_folder = self.folder / "checkpoints"
         if not is_main():
@@ -305,17 +308,18 @@ class TrainingRun:
             trainer.end_of_epoch_hook, lambda _: self.hooks.record_keeper.save_records()
         )
 
-    def _write_model(self, trainer: Any) -> None:
+    def _write_model(self, trainer: "UnsupervisedTrainer") -> None:
         model = trainer.whole if trainer.average is None else trainer.ema_model
         if isinstance(model, AttentionEmbedder):
             model.save_pretrained(self.folder / "model")
 
-    def _write(self, trainer: Any, rows: Rows) -> None:
+    def _write(self, trainer: "UnsupervisedTrainer", rows: Rows) -> None:
         """Write model, records and metrics, and only then draw the figures."""
         self._write_model(trainer)
         trainer.whole.eval()
         self.hooks.record_keeper.save_records()
-        trainer.losses_file.flush()
+        if trainer.losses_file is not None:
+            trainer.losses_file.flush()
         content = {**rows, "config": self._config, "versions": versions()}
         if trainer.guard is not None:
             content["guard"] = trainer.guard.summary()
@@ -323,7 +327,7 @@ class TrainingRun:
         (self.folder / "stopped.json").unlink(missing_ok=True)  # from a search before the end
         from pml_tacl import visualize as vis
 
-        recalls = {epoch: row for epoch, row in trainer.extra["recalls"].items() if row}
+        recalls = {epoch: row for epoch, row in _recalls(trainer).items() if row}
         with _never_fatal("curves.png"):
             begins = trainer.warmup_epochs * trainer.iterations_per_epoch
             curves = vis.training_curves(read_losses(self.folder / _LOSSES), recalls, begins)
@@ -368,5 +372,11 @@ def _as_metrics(found: Any, epoch: int | None) -> Metrics:
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
-def _remember(trainer: Any) -> None:
+def _recalls(trainer: "UnsupervisedTrainer") -> dict[int, Metrics]:
+    """Return the results of the test by epoch, which checkpoints keep."""
+    return cast(dict[int, Metrics], trainer.extra.setdefault("recalls", {}))
+
+
+def _remember(trainer: "UnsupervisedTrainer") -> None:
+    assert trainer.losses_file is not None
     trainer.losses_file.add(trainer.get_global_iteration() + 1, trainer.losses)

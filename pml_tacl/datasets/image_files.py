@@ -169,7 +169,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
                     "give places relative to that folder, one in each line"
                 )
             if missing:
-                _logger.warning("files names %d that are no images there: %s", len(missing),
+                _logger.warning("files names %d that are not images there: %s", len(missing),
                                 _named(missing))  # fmt: skip
             gone |= set(there) - wanted
         self.paths = [path for path in self.paths if path not in gone]
@@ -191,7 +191,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
             _logger.warning("left out %d of %d files: %s", len(self.broken), total, named)
         if self.skipped:
             named = _named(list(map(str, self.skipped)))
-            _logger.warning("skipped %d files that are no images: %s", len(self.skipped), named)
+            _logger.warning("skipped %d files that are not images: %s", len(self.skipped), named)
 
 
 def _matches(parts: tuple[str, ...], pattern: str) -> bool:
