@@ -116,7 +116,8 @@ def embed_in_batches(
                 raise InputError(
                     f"dataset gives more than the {count} items of its length: mend its __len__"
                 )
-            with torch.inference_mode():
+            # Not inference mode: torch's fully_shard keeps the tensors that it gathers here.
+            with torch.no_grad():
                 rows = model(images.to(where, non_blocking=True))
             if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != len(images):
                 shape = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
