@@ -46,27 +46,36 @@ class Changes(NamedTuple):
 
 
 class ImageIndex:
-    """Index of images that is searched by the cosine similarity of their embeddings.
+    """Search index of images, which finds the images with the most similar embeddings.
+
+    Similarity is the cosine of two embeddings.
 
     Args:
         embeddings: (N, D), array or tensor on any device; L2-normalised here.
-        files: of the N images, relative to ``root``, each once.
-        root: the folder that they lie in.
-        kind: "flat" compares with every image. "hnsw" searches a graph: it misses at most a few
-            per cent of the neighbours and stays fast for millions of images. "ivfpq" keeps a code
-            of about D / 8 bytes per image in memory, and ranks the candidates again by their exact
-            embeddings. These are read from the array that was given, which may be a memory map.
-            Below ``IVFPQ_FROM`` (10 000) images, which are too few to train codes, "ivfpq" is
-            flat. "auto" is flat up to ``FLAT_UP_TO`` (50 000) images, hnsw up to ``HNSW_UP_TO``
-            (1 000 000) and ivfpq above, and changes when images are added or removed. Images
-            with equal embeddings share one entry of the index, and all of them are found; in
-            "hnsw" this includes most embeddings that differ only by rounding.
+        files: paths of the N images in the same order, relative to ``root``, each once.
+        root: the folder that contains the images.
+        kind: how the index is searched.
+
+            - "flat" compares a query with every image.
+            - "hnsw" searches a graph. It misses at most a few per cent of the neighbours and stays
+              fast for millions of images.
+            - "ivfpq" keeps a code of about D / 8 bytes per image in memory. It finds candidates by
+              their codes and ranks them by their exact embeddings. These are read from the given
+              array, which may be a memory map. Fewer than ``IVFPQ_FROM`` (10 000) images are too
+              few to train codes, so the index is then flat.
+            - "auto" is flat up to ``FLAT_UP_TO`` (50 000) images, hnsw up to ``HNSW_UP_TO``
+              (1 000 000) and ivfpq above. The choice is made again when images are added or
+              removed.
+
+            Images with equal embeddings share one entry of the index, and a search finds all of
+            them. In "hnsw", most embeddings that differ only by rounding share an entry too.
         exclude: patterns of files that :meth:`changes` ignores, see
             :class:`pml_tacl.datasets.ImageFiles`.
-        fixed: :meth:`changes` reports no new files, because these were listed explicitly.
+        fixed: True if the files were listed explicitly. :meth:`changes` then does not report new
+            files.
 
     Attributes:
-        files: as given.
+        files: the paths, as given.
         root: as an absolute path; set it if the images have moved.
 
     Raises:
@@ -138,7 +147,7 @@ class ImageIndex:
         return np.asarray(self._index.reconstruct_n(0, self._index.ntotal))[self._entries]
 
     def embeddings_of(self, rows: Sequence[int] | IntArray) -> FloatArray:
-        """Return the embeddings (M, D) of some rows, unit norm."""
+        """Return the embeddings (M, D), with unit norm, of the images at some rows of ``files``."""
         if self._rows is not None:
             return np.ascontiguousarray(self._rows[np.asarray(rows)])
         return np.asarray(self._index.reconstruct_batch(self._entries[np.asarray(rows)]))
@@ -155,8 +164,9 @@ class ImageIndex:
                 search is exact for every kind.
 
         Returns:
-            Cosine similarities (Q, k) in [-1, 1], nearest first, and rows (Q, k) of ``files``.
-            Images with equal embeddings are in the order of ``files``.
+            Cosine similarities (Q, k) in [-1, 1], nearest image first, and rows (Q, k): the
+            positions of these images in ``files``. Images with equal embeddings are in the order
+            of ``files``.
 
         Raises:
             ValueError: if D differs from that of the index, embeddings are NaN or zero, or the
@@ -247,7 +257,9 @@ class ImageIndex:
         return np.repeat(similarities.ravel(), taken).reshape(-1, k), rows.reshape(-1, k)
 
     def rows_in(self, folder: str) -> IntArray:
-        """Return the rows of the images in a folder or below it, relative to ``root``.
+        """Return the rows (positions in ``files``) of the images in a folder or below it.
+
+        The folder is relative to ``root``.
 
         Raises:
             ValueError: if there are none.
@@ -262,11 +274,13 @@ class ImageIndex:
         return np.array(rows, dtype=np.int64)
 
     def paths(self, rows: Sequence[int] | IntArray) -> list[Path]:
-        """Return the paths of the images at some rows."""
+        """Return the paths of the images at some rows of ``files``."""
         return [self.root / self.files[int(row)] for row in rows]
 
     def changes(self) -> Changes:
-        """Return how the images under ``root`` differ from those indexed; reads no pixels.
+        """Return how the images under ``root`` differ from the indexed images.
+
+        The pixels are not read.
 
         Raises:
             ValueError: if ``root`` is not a folder or contains no images.

@@ -114,29 +114,30 @@ class KMeansPseudoLabeler:
     """Spherical k-means (faiss) that returns pseudo-labels.
 
     Embeddings are L2-normalised first. On a CPU, calls with the same seed, number of threads and
-    faiss build return the same result. If the installed faiss supports GPUs, it uses them, and
-    results may vary. Empty clusters are dropped, and the others are renumbered 0..K'-1 in order.
-    The centroids returned are the normalised means of their members. Since faiss does not take
-    this last half of an iteration, some embeddings may be slightly nearer to another centroid.
+    faiss build return the same result. If the installed faiss supports GPUs, they are used, and
+    results may vary. Empty clusters are removed, and the others are renumbered 0..K'-1 in order.
+    At the end, each centroid is set to the normalised mean of its members. The members are not
+    assigned again after that, so some embeddings may be slightly nearer to another centroid.
 
-    Above ``TWO_LEVELS_ABOVE`` (20 000) clusters, k-means has two levels. A first k-means divides
-    the embeddings into about sqrt(K) groups, and each group is clustered separately. A few rounds
-    over all centroids follow, in which each embedding is compared with nearby centroids only. The
-    cost then grows with sqrt(K) instead of K, and clusters are slightly less compact.
+    For more than ``TWO_LEVELS_ABOVE`` (20 000) clusters, k-means has two levels. A first k-means
+    divides the embeddings into about sqrt(K) groups, where K is the number of clusters, and each
+    group is clustered separately. A few iterations over all centroids follow, which compare each
+    embedding with nearby centroids only. The time then grows with sqrt(K) instead of K, and
+    clusters are slightly less compact.
 
     Args:
         num_clusters: at least 2, or "auto": a tenth of the images, at least 2 and at most
-            10 000. About ten images a cluster leave enough positives, and clusters that split a
-            class do less harm than clusters that merge two; the bound keeps the cost linear in
-            the number of images.
+            10 000. About ten images per cluster give enough positive pairs. A cluster that splits a
+            class does less harm than one that merges two classes. The upper limit keeps the time
+            proportional to the number of images.
         num_iterations: number of iterations of k-means.
         seed: seed of k-means and of the sample.
-        max_points: number of embeddings that k-means trains on; a random sample is taken of more,
-            and all embeddings are assigned afterwards. None is a million, or 50 per cluster if
-            that is more. Memory holds a normalised copy of the sample, one chunk, centroids and
-            labels.
-        min_cluster_size: clusters with fewer members become noise (-1). 1 keeps all clusters,
-            since two views of one image are already a positive pair.
+        max_points: largest number of embeddings that k-means trains on. If there are more, it
+            trains on a random sample and assigns all embeddings afterwards. None means a million,
+            or 50 per cluster if that is more. A normalised copy of the sample, one chunk, the
+            centroids and the labels are held in memory.
+        min_cluster_size: clusters with fewer members become noise: their images get the label -1.
+            1 keeps all clusters, because two views of one image are already a positive pair.
         chunk_size: number of embeddings that are checked and assigned at once.
 
     Raises:
@@ -186,12 +187,12 @@ class KMeansPseudoLabeler:
         """Cluster embeddings.
 
         Args:
-            embeddings: (N, D), array (also a memory map) or tensor on any device, of any float
-                type.
+            embeddings: (N, D), a NumPy array (which may be a memory map) or a tensor on any
+                device, of any float type.
             initial_centroids: (K0, D), centroids to start from, so that clusters keep their
-                labels. If K0 is smaller than the number of clusters, the others are drawn from
-                the embeddings. If it is larger, the centroids with the most members are kept, in
-                order.
+                labels. If K0 is smaller than the number of clusters, the missing centroids are
+                drawn from the embeddings. If it is larger, the centroids with the most members
+                are kept, in their order.
 
         Returns:
             PseudoLabels on the device of `embeddings` (CPU for arrays).
@@ -202,8 +203,8 @@ class KMeansPseudoLabeler:
                 all clusters are smaller than `min_cluster_size`.
 
         Warns:
-            UserWarning: if less than half of the clusters are used, or one cluster holds more
-                than half of the images.
+            UserWarning: if less than half of the clusters have members, or one cluster contains
+                more than half of the images.
         """
         rows = UnitRows("embeddings", embeddings, self.chunk_size)
         number = self.number_for(len(rows))

@@ -32,41 +32,45 @@ class RetrievalCalculator(AccuracyCalculator):
 
     Metrics: recall_at_k for each of `ks`, precision_at_1, r_precision,
     mean_average_precision_at_r, mean_reciprocal_rank, NMI and AMI, all in [0, 1] (AMI may fall
-    a little below 0). mean_average_precision of the whole ranking is computed only if it is
-    included by name. All follow the definitions of PML; recall_at_k is the fraction of queries
-    with a correct result among the k nearest. It differs from its parent:
+    a little below 0). mean_average_precision uses the whole ranking and is computed only if
+    `include` names it. The metrics are defined as in PML. recall_at_k is the fraction of queries
+    with a correct result among their k nearest results. The results come from the gallery, which
+    PML calls the reference. The differences from PML's class are:
 
-    - each query is ranked as deep as each metric needs, whatever `k` is, so no metric is
-      silently truncated;
-    - memory is bounded: queries are processed in chunks;
-    - labels are compared as int64, so large ids do not collide;
-    - the query itself is left out even if the gallery contains copies of it;
-    - ranks follow exact distances, for any offset and scale of the embeddings and any
-      `torch.set_float32_matmul_precision`; equal distances are ordered by index.
+    - each metric gets as many results per query as it needs, whatever `k` is, so its value is
+      never cut off without a warning;
+    - queries are processed in chunks, which limits the memory;
+    - labels are compared as int64, so two large labels never count as equal by rounding;
+    - the query itself is not among its results, even if the gallery contains copies of it;
+    - results are ranked by exact distances, for any offset and scale of the embeddings and any
+      `torch.set_float32_matmul_precision`. Results at equal distances are ordered by index.
 
-    Distances are L2 distances of the embeddings as given; PML's testers normalise them before.
-    Queries without a correct result in the gallery are left out of the means, as in PML. Their
-    number is in `num_lone_queries` after each call. If no other queries are left, the result is
-    NaN.
+    Distances are L2 distances of the embeddings as given; this class does not normalise them, but
+    PML's testers do so before they call it. Queries without a correct result in the gallery are
+    left out of the means, as in PML. `num_lone_queries` is their number in the last call. If all
+    queries are left out, the result is NaN.
 
     Args:
         include: names of metrics to compute, or one name; empty for all.
         exclude: names of metrics to leave out, or one name.
-        avg_of_avgs: average over classes of the averages within each class.
-        return_per_class: return a list with one value per class, in ascending order of labels,
-            for the classes that have queries with a correct result.
-        k: depth of the ranking for mean_reciprocal_rank and mean_average_precision, an integer
-            or "max_bin_count"; None is the whole ranking.
+        avg_of_avgs: average within each class first, and then average these values.
+        return_per_class: return a list with one value for each class that has a query with a
+            correct result, in ascending order of labels.
+        k: number of results per query that mean_reciprocal_rank and mean_average_precision use:
+            an integer; "max_bin_count", the largest number of correct results of any query; or
+            None for all results.
         label_comparison_fn: not supported.
         device: device of the search; None is CUDA if available, else CPU.
-        knn_func: k-NN function in the form of PML, used instead of `engine`; it gets the
+        knn_func: k-NN function with the signature of PML's, used instead of `engine`; it gets the
             embeddings as given.
-        kmeans_func: k-means function in the form of PML, for NMI and AMI.
-        ks: the k of recall_at_k.
-        engine: "faiss", "torch" or "auto": faiss on CPU, torch elsewhere.
+        kmeans_func: k-means function with the signature of PML's, for NMI and AMI.
+        ks: the values of k for recall_at_k.
+        engine: library for the search: "faiss", "torch", or "auto" for faiss on a CPU and torch
+            on other devices.
 
     Raises:
-        ValueError: for unknown metrics, wrong `ks`, `k` or `engine`, or a `label_comparison_fn`.
+        ValueError: if a metric is unknown, if `ks`, `k` or `engine` is invalid, or if
+            `label_comparison_fn` is given.
 
     Example:
         >>> import torch
@@ -143,19 +147,21 @@ class RetrievalCalculator(AccuracyCalculator):
 
         Args:
             query: (Q, D) embeddings, tensor or array.
-            query_labels: (Q,) whole numbers of any type, or (Q, L), equal if all L are equal.
+            query_labels: (Q,) whole numbers of any type. Or (Q, L): two labels then match if all
+                L numbers are equal.
             reference: (R, D), the gallery; None for the queries themselves.
             reference_labels: (R,) whole numbers, or (R, L).
-            ref_includes_query: the first Q embeddings of the reference are the queries; each is
-                left out of its own results. If False, a warning is logged if more than a tenth of
-                the queries find themselves.
-            include: as for the class, among the metrics of this calculator.
+            ref_includes_query: True if the first Q embeddings of the reference are the queries.
+                Each query is then left out of its own results. If False, a warning is logged if
+                more than a tenth of the queries find themselves.
+            include: as for the class, but only metrics of this calculator.
             exclude: as for the class.
 
         Returns:
-            Dict from metric name to value. Metrics added by a subclass are called with
-            `per_query` (metrics by name, (Q,) float64, NaN for lone queries), `query`,
-            `reference`, their labels, and `relevant` (Q,), the number of correct results.
+            Dict from metric name to value. If a subclass adds a metric, its method is called with
+            `per_query`, `query`, `reference`, their labels, and `relevant`. `per_query` is a dict
+            from metric name to the values of the queries, (Q,) float64, NaN for queries without
+            a correct result. `relevant` (Q,) is the number of correct results of each query.
 
         Raises:
             ValueError: if shapes do not match, embeddings are empty, NaN or infinite, labels are

@@ -26,29 +26,31 @@ _FIXED = {
 class AttentionConsistencyLoss(BaseMetricLossFunction):
     """Transformed attention consistency (TAC) loss between two views of an image.
 
-    For a matched pair (i, j), compute the attention of image i to image j, and the attention of
-    a transformed view i' to the same image j. The two must agree at corresponding cells:
+    The attention A(i|j) of image i to image j says how well each cell of i matches its best cell in
+    j. The loss compares it with the attention A(i'|j) of i', a transformed view of i, to the same
+    image j. The two should agree at corresponding cells:
     ``l_ij = mean over visible u of (A(i|j)[u] - A(i'|j)[T u])^2``, where T u is the position of
-    cell u in the transformed view. After Li et al. 2020 (ECCV); the definition is our own, see
-    :func:`pml_tacl.functional.attention_consistency`.
+    cell u in the transformed view. The idea is from Li et al. 2020 (ECCV); the definition is our
+    own, see :func:`pml_tacl.functional.attention_consistency`.
 
-    The matched pairs are the positive pairs of ``indices_tuple`` (triplets or pairs from any
-    miner). Without it, they are the pairs with the same label. Pairs with a label -1 (noise) are
-    ignored.
+    The pairs (i, j) are matched pairs: images that are treated as the same kind. They are the
+    positive pairs of ``indices_tuple`` (triplets or pairs from any miner). If it is not given, they
+    are all pairs of images with the same label. Pairs with the label -1 (noise) are ignored.
 
     Args:
-        temperature: None for the hard maximum; t > 0 gives a soft maximum.
-        max_pairs: largest number of same-label pairs used, neighbours in the batch first. It does
-            not limit the pairs of ``indices_tuple``.
+        temperature: how the best cell in j is chosen. None takes the largest cosine; t > 0 takes
+            a soft maximum over all cells.
+        max_pairs: largest number of pairs with the same label. Pairs that are close in the batch
+            are used first. It does not limit the pairs of ``indices_tuple``.
         chunk_size: number of pairs compared at once; None chooses it for the device. It does not
             change the result.
         **kwargs: ``reducer`` and ``collect_stats``, as in any PML loss.
 
     Raises:
         ValueError: if an argument is out of range, or if ``distance`` or
-            ``embedding_regularizer`` is given (the definition fixes the cosine, and feature maps
-            have no embedding norm). When called: if shapes do not match, a label is not an
-            integer or below -1, or both labels and indices_tuple are missing.
+            ``embedding_regularizer`` is given (attention is always compared by cosine, and feature
+            maps have no norm of embeddings). When called: if shapes do not match, if a label is
+            not an integer or is below -1, or if both labels and indices_tuple are missing.
 
     Example:
         >>> import torch
@@ -98,12 +100,12 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
             feature_maps: (N, C, H, W) of the first views.
             transformed_feature_maps: (N, C, H', W') of the second views.
             points: (N, H*W, 2), position of each cell of the first view in the second view, in
-                grid_sample coordinates (align_corners=False). Points outside [-1, 1] are not
-                visible.
+                grid_sample coordinates (align_corners=False). If a point is outside [-1, 1], the
+                second view does not show the cell, and the cell is left out.
             labels: (N,) pseudo-labels, whole numbers of any type; -1 is noise.
-            indices_tuple: from a miner; its positive pairs are the matched pairs.
+            indices_tuple: the output of a miner; its positive pairs are the matched pairs.
             weights: (N, H*W) non-negative weight of each cell, such as `cell_weights` of a
-                background swap; None for ones.
+                background swap; None gives all cells the weight 1.
 
         Returns:
             The (P,) losses after the reducer: a scalar for most reducers.

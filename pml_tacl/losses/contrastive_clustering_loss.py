@@ -16,25 +16,27 @@ class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
     """Triplet loss between an image and cluster centroids.
 
     ``l_i = [ d(e_i, c_y) - mean_k d(e_i, c_k) + margin ]_+``: the positive is the centroid of the
-    image's own cluster, the negatives are the ``num_negatives`` nearest other centroids. After Li
-    et al. 2020 (ECCV), *Unsupervised Deep Metric Learning with Transformed Attention Consistency
-    and Contrastive Clustering Loss*; the definition is our own.
+    image's own cluster, and the negatives are the ``num_negatives`` nearest other centroids. The
+    idea is from Li et al. 2020 (ECCV), *Unsupervised Deep Metric Learning with Transformed
+    Attention Consistency and Contrastive Clustering Loss*; the definition is our own.
 
-    Set the centroids with :meth:`set_centroids`. If none are set, the loss uses the mean of each
-    label in the batch (or in ``ref_emb``, if given), with gradient. Embeddings labelled -1
-    (noise) are ignored. An ``indices_tuple`` weights the embeddings, as in PML's other losses
-    that need no pairs.
+    Set the centroids with :meth:`set_centroids`. If none are set, the centroid of a label is the
+    mean of its embeddings in the batch (or in ``ref_emb``, if given), and gradients flow through
+    it. Embeddings with the label -1 (noise) are ignored. If an ``indices_tuple`` is given, each
+    embedding is weighted by how often it occurs in it, as in PML's classification losses.
 
     Args:
         margin: in the unit of the distance (cosine: [0, 2]).
-        num_negatives: nearest other centroids per embedding; all of them if there are fewer.
+        num_negatives: number of nearest other centroids that an embedding is compared with; all of
+            them if there are fewer.
         **kwargs: ``distance`` (default CosineSimilarity, which works in every floating type),
             ``reducer``, ``embedding_regularizer``, ``collect_stats``: as in any PML loss.
 
     Raises:
         ValueError: if ``margin`` is negative or not finite, or ``num_negatives`` is not an integer
-            of at least 1. When called: if labels are missing, not integers or below -1, a label
-            has no centroid, dimensions differ, or ``ref_emb`` is given while centroids are set.
+            of at least 1. When called: if labels are missing, not integers or below -1, if a label
+            has no centroid, if dimensions differ, or if ``ref_emb`` is given although centroids
+            are set.
 
     Example:
         >>> import torch
@@ -67,9 +69,9 @@ class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
         Args:
             embeddings: (N, D).
             labels: (N,) pseudo-labels, whole numbers of any type; -1 is noise.
-            indices_tuple: from a miner; weights the embeddings.
-            ref_emb: (M, D) embeddings whose means become the centroids; only if no centroids
-                are set.
+            indices_tuple: the output of a miner; it weights the embeddings.
+            ref_emb: (M, D) embeddings whose means are used as centroids; allowed only if no
+                centroids are set.
             ref_labels: (M,) labels of ``ref_emb``.
 
         Returns:

@@ -12,14 +12,16 @@ from pml_tacl.utils.precision import wide_dtype, without_autocast
 class AttentionConsistencyMiner(PairMiner):
     """Miner of matched pairs for :class:`AttentionConsistencyLoss`.
 
-    Pair each image with the ``pairs_per_anchor`` images of the same pseudo-label whose average
-    features are nearest. There are no negative pairs: the third and fourth tensors are empty.
-    Images labelled -1 and images alone in their cluster get no pair. After Li et al. 2020; the
-    definition is our own.
+    The miner takes feature maps and averages each map over its cells. It pairs each image with the
+    ``pairs_per_anchor`` images of the same pseudo-label whose averaged features are nearest. There
+    are no negative pairs: the third and fourth tensors of the output are empty. Images with the
+    label -1 (noise) and images that are alone in their cluster get no pair. The idea is from Li et
+    al. 2020; the definition is our own.
 
     Args:
-        pairs_per_anchor: matched images per image; all of them if there are fewer.
-        **kwargs: ``distance`` of the averaged features (default CosineSimilarity) and
+        pairs_per_anchor: number of images that each image is paired with; all images of its
+            pseudo-label if there are fewer.
+        **kwargs: ``distance`` between the averaged features (default CosineSimilarity) and
             ``collect_stats``, as in any PML miner.
 
     Raises:

@@ -10,21 +10,24 @@ from pml_tacl.utils.pml_compat import PairMiner, Pairs
 
 
 class ContrastiveClusteringMiner(Centroids, PairMiner):
-    """Miner of hard pairs near cluster centroids, without images whose cluster is ambiguous.
+    """Miner of hard pairs that leaves out images whose cluster is ambiguous.
 
-    Positives are images of the same cluster. Negatives are images of the ``num_negatives`` other
-    clusters with the nearest centroids. The ambiguity of an image is its distance to its own
-    centroid divided by its distance to the nearest other centroid. Images with an ambiguity
-    above ``max_ambiguity``, or with label -1, appear in no pair. In ``ref_emb``, if given, only
-    images labelled -1 are left out.
+    The positives of an image are the images of the same cluster. Its negatives are the images of
+    the ``num_negatives`` other clusters whose centroids are nearest to it. The ambiguity of an
+    image is its distance to its own centroid divided by its distance to the nearest other
+    centroid. Images with an ambiguity above ``max_ambiguity``, or with the label -1 (noise), are
+    not in any pair. Of the images in ``ref_emb``, if given, only those with the label -1 are left
+    out.
 
-    Set the centroids with :meth:`set_centroids`. If none are set, the miner uses the means of
-    the batch (or of ``ref_emb``, if given). After Li et al. 2020; the definition is our own.
+    Set the centroids with :meth:`set_centroids`. If none are set, the centroid of a label is the
+    mean of its embeddings in the batch (or in ``ref_emb``, if given). The idea is from Li et al.
+    2020; the definition is our own.
 
     Args:
-        num_negatives: nearest other centroids per image; all of them if there are fewer.
-        max_ambiguity: 1 leaves out images that are nearer to another centroid; smaller values
-            leave out more.
+        num_negatives: number of other clusters that give negatives for an image; all of them if
+            there are fewer.
+        max_ambiguity: 1 leaves out the images that are nearer to another centroid than to their
+            own; smaller values leave out more images.
         **kwargs: ``distance`` (default CosineSimilarity, compared as 1 - cosine) and
             ``collect_stats``, as in any PML miner.
 

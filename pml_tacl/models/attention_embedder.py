@@ -27,39 +27,43 @@ _Self = TypeVar("_Self", bound="AttentionEmbedder")
 
 
 class AttentionEmbedder(nn.Module):
-    """Model from images to unit embeddings, with feature maps and an attention map.
+    """Model that turns images into embeddings of unit norm, feature maps and an attention map.
 
-    The model has two parts. The backbone is *trained*. Its embedding is its own pooled feature,
-    so before training it retrieves like `timm.create_model(backbone, num_classes=0)`. The
-    projection is *fitted*: :meth:`fit_projection` computes it from images without labels. Call
-    it before the first search and again after training.
+    The model has two parts, a backbone and a projection. The backbone is *trained*. Its embedding
+    is the pooled feature of the timm model. Before training, it therefore retrieves as well as
+    `timm.create_model(backbone, num_classes=0)`. The projection turns this embedding, together
+    with the feature maps, into the final embedding. It is not trained but *fitted*:
+    :meth:`fit_projection` computes it from images without labels. Call it before the first search,
+    and again after training. Until then, the model returns the embedding of the backbone.
 
-    `model.trunk` and `model.embedder` are the two modules that trainers and testers of
-    pytorch-metric-learning expect: `embedder(trunk(x))` equals `model(x)`.
+    Trainers and testers of pytorch-metric-learning expect two modules. These are `model.trunk` and
+    `model.embedder`: `embedder(trunk(x))` equals `model(x)`.
 
     Args:
         backbone: a timm model name; a timm module (its head is removed in place); or any module
-            that maps (N, C, H, W) images to (N, C, H, W) maps or to a list of them, finest first.
+            that maps images (N, C, H, W) to feature maps (N, C, H, W), or to a list of them that
+            begins with the finest.
         pretrained: False; True to download weights through timm; or the path of a local
             `.safetensors`, `.pth` or `.bin` state dict, with or without classifier.
-        embedding_dim: largest number of dimensions of the projected embeddings; None builds no
-            projection.
-        feature_index: the stage (CNN) or block (ViT) whose maps are used for attention; negative
-            counts from the end. None: the last one with stride 16 or finer.
-        attention: `"border"` (cells similar to the image's own border count less, the default),
-            `"relative_border"`, `"pool"`, `"distinctive"`, `"none"`, or a module from
-            `TrunkOutput` to (N, H, W) logits; see `Embedder`.
+        embedding_dim: largest number of dimensions of the projected embeddings; None leaves out
+            the projection.
+        feature_index: the stage (CNN) or block (ViT) whose maps are used for attention; a negative
+            number counts from the end. None: the last one with a stride of at most 16 pixels.
+        attention: how the attention map is computed. `"border"` is the default: cells that look
+            like the image's own border count less. Others are `"relative_border"`, `"pool"`,
+            `"distinctive"`, `"none"`, or a module from `TrunkOutput` to (N, H, W) logits; see
+            `Embedder`.
         pooling: `"backbone"`, the pooling of timm. For networks trained from scratch:
             `"covariance"` of the maps used for attention (later stages are then removed), or
-            `"average"` of the last stage. Both have a trained projection.
+            `"average"` of the last stage. With these two, the projection is trained.
         freeze_batchnorm: keep the statistics and weights of BatchNorm in the trunk fixed during
             training. None: True if `pretrained` is given.
-        **timm_kwargs: passed to `timm.create_model`, such as `in_chans` or `drop_path_rate`.
-            With a module, give `in_chans` and `img_size` if they cannot be read from it.
+        **timm_kwargs: passed to `timm.create_model`, such as `in_chans` or `drop_path_rate`. If
+            `backbone` is a module, give `in_chans` and `img_size` if they cannot be read from it.
 
     Raises:
-        ValueError: for an unknown backbone (the message lists similar names) or an argument out
-            of range.
+        ValueError: if the backbone is unknown (the message lists similar names) or an argument is
+            out of range.
         OSError: if the weights cannot be read or downloaded.
 
     Example:
@@ -150,7 +154,7 @@ class AttentionEmbedder(nn.Module):
         """Return the transform from an image to the input of this model.
 
         Args:
-            training: random crop and flip instead of the central crop.
+            training: True for a random crop and flip, False for the central crop.
             image_size: side or (height, width) in pixels; None uses the data config.
 
         Returns:
@@ -158,9 +162,9 @@ class AttentionEmbedder(nn.Module):
             The image is a PIL image of any mode, or an array or tensor (H, W), (H, W, C) or
             (C, H, W) of uint8, wider integers, or floats in [0, 1]. It is converted by
             :func:`pml_tacl.utils.images.to_rgb`, which also rotates it upright and fills
-            transparent areas with white. For a model with 1 channel it is converted to grey. A
-            model with C channels other than 1 and 3 takes PIL images with C channels and tensors
-            (C, H, W) of uint8 or floats in [0, 1].
+            transparent areas with white. For a model with 1 channel it is converted to grey. If
+            the number of channels C is not 1 or 3, the transform takes PIL images with C channels
+            and tensors (C, H, W) of uint8 or floats in [0, 1].
         """
         return image_transform(self.data_config, training, image_size)
 
@@ -184,19 +188,20 @@ class AttentionEmbedder(nn.Module):
     ) -> tuple[float, float]:
         """Return the offset (x, y) of receptive-field centres from their cell centres, in cells.
 
-        It is half a cell up and left for most convolutional networks, and zero for ViTs. Pass it
-        to `SiameseTransform`, `BackgroundSwap` and `functional.to_image`, which need exact
-        positions. It depends on the architecture and the image size; it does not depend on the
-        weights or on random numbers. It needs a forward pass, so call it once.
+        The receptive field of a cell is the part of the image that influences it. Its centre is
+        half a cell up and left for most convolutional networks, and not shifted for ViTs. Pass the
+        offset to `SiameseTransform`, `BackgroundSwap` and `functional.to_image`, which need exact
+        positions. By default, it depends only on the architecture and the image size, and not on
+        the weights or on random numbers. It needs a forward pass, so call it once and keep it.
 
         Args:
             image_size: side or (height, width) in pixels; None uses the data config.
             through_weights: measure the offset with the current weights, by gradients on noise.
-                Training can change it: the offset of EfficientNet-Lite0 is 0.47 of a cell down
-                and right by its layers, and 0.14 with ImageNet weights.
+                Training can change it: for EfficientNet-Lite0, the layers give 0.47 of a cell down
+                and right, and the ImageNet weights 0.14.
 
         Raises:
-            ValueError: for a size that :meth:`grid` does not accept.
+            ValueError: if :meth:`grid` does not accept the size.
         """
         images = self._of_images(image_size)
         return measure_cell_offset(*images, through_weights=through_weights)
@@ -214,23 +219,25 @@ class AttentionEmbedder(nn.Module):
     ) -> None:
         """Fit the projection to images, without labels, in evaluation mode.
 
-        Afterwards the embeddings have at most `embedding_dim` dimensions: half for the whole
-        image, half for its parts, both whitened; see :class:`pml_tacl.models.Projection`.
-        Call it before the first search and again after training. With `pooling="covariance"` or
-        `"average"` it initialises the projection, which is then trained: call it once, before
-        training.
+        Afterwards the embeddings have at most `embedding_dim` dimensions. One half describes the
+        whole image and the other half its parts. Both are whitened, that is, scaled to nearly
+        equal variance; see :class:`pml_tacl.models.Projection`. Call this method before the first
+        search and again after training. With `pooling="covariance"` or `"average"` it only sets
+        the initial values of the projection, which is then trained: call it once, before training.
 
         Args:
-            batches: iterable over images (N, C, H, W), ready for the model, or over sequences
-                that start with them, such as a DataLoader. It is read once, or twice for the
-                covariance.
-            max_images: number of images used, from the start: shuffle sorted data sets.
+            batches: iterable over images (N, C, H, W) that are ready for the model, or over
+                sequences that begin with such images, such as a DataLoader. It is read once, or
+                twice with `pooling="covariance"`.
+            max_images: largest number of images used. The first ones are taken, so shuffle data
+                sets that are sorted.
             progress: show a progress bar.
 
         Raises:
             ValueError: if the model has no projection, there are fewer than 2 images, features
-                are NaN, or all images look the same. The model then keeps its projection. Also
-                for an iterator with `pooling="covariance"`.
+                are NaN, or all images look the same. The model then keeps its earlier projection.
+                Also if `pooling="covariance"` and `batches` is an iterator, which can be read
+                only once.
         """
         if isinstance(self.embedder.projection, nn.Linear):
             whiten_linear(self, batches, max_images, progress=progress)
@@ -258,7 +265,8 @@ class AttentionEmbedder(nn.Module):
         Args:
             lr: learning rate of the trunk; with `layer_decay`, of its last layer.
             head_lr: learning rate of the embedder; None takes `lr`.
-            layer_decay: factor in (0, 1] from each layer to the one before it.
+            layer_decay: factor in (0, 1] by which the learning rate of each layer is multiplied to
+                give that of the layer before it.
 
         Returns:
             Dicts with `params`, `lr` and `name`; groups without trainable parameters are left out.

@@ -104,16 +104,17 @@ class UnsupervisedTrainer(BaseTrainer):
     """Trainer for embeddings on images without labels. It alternates clustering and training.
 
     The trainer is a PML trainer: models, loss_funcs, mining_funcs, optimizers, hooks and records
-    work as in PML. At the start of an epoch it embeds the whole data set and clusters the
-    embeddings (see ``recluster_every``). The clusters are the pseudo-labels of the epoch, and
-    batches are sampled by them. Both views of an image have the same pseudo-label. During
-    ``warmup_epochs`` each image is its own cluster. In distributed training
-    (:mod:`pml_tacl.distributed.inference`) all processes train one model, and the main process
-    calls the hooks. The method follows Li et al. 2020; this formulation is ours.
+    work as in PML. At the start of an epoch, it computes the embeddings of the whole data set (the
+    *embedding pass*) and clusters them (see ``recluster_every``). The cluster numbers are the
+    pseudo-labels of the epoch, and each batch has ``images_per_cluster`` images of each of its
+    clusters. Each image of a batch comes in two random views, which have the same pseudo-label.
+    During ``warmup_epochs``, each image is its own cluster. In distributed training
+    (:mod:`pml_tacl.distributed.inference`), all processes train one model, and the main process
+    calls the hooks. The method follows Li et al. 2020; the exact definitions are our own.
 
     Only the model and the data set are required. The defaults of other arguments come from
     :func:`pml_tacl.trainers.recipe.recipe_for`. If the data set is given as a folder,
-    :meth:`train` ends with :meth:`finish`: it writes a model and a search index, and prints
+    :meth:`train` ends with :meth:`finish`, which writes a model and a search index and prints
     whether training helped.
 
     Args:
@@ -121,52 +122,53 @@ class UnsupervisedTrainer(BaseTrainer):
             may be missing.
         optimizers: one optimizer for all parameters, or {"trunk_optimizer": ...,
             "embedder_optimizer": ...}. None: AdamW with one cycle of learning rates.
-        batch_size: images in a batch, summed over all processes; each comes in two views.
+        batch_size: number of images in a batch, summed over all processes; each image comes in two
+            views.
         loss_funcs: losses by name; their weighted sum is minimised. An AttentionConsistencyLoss
-            gets feature maps and points, PML's SelfSupervisedLoss gets the two views, and any
-            other loss gets the embeddings of both views with their pseudo-labels. Losses that use
-            centroids receive them, also inside PML's wrappers or user-defined modules. Such
-            losses need no wrapper: inside SelfSupervisedLoss or CrossBatchMemory the loss is
-            called directly.
-        dataset: items (image, anything), the image as ``transform`` takes it; labels are ignored.
-            Or the path of a folder of images.
+            gets feature maps and points. PML's SelfSupervisedLoss gets the embeddings of the two
+            views. Any other loss gets the embeddings of both views with their pseudo-labels. Losses
+            that use centroids receive them, even inside PML's wrappers or user-defined modules.
+            Such losses do not need SelfSupervisedLoss or CrossBatchMemory: if they are wrapped in
+            one, the trainer calls the loss directly.
+        dataset: its items are (image, anything), with images that ``transform`` accepts; labels
+            are ignored. Or the path of a folder of images.
         image_size: side or (height, width) in pixels, for the default transforms; None for the
             model's own size.
-        run: folder that :meth:`finish` writes to; None is "runs/" and the name of the data set's
-            folder.
+        run: folder that :meth:`finish` writes to; None means "runs/" followed by the name of the
+            data set's folder.
         transform: image -> (view, transformed view, points): a :class:`SiameseTransform`.
         eval_transform: image -> (3, S, S), for the embedding pass.
-        labeler: embeddings (N, D) -> PseudoLabels, such as :class:`KMeansPseudoLabeler`; images
-            with label -1 are noise and are not sampled.
+        labeler: embeddings (N, D) -> PseudoLabels, such as :class:`KMeansPseudoLabeler`. Images
+            with the label -1 are noise and are not used in batches.
         mining_funcs: "tuple_miner" for the metric losses, "attention_miner" (gets feature maps and
             labels of the first views) for the attention losses.
-        images_per_cluster: images of one cluster in a batch; must divide batch_size.
+        images_per_cluster: number of images of each cluster in a batch; must divide batch_size.
         recluster_every: number of epochs from one clustering to the next, at least 1.
-        recluster_when_moved: skip a clustering that is due unless the embeddings of a sample of
-            1000 images have moved at least this far since the last one: mean cosine distance, in
-            [0, 2] (0.02 is little, 0.2 is much). None: never skip.
-        warmup_epochs: epochs before the first clustering, at least 0.
-        centroid_momentum: in [0, 1], momentum of centroids that follow the batches
-            (``ContrastiveClusteringLoss.move_centroids``); 1 keeps the centroids of the
-            clustering.
+        recluster_when_moved: skip a clustering that is due if the embeddings have moved less than
+            this since the last one. The movement is the mean cosine distance, in [0, 2], of a
+            sample of 1000 images (0.02 is little, 0.2 is much). None: never skip.
+        warmup_epochs: number of epochs before the first clustering, at least 0.
+        centroid_momentum: in [0, 1]. After each step, the centroids move towards the embeddings of
+            the batch with this momentum (``ContrastiveClusteringLoss.move_centroids``); 1 keeps
+            the centroids of the clustering.
         swap: a :class:`BackgroundSwap` for both views, or None.
         amp_dtype: autocast type, torch.bfloat16 or torch.float16 (with loss scaling); None for no
             autocast.
         accumulation_steps: number of chunks in which a batch passes through the model, to save
-            memory. The losses see the whole batch, so the step equals that of one chunk, except
-            for BatchNorm.
-        ema_decay: decay in (0, 1) of the averaged weights, ``ema_model``; None for no average.
-            Averaged weights are for evaluation and export. Clusters come from the trained
-            weights, because the losses compare centroids with embeddings of those weights.
+            memory. The losses are computed on the whole batch, so a step gives the same result as
+            with a single chunk, except for BatchNorm.
+        ema_decay: decay in (0, 1) of a moving average of the weights, ``ema_model``; None for no
+            average. The averaged weights are for evaluation and export. The clustering uses the
+            trained weights, because the losses compare centroids with embeddings of those weights.
         compile: apply torch.compile to trunk and embedder together; parameter names do not change.
         max_unreadable: number of images that may become unreadable before training stops. Such an
             image counts as noise, and another image of its cluster replaces it.
         checkpoint_folder: folder for a checkpoint at the end of each epoch. SIGINT or SIGTERM then
             end the training after a checkpoint, with :class:`Interrupted` (a SystemExit, code 130
-            or 143); a second signal ends it immediately. None: only :meth:`save_checkpoint`
-            writes.
-        checkpoint_every: number of iterations between further checkpoints within an epoch; None
-            for none.
+            or 143); a second signal ends it immediately. None: checkpoints are written only by
+            calls of :meth:`save_checkpoint`.
+        checkpoint_every: number of iterations between additional checkpoints within an epoch; None
+            for no additional checkpoints.
         keep: number of checkpoints to keep, at least 1.
         record_keeper: record-keeper's RecordKeeper (``hooks.record_keeper``). Its records are
             saved in checkpoints, so a crash neither loses nor duplicates records.
@@ -175,10 +177,11 @@ class UnsupervisedTrainer(BaseTrainer):
             lr_schedulers, gradient_clippers, freeze_these, dataloader_num_workers,
             end_of_epoch_hook, ...). Arguments that concern labels of the data set (sampler,
             dataset_labels, ...) raise ValueError.
-        guard: select the best network, possibly the untrained one, by a criterion without labels,
-            and stop early if training does harm (:class:`pml_tacl.trainers.guard.Guard`). Requires
-            a clustering before the first epoch, so ``warmup_epochs`` must be 0. None: the
-            recipe's default, or False with warm-up epochs.
+        guard: select the best network, which may be the untrained one, by a measurement that needs
+            no labels, and stop early if training does harm
+            (:class:`pml_tacl.trainers.guard.Guard`). It needs a clustering before the first epoch,
+            so ``warmup_epochs`` must be 0. None: False with warm-up epochs, otherwise the default
+            of the recipe.
 
     Attributes:
         state: state of the training (:class:`pml_tacl.trainers.state.TrainingState`).
@@ -188,15 +191,15 @@ class UnsupervisedTrainer(BaseTrainer):
             clustering.
         embeddings: (N, D) from the last embedding pass, NaN for unreadable images; on the main
             process only, and not saved in checkpoints. For more than 1 000 000 images they are in a
-            file in ``checkpoint_folder``, if it is set, which all processes write.
-        extra: dict of the user's tensors, numbers, strings and containers, saved in checkpoints.
-            NumPy numbers become Python numbers there, and arrays become tensors; other types
-            raise an error.
+            file in ``checkpoint_folder``, if it is set. All processes write to that file.
+        extra: dict for your own data: tensors, numbers, strings and containers, which are saved in
+            checkpoints. NumPy numbers are saved as Python numbers, and arrays as tensors; other
+            types raise an error.
 
     Raises:
         ValueError: for an invalid argument, before any computation.
         FloatingPointError: in training, if the loss is NaN or infinite.
-        OSError: in training, for more unreadable images than ``max_unreadable``, if a checkpoint
+        OSError: in training, if more than ``max_unreadable`` images are unreadable, if a checkpoint
             cannot be written, or if a process of the loader was killed.
     """
 
@@ -405,7 +408,7 @@ class UnsupervisedTrainer(BaseTrainer):
 
     @property
     def extra(self) -> StateDict:
-        """Data of the user, which is saved in checkpoints."""
+        """Your own data, which is saved in checkpoints."""
         return self.state.extra
 
     @property
@@ -442,10 +445,11 @@ class UnsupervisedTrainer(BaseTrainer):
     def train(self, start_epoch: int = 1, num_epochs: int = 1) -> None:
         """Train the epochs from ``start_epoch`` to ``num_epochs``, both included.
 
-        An end_of_epoch_hook that returns False ends the training.
+        If end_of_epoch_hook returns False, the training ends.
 
         Args:
-            start_epoch: first epoch, from 1; after :meth:`load_checkpoint` ``trainer.epoch + 1``.
+            start_epoch: first epoch, counted from 1; after :meth:`load_checkpoint`, pass
+                ``trainer.epoch + 1``.
             num_epochs: last epoch.
 
         Raises:
@@ -718,7 +722,7 @@ class UnsupervisedTrainer(BaseTrainer):
         return ", ".join(f"{name.removesuffix('_loss')} {v:.3f}" for name, v in shown.items())
 
     def relabel(self) -> None:
-        """Embed the whole data set, cluster it, and set the new pseudo-labels and centroids.
+        """Embed and cluster the whole data set, and set the new pseudo-labels and centroids.
 
         In distributed training the main process clusters and sends the result to all ranks.
 
@@ -754,8 +758,9 @@ class UnsupervisedTrainer(BaseTrainer):
     def set_pseudo_labels(self, labels: Tensor, centroids: Tensor | None) -> None:
         """Set the pseudo-labels and the centroids.
 
-        All losses and miners that use centroids get the new ones, nested ones included. Memories
-        of earlier labels are cleared (``reset_queue`` of PML's CrossBatchMemory).
+        All losses and miners that use centroids get the new ones, including losses inside other
+        losses. Stored embeddings with earlier labels are cleared (``reset_queue`` of PML's
+        CrossBatchMemory).
 
         Args:
             labels: (N,), indices of centroids, -1 for noise.

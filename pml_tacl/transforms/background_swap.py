@@ -41,25 +41,29 @@ class SwapOutput(NamedTuple):
 class BackgroundSwap(nn.Module):
     """Keep the foreground of each image and replace its background by that of another image.
 
-    After Li et al. 2020 (attention to what is discriminative between classes and consistent
-    within them). The definition is our own: `m * x + (1 - m) * x_other`, with a soft mask m. In an
-    attention loss, weight the cells by how much of them was kept, so that replaced cells do not
-    count: `cell_weights(output.masks, grid)`. If the second view was swapped too, multiply by
-    `sample_at_points` of its masks.
+    The new image is `m * x + (1 - m) * x_other`. The mask m has values from 0 (background) to 1
+    (foreground). The idea (attention to what is common within a class and differs between classes)
+    is from Li et al. 2020; the definition is our own.
+
+    In an attention loss, cells whose background was replaced should not count. Pass weights that
+    say how much of each cell was kept: `cell_weights(output.masks, grid)`. If the second view was
+    swapped too, multiply them by `sample_at_points` of its masks.
 
     Args:
-        probability: probability of swapping each image, in [0, 1].
-        mask: "border" keeps cells that do not look like the image's own border. "distinctive"
-            keeps cells that do not match images of other clusters. Both are
-            `sigmoid(sharpness * z)`, where z is the negated `border_similarity` or
-            `background_score`, standardised within each image and upsampled to its size.
-            "centred" keeps the middle: a Gaussian, 1 at the centre.
-        sharpness: of the masks computed from maps, above 0; larger values give harder masks.
+        probability: probability that the background of an image is swapped, in [0, 1].
+        mask: which part of an image counts as its foreground and is kept. "border" keeps cells that
+            do not look like the image's own border. "distinctive" keeps cells that do not match
+            images of other clusters. Both are `sigmoid(sharpness * z)`, where z is the negated
+            `border_similarity` or `background_score`, standardised within each image and upsampled
+            to its size. "centred" keeps the middle of the image, with a Gaussian that is 1 at the
+            centre.
+        sharpness: how sharp the edges of the "border" and "distinctive" masks are, above 0; larger
+            values give sharper edges.
         sigma: standard deviation of the "centred" mask as a fraction of the image's sides, above 0.
-        cell_offset: offset (x, y) of receptive-field centres from their cell centres, in cells,
-            from `AttentionEmbedder.cell_offset`.
-        empty: before the swap, paint over the foreground of the other image with the colours
-            around it, so that its object does not appear beside the kept one. False skips this.
+        cell_offset: offset (x, y) of receptive-field centres from their cell centres, in cells, as
+            `AttentionEmbedder.cell_offset` returns it.
+        empty: first paint over the foreground of the other image with the colours around it, so
+            that the result does not show both objects. False leaves this out.
 
     Raises:
         ValueError: for an argument out of range.
@@ -101,16 +105,16 @@ class BackgroundSwap(nn.Module):
     ) -> SwapOutput:
         """Swap the backgrounds of some images of a batch.
 
-        Each swapped image gets the background of another image. A batch of a single image is
-        returned unchanged. No step synchronises with the device.
+        Each swapped image gets the background of another image of the batch. A batch of a single
+        image is returned unchanged. The CPU never waits for the device.
 
         Args:
             images: (N, C, H, W), of a floating dtype, normalised or not.
             background: (N, h, w), `border_similarity` or `background_score` (from
                 `pml_tacl.functional`) of each image's feature map; not used by the "centred"
-                mask. A constant map gives a mask of 1/2.
+                mask. If it is constant within an image, the mask is 1/2 everywhere.
             generator: random number generator; None takes the default one of the images' device.
-                A generator on the CPU gives the same draws on every device.
+                A generator on the CPU gives the same random numbers for every device.
 
         Returns:
             SwapOutput(images, masks, swapped).

@@ -44,38 +44,41 @@ def _default_photometric() -> v2.Compose:
 class SiameseTransform:
     """Transform from an image to two random views, and points that connect them.
 
-    The points are the positions of the first view's grid cells in the second view. After Li et
-    al. 2020 (images compared with their transformed versions); the definition is our own. The
-    first view is a random resized crop. The second view is another crop, mirrored with
-    probability 1/2 and passed through `geometric`. Each view then gets its own random draw of
-    `photometric` and is normalised.
+    The first view is divided into a grid of cells, one for each position of the model's feature
+    maps. The points say where these cells lie in the second view. The first view is a random crop,
+    resized. The second view is another random crop, mirrored with probability 1/2 and passed
+    through `geometric`. `photometric` is then applied to each view separately, with its own random
+    numbers, and both views are normalised. The idea (to compare images with their transformed
+    versions) is from Li et al. 2020; the definition is our own.
 
     Random numbers come from torch's global generator: `torch.manual_seed` makes a call
     reproducible, and the workers of a DataLoader are seeded from its `generator` argument.
 
     Args:
         size: height and width of both views, in pixels; an int makes them square.
-        grid: number of cells of the first view, (rows, columns) or an int for both: the size of
-            the feature maps of the model.
+        grid: number of cells of the first view, (rows, columns) or an int for both. It must equal
+            the size of the model's feature maps.
         crop_scale: smallest and largest area of a crop, as a fraction of the image, in (0, 1].
-            None takes the largest centred box with the shape of the views, for both views.
+            None: both views use the largest centred box that has their aspect ratio.
         crop_ratio: smallest and largest width / height of a crop, before it is resized.
         geometric: transforms from torchvision.transforms.v2, or any callable that takes
             (tv_tensors.Image, tv_tensors.KeyPoints) and returns both. It is called on the second
-            view after its crop, so amounts in pixels are pixels of the view. The points count
-            from the left and upper edges of the view, and are NaN outside the crop. A view of
-            another size is resized to `size`.
+            view after the crop is resized, so its arguments in pixels are pixels of the view. The
+            points are measured from the left and upper edges of the view, and are NaN if they are
+            outside the crop. If it returns a view of another size, that is resized to `size`.
         photometric: transforms that change only the values of pixels, on uint8 tensors
             (3, H, W). "default" is colour jitter, occasional grey and occasional mild blur; None
             applies none.
-        flip: whether to mirror half of the second views left to right. Switch it off if
-            mirrored images have another meaning, as letters do.
-        mean: subtracted from each channel, for values in [0, 1]. Default: ImageNet.
-        std: divides each channel afterwards.
-        interpolation: of the resized crops, "bilinear", "bicubic" or "nearest".
-        cell_offset: offset (x, y) of receptive-field centres from their cell centres, in cells:
-            `AttentionEmbedder.cell_offset`. Most convolutional networks are offset by half a
-            cell up and left; a flip doubles that between the views.
+        flip: whether to mirror the second view left to right with probability 1/2. Turn it off if
+            a mirrored image has another meaning, as for letters.
+        mean: for each channel, the value that is subtracted from pixel values in [0, 1]. The
+            default is that of ImageNet.
+        std: for each channel, the value by which the result is divided.
+        interpolation: how crops are resized: "bilinear", "bicubic" or "nearest".
+        cell_offset: (x, y) in cells, as `AttentionEmbedder.cell_offset` returns it. The receptive
+            field of a cell is the part of the image that influences it. This is the offset of its
+            centre from the centre of the cell. In most convolutional networks it is half a cell up
+            and left. If one view is mirrored, the difference between the views is twice as large.
 
     Raises:
         ValueError: at construction, for an argument out of range.
@@ -137,7 +140,7 @@ class SiameseTransform:
         """Set the offset of receptive-field centres.
 
         Args:
-            cell_offset: (x, y) in cells from the cell centres, see the class.
+            cell_offset: (x, y) in cells, measured from the cell centres; see the class.
 
         Raises:
             ValueError: if it is not a pair of numbers in [-2, 2].
@@ -160,8 +163,8 @@ class SiameseTransform:
     ) -> SiameseTransform:
         """Return a transform with the mean, std, grid and cell offset of a model.
 
-        For a pretrained model the cell offset is measured with its weights, which can change it
-        by a third of a cell. For a model from scratch it follows from the layers.
+        For a pretrained model, the cell offset is measured with its weights, which can change it
+        by a third of a cell. For a model from scratch, it depends only on the layers.
 
         Args:
             model: the model that will process the views.
@@ -200,10 +203,10 @@ class SiameseTransform:
 
         Returns:
             View (3, H, W) and transformed view (3, H, W), float32, normalised, and points
-            (rows * columns, 2), float32. Each point is the position of one cell centre of the
-            first view, in row-major order, in the feature maps of the second view. It is (x, y)
-            in [-1, 1] for grid_sample with align_corners=False. Points outside that range are
-            not visible.
+            (rows * columns, 2), float32. There is one point for each cell of the first view, in
+            row-major order. It says where the centre of the cell lies in the feature maps of the
+            second view: (x, y) in [-1, 1], as for grid_sample with align_corners=False. If a point
+            is outside that range, the second view does not show the cell.
 
         Raises:
             TypeError: if the image has another type.
