@@ -46,7 +46,7 @@ class Recipe:
     centroid_momentum: float = 0.0
     swap: float = 0.7
     guard: bool = True
-    trained_share: float = 0.5
+    trained_share: float = 0.75
     loss_weights: dict[str, float] = field(
         default_factory=lambda: {
             "metric_loss": 1.0,
