@@ -84,7 +84,7 @@ def test_a_sharded_step_is_that_of_one_process(tmp_path):
     start = AttentionEmbedder("test_vit", pooling="backbone", dynamic_img_size=True).state_dict()
     moved = 0
     for name, value in whole.items():
-        if isinstance(value, torch.Tensor) and value.numel():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
             torch.testing.assert_close(sharded[name], value, rtol=1e-3, atol=1e-5)
             moved += int((value - start[name]).abs().max() > 1e-4)
     assert moved > 20  # or equal weights would say nothing
