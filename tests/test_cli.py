@@ -421,7 +421,7 @@ def test_ctrl_c_ends_with_130_and_debug_shows_where(monkeypatch, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pml_tacl.cli.report.main", stop)
+    monkeypatch.setattr("pml_tacl.cli.report.run", stop)
     with pytest.raises(SystemExit) as ended:
         call("report", "x")
     assert ended.value.code == 130

@@ -229,7 +229,7 @@ def test_search_says_what_is_missing(trained, images, tmp_path):
         (broken / name).symlink_to(run / name)
     assert "holds no index.faiss" in failure("search", broken, good)
     (broken / "index.faiss").write_bytes((run / "index.faiss").read_bytes()[:50])
-    assert "index.faiss is no index of faiss's, or damaged" in failure("search", broken, good)
+    assert "index.faiss is not an index of faiss, or damaged" in failure("search", broken, good)
     ImageIndex(np.eye(2, 32), ["a", "b"], images).save(tmp_path / "other")
     (broken / "index.faiss").write_bytes((tmp_path / "other" / "index.faiss").read_bytes())
     assert "holds 2 embeddings in index.faiss and 297 images" in failure("search", broken, good)
@@ -306,7 +306,10 @@ def test_resuming_an_ended_run_changes_nothing(few, unbroken):
         (["{few}", "--batch-size=28"], "--batch-size must be from 1 to the number of images, 24"),
         (["{few}", "--batch-size=0"], "--batch-size: must be a whole number of at least 1, got 0"),
         (["{few}", "--batch-size=6"], "--images-per-cluster must divide batch_size=6"),
-        (["{few}", "--backbone=resnet5O"], "--backbone 'resnet5O' is no timm model: did you mean"),
+        (
+            ["{few}", "--backbone=resnet5O"],
+            "--backbone 'resnet5O' is not a timm model: did you mean",
+        ),
         (["{few}", "--weights=pretrained"], "(in the examples: --weights FILE, or --weights none)"),
         (["{few}", "--weights={empty}/none.pth"], "pretrained='{empty}/none.pth': no such file"),
         (["{few}", "--epochs=-1"], "--epochs: must be a whole number of at least 0, got -1"),

@@ -147,19 +147,34 @@ def command_line(*words: Any) -> str:
 
 
 def by_flags(message: str) -> str:
-    """Replace the name of an argument at the start of an error message by its flag.
+    """Replace names of arguments in an error message by their flags, except inside quotes.
 
     Example:
         >>> by_flags("batch_size must be at least 2, got 1")
         '--batch-size must be at least 2, got 1'
         >>> by_flags("eval_folder='x' holds one class")
         "--eval-folder 'x' holds one class"
+        >>> by_flags("give --resume (resume=True) to go on with it")
+        'give --resume to go on with it'
     """
-    found = re.match(r"(\w+)(=| must\b)", message)
-    if found is None or found[1] not in _NAMES:
-        return message
-    rest = message[found.end() :]
-    return f"{flag_of(found[1])} {rest}" if found[2] == "=" else f"{flag_of(found[1])} must{rest}"
+    message = re.sub(r"(--[\w-]+) \(\w+=\w+\)", r"\1", message)
+    first = re.match(r"(\w+)(?= must\b)", message)
+    if first is not None and first[1] in _NAMES:
+        message = flag_of(first[1]) + message[first.end() :]
+    # What is in quotes is a path or another value.
+    return re.sub(r"(?<!\w)'[^']*'|(?<![\w.-])(\w+)=(True\b|False\b)?", _by_flag, message)
+
+
+def _by_flag(found: re.Match[str]) -> str:
+    """Return ``--name `` for ``name=``, ``--name`` or ``--no-name`` for True or False."""
+    name, value = found[1], found[2]
+    if name == "pretrained":
+        return "--weights " + {"True": "pretrained", "False": "none"}.get(value, "")
+    if name not in _NAMES:
+        return found[0]
+    if value is None:
+        return f"{flag_of(name)} "
+    return flag_of(name if value == "True" else f"no_{name}")
 
 
 def add_debug(parser: Any) -> None:
@@ -230,6 +245,11 @@ def add_model(parser: Any, default: str | None = None) -> None:
     )
 
 
+def add_json(parser: Any) -> None:
+    """Add --json, which prints the result as JSON and everything else on standard error."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
 def add_common(parser: Any, json: bool = False) -> None:
     """Add --device, --workers, --quiet, --debug, and --json if ``json``."""
     add_device(parser)
@@ -237,7 +257,7 @@ def add_common(parser: Any, json: bool = False) -> None:
         "--workers", type=at_least(0), default=2, metavar="N", help="processes that read images"
     )
     if json:
-        parser.add_argument("--json", action="store_true", help="print the result as JSON")
+        add_json(parser)
     add_quiet(parser)
     add_debug(parser)
 

@@ -7,6 +7,7 @@ from importlib import import_module
 
 from pml_tacl import __version__
 from pml_tacl.cli.flags import Parser
+from pml_tacl.cli.parsers import parse
 
 COMMANDS = {
     "train": "train an embedding on a folder of images, and index them",
@@ -35,13 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _parser().parse_args(words)
     name, *rest = words
     try:
-        # Import only the command that is needed: torch takes seconds to load.
+        args = parse(name, rest, f"pml-tacl {name}")
+        # Torch takes seconds to load, so import it only now, and only for this command.
         command = import_module(f"pml_tacl.cli.{name}")
         from pml_tacl.cli.run_folder import one_line_errors
         from pml_tacl.distributed.session import session
 
         with session(), one_line_errors():
-            command.main(rest, program=f"pml-tacl {name}")
+            command.run(args)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         sys.exit(130)

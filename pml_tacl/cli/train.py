@@ -1,12 +1,10 @@
 """Train an embedding on a folder of images without labels, and index the images."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -17,6 +15,7 @@ from pml_tacl.cli import flags
 from pml_tacl.cli import run_folder as runs
 from pml_tacl.cli.building import training_model
 from pml_tacl.cli.eval_folder import can_measure, images_to_test_on
+from pml_tacl.cli.parsers import parse
 from pml_tacl.cli.training_run import TrainingRun
 from pml_tacl.clustering import KMeansPseudoLabeler
 from pml_tacl.datasets import ImageFiles
@@ -34,30 +33,6 @@ from pml_tacl.transforms import SiameseTransform
 from pml_tacl.utils.device import device_or_default
 from pml_tacl.utils.errors import MissingPackageError
 
-# None: the default of the model's recipe, see `pml_tacl.trainers.recipe`.
-SETTINGS: dict[str, Any] = {
-    "run": "runs/folder",
-    "backbone": "resnet50",
-    "weights": "pretrained",
-    "image_size": None,
-    "epochs": None,
-    "batch_size": None,
-    "learning_rate": None,
-    "num_clusters": "auto",
-    "swap": True,
-    "guard": None,
-    "embedding_dim": 512,
-    "freeze_batchnorm": None,
-    "images_per_cluster": None,
-    "warmup_epochs": None,
-    "checkpoint_every": 1000,
-    "strict": False,
-    "workers": 2,
-    "tensorboard": False,
-    "device": None,
-    "seed": 0,
-}
-
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
     """Run the command: train on a GPU if there is one, and write a run folder.
@@ -69,32 +44,17 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         arguments: arguments of the command line; None for sys.argv.
         program: name of the command in messages.
     """
-    parser = flags.training_parser(__doc__, SETTINGS)
-    if program is not None:
-        parser.prog = program
-    parser.usage = "%(prog)s FOLDER [flags]"
-    parser.epilog = f"example: {parser.prog} photos --backbone resnet50 --run runs/photos"
-    parser.add_argument("images", type=Path, nargs="?", metavar="FOLDER", help="folder of images")
-    parser.add_argument(
-        "--eval-folder",
-        type=Path,
-        metavar="DIR",
-        help="test images with a sub-folder per class; default: no test",
-    )
-    flags.add_choice(parser.more)
-    flags.add_quiet(parser.more)
-    args = parser.parse_args(arguments)
-    if args.resume:  # the run's settings are the defaults of this command line
-        parser.set_defaults(**_settings_of_run(Path(args.run), set(vars(args))))
-        args = parser.parse_args(arguments)
-    if args.images is None:
-        parser.error("the folder of images is missing: give it first")
+    run(parse("train", arguments, program))
+
+
+def run(args: Any) -> None:
+    """Run the command with parsed arguments."""
     with flags.output(args.quiet):
         train(args)
 
 
 def train(args: Any) -> None:
-    """Train with parsed arguments."""
+    """Train with parsed arguments; what `run` prints goes to standard output."""
     # open() may delete an earlier run, so validate all arguments first.
     if args.tensorboard and find_spec("tensorboard") is None:
         raise MissingPackageError("--tensorboard needs tensorboard: pip install tensorboard")
@@ -266,19 +226,3 @@ class _EpochLines:
         seconds = perf_counter() - self._began
         print(f"epoch {trainer.epoch}/{self.epochs}: loss {loss:.3f}, {seconds:.0f} s", flush=True)
         self._begin()
-
-
-def _settings_of_run(run: Path, known: set[str]) -> dict[str, Any]:
-    """Return the flags of an existing run; empty if there is none."""
-    path = run / "run.json"
-    if not path.is_file():
-        return {}
-    config = json.loads(path.read_text("utf-8"))
-    found = {name: value for name, value in config.items() if name in known}
-    size = found.get("image_size")
-    if isinstance(size, list):
-        found["image_size"] = size[0]
-    for name in ("images", "eval_folder", "files"):
-        if found.get(name) is not None:
-            found[name] = Path(found[name])
-    return found

@@ -376,7 +376,10 @@ def _decode_all(paths: list[Path], progress: bool) -> list[str]:
     """Return one line per file that describes its error, or an empty string."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         reasons = pool.map(_what_is_wrong, paths)
-        return list(tqdm(reasons, "checking images", len(paths), disable=not progress))
+        bar = tqdm(
+            reasons, "checking images", len(paths), unit="img", disable=not progress, leave=False
+        )
+        return list(bar)
 
 
 def _what_is_wrong(path: Path) -> str:
