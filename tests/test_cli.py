@@ -136,6 +136,33 @@ def in_a_process(*arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--help"],
+        ["train", "--help-all"],
+        ["train", "photos", "--epochs=many"],
+        *([name, "--help"] for name in COMMANDS if name != "train"),
+        ["search", "run"],
+        ["embed", "photos", "--model=a", "--out=a.txt"],
+    ],
+)
+def test_help_and_wrong_usage_do_not_wait_for_torch(arguments):
+    code = (
+        "import sys\n"
+        "from pml_tacl.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit as stop:\n    print(stop.code)\n"
+        "print(sorted({'torch', 'numpy', 'PIL', 'timm'} & set(sys.modules)))\n"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    code, loaded = done.stdout.splitlines()[-2:]
+    assert code == ("0" if "--help" in arguments or "--help-all" in arguments else "2")
+    assert loaded == "[]"
+
+
 def test_the_command_is_declared_and_runs_as_a_module():
     declared = '[project.scripts]\npml-tacl = "pml_tacl.cli.main:main"\n'
     assert declared in (ROOT / "pyproject.toml").read_text("utf-8")
@@ -159,6 +186,20 @@ def test_embed_of_a_run_is_what_its_index_holds(run, photos, tmp_path):
     rows = np.load(out)
     assert rows.dtype == np.float32
     np.testing.assert_allclose(rows, index.embeddings, atol=1e-5)
+
+
+def test_json_of_embed_index_and_export(run, photos, tmp_path, capsys):
+    out, made = tmp_path / "a.npy", tmp_path / "index"
+    given = ["--model", run, "--json", "--workers=0"]
+    found = said(capsys, "embed", photos, *given, "--out", out)
+    assert found == {"file": str(out), "images": 25, "dimensions": np.load(out).shape[1]}
+    found = said(capsys, "index", photos, *given, "--run", made)
+    assert found == {"run": str(made), "images": 25, "dimensions": np.load(out).shape[1]}
+    pytest.importorskip("onnxscript", reason="needs it: pip install onnxscript")
+    onnx = tmp_path / "a.onnx"
+    found = said(capsys, "export", run, "--onnx", onnx, "--json")
+    described = str(onnx.with_suffix(".json"))
+    assert found == {"onnx": str(onnx), "preprocessing": described, "input_size": [3, 32, 32]}
 
 
 def test_embed_without_training_fits_the_projection(photos, tmp_path, monkeypatch):
@@ -391,6 +432,7 @@ def test_what_is_wrong_is_one_line_and_code_1(arguments, line, run, photos, tmp_
         (["watch"], "argument COMMAND: invalid choice: 'watch'"),
         (["serve"], "the following arguments are required: RUN"),
         (["train"], "the folder of images is missing: give it first"),
+        (["train", "--resume", "--run=x"], "x holds no run to resume: give its folder as --run"),
         (["train", "x", "--epochs=-1"], "argument --epochs: must be a whole number of at least 0"),
         (
             ["train", "x", "--device=cuda:77"],
@@ -438,6 +480,14 @@ def test_ctrl_c_ends_with_130_and_debug_shows_where(monkeypatch, capsys):
         ("eval_folder='a=b' holds one class", "--eval-folder 'a=b' holds one class"),
         ("dataset must have a length", "dataset must have a length"),
         ("epochs are many", "epochs are many"),
+        ("give --resume (resume=True), or another", "give --resume, or another"),
+        ("3 broken files, and strict=True: a", "3 broken files, and --strict: a"),
+        (
+            "pretrained=True: none; pass pretrained=False",
+            "--weights pretrained: none; pass --weights none",
+        ),
+        ("pretrained='a/epochs=3.pth': no such file", "--weights 'a/epochs=3.pth': no such file"),
+        ("pass img_size= or dynamic_img_size=True", "pass img_size= or dynamic_img_size=True"),
     ],
 )
 def test_messages_name_the_flag(message, line):
@@ -584,6 +634,32 @@ def test_a_transformer_takes_any_size(photos, tmp_path):
     images = torch.rand(2, 3, 32, 32)
     for name in ("vit_tiny_patch16_224", "test_vit", "test_resnet"):
         assert sized_model(name, False, 32, embedding_dim=8)(images).shape[0] == 2
+
+
+def test_a_transformer_is_built_once(monkeypatch):
+    built = []
+    monkeypatch.setattr(
+        "pml_tacl.cli.building.AttentionEmbedder",
+        lambda *args, **settings: built.append((args, settings)),
+    )
+    for name, size in (
+        ("vit_tiny_patch16_224", 64),
+        ("vit_tiny_patch16_224", 224),
+        ("resnet50", 64),
+    ):
+        sized_model(name, False, size, embedding_dim=8)
+    assert [settings.get("img_size") for _, settings in built] == [(64, 64), None, None]
+
+
+def test_a_test_changes_nothing_of_the_training(photos, tmp_path):
+    runs = tmp_path / "plain", tmp_path / "tested"
+    settings = [*TINY, "--epochs=2", "--warmup-epochs=1"]
+    call("train", photos, *settings, "--run", runs[0], "--exclude=c")
+    call("train", photos, *settings, "--run", runs[1], "--exclude=c", "--eval-folder", photos)
+    assert "recall_at_1" in json.loads((runs[1] / "metrics.json").read_text())["after"]
+    for name in ("records/every_loss.csv", "model/model.safetensors", "embeddings.npy"):
+        one, other = ((run / name).read_bytes() for run in runs)
+        assert one == other
 
 
 def test_a_training_begins_from_what_a_run_has_learnt(photos, tmp_path):

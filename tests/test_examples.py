@@ -305,13 +305,13 @@ def test_resuming_an_ended_run_changes_nothing(few, unbroken):
         (["{few}", "--num-clusters=3"], "3 clusters are fewer than the 4 that a batch of 16"),
         (["{few}", "--batch-size=28"], "--batch-size must be from 1 to the number of images, 24"),
         (["{few}", "--batch-size=0"], "--batch-size: must be a whole number of at least 1, got 0"),
-        (["{few}", "--batch-size=6"], "--images-per-cluster must divide batch_size=6"),
+        (["{few}", "--batch-size=6"], "--images-per-cluster must divide --batch-size 6"),
         (
             ["{few}", "--backbone=resnet5O"],
             "--backbone 'resnet5O' is not a timm model: did you mean",
         ),
-        (["{few}", "--weights=pretrained"], "(in the examples: --weights FILE, or --weights none)"),
-        (["{few}", "--weights={empty}/none.pth"], "pretrained='{empty}/none.pth': no such file"),
+        (["{few}", "--weights=pretrained"], "weights.safetensors', or --weights none"),
+        (["{few}", "--weights={empty}/none.pth"], "--weights '{empty}/none.pth': no such file"),
         (["{few}", "--epochs=-1"], "--epochs: must be a whole number of at least 0, got -1"),
         (["{few}", "--num-clusters=few"], "--num-clusters: must be a number or auto, got 'few'"),
         (["{few}", "--images-per-cluster=0"], "--images-per-cluster: must be a whole number"),
@@ -322,7 +322,7 @@ def test_resuming_an_ended_run_changes_nothing(few, unbroken):
             "--learning-rate: must be finite and at least 0, got inf",
         ),
         (["{few}", "--eval-folder={empty}"], "no image in '{empty}' or below it"),
-        (["{images}", "--strict"], "3 broken files, and strict=True: "),
+        (["{images}", "--strict"], "3 broken files, and --strict: "),
         (["{images}/broken"], "no readable image in '{images}/broken': "),
         (["{few}", "--resume"], "resume and overwrite exclude each other"),
         (["{run}"], "must be in separate folders"),
@@ -378,7 +378,7 @@ def test_nan_images_of_a_users_data_set_end_in_one_line(few, workers):
 def test_a_run_is_not_mixed_with_another(few, unbroken, images):
     run = ["--run", unbroken.run]
     found = failure("train_folder", few, *run, *unbroken.settings)
-    assert "holds another run: give --resume (resume=True) to go on with it" in found
+    assert "holds another run: give --resume to go on with it" in found
     found = failure("train_folder", few, *run, *unbroken.settings, "--resume", "--seed=4")
     assert "begun with other settings (seed): resume with the same (seed=0), or give" in found
     found = failure("train_folder", images, *run, *unbroken.settings, "--resume")
@@ -436,7 +436,7 @@ def test_offline_a_process_ends_with_one_line_and_code_1(few, tmp_path):
     done = in_a_process("train_folder", *arguments, **offline)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: pretrained=True: no weights for 'test_resnet'")
-    assert last.endswith("(in the examples: --weights FILE, or --weights none)")
+    assert last.startswith("error: --weights pretrained: no weights for 'test_resnet'")
+    assert last.endswith(", --weights 'weights.safetensors', or --weights none")
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "run").exists()

@@ -153,8 +153,7 @@ def _create_downloaded(name: str, known: str, timm_kwargs: dict[str, Any]) -> nn
                 _create(name, known, timm_kwargs)  # raises if another argument is wrong, too
         raise OSError(
             f"pretrained=True: no weights for {name!r} ({_one_line(error, 120)}); without a "
-            "network pass a local file, pretrained='weights.safetensors', or pretrained=False (on "
-            "the command line: --weights FILE, or --weights none)"
+            "network pass a local file, pretrained='weights.safetensors', or pretrained=False"
         ) from error
 
 
