@@ -125,6 +125,11 @@ class _HelpAll(argparse.Action):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if action.nargs == argparse.PARSER:  # argparse forgets that sub-commands are indented
+            self._action_max_length += self._indent_increment
+
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:
             return action.help  # the help text describes the default
