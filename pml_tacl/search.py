@@ -372,7 +372,7 @@ class ImageIndex:
         for name in (_INDEX, _FILES):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
-                    f"{folder} holds no {name}: give the folder of a training that has ended"
+                    f"{folder} holds no {name}: give the folder of a run that train or index wrote"
                 )
         try:
             listed = json.loads((folder / _FILES).read_text(encoding="ascii"))

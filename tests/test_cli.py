@@ -173,7 +173,7 @@ def test_the_command_is_declared_and_runs_as_a_module():
     done = in_a_process("search", "nowhere", "x.png")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [
-        "error: nowhere holds no index.faiss: give the folder of a training that has ended"
+        "error: nowhere holds no index.faiss: give the folder of a run that train or index wrote"
     ]
 
 
@@ -393,7 +393,7 @@ def test_report_is_written_where_it_is_asked_for(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["embed", "{no}", *TIMM, "--out=a.npy"], "must be a folder of "),
+        (["embed", "{no}", *TIMM, "--out=a.npy"], "{no}' is not a folder: give a folder of images"),
         (["embed", "{photos}", "--model=resnet51", "--weights=none", "--out=a.npy"], "'resnet51'"),
         (["embed", "{photos}", "--model={photos}", "--out=a.npy"], "{photos} holds no model: give"),
         (["search", "{photos}", "a.png"], "{photos} holds no index.faiss"),
@@ -401,10 +401,10 @@ def test_report_is_written_where_it_is_asked_for(run, tmp_path, capsys):
         (["search", "{run}", "--images={no}", "--update"], "give --images"),
         (["duplicates", "{no}"], "{no} is not a folder: give a run, or a folder of images"),
         (["evaluate", "{no}", "{photos}"], "{no} is not a folder: give the folder of a run"),
-        (["evaluate", "{run}", "{photos}/a"], "lie in no folder"),
+        (["evaluate", "{run}", "{photos}/a"], "lie in no sub-folder"),
         (["evaluate", "{run}", "{photos}", "--reference={run}/.."], "--reference '{run}/..' has"),
         (["report", "{photos}"], "{photos} is not a run folder"),
-        (["serve", "{photos}"], "{photos} holds no index.faiss: give the folder of a training"),
+        (["serve", "{photos}"], "{photos} holds no index.faiss: give the folder of a run"),
         (["serve", "{run}", "--also={no}"], "--also {no} is not a folder: give one"),
         (["embed", "{photos}", *TIMM, "--out=a.npy", "--files={no}"], "--files '{no}' cannot be"),
         (["embed", "{photos}", *TIMM, "--out=a.npy", "--exclude=*"], "leaves no image of"),

@@ -300,7 +300,7 @@ def test_resuming_an_ended_run_changes_nothing(few, unbroken):
     ("arguments", "message"),
     [
         (["{empty}"], "no image in '{empty}' or below it"),
-        (["{empty}/none"], "root must be a folder of images; '{empty}/none' is none"),
+        (["{empty}/none"], "'{empty}/none' is not a folder: give a folder of images"),
         (["{few}", "--num-clusters=25"], "--num-clusters 25 is more than the 24 images"),
         (["{few}", "--num-clusters=3"], "3 clusters are fewer than the 4 that a batch of 16"),
         (["{few}", "--batch-size=28"], "--batch-size must be from 1 to the number of images, 24"),
@@ -324,7 +324,7 @@ def test_resuming_an_ended_run_changes_nothing(few, unbroken):
         (["{few}", "--eval-folder={empty}"], "no image in '{empty}' or below it"),
         (["{images}", "--strict"], "3 broken files, and --strict: "),
         (["{images}/broken"], "no readable image in '{images}/broken': "),
-        (["{few}", "--resume"], "resume and overwrite exclude each other"),
+        (["{few}", "--resume"], "--resume and --overwrite exclude each other"),
         (["{run}"], "must be in separate folders"),
         (["{run}/.."], "must be in separate folders"),
         (

@@ -66,6 +66,8 @@ def _train(arguments: Sequence[str] | None, program: str | None) -> argparse.Nam
     flags.add_choice(parser.more)
     flags.add_quiet(parser.more)
     args = parser.parse_args(arguments)
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite exclude each other: give only one")
     if args.resume:  # the run's settings are the defaults of this command line
         parser.set_defaults(**_settings_of_run(Path(args.run), set(vars(args))))
         args = parser.parse_args(arguments)

@@ -104,7 +104,9 @@ def check_run(
     folder = Path(folder)
     asked = None if config is None else _as_kept(config)
     if resume and overwrite:
-        raise InputError("resume and overwrite exclude each other: give only one")
+        raise InputError(
+            "resume and overwrite (--resume and --overwrite) exclude each other: give only one"
+        )
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run folder {folder} is a file: give another folder")
     there = {path.name for path in folder.iterdir()} if folder.exists() else set()
