@@ -674,5 +674,7 @@ def test_a_training_begins_from_what_a_run_has_learnt(photos, tmp_path):
     assert all(torch.equal(begun[name], learnt[name]) for name in begun)
     shutil.copytree(photos, tmp_path / "grown")
     shutil.copy(photos / "a" / "00.png", tmp_path / "grown" / "new.png")
-    with pytest.raises(SystemExit, match=f"pml-tacl search {run} --update .* --weights {weights}"):
+    with pytest.raises(
+        SystemExit, match=f"pml-tacl search {run} --update .* --weights {weights} begins"
+    ):
         call("train", tmp_path / "grown", *given, "--resume")
