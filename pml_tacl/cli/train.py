@@ -1,7 +1,7 @@
 """Train an embedding on a folder of images without labels, and index the images."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -98,11 +98,8 @@ def train(args: Any) -> None:
             digest = partial(runs.digest_of, files.names, files.paths)
             config[name] = run_on_main(digest, "reading the images")
 
-    def measure(epoch: int) -> dict[str, float]:
-        if tested is None:
-            return {}
-        return evaluate_distributed(model, tested, num_workers=args.workers, progress=bars)
-
+    settings = {"num_workers": args.workers, "progress": bars}
+    test = None if tested is None else _test_on(tested, model, **settings)
     if epochs:
         optimizer = defaults.default_optimizer(model, replace(recipe, learning_rate=rate))
         trainer = UnsupervisedTrainer(
@@ -144,12 +141,12 @@ def train(args: Any) -> None:
             logger = TensorBoardLogger(run.folder / "tensorboard")
             hooks.append(LogLosses(logger))
         trainer.end_of_iteration_hook = chain(*hooks)
-        rows = run.train(trainer, epochs, measure)
+        rows = run.train(trainer, epochs, test)
         if logger is not None:
             logger.close()
     else:
-        rows = run.fit(model, seen, measure, num_workers=args.workers, progress=bars)
-    found = embed_distributed(model, seen, num_workers=args.workers, progress=bars)
+        rows = run.fit(model, seen, test, **settings)
+    found = embed_distributed(model, seen, **settings)
     if is_main():
         assert found is not None
         ImageIndex.of(images, found[0]).save(run.folder)
@@ -163,6 +160,11 @@ def train(args: Any) -> None:
             f"{flags.command_line('search', args.run, 'QUERY')} finds similar images, "
             f"{flags.command_line('serve', args.run)} opens a search page"
         )
+
+
+def _test_on(images: ImageFiles, model: Any, **settings: Any) -> Callable[[int], dict[str, float]]:
+    """Return the test function for a :class:`TrainingRun`."""
+    return lambda epoch: evaluate_distributed(model, images, **settings)
 
 
 def tell_start(
