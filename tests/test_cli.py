@@ -516,6 +516,27 @@ def stopped(photos, tmp_path_factory):
     return folder
 
 
+def test_a_training_stopped_before_its_first_step_is_begun_again(
+    photos, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pml_tacl.cli.train.tell_start", stop)
+        with pytest.raises(SystemExit) as ended:
+            call("train", photos, *TINY, "--run", run)
+    again = f"pml-tacl train --resume --run {run} begins again"
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == f"stopped by SIGINT: {again}, for nothing is saved yet\n"
+    with pytest.raises(SystemExit, match=f"stopped before the first checkpoint; {again}"):
+        call("search", run, photos / "a" / "00.png")
+    call("train", "--resume", "--run", run, "--quiet", "--workers=0")
+    assert len(ImageIndex.load(run)) == 25
+
+
 def test_a_stopped_training_is_searched_with_the_model_of_its_last_checkpoint(
     stopped, photos, tmp_path, capsys
 ):

@@ -464,6 +464,12 @@ class TestImageFiles:
         with pytest.raises(ValueError, match=r"no readable image in .*only\.png \(empty file\)"):
             ImageFiles(tmp_path, progress=False)
 
+    def test_the_bar_has_a_name_and_leaves_the_screen(self, tree, capsys):
+        ImageFiles(tree)
+        written = capsys.readouterr().err
+        assert "checking images: 100%" in written
+        assert not written.rstrip("\r").rpartition("\r")[2].strip()
+
     def test_wrong_arguments_are_named(self, tree):
         with pytest.raises(ValueError, match="is not a folder: give a folder of images"):
             ImageFiles(tree / "nowhere")

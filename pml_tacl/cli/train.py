@@ -32,6 +32,7 @@ from pml_tacl.trainers.recipe import recipe_for
 from pml_tacl.transforms import SiameseTransform
 from pml_tacl.utils.device import device_or_default
 from pml_tacl.utils.errors import MissingPackageError
+from pml_tacl.utils.signals import Interrupted
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
@@ -49,8 +50,20 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
 
 def run(args: Any) -> None:
     """Run the command with parsed arguments."""
-    with flags.output(args.quiet):
-        train(args)
+    again = flags.command_line("train", "--resume", "--run", args.run)
+    try:
+        with flags.output(args.quiet):
+            train(args)
+    except Interrupted as stop:
+        print(f"{stop}: {again} resumes it", file=sys.stderr)
+        sys.exit(stop.code)
+    except KeyboardInterrupt:
+        if not (args.run / "run.json").is_file():
+            raise
+        saved = checkpoints(args.run / "checkpoints")
+        how = "resumes it" if saved else "begins again, for nothing is saved yet"
+        print(f"stopped by SIGINT: {again} {how}", file=sys.stderr)
+        sys.exit(130)
 
 
 def train(args: Any) -> None:
