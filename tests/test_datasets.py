@@ -467,7 +467,7 @@ class TestImageFiles:
     def test_the_bar_has_a_name_and_leaves_the_screen(self, tree, capsys):
         ImageFiles(tree)
         written = capsys.readouterr().err
-        assert "checking images: 100%" in written
+        assert "checking images" in written
         assert not written.rstrip("\r").rpartition("\r")[2].strip()
 
     def test_wrong_arguments_are_named(self, tree):
