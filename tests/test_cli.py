@@ -18,6 +18,7 @@ from pml_tacl import AttentionEmbedder, UnsupervisedTrainer
 from pml_tacl.cli.building import sized_model
 from pml_tacl.cli.flags import by_flags
 from pml_tacl.cli.main import COMMANDS, main
+from pml_tacl.cli.parsers import parse
 from pml_tacl.cli.search import NEIGHBOURS, SHOWN
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.duplicates import find_duplicates
@@ -456,6 +457,19 @@ def test_wrong_usage_is_one_line_and_code_2(arguments, line, capsys):
     assert len(printed.err.splitlines()) == 1
     assert printed.err.startswith("error: ")
     assert line in printed.err
+
+
+@pytest.mark.parametrize(
+    "words", ["run a.png b.png --update -k 3", "run --update a.png -k 3 b.png"]
+)
+def test_queries_of_a_search_stand_anywhere(words):
+    args = parse("search", words.split())
+    assert (args.run, args.queries, args.update, args.k) == (
+        Path("run"),
+        ["a.png", "b.png"],
+        True,
+        3,
+    )
 
 
 def test_ctrl_c_ends_with_130_and_debug_shows_where(monkeypatch, capsys):

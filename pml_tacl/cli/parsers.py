@@ -150,7 +150,8 @@ def _search(arguments: Sequence[str] | None, program: str | None) -> argparse.Na
         help="file of the gallery; default: RUN/search.png, search-2.png, ...")  # fmt: skip
     add("--images", type=Path, metavar="DIR", help="folder of the indexed images, if moved")
     flags.add_common(parser, json=True)
-    args = parser.parse_args(arguments)
+    # So that flags may stand before the queries, too: RUN --update QUERY.
+    args = parser.parse_intermixed_args(arguments)
     if not args.queries and not args.update:
         parser.error("no query: give a QUERY, or --update")
     if args.out is not None and args.out.suffix.lower() not in _GALLERIES:
