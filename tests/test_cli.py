@@ -327,7 +327,7 @@ def test_duplicates_of_a_run_are_a_table_a_summary_and_a_gallery(run, tmp_path, 
     out = tmp_path / "out"
     printed = said(capsys, "duplicates", run, "--threshold=0.99", "--out", out)
     assert printed.splitlines()[:2] == [
-        "1 groups of near-duplicates, 2 of 25 images, similarity of 0.99 or more",
+        "1 group of near-duplicates, 2 of 25 images, similarity of 0.99 or more",
         "   1     2 images  a/00.png, b/again.jpg",
     ]
     with (out / "duplicates.csv").open(newline="") as file:

@@ -66,7 +66,7 @@ def _duplicates(args: Any, results: Any) -> None:
         print(json.dumps(made, indent=1), file=results)
     else:
         print(
-            f"{len(groups)} groups of near-duplicates, {inside} of {len(index)} images, "
+            f"{len(groups)} group{'s' * (len(groups) != 1)} of near-duplicates, {inside} of {len(index)} images, "
             f"similarity of {args.threshold:g} or more",
             file=results,
         )
