@@ -380,7 +380,7 @@ def test_a_run_is_not_mixed_with_another(few, unbroken, images):
     found = failure("train_folder", few, *run, *unbroken.settings)
     assert "holds another run: give --resume to go on with it" in found
     found = failure("train_folder", few, *run, *unbroken.settings, "--resume", "--seed=4")
-    assert "begun with other settings (seed): resume with the same (seed=0), or give" in found
+    assert "begun with other settings (seed): resume with the same (--seed 0), or give" in found
     found = failure("train_folder", images, *run, *unbroken.settings, "--resume")
     assert "begun with other settings (its images)" in found
     assert contents(unbroken.run) == unbroken.files

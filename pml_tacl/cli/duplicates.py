@@ -65,8 +65,9 @@ def _duplicates(args: Any, results: Any) -> None:
         made = {"root": str(index.root), "threshold": args.threshold, "groups": listed}
         print(json.dumps(made, indent=1), file=results)
     else:
+        noun = "group" if len(groups) == 1 else "groups"
         print(
-            f"{len(groups)} group{'s' * (len(groups) != 1)} of near-duplicates, {inside} of {len(index)} images, "
+            f"{len(groups)} {noun} of near-duplicates, {inside} of {len(index)} images, "
             f"similarity of {args.threshold:g} or more",
             file=results,
         )
