@@ -247,7 +247,10 @@ def test_index_by_a_run_and_by_a_timm_model(run, photos, tmp_path, capsys):
     with pytest.raises(SystemExit, match="holds another run: give --resume"):
         call("index", photos, *TIMM, "--run", tmp_path / "by timm")
     call("report", tmp_path / "by timm", "--points=30", "--queries=1", "--quiet")
-    assert (tmp_path / "by timm" / "report.html").stat().st_size > 10_000
+    page = (tmp_path / "by timm" / "report.html").read_text("utf-8")
+    assert len(page) > 10_000
+    assert "Indexed images" in page
+    assert "used in training" not in page
 
 
 def test_search_takes_several_queries(run, photos, tmp_path, capsys):

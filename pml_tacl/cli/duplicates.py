@@ -116,4 +116,5 @@ def write_groups(out: str | Path, index: ImageIndex, groups: Sequence[Group]) ->
             [group.rows[1:MEMBERS] for group, _ in shown],
             [group.similarities[1:MEMBERS] for group, _ in shown],
             out / "duplicates.png",
+            [index.files[group.rows[0]] for group, _ in shown],
         )

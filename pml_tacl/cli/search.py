@@ -115,7 +115,9 @@ def _search(args: Any, results: Any) -> None:
     if args.queries and (args.out or not args.json):
         out = args.out or unused(args.run / "search.png")
         rows, similarities = rows[:SHOWN, :NEIGHBOURS], similarities[:SHOWN, :NEIGHBOURS]
-        gone = write_gallery(index, shown, rows, similarities, out)
+        gone = write_gallery(
+            index, shown, rows, similarities, out, [path.name for path in asked[:SHOWN]]
+        )
         print(f"gallery of {min(SHOWN, len(asked))} of {len(asked)} queries: {out}")
         if gone:
             first, more = min(gone), len(gone) - 1
@@ -135,6 +137,7 @@ def write_gallery(
     rows: Sequence[Sequence[int]] | Any,
     similarities: Sequence[Sequence[float]] | Any,
     out: Path,
+    names: Sequence[str] | None = None,
 ) -> set[Path]:
     """Draw a gallery of queries, each beside the images found for it.
 
@@ -144,6 +147,7 @@ def write_gallery(
         rows: for each query the row numbers in the index; their counts may differ.
         similarities: cosine similarities of the same images, written below them.
         out: .png, .svg or .pdf file.
+        names: for each query a text, written below it.
 
     Returns:
         Paths of indexed images that can no longer be read; they are grey in the gallery.
@@ -156,6 +160,7 @@ def write_gallery(
         [_thumbnails(index.paths(found), gone) for found in rows],
         distances=similarities,
         captions=[[index.files[row] for row in found] for found in rows],
+        query_captions=names,
     )
     vis.save_figure(figure, out)
     return gone

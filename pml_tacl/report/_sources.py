@@ -132,6 +132,8 @@ def read_run(
     transform = model.transform(image_size=size)
     if "images" in config:
         training = _indexed(folder, images, folders_are_classes)
+        if config.get("epochs") == 0:
+            training.title = "Indexed images"  # nothing was trained
         test = _labelled_files(model, transform, config.get("eval_folder"), notes)
     else:
         training, test = (_glyphs(model, transform, split) for split in ("train", "test"))
