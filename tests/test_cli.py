@@ -222,6 +222,13 @@ def test_parquet_without_pyarrow_is_one_line_before_any_work(tmp_path, monkeypat
         call("embed", tmp_path / "nothing", *TIMM, "--out", tmp_path / "a.parquet")
 
 
+def test_export_without_onnx_is_one_line_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    message = "^error: --onnx needs onnx and onnxscript: pip install onnx onnxscript$"
+    with pytest.raises(SystemExit, match=message):
+        call("export", tmp_path / "nothing", "--onnx", tmp_path / "a.onnx")
+
+
 def test_parquet_holds_names_and_embeddings(run, photos, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install pyarrow")
     out = tmp_path / "a.parquet"

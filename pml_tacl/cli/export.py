@@ -32,6 +32,7 @@ def run(args: Any) -> None:
     """Run the command with parsed arguments."""
     args.device = torch.device("cpu")
     with flags.output(args.quiet, args.json) as results:
+        _check_packages()  # fail before the work, not after it
         loaded = given_run(args)
         export_onnx(loaded, args.onnx)
         height, width = loaded.image_size
@@ -61,13 +62,7 @@ def export_onnx(loaded: Loaded, path: str | Path) -> None:
     Raises:
         MissingPackageError: if onnx or onnxscript is not installed.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingPackageError(
-            "--onnx needs onnx and onnxscript: pip install onnx onnxscript"
-        ) from error
+    _check_packages()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     config = loaded.model.data_config
@@ -95,3 +90,13 @@ def export_onnx(loaded: Loaded, path: str | Path) -> None:
             name: config[name] for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")
         },
     )
+
+
+def _check_packages() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError(
+            "--onnx needs onnx and onnxscript: pip install onnx onnxscript"
+        ) from error
