@@ -226,7 +226,7 @@ def test_export_without_onnx_is_one_line_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     message = "^error: --onnx needs onnx and onnxscript: pip install onnx onnxscript$"
     with pytest.raises(SystemExit, match=message):
-        call("export", tmp_path / "nothing", "--onnx", tmp_path / "a.onnx")
+        call("export", tmp_path, "--onnx", tmp_path / "a.onnx")
 
 
 def test_parquet_holds_names_and_embeddings(run, photos, tmp_path):

@@ -32,7 +32,8 @@ def run(args: Any) -> None:
     """Run the command with parsed arguments."""
     args.device = torch.device("cpu")
     with flags.output(args.quiet, args.json) as results:
-        _check_packages()  # fail before the work, not after it
+        if args.run.is_dir():
+            _check_packages()  # fail before the work, not after it
         loaded = given_run(args)
         export_onnx(loaded, args.onnx)
         height, width = loaded.image_size
