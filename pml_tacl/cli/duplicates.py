@@ -80,7 +80,7 @@ def _duplicates(args: Any, results: Any) -> None:
     out = args.out or (folder / "duplicates" if is_run and not args.json else None)
     if out is not None:
         write_groups(out, index, groups)
-        print(f"table and gallery: {out}")
+        print(f"{'table and gallery' if groups else 'table'}: {out}")
 
 
 def write_groups(out: str | Path, index: ImageIndex, groups: Sequence[Group]) -> None:
