@@ -9,10 +9,11 @@ epoch.
 """
 
 from pml_tacl.cli import run_folder as runs
-from pml_tacl.cli.train import SETTINGS, main
+from pml_tacl.cli.parsers import TRAINING
+from pml_tacl.cli.train import main
 from pml_tacl.distributed.inference import session
 
-CONFIG = SETTINGS
+CONFIG = TRAINING
 
 if __name__ == "__main__":
     with session(), runs.one_line_errors():

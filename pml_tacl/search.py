@@ -386,7 +386,7 @@ class ImageIndex:
         for name in (_INDEX, _FILES):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
-                    f"{folder} holds no {name}: give the folder of a training that has ended"
+                    f"{folder} holds no {name}: give the folder of a run that train or index wrote"
                 )
         try:
             listed = json.loads((folder / _FILES).read_text(encoding="ascii"))
@@ -396,11 +396,11 @@ class ImageIndex:
             exclude, fixed = [*listed.get("exclude", [])], bool(listed.get("fixed"))
             entries = np.array(listed.get("entries", range(len(files))), dtype=np.int64)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{folder / _FILES} is no list of images: {error}") from error
+            raise InputError(f"{folder / _FILES} is not a list of images: {error}") from error
         try:
             index = faiss.read_index(str(folder / _INDEX))
         except RuntimeError as error:
-            raise InputError(f"{folder / _INDEX} is no index of faiss's, or damaged") from error
+            raise InputError(f"{folder / _INDEX} is not an index of faiss, or damaged") from error
         known = np.array_equal(np.unique(entries), np.arange(index.ntotal))
         if not known or not len(entries) == len(files) == len(stamps):
             raise InputError(
@@ -576,7 +576,7 @@ def _mapped(path: Path) -> FloatArray:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: give the folder of a whole index") from None
     except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path} is no array, or damaged: {error}") from error
+        raise InputError(f"{path} is not an array, or damaged: {error}") from error
     return np.asarray(rows) if rows.ndim != 2 else rows
 
 

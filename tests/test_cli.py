@@ -18,6 +18,7 @@ from pml_tacl import AttentionEmbedder, UnsupervisedTrainer
 from pml_tacl.cli.building import sized_model
 from pml_tacl.cli.flags import by_flags
 from pml_tacl.cli.main import COMMANDS, main
+from pml_tacl.cli.parsers import parse
 from pml_tacl.cli.search import NEIGHBOURS, SHOWN
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.duplicates import find_duplicates
@@ -136,18 +137,44 @@ def in_a_process(*arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--help"],
+        ["train", "--help-all"],
+        ["train", "photos", "--epochs=many"],
+        *([name, "--help"] for name in COMMANDS if name != "train"),
+        ["search", "run"],
+        ["embed", "photos", "--model=a", "--out=a.txt"],
+    ],
+)
+def test_help_and_wrong_usage_do_not_wait_for_torch(arguments):
+    code = (
+        "import sys\n"
+        "from pml_tacl.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit as stop:\n    print(stop.code)\n"
+        "print(sorted({'torch', 'numpy', 'PIL', 'timm'} & set(sys.modules)))\n"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    code, loaded = done.stdout.splitlines()[-2:]
+    assert code == ("0" if "--help" in arguments or "--help-all" in arguments else "2")
+    assert loaded == "[]"
+
+
 def test_the_command_is_declared_and_runs_as_a_module():
     declared = '[project.scripts]\npml-tacl = "pml_tacl.cli.main:main"\n'
     assert declared in (ROOT / "pyproject.toml").read_text("utf-8")
     done = in_a_process("--help")
     assert (done.returncode, done.stderr) == (0, "")
-    for name, text in COMMANDS.items():
-        assert f"    {name}" in done.stdout
-        assert text.split(",")[0] in " ".join(done.stdout.split())
+    for name, text in COMMANDS.items():  # each on a line
+        assert f"\n    {name:<10}  {text}\n" in done.stdout
     done = in_a_process("search", "nowhere", "x.png")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [
-        "error: nowhere holds no index.faiss: give the folder of a training that has ended"
+        "error: nowhere holds no index.faiss: give the folder of a run that train or index wrote"
     ]
 
 
@@ -159,6 +186,20 @@ def test_embed_of_a_run_is_what_its_index_holds(run, photos, tmp_path):
     rows = np.load(out)
     assert rows.dtype == np.float32
     np.testing.assert_allclose(rows, index.embeddings, atol=1e-5)
+
+
+def test_json_of_embed_index_and_export(run, photos, tmp_path, capsys):
+    out, made = tmp_path / "a.npy", tmp_path / "index"
+    given = ["--model", run, "--json", "--workers=0"]
+    found = said(capsys, "embed", photos, *given, "--out", out)
+    assert found == {"file": str(out), "images": 25, "dimensions": np.load(out).shape[1]}
+    found = said(capsys, "index", photos, *given, "--run", made)
+    assert found == {"run": str(made), "images": 25, "dimensions": np.load(out).shape[1]}
+    pytest.importorskip("onnxscript", reason="needs it: pip install onnxscript")
+    onnx = tmp_path / "a.onnx"
+    found = said(capsys, "export", run, "--onnx", onnx, "--json")
+    described = str(onnx.with_suffix(".json"))
+    assert found == {"onnx": str(onnx), "preprocessing": described, "input_size": [3, 32, 32]}
 
 
 def test_embed_without_training_fits_the_projection(photos, tmp_path, monkeypatch):
@@ -179,6 +220,13 @@ def test_parquet_without_pyarrow_is_one_line_before_any_work(tmp_path, monkeypat
     message = r"^error: \.parquet needs pyarrow: pip install pyarrow, or give --out a .npy or .csv$"
     with pytest.raises(SystemExit, match=message):
         call("embed", tmp_path / "nothing", *TIMM, "--out", tmp_path / "a.parquet")
+
+
+def test_export_without_onnx_is_one_line_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    message = "^error: --onnx needs onnx and onnxscript: pip install onnx onnxscript$"
+    with pytest.raises(SystemExit, match=message):
+        call("export", tmp_path, "--onnx", tmp_path / "a.onnx")
 
 
 def test_parquet_holds_names_and_embeddings(run, photos, tmp_path):
@@ -206,7 +254,10 @@ def test_index_by_a_run_and_by_a_timm_model(run, photos, tmp_path, capsys):
     with pytest.raises(SystemExit, match="holds another run: give --resume"):
         call("index", photos, *TIMM, "--run", tmp_path / "by timm")
     call("report", tmp_path / "by timm", "--points=30", "--queries=1", "--quiet")
-    assert (tmp_path / "by timm" / "report.html").stat().st_size > 10_000
+    page = (tmp_path / "by timm" / "report.html").read_text("utf-8")
+    assert len(page) > 10_000
+    assert "Indexed images" in page
+    assert "used in training" not in page
 
 
 def test_search_takes_several_queries(run, photos, tmp_path, capsys):
@@ -286,7 +337,7 @@ def test_duplicates_of_a_run_are_a_table_a_summary_and_a_gallery(run, tmp_path, 
     out = tmp_path / "out"
     printed = said(capsys, "duplicates", run, "--threshold=0.99", "--out", out)
     assert printed.splitlines()[:2] == [
-        "1 groups of near-duplicates, 2 of 25 images, similarity of 0.99 or more",
+        "1 group of near-duplicates, 2 of 25 images, similarity of 0.99 or more",
         "   1     2 images  a/00.png, b/again.jpg",
     ]
     with (out / "duplicates.csv").open(newline="") as file:
@@ -353,7 +404,7 @@ def test_report_is_written_where_it_is_asked_for(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["embed", "{no}", *TIMM, "--out=a.npy"], "must be a folder of "),
+        (["embed", "{no}", *TIMM, "--out=a.npy"], "{no}' is not a folder: give a folder of images"),
         (["embed", "{photos}", "--model=resnet51", "--weights=none", "--out=a.npy"], "'resnet51'"),
         (["embed", "{photos}", "--model={photos}", "--out=a.npy"], "{photos} holds no model: give"),
         (["search", "{photos}", "a.png"], "{photos} holds no index.faiss"),
@@ -361,10 +412,10 @@ def test_report_is_written_where_it_is_asked_for(run, tmp_path, capsys):
         (["search", "{run}", "--images={no}", "--update"], "give --images"),
         (["duplicates", "{no}"], "{no} is not a folder: give a run, or a folder of images"),
         (["evaluate", "{no}", "{photos}"], "{no} is not a folder: give the folder of a run"),
-        (["evaluate", "{run}", "{photos}/a"], "lie in no folder"),
+        (["evaluate", "{run}", "{photos}/a"], "lie in no sub-folder"),
         (["evaluate", "{run}", "{photos}", "--reference={run}/.."], "--reference '{run}/..' has"),
         (["report", "{photos}"], "{photos} is not a run folder"),
-        (["serve", "{photos}"], "{photos} holds no index.faiss: give the folder of a training"),
+        (["serve", "{photos}"], "{photos} holds no index.faiss: give the folder of a run"),
         (["serve", "{run}", "--also={no}"], "--also {no} is not a folder: give one"),
         (["embed", "{photos}", *TIMM, "--out=a.npy", "--files={no}"], "--files '{no}' cannot be"),
         (["embed", "{photos}", *TIMM, "--out=a.npy", "--exclude=*"], "leaves no image of"),
@@ -391,6 +442,7 @@ def test_what_is_wrong_is_one_line_and_code_1(arguments, line, run, photos, tmp_
         (["watch"], "argument COMMAND: invalid choice: 'watch'"),
         (["serve"], "the following arguments are required: RUN"),
         (["train"], "the folder of images is missing: give it first"),
+        (["train", "--resume", "--run=x"], "x holds no run to resume: give its folder as --run"),
         (["train", "x", "--epochs=-1"], "argument --epochs: must be a whole number of at least 0"),
         (
             ["train", "x", "--device=cuda:77"],
@@ -417,11 +469,24 @@ def test_wrong_usage_is_one_line_and_code_2(arguments, line, capsys):
     assert line in printed.err
 
 
+@pytest.mark.parametrize(
+    "words", ["run a.png b.png --update -k 3", "run --update a.png -k 3 b.png"]
+)
+def test_queries_of_a_search_stand_anywhere(words):
+    args = parse("search", words.split())
+    assert (args.run, args.queries, args.update, args.k) == (
+        Path("run"),
+        ["a.png", "b.png"],
+        True,
+        3,
+    )
+
+
 def test_ctrl_c_ends_with_130_and_debug_shows_where(monkeypatch, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pml_tacl.cli.report.main", stop)
+    monkeypatch.setattr("pml_tacl.cli.report.run", stop)
     with pytest.raises(SystemExit) as ended:
         call("report", "x")
     assert ended.value.code == 130
@@ -438,6 +503,14 @@ def test_ctrl_c_ends_with_130_and_debug_shows_where(monkeypatch, capsys):
         ("eval_folder='a=b' holds one class", "--eval-folder 'a=b' holds one class"),
         ("dataset must have a length", "dataset must have a length"),
         ("epochs are many", "epochs are many"),
+        ("give --resume (resume=True), or another", "give --resume, or another"),
+        ("3 broken files, and strict=True: a", "3 broken files, and --strict: a"),
+        (
+            "pretrained=True: none; pass pretrained=False",
+            "--weights pretrained: none; pass --weights none",
+        ),
+        ("pretrained='a/epochs=3.pth': no such file", "--weights 'a/epochs=3.pth': no such file"),
+        ("pass img_size= or dynamic_img_size=True", "pass img_size= or dynamic_img_size=True"),
     ],
 )
 def test_messages_name_the_flag(message, line):
@@ -465,6 +538,27 @@ def stopped(photos, tmp_path_factory):
         signal.signal(signal.SIGINT, before)
     assert stop.value.code == 130
     return folder
+
+
+def test_a_training_stopped_before_its_first_step_is_begun_again(
+    photos, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pml_tacl.cli.train.tell_start", stop)
+        with pytest.raises(SystemExit) as ended:
+            call("train", photos, *TINY, "--run", run)
+    again = f"pml-tacl train --resume --run {run} begins again"
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == f"stopped by SIGINT: {again}, for nothing is saved yet\n"
+    with pytest.raises(SystemExit, match=f"stopped before the first checkpoint; {again}"):
+        call("search", run, photos / "a" / "00.png")
+    call("train", "--resume", "--run", run, "--quiet", "--workers=0")
+    assert len(ImageIndex.load(run)) == 25
 
 
 def test_a_stopped_training_is_searched_with_the_model_of_its_last_checkpoint(
@@ -586,6 +680,32 @@ def test_a_transformer_takes_any_size(photos, tmp_path):
         assert sized_model(name, False, 32, embedding_dim=8)(images).shape[0] == 2
 
 
+def test_a_transformer_is_built_once(monkeypatch):
+    built = []
+    monkeypatch.setattr(
+        "pml_tacl.cli.building.AttentionEmbedder",
+        lambda *args, **settings: built.append((args, settings)),
+    )
+    for name, size in (
+        ("vit_tiny_patch16_224", 64),
+        ("vit_tiny_patch16_224", 224),
+        ("resnet50", 64),
+    ):
+        sized_model(name, False, size, embedding_dim=8)
+    assert [settings.get("img_size") for _, settings in built] == [(64, 64), None, None]
+
+
+def test_a_test_changes_nothing_of_the_training(photos, tmp_path):
+    runs = tmp_path / "plain", tmp_path / "tested"
+    settings = [*TINY, "--epochs=2", "--warmup-epochs=1"]
+    call("train", photos, *settings, "--run", runs[0], "--exclude=c")
+    call("train", photos, *settings, "--run", runs[1], "--exclude=c", "--eval-folder", photos)
+    assert "recall_at_1" in json.loads((runs[1] / "metrics.json").read_text())["after"]
+    for name in ("records/every_loss.csv", "model/model.safetensors", "embeddings.npy"):
+        one, other = ((run / name).read_bytes() for run in runs)
+        assert one == other
+
+
 def test_a_training_begins_from_what_a_run_has_learnt(photos, tmp_path):
     run = tmp_path / "run"
     model = AttentionEmbedder("test_resnet", embedding_dim=8)
@@ -599,5 +719,7 @@ def test_a_training_begins_from_what_a_run_has_learnt(photos, tmp_path):
     assert all(torch.equal(begun[name], learnt[name]) for name in begun)
     shutil.copytree(photos, tmp_path / "grown")
     shutil.copy(photos / "a" / "00.png", tmp_path / "grown" / "new.png")
-    with pytest.raises(SystemExit, match=f"pml-tacl search {run} --update .* --weights {weights}"):
+    with pytest.raises(
+        SystemExit, match=f"pml-tacl search {run} --update .* --weights {weights} begins"
+    ):
         call("train", tmp_path / "grown", *given, "--resume")

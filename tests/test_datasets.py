@@ -391,7 +391,7 @@ class TestImageFiles:
         assert data.broken == [(tree / "top.png", "in no folder, so of no class")]
         assert "left out 1 of 4 files" in caplog.text
         assert len(ImageFiles(tree, progress=False)) == 4  # without classes it is one of them
-        with pytest.raises(ValueError, match="labels='folder' needs a folder for each class in"):
+        with pytest.raises(ValueError, match="lie in no sub-folder: sort them into one for"):
             ImageFiles(tree / "b/deep", labels="folder", progress=False)
 
     def test_a_linked_class_keeps_its_images(self, tree):
@@ -464,10 +464,16 @@ class TestImageFiles:
         with pytest.raises(ValueError, match=r"no readable image in .*only\.png \(empty file\)"):
             ImageFiles(tmp_path, progress=False)
 
+    def test_the_bar_has_a_name_and_leaves_the_screen(self, tree, capsys):
+        ImageFiles(tree)
+        written = capsys.readouterr().err
+        assert "checking images" in written
+        assert not written.rstrip("\r").rpartition("\r")[2].strip()
+
     def test_wrong_arguments_are_named(self, tree):
-        with pytest.raises(ValueError, match="root must be a folder of images"):
+        with pytest.raises(ValueError, match="is not a folder: give a folder of images"):
             ImageFiles(tree / "nowhere")
-        with pytest.raises(ValueError, match="root must be a folder of images"):
+        with pytest.raises(ValueError, match="is not a folder: give a folder of images"):
             ImageFiles(tree / "b/deep/2.PNG")
         with pytest.raises(ValueError, match="labels must be one of none, folder, got 'csv'"):
             ImageFiles(tree, labels="csv")

@@ -147,6 +147,7 @@ def parse_and_end(monkeypatch):
         make(self, *arguments, **{**settings, "allow_abbrev": False})
 
     monkeypatch.setattr(parser, "parse_args", parse_args)
+    monkeypatch.setattr(parser, "parse_intermixed_args", parse_args)
     monkeypatch.setattr(parser, "__init__", in_full)
 
 
@@ -192,7 +193,8 @@ def test_a_page_of_a_command_names_its_flags_and_no_others(name, monkeypatch):
         found["flags"] = {flag for action in self._actions for flag in action.option_strings}
         raise Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    for method in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, method, parse_args)
     with pytest.raises(Parsed):
         main([name])
     page = (ROOT / "docs" / "commands" / f"{name}.md").read_text("utf-8")

@@ -36,7 +36,7 @@ def test_what_weakens_the_test_is_said(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["1.png", "2.png"], "labels='folder' needs a folder for each class"),
+        (["1.png", "2.png"], "lie in no sub-folder"),
         (["a/1.png", "a/2.png"], "holds one class, 'a': every neighbour would be right"),
         (["a/b/1.png", "a/c/2.png"], "holds one class, 'a': every neighbour would be right"),
         (["a/1.png", "b/1.png"], "holds 2 classes of one image each"),

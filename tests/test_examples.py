@@ -229,7 +229,7 @@ def test_search_says_what_is_missing(trained, images, tmp_path):
         (broken / name).symlink_to(run / name)
     assert "holds no index.faiss" in failure("search", broken, good)
     (broken / "index.faiss").write_bytes((run / "index.faiss").read_bytes()[:50])
-    assert "index.faiss is no index of faiss's, or damaged" in failure("search", broken, good)
+    assert "index.faiss is not an index of faiss, or damaged" in failure("search", broken, good)
     ImageIndex(np.eye(2, 32), ["a", "b"], images).save(tmp_path / "other")
     (broken / "index.faiss").write_bytes((tmp_path / "other" / "index.faiss").read_bytes())
     assert "holds 2 embeddings in index.faiss and 297 images" in failure("search", broken, good)
@@ -300,15 +300,18 @@ def test_resuming_an_ended_run_changes_nothing(few, unbroken):
     ("arguments", "message"),
     [
         (["{empty}"], "no image in '{empty}' or below it"),
-        (["{empty}/none"], "root must be a folder of images; '{empty}/none' is none"),
+        (["{empty}/none"], "'{empty}/none' is not a folder: give a folder of images"),
         (["{few}", "--num-clusters=25"], "--num-clusters 25 is more than the 24 images"),
         (["{few}", "--num-clusters=3"], "3 clusters are fewer than the 4 that a batch of 16"),
         (["{few}", "--batch-size=28"], "--batch-size must be from 1 to the number of images, 24"),
         (["{few}", "--batch-size=0"], "--batch-size: must be a whole number of at least 1, got 0"),
-        (["{few}", "--batch-size=6"], "--images-per-cluster must divide batch_size=6"),
-        (["{few}", "--backbone=resnet5O"], "--backbone 'resnet5O' is no timm model: did you mean"),
-        (["{few}", "--weights=pretrained"], "(in the examples: --weights FILE, or --weights none)"),
-        (["{few}", "--weights={empty}/none.pth"], "pretrained='{empty}/none.pth': no such file"),
+        (["{few}", "--batch-size=6"], "--images-per-cluster must divide --batch-size 6"),
+        (
+            ["{few}", "--backbone=resnet5O"],
+            "--backbone 'resnet5O' is not a timm model: did you mean",
+        ),
+        (["{few}", "--weights=pretrained"], "weights.safetensors', or --weights none"),
+        (["{few}", "--weights={empty}/none.pth"], "--weights '{empty}/none.pth': no such file"),
         (["{few}", "--epochs=-1"], "--epochs: must be a whole number of at least 0, got -1"),
         (["{few}", "--num-clusters=few"], "--num-clusters: must be a number or auto, got 'few'"),
         (["{few}", "--images-per-cluster=0"], "--images-per-cluster: must be a whole number"),
@@ -319,9 +322,9 @@ def test_resuming_an_ended_run_changes_nothing(few, unbroken):
             "--learning-rate: must be finite and at least 0, got inf",
         ),
         (["{few}", "--eval-folder={empty}"], "no image in '{empty}' or below it"),
-        (["{images}", "--strict"], "3 broken files, and strict=True: "),
+        (["{images}", "--strict"], "3 broken files, and --strict: "),
         (["{images}/broken"], "no readable image in '{images}/broken': "),
-        (["{few}", "--resume"], "resume and overwrite exclude each other"),
+        (["{few}", "--resume"], "--resume and --overwrite exclude each other"),
         (["{run}"], "must be in separate folders"),
         (["{run}/.."], "must be in separate folders"),
         (
@@ -375,11 +378,11 @@ def test_nan_images_of_a_users_data_set_end_in_one_line(few, workers):
 def test_a_run_is_not_mixed_with_another(few, unbroken, images):
     run = ["--run", unbroken.run]
     found = failure("train_folder", few, *run, *unbroken.settings)
-    assert "holds another run: give --resume (resume=True) to go on with it" in found
+    assert "holds another run: give --resume to go on with it" in found
     found = failure("train_folder", few, *run, *unbroken.settings, "--resume", "--seed=4")
-    assert "begun with other settings (seed): resume with the same (seed=0), or give" in found
+    assert "begun with other settings (seed): resume with the same (--seed 0), or give" in found
     found = failure("train_folder", images, *run, *unbroken.settings, "--resume")
-    assert "begun with other settings (image_files)" in found
+    assert "begun with other settings (its images)" in found
     assert contents(unbroken.run) == unbroken.files
 
 
@@ -412,7 +415,7 @@ def test_more_epochs_and_moved_images_go_on(few, labelled, unbroken, tmp_path):
     shifted = moved / "level 0" / "000 of floats.tif"
     Image.new("RGB", (40, 50), "red").save(shifted)
     found = failure("train_folder", moved, "--run", run, *settings)
-    assert "begun with other settings (image_files): resume with the same, or give" in found
+    assert "begun with other settings (its images): resume with the same, or give" in found
     assert "--overwrite" not in found
 
 
@@ -433,7 +436,7 @@ def test_offline_a_process_ends_with_one_line_and_code_1(few, tmp_path):
     done = in_a_process("train_folder", *arguments, **offline)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: pretrained=True: no weights for 'test_resnet'")
-    assert last.endswith("(in the examples: --weights FILE, or --weights none)")
+    assert last.startswith("error: --weights pretrained: no weights for 'test_resnet'")
+    assert last.endswith(", --weights 'weights.safetensors', or --weights none")
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "run").exists()

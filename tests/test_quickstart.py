@@ -112,7 +112,7 @@ def test_a_run_that_was_stopped_goes_on_and_no_flag_harms_it(
         ("--learning-rate=inf", "must be finite"),
         ("--backbone=vit_tiny", "unrecognized arguments"),
         ("--images-per-cluster=3", "images_per_cluster must divide batch_size"),
-        ("--resume", "resume and overwrite exclude each other"),
+        ("--resume", "--resume and --overwrite) exclude each other"),
     ):
         with pytest.raises((ValueError, SystemExit)) as caught:
             run(quickstart, monkeypatch, *command, "--overwrite", flag)

@@ -263,7 +263,7 @@ def test_what_is_missing_is_said(run, tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match=r"it holds no readable run\.json"):
         write_report(tmp_path)
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"no readable metrics\.json: give a training that has"):
+    with pytest.raises(ValueError, match=r"no readable metrics\.json: give a run that"):
         write_report(tmp_path)
     with pytest.raises(ValueError, match="queries must be an integer of at least 1, got 0"):
         write_report(run, queries=0)

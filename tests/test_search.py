@@ -85,7 +85,7 @@ def test_wrong_arguments():
 def test_a_damaged_list_of_files_says_so(tmp_path, content):
     make_index()[0].save(tmp_path)
     (tmp_path / "files.json").write_text(content)
-    with pytest.raises(ValueError, match=r"files\.json is no list of images"):
+    with pytest.raises(ValueError, match=r"files\.json is not a list of images"):
         ImageIndex.load(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from pml_tacl.models import AttentionEmbedder
+from pml_tacl.models.weights import fixed_size
 from pml_tacl.trainers.recipe import PRETRAINED, SCRATCH
 
 
@@ -23,15 +24,11 @@ def sized_model(
     Raises:
         InputError: for an unknown name, or a size that the model does not support.
     """
-    model = AttentionEmbedder(name, weights, **settings)
-    if image_size is None:
-        return model
-    patches = getattr(model.trunk.model, "patch_embed", None)
-    only = getattr(patches, "img_size", None)
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if only is None or tuple(only) == size or not getattr(patches, "strict_img_size", True):
-        return model
-    return AttentionEmbedder(name, weights, img_size=size, **settings)
+    if image_size is not None:
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if fixed_size(name) not in (None, size):
+            settings["img_size"] = size
+    return AttentionEmbedder(name, weights, **settings)
 
 
 def training_model(config: dict[str, Any], weights: bool | str) -> AttentionEmbedder:

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from pml_tacl.cli import flags
 from pml_tacl.cli.embed import embed_images
 from pml_tacl.cli.models import given_folder, given_index
+from pml_tacl.cli.parsers import parse
 from pml_tacl.cli.search import thumbnail, write_gallery
 from pml_tacl.duplicates import Group, find_duplicates
 from pml_tacl.search import ImageIndex
@@ -29,26 +29,11 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         arguments: arguments of the command line; None for sys.argv.
         program: name of the command in messages.
     """
-    parser = flags.Parser(str(__doc__), None, program)
-    parser.epilog = f"example: {parser.prog} runs/photos --threshold 0.97"
-    parser.add_argument(
-        "folder", type=Path, metavar="RUN_OR_FOLDER", help="an indexed run, or a folder of images"
-    )
-    parser.add_argument(
-        "--threshold", type=_threshold, default=0.95, metavar="X",
-        help="lowest cosine similarity of near-duplicates",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR",
-        help="folder for duplicates.csv and duplicates.png; default: RUN/duplicates, or none",
-    )  # fmt: skip
-    parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="where the images of a run are, if moved"
-    )
-    flags.add_model(parser, default="resnet50")
-    flags.add_choice(parser)
-    flags.add_common(parser, json=True)
-    args = parser.parse_args(arguments)
+    run(parse("duplicates", arguments, program))
+
+
+def run(args: Any) -> None:
+    """Run the command with parsed arguments."""
     with flags.output(args.quiet, args.json) as results:
         _duplicates(args, results)
 
@@ -80,8 +65,9 @@ def _duplicates(args: Any, results: Any) -> None:
         made = {"root": str(index.root), "threshold": args.threshold, "groups": listed}
         print(json.dumps(made, indent=1), file=results)
     else:
+        noun = "group" if len(groups) == 1 else "groups"
         print(
-            f"{len(groups)} groups of near-duplicates, {inside} of {len(index)} images, "
+            f"{len(groups)} {noun} of near-duplicates, {inside} of {len(index)} images, "
             f"similarity of {args.threshold:g} or more",
             file=results,
         )
@@ -94,7 +80,7 @@ def _duplicates(args: Any, results: Any) -> None:
     out = args.out or (folder / "duplicates" if is_run and not args.json else None)
     if out is not None:
         write_groups(out, index, groups)
-        print(f"table and gallery: {out}")
+        print(f"{'table and gallery' if groups else 'table'}: {out}")
 
 
 def write_groups(out: str | Path, index: ImageIndex, groups: Sequence[Group]) -> None:
@@ -130,14 +116,5 @@ def write_groups(out: str | Path, index: ImageIndex, groups: Sequence[Group]) ->
             [group.rows[1:MEMBERS] for group, _ in shown],
             [group.similarities[1:MEMBERS] for group, _ in shown],
             out / "duplicates.png",
+            [index.files[group.rows[0]] for group, _ in shown],
         )
-
-
-def _threshold(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 1:
-        raise ArgumentTypeError(f"must be a number above 0 and at most 1, got {text}")
-    return value

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,12 @@ from torch import Tensor
 
 from pml_tacl.cli import flags
 from pml_tacl.cli.models import Loaded, given_folder
+from pml_tacl.cli.parsers import EMBEDDING_FILES, parse
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import embed
 from pml_tacl.trainers.fitting import fit_to
 from pml_tacl.utils.errors import InputError, MissingPackageError
 from pml_tacl.utils.files import atomic_write, shown_name, write_json
-
-ENDINGS = (".npy", ".csv", ".parquet")
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
@@ -27,28 +27,25 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         arguments: arguments of the command line; None for sys.argv.
         program: name of the command in messages.
     """
-    parser = flags.Parser(str(__doc__), None, program)
-    parser.epilog = f"example: {parser.prog} photos --model resnet50 --out photos.npy"
-    parser.add_argument("images", type=Path, metavar="FOLDER", help="folder of images")
-    flags.add_model(parser)
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE",
-        help=".npy (names in FILE.names.json beside it), .csv or .parquet (needs pyarrow)",
-    )  # fmt: skip
-    flags.add_choice(parser)
-    flags.add_common(parser)
-    args = parser.parse_args(arguments)
-    if args.out.suffix.lower() not in ENDINGS:
-        parser.error(f"argument --out: must end with .npy, .csv or .parquet, got {args.out}")
+    run(parse("embed", arguments, program))
+
+
+def run(args: Any) -> None:
+    """Run the command with parsed arguments."""
     if args.out.suffix.lower() == ".parquet":
         _pyarrow()  # fail before the work, not after it
-    with flags.output(args.quiet):
+    with flags.output(args.quiet, args.json) as results:
         loaded, images = given_folder(args, args.images)
         embeddings = embed_images(
             loaded, images, num_workers=args.workers, progress=flags.bars(args)
         )
         write_embeddings(args.out, images.names, embeddings)
-        print(f"{len(images)} images, {embeddings.shape[1]} numbers each: {args.out}")
+        count, dimensions = embeddings.shape
+        if args.json:
+            made = {"file": str(args.out), "images": count, "dimensions": dimensions}
+            print(json.dumps(made, indent=1), file=results)
+        else:
+            print(f"{count} images, {dimensions} numbers each: {args.out}")
 
 
 def embed_images(
@@ -86,7 +83,7 @@ def write_embeddings(path: str | Path, names: Sequence[str], embeddings: Tensor)
     """
     path, rows = Path(path), embeddings.numpy()
     ending = path.suffix.lower()
-    if ending not in ENDINGS:
+    if ending not in EMBEDDING_FILES:
         raise InputError(f"path must end with .npy, .csv or .parquet, got {str(path)!r}")
     if ending == ".npy":
         write_json(path.with_suffix(".names.json"), list(names))

@@ -10,6 +10,7 @@ import numpy as np
 from pml_tacl.cli import flags
 from pml_tacl.cli.eval_folder import images_to_test_on
 from pml_tacl.cli.models import Loaded, given_run
+from pml_tacl.cli.parsers import parse
 from pml_tacl.cli.run_folder import metrics_table
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import evaluate
@@ -23,15 +24,11 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         arguments: arguments of the command line; None for sys.argv.
         program: name of the command in messages.
     """
-    parser = flags.Parser(str(__doc__), None, program)
-    parser.epilog = f"example: {parser.prog} runs/photos labelled --json"
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="folder of a run")
-    add("labelled", type=Path, metavar="LABELLED_FOLDER", help="its sub-folders are classes")
-    add("--reference", type=Path, metavar="DIR",
-        help="labelled images to search in; default: the same images")  # fmt: skip
-    flags.add_common(parser, json=True)
-    args = parser.parse_args(arguments)
+    run(parse("evaluate", arguments, program))
+
+
+def run(args: Any) -> None:
+    """Run the command with parsed arguments."""
     with flags.output(args.quiet, args.json) as results:
         metrics = evaluate_folder(
             given_run(args),

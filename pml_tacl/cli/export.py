@@ -1,14 +1,17 @@
 """Export the model of a run to ONNX, for any batch size."""
 
+import json
 import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pml_tacl.cli import flags
 from pml_tacl.cli.models import Loaded, given_run
+from pml_tacl.cli.parsers import parse
 from pml_tacl.utils.errors import MissingPackageError
 from pml_tacl.utils.files import write_json
 
@@ -22,18 +25,26 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         arguments: arguments of the command line; None for sys.argv.
         program: name of the command in messages.
     """
-    parser = flags.Parser(str(__doc__), None, program)
-    parser.epilog = f"example: {parser.prog} runs/photos --onnx photos.onnx"
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--onnx", type=Path, required=True, metavar="FILE", help="file to write")
-    flags.add_quiet(parser)
-    flags.add_debug(parser)
-    args = parser.parse_args(arguments)
+    run(parse("export", arguments, program))
+
+
+def run(args: Any) -> None:
+    """Run the command with parsed arguments."""
     args.device = torch.device("cpu")
-    with flags.output(args.quiet):
+    with flags.output(args.quiet, args.json) as results:
+        if args.run.is_dir():
+            _check_packages()  # fail before the work, not after it
         loaded = given_run(args)
         export_onnx(loaded, args.onnx)
         height, width = loaded.image_size
+        if args.json:
+            made = {
+                "onnx": str(args.onnx),
+                "preprocessing": str(args.onnx.with_suffix(".json")),
+                "input_size": [int(loaded.model.data_config["input_size"][0]), height, width],
+            }
+            print(json.dumps(made, indent=1), file=results)
+            return
         print(
             f"{args.onnx}: images (n, 3, {height}, {width}) -> embeddings; the preprocessing is "
             f"described in {args.onnx.with_suffix('.json')}"
@@ -52,13 +63,7 @@ def export_onnx(loaded: Loaded, path: str | Path) -> None:
     Raises:
         MissingPackageError: if onnx or onnxscript is not installed.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingPackageError(
-            "--onnx needs onnx and onnxscript: pip install onnx onnxscript"
-        ) from error
+    _check_packages()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     config = loaded.model.data_config
@@ -86,3 +91,13 @@ def export_onnx(loaded: Loaded, path: str | Path) -> None:
             name: config[name] for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")
         },
     )
+
+
+def _check_packages() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError(
+            "--onnx needs onnx and onnxscript: pip install onnx onnxscript"
+        ) from error

@@ -125,6 +125,11 @@ class _HelpAll(argparse.Action):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if action.nargs == argparse.PARSER:  # argparse forgets that sub-commands are indented
+            self._action_max_length += self._indent_increment
+
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:
             return action.help  # the help text describes the default
@@ -161,18 +166,20 @@ def by_flags(message: str) -> str:
     first = re.match(r"(\w+)(?= must\b)", message)
     if first is not None and first[1] in _NAMES:
         message = flag_of(first[1]) + message[first.end() :]
-    # A name stands at the start of a word; what is in quotes is a path or another value.
-    words = re.compile(r"'[^']*'|(?<![\w.-])(\w+)=(?=\S)")
-    return words.sub(_by_flag, message)
+    # What is in quotes is a path or another value.
+    return re.sub(r"(?<!\w)'[^']*'|(?<![\w.-])(\w+)=(True\b|False\b)?", _by_flag, message)
 
 
 def _by_flag(found: re.Match[str]) -> str:
-    """Return ``--name `` for ``name=``; the rest of the message stays."""
-    if found[1] == "pretrained":  # True, False or a file
-        value = found.string[found.end() :]
-        which = "pretrained" if value.startswith("True") else "none"
-        return "--weights " if value[0] == "'" else f"--weights {which}="
-    return f"{flag_of(found[1])} " if found[1] in _NAMES else found[0]
+    """Return ``--name `` for ``name=``, ``--name`` or ``--no-name`` for True or False."""
+    name, value = found[1], found[2]
+    if name == "pretrained":
+        return "--weights " + {"True": "pretrained", "False": "none"}.get(value, "")
+    if name not in _NAMES:
+        return found[0]
+    if value is None:
+        return f"{flag_of(name)} "
+    return flag_of(name if value == "True" else f"no_{name}")
 
 
 def add_debug(parser: Any) -> None:
@@ -243,6 +250,11 @@ def add_model(parser: Any, default: str | None = None) -> None:
     )
 
 
+def add_json(parser: Any) -> None:
+    """Add --json, which prints the result as JSON and everything else on standard error."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
 def add_common(parser: Any, json: bool = False) -> None:
     """Add --device, --workers, --quiet, --debug, and --json if ``json``."""
     add_device(parser)
@@ -250,7 +262,7 @@ def add_common(parser: Any, json: bool = False) -> None:
         "--workers", type=at_least(0), default=2, metavar="N", help="processes that read images"
     )
     if json:
-        parser.add_argument("--json", action="store_true", help="print the result as JSON")
+        add_json(parser)
     add_quiet(parser)
     add_debug(parser)
 

@@ -1,11 +1,12 @@
 """Index a folder of images for search with a run's model or a timm model, without training."""
 
+import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pml_tacl.cli import flags
 from pml_tacl.cli.models import given_folder
+from pml_tacl.cli.parsers import parse
 from pml_tacl.cli.training_run import TrainingRun
 from pml_tacl.evaluation import embed
 from pml_tacl.search import ImageIndex
@@ -18,22 +19,16 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         arguments: arguments of the command line; None for sys.argv.
         program: name of the command in messages.
     """
-    parser = flags.Parser(str(__doc__), None, program)
-    parser.epilog = f"example: {parser.prog} photos --model resnet50 --run runs/index"
-    parser.add_argument("images", type=Path, metavar="FOLDER", help="folder of images")
-    flags.add_model(parser)
-    parser.add_argument(
-        "--run", type=Path, default=Path("runs/index"), metavar="DIR", help="folder for the index"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
-    flags.add_choice(parser)
-    flags.add_common(parser)
-    args = parser.parse_args(arguments)
-    with flags.output(args.quiet):
-        _index(args)
+    run(parse("index", arguments, program))
 
 
-def _index(args: Any) -> None:
+def run(args: Any) -> None:
+    """Run the command with parsed arguments."""
+    with flags.output(args.quiet, args.json) as results:
+        _index(args, results)
+
+
+def _index(args: Any, results: Any) -> None:
     run = TrainingRun(args.run, overwrite=args.overwrite, apart_from=[args.images])
     settings = {"num_workers": args.workers, "progress": flags.bars(args)}
     loaded, images = given_folder(args, args.images)
@@ -52,6 +47,10 @@ def _index(args: Any) -> None:
     embeddings, _ = embed(loaded.model, images, **settings)
     ImageIndex.of(images, embeddings).save(run.folder)
     run.draw(loaded.model, images, embeddings)
+    if args.json:
+        made = {"run": str(args.run), "images": len(images), "dimensions": embeddings.shape[1]}
+        print(json.dumps(made, indent=1), file=results)
+        return
     print(
         f"{len(images)} images indexed in {args.run}: "
         f"{flags.command_line('search', args.run, 'QUERY')} finds similar images"

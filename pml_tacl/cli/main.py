@@ -1,12 +1,15 @@
 """The console command `pml-tacl`, which runs a sub-command."""
 
 import argparse
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from pml_tacl import __version__
-from pml_tacl.cli.flags import Parser
+from pml_tacl.cli.flags import Parser, by_flags
+from pml_tacl.cli.parsers import parse
 
 COMMANDS = {
     "train": "train an embedding on a folder of images, and index them",
@@ -35,16 +38,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _parser().parse_args(words)
     name, *rest = words
     try:
-        # Import only the command that is needed: torch takes seconds to load.
+        args = parse(name, rest, f"pml-tacl {name}")
+        # Torch takes seconds to load, so import it only now, and only for this command.
         command = import_module(f"pml_tacl.cli.{name}")
         from pml_tacl.cli.run_folder import one_line_errors
         from pml_tacl.distributed.session import session
 
-        with session(), one_line_errors():
-            command.main(rest, program=f"pml-tacl {name}")
+        with session(), one_line_errors(), _warnings_by_flags():
+            command.run(args)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         sys.exit(130)
+
+
+class _ByFlags(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {by_flags(super().format(record))}"
+
+
+@contextmanager
+def _warnings_by_flags() -> Iterator[None]:
+    """Print warnings of the package to standard error, with flags for names of arguments."""
+    handler, logger = logging.StreamHandler(), logging.getLogger("pml_tacl")
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(_ByFlags())
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _parser() -> argparse.ArgumentParser:

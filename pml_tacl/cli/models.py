@@ -88,6 +88,13 @@ def given_index(args: Any, folder: Path | None = None) -> ImageIndex:
     folder = args.run if folder is None else folder
     moved = getattr(args, "images", None)
     index_stopped(folder, images=moved, **_settings(args))
+    begun = (folder / "run.json").is_file() and not (folder / "metrics.json").exists()
+    if begun and not (folder / "index.faiss").exists():
+        again = flags.command_line("train", "--resume", "--run", folder)
+        raise InputError(
+            f"{folder} holds no index: its training was stopped before the first checkpoint; "
+            f"{again} begins again"
+        )
     index = ImageIndex.load(folder)
     index.root = moved.absolute() if moved else index.root
     if not index.root.is_dir():

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+import shlex
 import shutil
 import sqlite3  # record-keeper's
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pml_tacl.cli.flags import by_flags
+from pml_tacl.cli.flags import by_flags, command_line
 from pml_tacl.trainers.records import Keeper
 from pml_tacl.utils.errors import InputError, PmlTaclError
 from pml_tacl.utils.files import write_json
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 _MARK = "run.json"
+_WORDS = {"image_files": "its images", "eval_image_files": "its test images"}
 _ENDS = 2**16  # bytes
 # Words in sqlite's messages about disk errors; other messages are bugs in a statement.
 _DISK = re.compile(r"full|disk|read-?only|unable to open|locked|malformed", re.I)
@@ -104,7 +106,9 @@ def check_run(
     folder = Path(folder)
     asked = None if config is None else _as_kept(config)
     if resume and overwrite:
-        raise InputError("resume and overwrite exclude each other: give only one")
+        raise InputError(
+            "resume and overwrite (--resume and --overwrite) exclude each other: give only one"
+        )
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run folder {folder} is a file: give another folder")
     there = {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -121,20 +125,23 @@ def check_run(
         if changed := [name for name in changed if name not in free]:
             shown = [f"{name}={earlier.get(name)!r}" for name in changed if name in earlier]
             same = ", ".join(text for text in shown if len(text) < 60)
-            learnt = (folder / "model").is_dir() and earlier.get("weights") is not False
-            grown = "image_files" in changed and learnt
+            named = ", ".join(_WORDS.get(name, name) for name in changed)
+            hint = _other_images(folder, earlier) if "image_files" in changed else ""
             raise InputError(
-                f"run folder {folder} was begun with other settings ({', '.join(changed)}): "
-                f"resume with the same{f' ({same})' if same else ''}, or give another folder"
-                + (f"; {_other_images(folder)}" if grown else "")
+                f"run folder {folder} was begun with other settings ({named}): "
+                f"resume with the same{f' ({same})' if same else ''}, or give another folder{hint}"
             )
 
 
-def _other_images(folder: Path) -> str:
-    return (
-        f"pml-tacl search {folder} --update indexes other images with its model, and --weights "
-        f"{folder / 'model' / 'model.safetensors'} begins from what it has learnt"
-    )
+def _other_images(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return what to do with a folder of images that has changed since the run began."""
+    if not {"images", "backbone", "image_size"} <= config.keys():  # not of the command line
+        return ""
+    hint = f"; {command_line('search', folder, '--update')} indexes these images with its model"
+    if config.get("weights") is False:
+        return hint
+    model = shlex.quote(str(folder / "model" / "model.safetensors"))
+    return f"{hint}, and then --weights {model} begins a new run from what it has learnt"
 
 
 def _as_kept(config: Mapping[str, Any]) -> dict[str, Any]:

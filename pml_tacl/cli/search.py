@@ -12,6 +12,7 @@ from PIL import Image
 
 from pml_tacl.cli import flags
 from pml_tacl.cli.models import given_index, load_model
+from pml_tacl.cli.parsers import parse
 from pml_tacl.cli.queries import ImageList, query_paths
 from pml_tacl.datasets.image_files import load_rgb
 from pml_tacl.evaluation import embed
@@ -30,23 +31,11 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         arguments: arguments of the command line; None for sys.argv.
         program: name of the command in messages.
     """
-    parser = flags.Parser(str(__doc__), None, program)
-    parser.epilog = f"example: {parser.prog} runs/photos new.jpg -k 20"
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="folder of a run that has ended")
-    add("queries", nargs="*", metavar="QUERY", help="images, folders of images, or - for a pipe")
-    add("-k", type=flags.at_least(1), default=8, metavar="N", help="images to find per query")
-    add("--folder", metavar="DIR", help="search only in this sub-folder of the indexed images")
-    add("--update", action="store_true", help="first index new, changed and deleted images")
-    add("--out", type=Path, metavar="FILE",
-        help="file of the gallery; default: RUN/search.png, search-2.png, ...")  # fmt: skip
-    add("--images", type=Path, metavar="DIR", help="folder of the indexed images, if moved")
-    flags.add_common(parser, json=True)
-    args = parser.parse_args(arguments)
-    if not args.queries and not args.update:
-        parser.error("no query: give a QUERY, or --update")
-    if args.out is not None and args.out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        parser.error(f"argument --out: must end with .png, .svg or .pdf, got {args.out}")
+    run(parse("search", arguments, program))
+
+
+def run(args: Any) -> None:
+    """Run the command with parsed arguments."""
     with flags.output(args.quiet, args.json) as results:
         _search(args, results)
 
@@ -126,7 +115,9 @@ def _search(args: Any, results: Any) -> None:
     if args.queries and (args.out or not args.json):
         out = args.out or unused(args.run / "search.png")
         rows, similarities = rows[:SHOWN, :NEIGHBOURS], similarities[:SHOWN, :NEIGHBOURS]
-        gone = write_gallery(index, shown, rows, similarities, out)
+        gone = write_gallery(
+            index, shown, rows, similarities, out, [path.name for path in asked[:SHOWN]]
+        )
         print(f"gallery of {min(SHOWN, len(asked))} of {len(asked)} queries: {out}")
         if gone:
             first, more = min(gone), len(gone) - 1
@@ -146,6 +137,7 @@ def write_gallery(
     rows: Sequence[Sequence[int]] | Any,
     similarities: Sequence[Sequence[float]] | Any,
     out: Path,
+    names: Sequence[str] | None = None,
 ) -> set[Path]:
     """Draw a gallery of queries, each beside the images found for it.
 
@@ -155,6 +147,7 @@ def write_gallery(
         rows: for each query the row numbers in the index; their counts may differ.
         similarities: cosine similarities of the same images, written below them.
         out: .png, .svg or .pdf file.
+        names: for each query a text, written below it.
 
     Returns:
         Paths of indexed images that can no longer be read; they are grey in the gallery.
@@ -167,6 +160,7 @@ def write_gallery(
         [_thumbnails(index.paths(found), gone) for found in rows],
         distances=similarities,
         captions=[[index.files[row] for row in found] for found in rows],
+        query_captions=names,
     )
     vis.save_figure(figure, out)
     return gone

@@ -5,13 +5,12 @@ import os
 import sys
 import threading
 import webbrowser
-from argparse import ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pml_tacl.cli import flags
 from pml_tacl.cli.models import given_index, load_model
+from pml_tacl.cli.parsers import parse
 from pml_tacl.utils.errors import InputError
 
 
@@ -22,18 +21,11 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         arguments: arguments of the command line; None for sys.argv.
         program: name of the command in messages.
     """
-    parser = flags.Parser(str(__doc__), None, program)
-    parser.epilog = f"example: {parser.prog} runs/photos --port 8080"
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="folder of a run")
-    add("--port", type=_port, default=8765, metavar="N", help="0: any free port")
-    add("--open", action=BooleanOptionalAction, default=True,
-        help="open the page in a browser")  # fmt: skip
-    add("--images", type=Path, metavar="DIR", help="folder of the indexed images, if moved")
-    add("--also", type=Path, action="append", default=[], metavar="DIR",
-        help="another folder that links among the images may lead to")  # fmt: skip
-    flags.add_common(parser, json=True)
-    args = parser.parse_args(arguments)
+    run(parse("serve", arguments, program))
+
+
+def run(args: Any) -> None:
+    """Run the command with parsed arguments."""
     with flags.output(args.quiet, args.json) as results:
         _serve(args, results)
 
@@ -68,9 +60,3 @@ def _has_a_screen() -> bool:
     if sys.platform != "linux":
         return True
     return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise ArgumentTypeError(f"must be a whole number from 0 to 65535, got {text}")
-    return int(text)

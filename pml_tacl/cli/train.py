@@ -1,12 +1,10 @@
 """Train an embedding on a folder of images without labels, and index the images."""
 
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -17,6 +15,7 @@ from pml_tacl.cli import flags
 from pml_tacl.cli import run_folder as runs
 from pml_tacl.cli.building import training_model
 from pml_tacl.cli.eval_folder import can_measure, images_to_test_on
+from pml_tacl.cli.parsers import parse
 from pml_tacl.cli.training_run import TrainingRun
 from pml_tacl.clustering import KMeansPseudoLabeler
 from pml_tacl.datasets import ImageFiles
@@ -33,30 +32,7 @@ from pml_tacl.trainers.recipe import recipe_for
 from pml_tacl.transforms import SiameseTransform
 from pml_tacl.utils.device import device_or_default
 from pml_tacl.utils.errors import MissingPackageError
-
-# None: the default of the model's recipe, see `pml_tacl.trainers.recipe`.
-SETTINGS: dict[str, Any] = {
-    "run": "runs/folder",
-    "backbone": "resnet50",
-    "weights": "pretrained",
-    "image_size": None,
-    "epochs": None,
-    "batch_size": None,
-    "learning_rate": None,
-    "num_clusters": "auto",
-    "swap": True,
-    "guard": None,
-    "embedding_dim": 512,
-    "freeze_batchnorm": None,
-    "images_per_cluster": None,
-    "warmup_epochs": None,
-    "checkpoint_every": 1000,
-    "strict": False,
-    "workers": 2,
-    "tensorboard": False,
-    "device": None,
-    "seed": 0,
-}
+from pml_tacl.utils.signals import Interrupted
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
@@ -69,32 +45,29 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         arguments: arguments of the command line; None for sys.argv.
         program: name of the command in messages.
     """
-    parser = flags.training_parser(__doc__, SETTINGS)
-    if program is not None:
-        parser.prog = program
-    parser.usage = "%(prog)s FOLDER [flags]"
-    parser.epilog = f"example: {parser.prog} photos --backbone resnet50 --run runs/photos"
-    parser.add_argument("images", type=Path, nargs="?", metavar="FOLDER", help="folder of images")
-    parser.add_argument(
-        "--eval-folder",
-        type=Path,
-        metavar="DIR",
-        help="test images with a sub-folder per class; default: no test",
-    )
-    flags.add_choice(parser.more)
-    flags.add_quiet(parser.more)
-    args = parser.parse_args(arguments)
-    if args.resume:  # the run's settings are the defaults of this command line
-        parser.set_defaults(**_settings_of_run(Path(args.run), set(vars(args))))
-        args = parser.parse_args(arguments)
-    if args.images is None:
-        parser.error("the folder of images is missing: give it first")
-    with flags.output(args.quiet):
-        train(args)
+    run(parse("train", arguments, program))
+
+
+def run(args: Any) -> None:
+    """Run the command with parsed arguments."""
+    again = flags.command_line("train", "--resume", "--run", args.run)
+    try:
+        with flags.output(args.quiet):
+            train(args)
+    except Interrupted as stop:
+        print(f"{stop}: {again} resumes it", file=sys.stderr)
+        sys.exit(stop.code)
+    except KeyboardInterrupt:
+        if not (args.run / "run.json").is_file():
+            raise
+        saved = checkpoints(args.run / "checkpoints")
+        how = "resumes it" if saved else "begins again, for nothing is saved yet"
+        print(f"stopped by SIGINT: {again} {how}", file=sys.stderr)
+        sys.exit(130)
 
 
 def train(args: Any) -> None:
-    """Train with parsed arguments."""
+    """Train with parsed arguments; what `run` prints goes to standard output."""
     # open() may delete an earlier run, so validate all arguments first.
     if args.tensorboard and find_spec("tensorboard") is None:
         raise MissingPackageError("--tensorboard needs tensorboard: pip install tensorboard")
@@ -138,11 +111,8 @@ def train(args: Any) -> None:
             digest = partial(runs.digest_of, files.names, files.paths)
             config[name] = run_on_main(digest, "reading the images")
 
-    def measure(epoch: int) -> dict[str, float]:
-        if tested is None:
-            return {}
-        return evaluate_distributed(model, tested, num_workers=args.workers, progress=bars)
-
+    settings = {"num_workers": args.workers, "progress": bars}
+    test = None if tested is None else _test_on(tested, model, **settings)
     if epochs:
         optimizer = defaults.default_optimizer(model, replace(recipe, learning_rate=rate))
         trainer = UnsupervisedTrainer(
@@ -184,12 +154,12 @@ def train(args: Any) -> None:
             logger = TensorBoardLogger(run.folder / "tensorboard")
             hooks.append(LogLosses(logger))
         trainer.end_of_iteration_hook = chain(*hooks)
-        rows = run.train(trainer, epochs, measure)
+        rows = run.train(trainer, epochs, test)
         if logger is not None:
             logger.close()
     else:
-        rows = run.fit(model, seen, measure, num_workers=args.workers, progress=bars)
-    found = embed_distributed(model, seen, num_workers=args.workers, progress=bars)
+        rows = run.fit(model, seen, test, **settings)
+    found = embed_distributed(model, seen, **settings)
     if is_main():
         assert found is not None
         ImageIndex.of(images, found[0]).save(run.folder)
@@ -203,6 +173,11 @@ def train(args: Any) -> None:
             f"{flags.command_line('search', args.run, 'QUERY')} finds similar images, "
             f"{flags.command_line('serve', args.run)} opens a search page"
         )
+
+
+def _test_on(images: ImageFiles, model: Any, **settings: Any) -> Callable[[int], dict[str, float]]:
+    """Return the test function for a :class:`TrainingRun`."""
+    return lambda epoch: evaluate_distributed(model, images, **settings)
 
 
 def tell_start(
@@ -266,19 +241,3 @@ class _EpochLines:
         seconds = perf_counter() - self._began
         print(f"epoch {trainer.epoch}/{self.epochs}: loss {loss:.3f}, {seconds:.0f} s", flush=True)
         self._begin()
-
-
-def _settings_of_run(run: Path, known: set[str]) -> dict[str, Any]:
-    """Return the flags of an existing run; empty if there is none."""
-    path = run / "run.json"
-    if not path.is_file():
-        return {}
-    config = json.loads(path.read_text("utf-8"))
-    found = {name: value for name, value in config.items() if name in known}
-    size = found.get("image_size")
-    if isinstance(size, list):
-        found["image_size"] = size[0]
-    for name in ("images", "eval_folder", "files"):
-        if found.get(name) is not None:
-            found[name] = Path(found[name])
-    return found

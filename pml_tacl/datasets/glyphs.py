@@ -141,7 +141,9 @@ class Glyphs(Dataset[tuple[Any, int]]):
         """
         if self._rendered.all() or self._load_cache():
             return
-        for index in tqdm(range(len(self)), "rendering glyphs", disable=not progress):
+        for index in tqdm(
+            range(len(self)), "rendering glyphs", unit="img", disable=not progress, leave=False
+        ):
             self._render(index)
         self._save_cache()
 

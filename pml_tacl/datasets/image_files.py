@@ -104,7 +104,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
             raise InputError("strict=True finds broken files by decoding them; leave check=True")
         self.root, self.transform = Path(root), transform
         if not self.root.is_dir():
-            raise InputError(f"root must be a folder of images; {str(root)!r} is none")
+            raise InputError(f"{str(root)!r} is not a folder: give a folder of images")
 
         self.paths, self.broken, self.skipped = _find_images(self.root, labels == "folder")
         self.exclude, self.listed = [exclude] if isinstance(exclude, str) else [*exclude], files
@@ -114,8 +114,8 @@ class ImageFiles(Dataset[tuple[Any, int]]):
             raise InputError(f"no image in {str(root)!r} or below it{others}")
         if not self.paths and all(reason == _NO_CLASS for _, reason in self.broken):
             raise InputError(
-                f"labels='folder' needs a folder for each class in {str(root)!r}, and its "
-                f"{len(self.broken)} images lie in no folder: sort them into folders"
+                f"the {len(self.broken)} images of {str(root)!r} lie in no sub-folder: sort them "
+                "into one for each class"
             )
         if check:
             reasons = _decode_all(self.paths, progress)
@@ -165,12 +165,14 @@ class ImageFiles(Dataset[tuple[Any, int]]):
             missing = sorted(str(path) for path in wanted - set(there) | wanted & {*self.skipped})
             if len(missing) == len(wanted):
                 raise InputError(
-                    f"files names no image in {str(self.root)!r} or below it, but {missing[0]}: "
-                    "give places relative to that folder, one in each line"
+                    f"files={_shown_list(self.listed)} names no image in {str(self.root)!r} or "
+                    f"below it, but {missing[0]}: give paths below that folder, one per line"
                 )
             if missing:
-                _logger.warning("files names %d that are not images there: %s", len(missing),
-                                _named(missing))  # fmt: skip
+                _logger.warning(
+                    "files=%s names %d that are not images of %r: %s",
+                    _shown_list(self.listed), len(missing), str(self.root), _named(missing),
+                )  # fmt: skip
             gone |= set(there) - wanted
         self.paths = [path for path in self.paths if path not in gone]
         self.broken = [(path, reason) for path, reason in self.broken if path not in gone]
@@ -205,6 +207,7 @@ def _matches(parts: tuple[str, ...], pattern: str) -> bool:
 
 def _listed(root: Path, files: Sequence[str | Path] | str | Path) -> set[Path]:
     """Return the paths of listed images, in the same form as `_find_images`."""
+    given = files
     if isinstance(files, str | Path):
         try:
             lines = Path(files).read_text("utf-8-sig", "surrogateescape").splitlines()
@@ -212,7 +215,9 @@ def _listed(root: Path, files: Sequence[str | Path] | str | Path) -> set[Path]:
             raise InputError(f"files={str(files)!r} cannot be read: {error.strerror}") from error
         files = [line.strip() for line in lines if line.strip()]
     if not files:
-        raise InputError("files names no image: give places relative to the folder, one a line")
+        raise InputError(
+            f"files={_shown_list(given)} names no image: give paths below the folder, one per line"
+        )
     found = set()
     for file in files:
         place = Path(os.path.normpath(file))
@@ -222,9 +227,17 @@ def _listed(root: Path, files: Sequence[str | Path] | str | Path) -> set[Path]:
                     place = place.relative_to(top)
                     break
         if place.is_absolute() or ".." in place.parts:
-            raise InputError(f"files names {str(file)!r}, which is not in {str(root)!r}")
+            raise InputError(
+                f"files={_shown_list(given)} names {str(file)!r}, which is not in {str(root)!r}: "
+                "give paths below that folder"
+            )
         found.add(root / place)
     return found
+
+
+def _shown_list(files: Sequence[str | Path] | str | Path) -> str:
+    """Return the path of a list in quotes; a list that has none is "[...]"."""
+    return repr(str(files)) if isinstance(files, str | Path) else "[...]"
 
 
 def _named(things: list[str]) -> str:
@@ -376,7 +389,10 @@ def _decode_all(paths: list[Path], progress: bool) -> list[str]:
     """Return one line per file that describes its error, or an empty string."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         reasons = pool.map(_what_is_wrong, paths)
-        return list(tqdm(reasons, "checking images", len(paths), disable=not progress))
+        bar = tqdm(
+            reasons, "checking images", len(paths), unit="img", disable=not progress, leave=False
+        )
+        return list(bar)
 
 
 def _what_is_wrong(path: Path) -> str:

@@ -339,7 +339,7 @@ class _Moments:
 def _first(batches: Batches, max_images: int, progress: bool) -> Iterable[Tensor]:
     """Yield images (n, C, H, W) until there are `max_images`."""
     seen = 0
-    with tqdm(desc="fitting the projection", unit="img", disable=not progress) as bar:
+    with tqdm(desc="fitting the projection", unit="img", disable=not progress, leave=False) as bar:
         for batch in batches:
             images: Tensor = batch if isinstance(batch, Tensor) else batch[0]
             images = images[: max_images - seen]

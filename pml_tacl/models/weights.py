@@ -68,6 +68,31 @@ def create_timm_model(name: str, pretrained: Pretrained, timm_kwargs: dict[str, 
     return _create_from_file(name, known, Path(pretrained), timm_kwargs)
 
 
+def fixed_size(name: str) -> tuple[int, int] | None:
+    """Return the only (height, width) that a timm model takes unless `img_size` is given.
+
+    It is None for models that take images of several sizes, such as CNNs. No weights are read.
+
+    Raises:
+        ValueError: for an unknown name.
+        OSError: if the config of a model of the hub cannot be read.
+    """
+    known = _known_name(name)
+    if not known.startswith(("hf-hub:", "local-dir:")):
+        try:
+            cfg = timm.get_pretrained_cfg(known)
+        except RuntimeError:  # unknown tag: building the model raises a clear error
+            return None
+        if cfg is not None and not cfg.fixed_input_size:
+            return None
+    with torch.device("meta"):
+        patches = getattr(_create(name, known, {}), "patch_embed", None)
+    size = getattr(patches, "img_size", None)
+    if size is None or not getattr(patches, "strict_img_size", True):
+        return None
+    return int(size[0]), int(size[1])
+
+
 def _known_name(name: str) -> str:
     """Return the name for timm: without the hub prefix if timm knows the model itself."""
     source, colon, repository = name.partition(":")
@@ -96,7 +121,7 @@ def _check_name(name: str) -> None:
     else:
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
-    raise InputError(f"backbone={name!r} is no timm model: {hint}")
+    raise InputError(f"backbone={name!r} is not a timm model: {hint}")
 
 
 def _create(name: str, known: str, timm_kwargs: dict[str, Any]) -> nn.Module:
@@ -128,8 +153,7 @@ def _create_downloaded(name: str, known: str, timm_kwargs: dict[str, Any]) -> nn
                 _create(name, known, timm_kwargs)  # raises if another argument is wrong, too
         raise OSError(
             f"pretrained=True: no weights for {name!r} ({_one_line(error, 120)}); without a "
-            "network pass a local file, pretrained='weights.safetensors', or pretrained=False (in "
-            "the examples: --weights FILE, or --weights none)"
+            "network pass a local file, pretrained='weights.safetensors', or pretrained=False"
         ) from error
 
 
@@ -186,7 +210,7 @@ def _create_from_file(name: str, known: str, path: Path, timm_kwargs: dict[str, 
         content = dict(load_state_dict(str(path), weights_only=True))
     except Exception as error:
         raise OSError(
-            f"pretrained={str(path)!r} is no readable state dict ({_one_line(error, 120)})"
+            f"pretrained={str(path)!r} is not a readable state dict ({_one_line(error, 120)})"
         ) from error
     with torch.device("meta"):
         empty = _create(name, known, timm_kwargs)

@@ -28,7 +28,8 @@ def header(run: Run) -> str:
             facts.append((head, *_better(before.get(name), after[name])))
     clusters = run.training.clusters
     count = 0 if clusters is None else len(set(clusters[clusters >= 0].tolist()))
-    facts.append(("Images", _grouped(len(run.training)), "", "used in training, without labels"))
+    used = "used in training, without labels" if config.get("epochs") != 0 else "indexed"
+    facts.append(("Images", _grouped(len(run.training)), "", used))
     per = f"{len(run.training) / count:.1f} images each" if count else ""
     facts.append(("Clusters", _grouped(count), "", per))
     if not after:

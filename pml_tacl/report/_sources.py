@@ -117,7 +117,7 @@ def read_run(
         place = stopped_at(folder)
         if place is None:
             raise InputError(
-                f"{folder} holds no readable metrics.json: give a training that has ended"
+                f"{folder} holds no readable metrics.json: give a run that train or index wrote"
             ) from error
         content = {}
         notes.append(f"The training was stopped: the page shows the state of {place}.")
@@ -132,6 +132,8 @@ def read_run(
     transform = model.transform(image_size=size)
     if "images" in config:
         training = _indexed(folder, images, folders_are_classes)
+        if config.get("epochs") == 0:
+            training.title = "Indexed images"  # nothing was trained
         test = _labelled_files(model, transform, config.get("eval_folder"), notes)
     else:
         training, test = (_glyphs(model, transform, split) for split in ("train", "test"))

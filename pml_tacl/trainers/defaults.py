@@ -26,7 +26,7 @@ def check_enough(count: int) -> None:
     if count < _LEAST_IMAGES:
         raise InputError(
             f"dataset holds {count} images, and training needs at least {_LEAST_IMAGES} (a few "
-            "thousand to be worth it): add images, or search with the untrained model"
+            "thousand to be worth it): add images, or search without training (pml-tacl index)"
         )
 
 

@@ -97,6 +97,7 @@ from pml_tacl.utils.precision import at_least_float32
 from pml_tacl.utils.signals import Interrupted, Signals
 
 _LOGGER = logging.getLogger(__name__)
+_NARROW = 120  # columns that a bar with several losses needs
 _LOOK_EVERY = 10  # iterations: reading a loss makes the CPU wait for a GPU
 
 
@@ -548,7 +549,8 @@ class UnsupervisedTrainer(BaseTrainer):
                 due = self.checkpoint_every is not None and made % self.checkpoint_every == 0
                 ends = state.done == self.iterations_per_epoch
                 if ends or made % self.look_every == 0:
-                    bar.set_postfix_str(self.look_at_losses(), refresh=False)
+                    losses = _that_fit(self.look_at_losses(), getattr(bar, "ncols", None))
+                    bar.set_postfix_str(losses, refresh=False)
                 bar.update(self.batch_size)
                 # Save before the test, so that an error in it does not lose the epoch.
                 self._between_iterations(self.epoch in self.test_epochs if ends else due)
@@ -1066,3 +1068,10 @@ def _check_unused(run: Path) -> None:
     """Raise InputError if the folder holds a run already."""
     if (run / "model").exists() or (run / "run.json").exists():
         raise InputError(f"run={str(run)!r} holds another run: give another folder, run=...")
+
+
+def _that_fit(losses: str, columns: int | None) -> str:
+    """Return the losses for a bar of so many columns: only their sum if all would be cut."""
+    if columns is None or columns >= _NARROW:
+        return losses
+    return next((one for one in losses.split(", ") if one.startswith("total ")), losses)

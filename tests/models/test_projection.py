@@ -47,6 +47,14 @@ def fitted(embedding_dim=16, n=24, **kwargs):
     return model
 
 
+def test_the_bar_has_a_name_and_leaves_the_screen(capsys):
+    build().fit_projection([images(8)], progress=True)
+    written = capsys.readouterr().err
+    assert "fitting the projection" in written
+    assert "\n" not in written
+    assert not written.rstrip("\r").rpartition("\r")[2].strip()
+
+
 def slow_basis(rows, shrinkage, dimensions):
     """The mean and the basis from the docstring, for more rows than dimensions."""
     mean = sum(rows) / len(rows)

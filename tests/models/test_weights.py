@@ -93,7 +93,7 @@ def test_unreadable_files(tmp_path):
         Trunk("test_resnet", tmp_path / "nothing.pth")
     for name in ("broken.pth", "broken.safetensors"):
         (tmp_path / name).write_bytes(b"no weights at all")
-        with pytest.raises(OSError, match="is no readable state dict") as info:
+        with pytest.raises(OSError, match="is not a readable state dict") as info:
             Trunk("test_resnet", tmp_path / name)
         assert "\n" not in str(info.value)
 
@@ -104,7 +104,7 @@ def test_pickled_code_is_refused(tmp_path):
             return print, ("run",)
 
     torch.save({"weight": Code()}, tmp_path / "w.pth")
-    with pytest.raises(OSError, match="is no readable state dict"):
+    with pytest.raises(OSError, match="is not a readable state dict"):
         Trunk("test_resnet", tmp_path / "w.pth")
 
 
@@ -133,7 +133,7 @@ def test_other_errors_are_not_hidden():
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"'resnet5O' is no timm model: did you mean .*resnet50"):
+    with pytest.raises(ValueError, match=r"'resnet5O' is not a timm model: did you mean .*t50"):
         AttentionEmbedder("resnet5O")
     with pytest.raises(ValueError, match=r"timm.list_models\(\) lists them"):
         AttentionEmbedder("$$$$")
@@ -268,7 +268,7 @@ def test_names_of_the_hub_that_timm_knows_are_built_here(tmp_path, nowhere, sour
 
 def test_other_names_of_the_hub(tmp_path, monkeypatch, source):
     torch.save(source.state_dict(), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"'me/model' is no timm model: .* 'hf-hub:me/model', a"):
+    with pytest.raises(ValueError, match=r"'me/model' is not a timm model: .* 'hf-hub:me/model'"):
         Trunk("me/model")
     with pytest.raises(ValueError, match="stays local, and backbone='hf_hub:me/m' is read from"):
         Trunk("hf_hub:me/m", tmp_path / "w.pth")

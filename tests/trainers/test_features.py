@@ -1,5 +1,7 @@
 """Batches in chunks, clipped gradients, averaged weights, compiled models, moved embeddings."""
 
+import re
+
 import pytest
 import torch
 from pytorch_metric_learning import losses, miners
@@ -340,6 +342,17 @@ def test_the_bar_shows_every_loss_and_the_speed(capsys):
     assert "epoch 1/1" in shown
     for part in ("metric ", "clustering ", "attention ", "total ", "img/s"):
         assert part in shown, part
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+def test_the_bar_of_a_narrow_terminal_shows_the_sum_and_the_time_left(columns, capsys, monkeypatch):
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda _: (columns, 24))
+    trainer = make_trainer(progress=True)
+    trainer.train(num_epochs=1)
+    bars = [bar.rstrip() for bar in capsys.readouterr().err.split("\r") if "epoch 1/1" in bar]
+    assert max(map(len, bars)) <= columns
+    assert re.search(r"\[\d\d:\d\d<\d\d:\d\d, .*, total \d+\.\d{3}\]$", bars[-1]), bars[-1]
+    assert ("metric " in bars[-1]) == (columns == 160)
 
 
 def test_labels_of_noise_reach_no_loss():
