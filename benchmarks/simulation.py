@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from _common import cpu_model, publish, publish_section
 from pytorch_metric_learning.losses import MultiSimilarityLoss
+from scaling_parts.config import BEGIN, END
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -54,7 +55,6 @@ from pml_tacl.search import IVFPQ_FROM, ImageIndex
 from pml_tacl.trainers.data import draw_order
 from pml_tacl.trainers.state import TrainingState
 
-BEGIN, END = "<!-- begin benchmarks/simulation.py -->", "<!-- end benchmarks/simulation.py -->"
 LARGER = (10**7, 10**8)
 NOISE = 0.8
 BATCH, PER_CLUSTER, BATCHES, SIDE = 32, 4, 200, 32

@@ -197,7 +197,7 @@ def takeovers(drawn: dict[int, dict[str, np.ndarray]], parts: dict[int, dict[str
             "evaluation on a sample of queries",
         ],
         [
-            "lists of files and order as Python's",
+            "list of files and order of an epoch",
             "more than 16 GB in each process",
             first(lambda n: parts[n]["order of an epoch"] + parts[n]["list of files"] > 16e9),
             "shards of tar files (WebDataset) as the data set",
