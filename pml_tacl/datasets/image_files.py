@@ -70,9 +70,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         progress: Show a progress bar while checking.
 
     Attributes:
-        names: Path of each image relative to the root, with slashes on every system, sorted. They
-            lie in one buffer of bytes and compare equal to a list.
-        paths: The images, in the same order.
+        paths: The images, sorted. Their names lie in one buffer of bytes; compares equal to a list.
         labels: Zero-based class of each image, or -1, int64 (N,).
         classes: Names of the classes, sorted; empty with ``labels="none"``.
         broken: Images that were left out, as (path, reason in one line).
@@ -135,6 +133,11 @@ class ImageFiles(Dataset[tuple[Any, int]]):
             number = {folder: label for label, folder in enumerate(self.classes)}
             self.labels[:] = [number[folder] for folder in folders]
 
+    @property
+    def names(self) -> Names:
+        """Return the path of each image relative to the root, with slashes on every system."""
+        return self._names
+
     def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> ImageFiles:
         """Return the same images with another transform, without another search and check."""
         other = copy(self)
@@ -149,8 +152,8 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         return (image if self.transform is None else self.transform(image)), int(self.labels[index])
 
     def _keep(self, names: Iterable[str]) -> None:
-        self.names = Names(names)
-        self.paths = Paths(self.root, self.names)
+        self._names = Names(names)
+        self.paths = Paths(self.root, self._names)
 
     def _choose(self, names: list[str]) -> list[str]:
         """Apply ``exclude`` and ``files``; return the names that are left."""
