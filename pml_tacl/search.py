@@ -312,7 +312,7 @@ class ImageIndex:
             self._entries = np.concatenate([self._entries, entries])
         else:
             self._rebuild(np.concatenate([self.embeddings[kept], unit.hold()]), kind)
-        self.files = Names(chain((self.files[row] for row in kept), files))
+        self.files = Names(chain((self.files[row] for row in kept.tolist()), files))
         self._stamps = np.concatenate([self._stamps[kept], stamps])
 
     def remove(self, files: Sequence[str]) -> None:
@@ -332,7 +332,7 @@ class ImageIndex:
         kind = _chosen(self._asked, len(kept))
         rows = self.embeddings if self._rows is None or kind != "ivfpq" else self._rows
         self._rebuild(_Chosen(rows, kept), kind)
-        self.files = Names(self.files[row] for row in kept)
+        self.files = Names(self.files[row] for row in kept.tolist())
         self._stamps = self._stamps[kept]
 
     def _rebuild(self, rows: "_Rows", kind: str) -> None:
@@ -614,7 +614,7 @@ def _save_columns(file: IO[Any], columns: dict[str, Any]) -> None:
             write(json.dumps(value))
             continue
         for start in range(0, len(value), _CHUNK):
-            part = value[start : start + _CHUNK]
+            part: Any = value[start : start + _CHUNK]
             if isinstance(part, np.ndarray):
                 part = [None if one == [-1, -1] else one for one in part.tolist()]
             text = json.dumps(part, separators=(",\n  ", ": "))
