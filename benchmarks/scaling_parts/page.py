@@ -90,7 +90,7 @@ def report(
 Written by `benchmarks/scaling.py` on {datetime.date.today()} in {duration(seconds)}: \
 {cpu_model()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch \
 {torch.__version__.partition("+")[0]}, faiss {faiss.__version__}, pml_tacl {__version__}. \
-Everything above the largest size measured is extrapolated; no run of more images was made.
+Everything above the largest size measured is extrapolated; no network was run on more images.
 
 `{BACKBONE}` at {SIDE} px, embeddings of {D} numbers in float32, JPEG images of 500 x 375 \
 pixels. K-means trains {ITERATIONS} iterations on at most {PER_CENTROID} points a cluster \
