@@ -323,6 +323,7 @@ def measure(part: str, given: Namespace) -> Found:
         "seconds": seconds,
         "of a core": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "peak MiB": peak,
+        "load": os.getloadavg()[0],
         "said": said,
     }
 
@@ -358,12 +359,22 @@ def report(*runs: Found) -> str:
 
 def table_of(run: Found) -> str:
     whole, busy = (sum(one[k] for one in run["parts"].values()) for k in ("seconds", "of a core"))
+    load = max(one["load"] for one in run["parts"].values())
+    others = ""
+    if load > 1.5 * run["threads"]:
+        others = (
+            f" Other programs kept the cores busy (load {load:.0f}), which makes the time longer."
+        )
+    missing = [part for part in PARTS if part not in run["parts"]]
+    if missing:
+        others += f" **Not measured**: {', '.join(missing)}."
+    others += f" {run['note']}" if run.get("note") else ""
     lines = [
         f"### {spaced(run['images'])} images, {spaced(run['clusters'])} clusters",
         "",
         f"`benchmarks/simulation.py --images {run['images']}` on {run['date']}: {run['machine']}, "
         f"{run['threads']} threads, {run['versions']}. Embeddings of {run['dim']} numbers in "
-        f"{run['dtype']}. Together {whole:.0f} s, and {busy:.0f} s of a core.",
+        f"{run['dtype']}. Together {whole:.0f} s, and {busy:.0f} s of a core.{others}",
         "",
         "| part | time | of a core | peak memory | |",
         "| --- | ---: | ---: | ---: | --- |",
@@ -388,8 +399,8 @@ def comparisons(images: int, clusters: int) -> float:
 
 
 def extrapolated(*runs: Found) -> str:
-    """Return times and memory for more images, by what each part grows with."""
-    last = runs[-1]
+    """Return times and memory for more images, by what each part of a whole run grows with."""
+    last = [run for run in runs if len(run["parts"]) == len(PARTS)][-1]
     base = min(one["peak MiB"] for run in runs for one in run["parts"].values())
     lines = [
         "### Ten and a hundred million images",

@@ -28,6 +28,15 @@ def test_each_part_is_done_and_reads_what_the_last_has_left(tmp_path, monkeypatc
     assert "old" not in text
     assert "### 2 000 images, 20 clusters" in text
     assert "| index | " in text.partition("### Ten and a hundred million images")[2]
+    # Of a run that was stopped, the page says what is missing, and extrapolates from a whole one.
+    stopped = {**json.loads(target.read_text()), "images": 9999, "note": "One more."}
+    del stopped["parts"]["index"]
+    (tmp_path / "stopped.json").write_text(json.dumps(stopped))
+    both = [str(target), str(tmp_path / "stopped.json")]
+    assert simulation.main(["--publish", *both, "--page", str(page)]) == 0
+    text = page.read_text()
+    assert "**Not measured**: index. One more." in text
+    assert "Extrapolated from the run of 2 000," in text
 
 
 def test_two_levels_compare_less():
