@@ -399,24 +399,26 @@ def comparisons(images: int, clusters: int) -> float:
 
 
 def extrapolated(*runs: Found) -> str:
-    """Return times and memory for more images, by what each part of a whole run grows with."""
-    last = [run for run in runs if len(run["parts"]) == len(PARTS)][-1]
+    """Return times and memory for more images, by what each part grows with."""
     base = min(one["peak MiB"] for run in runs for one in run["parts"].values())
     lines = [
         "### Ten and a hundred million images",
         "",
-        f"Extrapolated from the run of {spaced(last['images'])}, not measured: time of a core, and "
-        f"peak memory. A hundredth of the images are clusters. The {base / 1024:.1f} GiB of the "
+        "Extrapolated from the largest run of each part, not measured: time of a core, and peak "
+        f"memory. A hundredth of the images are clusters. The {base / 1024:.1f} GiB of the "
         "libraries stay, and all else grows with the images, but for the evaluation, whose "
-        "queries are a sample. Time grows with the images too; that of clustering with the "
-        f"comparisons, which above {spaced(TWO_LEVELS_ABOVE)} clusters two levels make fewer (but "
-        "slower, which is not counted).",
+        "queries are a sample. So what a part takes at any size, such as making a model or "
+        "training codes, grows too: the numbers are too high rather than too low, most of all "
+        "where the largest run is small. The time of clustering grows with the comparisons, which "
+        f"above {spaced(TWO_LEVELS_ABOVE)} clusters two levels make fewer (but slower, which is "
+        "not counted).",
         "",
-        "| part | " + " | ".join(spaced(images) for images in LARGER) + " |",
-        "| --- |" + " ---: |" * len(LARGER),
+        "| part | from | " + " | ".join(spaced(images) for images in LARGER) + " |",
+        "| --- |" + " ---: |" * (1 + len(LARGER)),
     ]
-    for name, one in last["parts"].items():
-        cells = []
+    for name in PARTS:
+        last = [run for run in runs if name in run["parts"]][-1]
+        one, cells = last["parts"][name], [spaced(last["images"])]
         for images in LARGER:
             longer = larger = 1.0 if name == "evaluation" else images / last["images"]
             if name == "clustering":

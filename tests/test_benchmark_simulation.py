@@ -28,7 +28,7 @@ def test_each_part_is_done_and_reads_what_the_last_has_left(tmp_path, monkeypatc
     assert "old" not in text
     assert "### 2 000 images, 20 clusters" in text
     assert "| index | " in text.partition("### Ten and a hundred million images")[2]
-    # Of a run that was stopped, the page says what is missing, and extrapolates from a whole one.
+    # Of a run that was stopped, the page says what is missing, and takes it from another.
     stopped = {**json.loads(target.read_text()), "images": 9999, "note": "One more."}
     del stopped["parts"]["index"]
     (tmp_path / "stopped.json").write_text(json.dumps(stopped))
@@ -36,7 +36,8 @@ def test_each_part_is_done_and_reads_what_the_last_has_left(tmp_path, monkeypatc
     assert simulation.main(["--publish", *both, "--page", str(page)]) == 0
     text = page.read_text()
     assert "**Not measured**: index. One more." in text
-    assert "Extrapolated from the run of 2 000," in text
+    assert "\n| index | 2 000 | " in text
+    assert "\n| search | 9 999 | " in text
 
 
 def test_two_levels_compare_less():
