@@ -77,6 +77,13 @@ def publish(text: str, output: str | Path) -> None:
     Path(output).write_text(text, encoding="utf-8")
 
 
+def section_of(output: str | Path, begin: str, end: str) -> str:
+    """Return the part of a page between two markers, with them; the markers alone if none is."""
+    page = Path(output)
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    return f"{begin}{text.partition(begin)[2].partition(end)[0] or chr(10) * 2}{end}"
+
+
 def publish_section(text: str, output: str | Path, begin: str, end: str) -> None:
     """Write the part of a page between two markers, and keep the rest; "-" prints it instead."""
     page = Path(output)

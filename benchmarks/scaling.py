@@ -15,8 +15,9 @@ import subprocess
 import sys
 import time
 
-from _common import publish
+from _common import publish, section_of
 from scaling_parts.clusters import rows, two_level
+from scaling_parts.config import BEGIN, END
 from scaling_parts.fits import Gpus
 from scaling_parts.page import report
 from scaling_parts.terms import TERMS, measure
@@ -24,6 +25,12 @@ from scaling_parts.terms import TERMS, measure
 from pml_tacl import KMeansPseudoLabeler
 
 # Speed of a data-centre GPU, and of faiss on it. Assumed, not measured.
+INTRODUCTION = """## A training of many images, run
+
+What a training does beside the network, really done and measured: `benchmarks/simulation.py`. A \
+generator stands for the network, and each part is a process of its own, which reads what the last \
+has left in the folder. "Of a core" is the processor time, which other programs on the machine \
+disturb less than the time. Mapped files count as memory while they are read."""
 GPUS = Gpus(count=8, embed=2_000.0, train=300.0, flops=2e13)
 
 
@@ -54,7 +61,12 @@ def main() -> None:
             results[name].append(json.loads(output.splitlines()[-1]))
             print(name, results[name][-1], file=sys.stderr)
     distances = quality()
-    publish(report(results, distances, time.perf_counter() - start, GPUS), arguments.output)
+    page = report(results, distances, time.perf_counter() - start, GPUS)
+    kept = section_of(arguments.output, BEGIN, END)  # of another script
+    publish(
+        page.replace("\n## Measured\n", f"\n{INTRODUCTION}\n\n{kept}\n\n## Measured\n"),
+        arguments.output,
+    )
 
 
 if __name__ == "__main__":

@@ -8,20 +8,24 @@ reads what it has left in the folder.
 
     python benchmarks/simulation.py                      # 1 000 000 images
     python benchmarks/simulation.py --images 20000       # seconds
-    python benchmarks/simulation.py --output table.md --json table.json
+    python benchmarks/simulation.py --json docs/benchmarks/simulation_1000000.json
+    python benchmarks/simulation.py --publish docs/benchmarks/simulation_*.json  # docs/scaling.md
 """
 
 import argparse
+import datetime
 import json
+import multiprocessing
 import os
+import pickle
 import platform
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,8 +33,9 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from _common import cpu_model, publish
+from _common import cpu_model, publish, publish_section
 from pytorch_metric_learning.losses import MultiSimilarityLoss
+from scaling_parts.config import BEGIN, END
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -42,14 +47,29 @@ from pml_tacl import (
     UnsupervisedTrainer,
     __version__,
 )
+from pml_tacl.clustering.kmeans import _CELLS_SEARCHED, _ROUNDS, TWO_LEVELS_ABOVE
+from pml_tacl.datasets import ImageFiles
 from pml_tacl.distributed.inference import embed_distributed
 from pml_tacl.distributed.store import EmbeddingFile
 from pml_tacl.search import IVFPQ_FROM, ImageIndex
 from pml_tacl.trainers.data import draw_order
 from pml_tacl.trainers.state import TrainingState
 
+LARGER = (10**7, 10**8)
+LEFT = """What is left of the bottleneck:
+
+- **Clustering** is done by one process, and the others wait. Its sample of 50 images a cluster lies
+  in the memory of that process: 25.6 GB of 128 numbers at a hundred million images, and four times
+  that of 512. The assignment is not shared either.
+- **Labels and order** are 24 bytes an image, in every process and in every checkpoint: 2.4 GB at a
+  hundred million.
+- **The list of files** is small once it is made, but Python's strings are sorted on the way, in
+  every process. `files.json` of an index is read as one text. At a hundred million, shards of tar
+  files (WebDataset) are the better data set.
+- **An image that cannot be read** makes clustering copy all other embeddings into memory."""
 NOISE = 0.8
 BATCH, PER_CLUSTER, BATCHES, SIDE = 32, 4, 200, 32
+A_FOLDER = 1_000  # links to one empty file: what is in an image is not read
 QUERIES, SEARCHED, NEIGHBOURS = 50_000, 1_000, 10
 ITERATIONS, POINTS_A_CLUSTER = 10, 50
 PER_MIB = 1 << 20 if sys.platform == "darwin" else 1 << 10
@@ -123,9 +143,26 @@ def embedding_pass(given: Namespace) -> Found:
 
 
 def list_of_files(given: Namespace) -> Found:
-    names = [f"{i // 1000:06}/{i:09}.jpg" for i in range(given.images)]
-    (given.folder / "names.json").write_text(json.dumps(names))
-    return {}
+    top = given.folder / "images"
+    for start in range(0, given.images, A_FOLDER):
+        folder = top / f"{start // A_FOLDER:06}"
+        folder.mkdir(parents=True, exist_ok=True)
+        first = folder / f"{start:09}.jpg"
+        first.touch()
+        for number in range(start + 1, min(start + A_FOLDER, given.images)):
+            with suppress(FileExistsError):
+                os.link(first, folder / f"{number:09}.jpg")
+    began, busy = time.perf_counter(), time.process_time()
+    images = ImageFiles(top, check=False, labels="folder")
+    seconds, busy = time.perf_counter() - began, time.process_time() - busy
+    assert len(images) == given.images
+    names = pickle.dumps(images.names)
+    (given.folder / "names.pickle").write_bytes(names)
+    return {
+        "listed in seconds": seconds,
+        "of a core": busy,
+        "bytes an image": len(names) / given.images,
+    }
 
 
 def clustering(given: Namespace) -> Found:
@@ -223,7 +260,7 @@ def evaluation(given: Namespace) -> Found:
 
 
 def index(given: Namespace) -> Found:
-    names = json.loads((given.folder / "names.json").read_text())
+    names = pickle.loads((given.folder / "names.pickle").read_bytes())
     kind = "ivfpq" if given.images >= IVFPQ_FROM else "auto"
     made = ImageIndex(rows_of(given), names, given.folder / "images", kind=kind)
     made.save(given.folder / "index")
@@ -286,25 +323,63 @@ def measure(part: str, given: Namespace) -> Found:
         "seconds": seconds,
         "of a core": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "peak MiB": peak,
+        "load": os.getloadavg()[0],
         "said": said,
     }
 
 
-def report(given: Namespace, found: dict[str, Found], seconds: float) -> str:
+def apart(part: str, given: Namespace) -> Found:
+    """Run one part in a new process, which has the libraries of this one where it can be forked."""
+    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(measure, part, given).result()
+
+
+def run_of(given: Namespace, parts: dict[str, Found]) -> Found:
+    """Return everything that the page says of a run."""
+    return {
+        "date": str(datetime.date.today()),
+        "images": given.images,
+        "clusters": given.clusters,
+        "dim": given.dim,
+        "dtype": "float16" if given.half else "float32",
+        "machine": f"{cpu_model()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "versions": f"Python {platform.python_version()}, torch "
+        f"{torch.__version__.partition('+')[0]}, faiss {faiss.__version__}, pml_tacl {__version__}",
+        "parts": parts,
+    }
+
+
+def report(*runs: Found) -> str:
+    """Return the section of the page: a table of each run, and the extrapolation of the largest."""
+    runs = tuple(sorted(runs, key=lambda run: int(run["images"])))
+    return "\n".join([*map(table_of, runs), extrapolated(*runs)])
+
+
+def table_of(run: Found) -> str:
+    whole, busy = (sum(one[k] for one in run["parts"].values()) for k in ("seconds", "of a core"))
+    load = max(one["load"] for one in run["parts"].values())
+    others = ""
+    if load > 1.5 * run["threads"]:
+        others = (
+            f" Other programs kept the cores busy (load {load:.0f}), which makes the time longer."
+        )
+    missing = [part for part in PARTS if part not in run["parts"]]
+    if missing:
+        others += f" **Not measured**: {', '.join(missing)}."
+    others += f" {run['note']}" if run.get("note") else ""
     lines = [
-        "# A training of many images, simulated",
+        f"### {spaced(run['images'])} images, {spaced(run['clusters'])} clusters",
         "",
-        f"Written by `benchmarks/simulation.py --images {given.images}` in {seconds:.0f} s: "
-        f"{cpu_model()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
-        f"torch {torch.__version__.partition('+')[0]}, faiss {faiss.__version__}, pml_tacl "
-        f"{__version__}. {given.clusters} clusters, embeddings of {given.dim} numbers in "
-        f"{'float16' if given.half else 'float32'}. Peak memory is of the whole process: about "
-        "0.5 GiB of it are torch and its libraries, and mapped files count while they are read.",
+        f"`benchmarks/simulation.py --images {run['images']}` on {run['date']}: {run['machine']}, "
+        f"{run['threads']} threads, {run['versions']}. Embeddings of {run['dim']} numbers in "
+        f"{run['dtype']}. Together {whole:.0f} s, and {busy:.0f} s of a core.{others}",
         "",
         "| part | time | of a core | peak memory | |",
         "| --- | ---: | ---: | ---: | --- |",
     ]
-    for name, one in found.items():
+    for name, one in run["parts"].items():
         said = ", ".join(
             f"{what} {value:.4g}" if isinstance(value, float) else f"{what} {value}"
             for what, value in one["said"].items()
@@ -314,6 +389,58 @@ def report(given: Namespace, found: dict[str, Found], seconds: float) -> str:
     return "\n".join(lines) + "\n"
 
 
+def comparisons(images: int, clusters: int) -> float:
+    """Return how many embeddings clustering compares with how many centroids, one by one."""
+    points, root = min(images, POINTS_A_CLUSTER * clusters), clusters**0.5
+    if clusters <= TWO_LEVELS_ABOVE:
+        return float(points * clusters * ITERATIONS + images * clusters)
+    near = (1 + _CELLS_SEARCHED) * root  # of each embedding, in the rounds after the second level
+    return points * (2 * root * ITERATIONS + _ROUNDS * near) + images * near
+
+
+def extrapolated(*runs: Found) -> str:
+    """Return times and memory for more images, by what each part grows with."""
+    base = min(one["peak MiB"] for run in runs for one in run["parts"].values())
+    lines = [
+        "### Ten and a hundred million images",
+        "",
+        "Extrapolated from the largest run of each part, not measured: time of a core, and peak "
+        f"memory. A hundredth of the images are clusters. The {base / 1024:.1f} GiB of the "
+        "libraries stay, and all else grows with the images, but for the evaluation, whose "
+        "queries are a sample. So what a part takes at any size, such as making a model or "
+        "training codes, grows too: the numbers are too high rather than too low, most of all "
+        "where the largest run is small. The time of clustering grows with the comparisons, which "
+        f"above {spaced(TWO_LEVELS_ABOVE)} clusters two levels make fewer (but slower, which is "
+        "not counted).",
+        "",
+        "| part | from | " + " | ".join(spaced(images) for images in LARGER) + " |",
+        "| --- |" + " ---: |" * (1 + len(LARGER)),
+    ]
+    for name in PARTS:
+        last = [run for run in runs if name in run["parts"]][-1]
+        one, cells = last["parts"][name], [spaced(last["images"])]
+        for images in LARGER:
+            longer = larger = 1.0 if name == "evaluation" else images / last["images"]
+            if name == "clustering":
+                now = comparisons(last["images"], last["clusters"])
+                longer = comparisons(images, images // 100) / now
+            held = base + (one["peak MiB"] - base) * larger
+            cells.append(f"{lasting(one['of a core'] * longer)}, {held / 1024:.1f} GiB")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + f"\n\n{LEFT}\n"
+
+
+def spaced(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
+
+
+def lasting(seconds: float) -> str:
+    for size, unit in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=1_000_000)
@@ -321,32 +448,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--per-class", type=int, default=100, help="images of the generator's")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--half", action="store_true", help="embeddings in float16")
-    parser.add_argument("--folder", type=Path, help="left out: a temporary one, removed again")
+    parser.add_argument(
+        "--folder", type=Path, help="left out: a temporary one, removed again; a run goes on there"
+    )
     parser.add_argument("--output", default="-", help="page; - prints it")
     parser.add_argument("--json", type=Path, help="the same as JSON")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--publish", type=Path, nargs="+", help="write the page of these JSONs")
+    parser.add_argument("--page", default="docs/scaling.md", help="page; - prints its section")
     given = parser.parse_args(arguments)
     given.clusters = given.clusters or max(8, given.images // 100)
-    if given.part:
-        print(json.dumps(measure(given.part, given)))
+    if given.publish:
+        runs = [json.loads(path.read_text()) for path in given.publish]
+        publish_section(report(*runs), given.page, BEGIN, END)
         return 0
-    start, found = time.perf_counter(), {}
     with tempfile.TemporaryDirectory() as folder:
         given.folder = given.folder or Path(folder)
+        given.folder.mkdir(parents=True, exist_ok=True)
+        known = given.folder / "measured.json"  # a run that was stopped goes on in its folder
+        found = json.loads(known.read_text()) if known.exists() else {}
         for part in PARTS:
-            command = [sys.executable, os.path.abspath(__file__), "--part", part]
-            for name in ("images", "clusters", "per_class", "dim", "folder"):
-                command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
-            command += ["--half"] if given.half else []
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-            if done.returncode:
-                print(f"{part} failed with exit status {done.returncode}", file=sys.stderr)
-                return 1
-            found[part] = json.loads(done.stdout.splitlines()[-1])
+            if part in found:
+                continue
+            found[part] = apart(part, given)
+            known.write_text(json.dumps(found))
             print(part, found[part], file=sys.stderr, flush=True)
-    publish(report(given, found, time.perf_counter() - start), given.output)
+    run = run_of(given, {part: found[part] for part in PARTS})
+    publish(table_of(run), given.output)
     if given.json:
-        publish(json.dumps({"images": given.images, "parts": found}, indent=1) + "\n", given.json)
+        publish(json.dumps(run, indent=1) + "\n", given.json)
     return 0
 
 

@@ -1,8 +1,10 @@
 """Index of images that is searched by their embeddings."""
 
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+import os
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, TypeVar
@@ -16,6 +18,7 @@ from pml_tacl.utils.checks import check_count
 from pml_tacl.utils.copies import first_copies
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.files import atomic_write
+from pml_tacl.utils.names import Names
 
 # Up to this size an exact search takes hundredths of a second, and a graph would not be faster.
 FLAT_UP_TO = 50_000
@@ -75,7 +78,7 @@ class ImageIndex:
             files.
 
     Attributes:
-        files: the paths, as given.
+        files: the paths, as given, in one buffer of bytes; compares equal to a list.
         root: as an absolute path; set it if the images have moved.
 
     Raises:
@@ -89,14 +92,14 @@ class ImageIndex:
         (array([[1.]], dtype=float32), array([[1]]))
     """
 
-    files: list[str]
+    files: Sequence[str]
     root: Path
     _index: Any
     _rows: "_Rows | None"  # unit embeddings (N, D), if _index holds only codes
     _entries: IntArray  # (N,), entry of each image in _index, which holds each embedding once
     _firsts: tuple[IntArray, IntArray] | None  # the entries, and the first image of each
     _asked: str
-    _stamps: list[list[int] | None]
+    _stamps: IntArray  # (N, 2), size and modification time of each file; -1 if unknown
     _exclude: list[str]
     _fixed: bool
 
@@ -115,7 +118,7 @@ class ImageIndex:
         unit = _checked(embeddings, files)
         self._set(*_build(unit, _chosen(kind, len(unit))), files, root, kind)
         self._rows = unit if self.kind == "ivfpq" else None
-        self._stamps = [_stamp(self.root / file) for file in files]
+        self._stamps = _stamps_of(self.root, self.files)
         self._exclude, self._fixed = [*exclude], fixed
 
     @classmethod
@@ -286,15 +289,17 @@ class ImageIndex:
             ValueError: if ``root`` is not a folder or contains no images.
         """
         if self._fixed:
-            listed = [path for path in map(self.root.joinpath, self.files) if path.is_file()]
+            there = {file for file in self.files if (self.root / file).is_file()}
         else:
-            listed = ImageFiles(self.root, check=False, exclude=self._exclude).paths
-        there = {path.relative_to(self.root).as_posix(): path for path in listed}
-        known = dict(zip(self.files, self._stamps, strict=True))
+            there = {*ImageFiles(self.root, check=False, exclude=self._exclude).names}
+        known = {file: row for row, file in enumerate(self.files)}
+        both = sorted(there & known.keys())
+        now = _stamps_of(self.root, both)
+        differ = (now != self._stamps[[known[file] for file in both]]).any(axis=1)
         return Changes(
-            sorted(there.keys() - known.keys()),
-            sorted(f for f in there.keys() & known.keys() if _stamp(there[f]) != known[f]),
-            sorted(known.keys() - there.keys()),
+            sorted(there - known.keys()),
+            [both[row] for row in np.flatnonzero(differ)],
+            sorted(known.keys() - there),
         )
 
     def add(self, embeddings: Embeddings, files: Sequence[str]) -> None:
@@ -309,7 +314,7 @@ class ImageIndex:
         """
         unit = _checked(embeddings, files)
         self._check_dim(unit)
-        stamps = [_stamp(self.root / file) for file in files]
+        stamps = _stamps_of(self.root, files)
         given = set(files)
         kept = np.flatnonzero([file not in given for file in self.files])
         kind = _chosen(self._asked, len(kept) + len(unit))
@@ -321,8 +326,8 @@ class ImageIndex:
             self._entries = np.concatenate([self._entries, entries])
         else:
             self._rebuild(np.concatenate([self.embeddings[kept], unit.hold()]), kind)
-        self.files = [*(self.files[row] for row in kept), *files]
-        self._stamps = [*(self._stamps[row] for row in kept), *stamps]
+        self.files = Names(chain((self.files[row] for row in kept.tolist()), files))
+        self._stamps = np.concatenate([self._stamps[kept], stamps])
 
     def remove(self, files: Sequence[str]) -> None:
         """Remove images. An hnsw index is rebuilt, because nodes cannot be removed from a graph.
@@ -341,8 +346,8 @@ class ImageIndex:
         kind = _chosen(self._asked, len(kept))
         rows = self.embeddings if self._rows is None or kind != "ivfpq" else self._rows
         self._rebuild(_Chosen(rows, kept), kind)
-        self.files = [self.files[row] for row in kept]
-        self._stamps = [self._stamps[row] for row in kept]
+        self.files = Names(self.files[row] for row in kept.tolist())
+        self._stamps = self._stamps[kept]
 
     def _rebuild(self, rows: "_Rows", kind: str) -> None:
         index, self._entries = _build(rows, kind)
@@ -359,18 +364,16 @@ class ImageIndex:
                 np.save(file, self.embeddings)
             else:
                 _save_in_parts(file, self._rows)
-        # ASCII escapes also keep names with undecodable bytes.
         listed: dict[str, Any] = {"root": str(self.root), "kind": self._asked}
-        listed["files"] = self.files
+        listed["files"] = Names(self.files)
         if self._exclude:
             listed["exclude"] = self._exclude
         if self._fixed:
             listed["fixed"] = True
         if self._index.ntotal < len(self):
-            listed["entries"] = self._entries.tolist()
-        text = json.dumps({**listed, "stamps": self._stamps}, indent=1)
+            listed["entries"] = self._entries
         with atomic_write(folder / _FILES) as file:
-            file.write(text.encode("ascii"))
+            _save_columns(file, {**listed, "stamps": self._stamps})
         with atomic_write(folder / _INDEX) as file:
             faiss.write_index(self._index, faiss.PyCallbackIOWriter(file.write))  # type: ignore
 
@@ -390,9 +393,14 @@ class ImageIndex:
                 )
         try:
             listed = json.loads((folder / _FILES).read_text(encoding="ascii"))
-            files, root = listed["files"], listed["root"]
+            files, root = Names(listed.pop("files")), listed["root"]
             kind = listed.get("kind", "auto")
-            stamps = listed.get("stamps", [None] * len(files))
+            unknown = [-1, -1]
+            stamps = np.full((len(files), 2), -1, dtype=np.int64)
+            if "stamps" in listed:
+                known = (one or unknown for one in listed.pop("stamps"))
+                flat = np.fromiter(chain.from_iterable(known), dtype=np.int64)
+                stamps = flat.reshape(-1, 2)
             exclude, fixed = [*listed.get("exclude", [])], bool(listed.get("fixed"))
             entries = np.array(listed.get("entries", range(len(files))), dtype=np.int64)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -401,8 +409,8 @@ class ImageIndex:
             index = faiss.read_index(str(folder / _INDEX))
         except RuntimeError as error:
             raise InputError(f"{folder / _INDEX} is not an index of faiss, or damaged") from error
-        known = np.array_equal(np.unique(entries), np.arange(index.ntotal))
-        if not known or not len(entries) == len(files) == len(stamps):
+        complete = np.array_equal(np.unique(entries), np.arange(index.ntotal))
+        if not complete or not len(entries) == len(files) == len(stamps):
             raise InputError(
                 f"{folder} holds {index.ntotal} embeddings in {_INDEX} and {len(files)} images "
                 f"in {_FILES}: they are of two runs, train and index again"
@@ -431,7 +439,7 @@ class ImageIndex:
     ) -> None:
         self._index, self._entries, self._asked = index, entries, kind
         self._rows = self._firsts = None
-        self.files = list(files)
+        self.files = files if isinstance(files, Names) else Names(files)
         self.root = Path(root).absolute()
 
     def _check_dim(self, unit: UnitRows) -> None:
@@ -446,7 +454,8 @@ def _checked(embeddings: Embeddings, files: Sequence[str]) -> UnitRows:
     unit = UnitRows("embeddings", embeddings, _CHUNK)
     if len(files) != len(unit):
         raise InputError(f"files must be as many as embeddings, {len(unit)}, got {len(files)}")
-    if len(set(files)) != len(files):
+    hashes = np.sort(np.fromiter(map(hash, files), dtype=np.int64, count=len(files)))
+    if (hashes[1:] == hashes[:-1]).any() and len(set(files)) != len(files):
         raise InputError("files must hold each image once, and holds some twice")
     return unit
 
@@ -595,8 +604,34 @@ def _add(index: Any, rows: _Rows) -> IntArray:
     return np.where(inside, firsts, of_fresh[np.where(inside, 0, firsts - known)])
 
 
-def _stamp(path: Path) -> list[int] | None:
-    """Return size and modification time, which change if an image is edited."""
-    with suppress(OSError):
-        return [path.stat().st_size, path.stat().st_mtime_ns]
-    return None
+def _stamps_of(root: Path, files: Iterable[str]) -> IntArray:
+    """Return size and modification time (N, 2), which change if an image is edited."""
+    stamps, top = array("q"), os.fspath(root)
+    for file in files:
+        try:
+            found = os.stat(os.path.join(top, file))
+            stamps.extend((found.st_size, found.st_mtime_ns))
+        except (OSError, ValueError):
+            stamps.extend((-1, -1))
+    return np.array(stamps, dtype=np.int64).reshape(-1, 2)
+
+
+def _save_columns(file: IO[Any], columns: dict[str, Any]) -> None:
+    """Write a JSON object, with names and arrays in chunks."""
+
+    def write(text: str) -> None:
+        file.write(text.encode("ascii"))  # with escapes, which also keep undecodable bytes
+
+    for number, (name, value) in enumerate(columns.items()):
+        write(f'{"," if number else "{"}\n "{name}": ')
+        if not isinstance(value, Names | np.ndarray):
+            write(json.dumps(value))
+            continue
+        for start in range(0, len(value), _CHUNK):
+            part: Any = value[start : start + _CHUNK]
+            if isinstance(part, np.ndarray):
+                part = [None if one == [-1, -1] else one for one in part.tolist()]
+            text = json.dumps(part, separators=(",\n  ", ": "))
+            write(("," if start else "[") + f"\n  {text[1:-1]}")
+        write("\n ]" if len(value) else "[]")
+    write("\n}\n")

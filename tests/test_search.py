@@ -98,6 +98,30 @@ def test_lists_that_do_not_belong_together_say_so(tmp_path, content):
         ImageIndex.load(tmp_path)
 
 
+def test_the_list_of_files_is_json_of_one_entry_a_line(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(b"12345")
+    rows = np.eye(4)[[0, 1, 1]]
+    index = ImageIndex(rows, ["a.jpg", "gone.jpg", "ü.jpg"], photos, exclude=["x"])
+    index.save(tmp_path)
+    listed = json.loads((tmp_path / "files.json").read_text("ascii"))
+    assert listed["files"] == ["a.jpg", "gone.jpg", "ü.jpg"]
+    assert listed["entries"] == [0, 1, 1]
+    assert listed["exclude"] == ["x"]
+    assert listed["stamps"] == [[5, (photos / "a.jpg").stat().st_mtime_ns], None, None]
+    assert ImageIndex.load(tmp_path).changes() == ([], [], ["gone.jpg", "ü.jpg"])
+
+
+def test_long_lists_of_files_are_written_in_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr("pml_tacl.search._CHUNK", 4)
+    names = [f"{i}.jpg" for i in range(11)]
+    index = ImageIndex(np.eye(11), names, tmp_path)
+    index.save(tmp_path)
+    assert json.loads((tmp_path / "files.json").read_text())["files"] == names
+    assert ImageIndex.load(tmp_path).files == names
+
+
 def test_an_index_of_an_earlier_version_is_read(tmp_path):
     index, rows = make_index(4)
     index.save(tmp_path)

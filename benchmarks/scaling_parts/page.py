@@ -90,7 +90,7 @@ def report(
 Written by `benchmarks/scaling.py` on {datetime.date.today()} in {duration(seconds)}: \
 {cpu_model()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch \
 {torch.__version__.partition("+")[0]}, faiss {faiss.__version__}, pml_tacl {__version__}. \
-Everything above the largest size measured is extrapolated; no run of more images was made.
+Everything above the largest size measured is extrapolated; no network was run on more images.
 
 `{BACKBONE}` at {SIDE} px, embeddings of {D} numbers in float32, JPEG images of 500 x 375 \
 pixels. K-means trains {ITERATIONS} iterations on at most {PER_CENTROID} points a cluster \
@@ -197,7 +197,7 @@ def takeovers(drawn: dict[int, dict[str, np.ndarray]], parts: dict[int, dict[str
             "evaluation on a sample of queries",
         ],
         [
-            "lists of files and order as Python's",
+            "list of files and order of an epoch",
             "more than 16 GB in each process",
             first(lambda n: parts[n]["order of an epoch"] + parts[n]["list of files"] > 16e9),
             "shards of tar files (WebDataset) as the data set",

@@ -19,6 +19,7 @@ from pml_tacl import (
     SiameseTransform,
 )
 from pml_tacl.trainers.data import draw_order
+from pml_tacl.utils.names import Names
 from scaling_parts.clusters import rows, two_level
 from scaling_parts.config import BACKBONE, ITERATIONS, NPROBE, SIDE, D
 
@@ -111,11 +112,11 @@ def store(count: int, _: int) -> Run:
 
 def draw(count: int, clusters: int) -> Run:
     labels = torch.arange(count) % clusters
-    return lambda: draw_order(labels, True, count // 32 * 32, 4, 32)[:, 0].tolist()
+    return lambda: draw_order(labels, True, count // 32 * 32, 4, 32)
 
 
 def listing(count: int, _: int) -> Run:
-    return lambda: [Path(f"/data/images/{i // 1000:06}/{i:09}.jpg") for i in range(count)]
+    return lambda: Names(f"{i // 1000:06}/{i:09}.jpg" for i in range(count))
 
 
 def search(count: int, _: int) -> Run:

@@ -56,7 +56,7 @@ class ImageList(Dataset[tuple[Any, int]]):
         return (image if self.transform is None else self.transform(image)), -1
 
 
-def query_paths(query: str | Path, piped: IO[bytes], scratch: Path) -> list[Path]:
+def query_paths(query: str | Path, piped: IO[bytes], scratch: Path) -> Sequence[Path]:
     """Return the paths of the images of a query.
 
     Args:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.images import to_rgb
+from pml_tacl.utils.names import Names, Paths
 
 # Pillow recognises these by name only, or needs another program to draw them.
 _NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
@@ -69,7 +70,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         progress: Show a progress bar while checking.
 
     Attributes:
-        paths: The images, sorted.
+        paths: The images, sorted. Their names lie in one buffer of bytes; compares equal to a list.
         labels: Zero-based class of each image, or -1, int64 (N,).
         classes: Names of the classes, sorted; empty with ``labels="none"``.
         broken: Images that were left out, as (path, reason in one line).
@@ -106,9 +107,9 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         if not self.root.is_dir():
             raise InputError(f"{str(root)!r} is not a folder: give a folder of images")
 
-        self.paths, self.broken, self.skipped = _find_images(self.root, labels == "folder")
+        names, self.broken, self.skipped = _find_images(self.root, labels == "folder")
         self.exclude, self.listed = [exclude] if isinstance(exclude, str) else [*exclude], files
-        self._choose()
+        self._keep(self._choose(names))
         if not self.paths and not self.broken:
             others = f" ({len(self.skipped)} files are no images)" if self.skipped else ""
             raise InputError(f"no image in {str(root)!r} or below it{others}")
@@ -119,21 +120,23 @@ class ImageFiles(Dataset[tuple[Any, int]]):
             )
         if check:
             reasons = _decode_all(self.paths, progress)
-            self.broken += [(p, r) for p, r in zip(self.paths, reasons, strict=True) if r]
-            self.paths = [p for p, r in zip(self.paths, reasons, strict=True) if not r]
+            if any(reasons):
+                self.broken += [(p, r) for p, r in zip(self.paths, reasons, strict=True) if r]
+                self._keep(n for n, r in zip(self.names, reasons, strict=True) if not r)
         self._report(strict)
 
         self.classes: list[str] = []
         self.labels: npt.NDArray[np.int64] = np.full(len(self.paths), -1, np.int64)
         if labels == "folder":
-            folders = [path.relative_to(self.root).parts[0] for path in self.paths]
-            names, ids = np.unique(folders, return_inverse=True)
-            self.classes, self.labels = names.tolist(), ids.astype(np.int64)
+            folders = [name.partition("/")[0] for name in self.names]
+            self.classes = sorted(set(folders))
+            number = {folder: label for label, folder in enumerate(self.classes)}
+            self.labels[:] = [number[folder] for folder in folders]
 
     @property
-    def names(self) -> list[str]:
+    def names(self) -> Names:
         """Return the path of each image relative to the root, with slashes on every system."""
-        return [path.relative_to(self.root).as_posix() for path in self.paths]
+        return self._names
 
     def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> ImageFiles:
         """Return the same images with another transform, without another search and check."""
@@ -148,21 +151,29 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         image = load_rgb(self.paths[index])
         return (image if self.transform is None else self.transform(image)), int(self.labels[index])
 
-    def _choose(self) -> None:
-        """Apply ``exclude`` and ``files``."""
-        there = [*self.paths, *(path for path, _ in self.broken), *self.skipped]
+    def _keep(self, names: Iterable[str]) -> None:
+        self._names = Names(names)
+        self.paths = Paths(self.root, self._names)
+
+    def _choose(self, names: list[str]) -> list[str]:
+        """Apply ``exclude`` and ``files``; return the names that are left."""
+        if not self.exclude and self.listed is None:
+            return names
+        skipped = {self._name_of(path) for path in self.skipped}
+        there = {*names, *skipped, *(self._name_of(path) for path, _ in self.broken)}
         used = dict.fromkeys(self.exclude, False)
         gone = set()
-        for path in there:
-            found = [one for one in used if _matches(path.relative_to(self.root).parts, one)]
+        for name in there if used else ():
+            parts = tuple(name.split("/"))
+            found = [one for one in used if _matches(parts, one)]
             used.update(dict.fromkeys(found, True))
             if found:
-                gone.add(path)
+                gone.add(name)
         for pattern in (one for one, was in used.items() if not was):
             _logger.warning("exclude=%r leaves nothing out of %s", pattern, str(self.root))
         if self.listed is not None:
             wanted = _listed(self.root, self.listed)
-            missing = sorted(str(path) for path in wanted - set(there) | wanted & {*self.skipped})
+            missing = sorted(str(self.root / name) for name in wanted - there | wanted & skipped)
             if len(missing) == len(wanted):
                 raise InputError(
                     f"files={_shown_list(self.listed)} names no image in {str(self.root)!r} or "
@@ -173,14 +184,18 @@ class ImageFiles(Dataset[tuple[Any, int]]):
                     "files=%s names %d that are not images of %r: %s",
                     _shown_list(self.listed), len(missing), str(self.root), _named(missing),
                 )  # fmt: skip
-            gone |= set(there) - wanted
-        self.paths = [path for path in self.paths if path not in gone]
-        self.broken = [(path, reason) for path, reason in self.broken if path not in gone]
-        self.skipped = [path for path in self.skipped if path not in gone]
-        if gone and not self.paths and not self.broken:
+            gone |= there - wanted
+        names = [name for name in names if name not in gone]
+        self.broken = [(p, reason) for p, reason in self.broken if self._name_of(p) not in gone]
+        self.skipped = [path for path in self.skipped if self._name_of(path) not in gone]
+        if gone and not names and not self.broken:
             raise InputError(
                 f"exclude={self.exclude} leaves no image of {str(self.root)!r}: exclude fewer"
             )
+        return names
+
+    def _name_of(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
 
     def _report(self, strict: bool) -> None:
         named = _named([f"{path} ({reason})" for path, reason in self.broken])
@@ -205,8 +220,8 @@ def _matches(parts: tuple[str, ...], pattern: str) -> bool:
     return any(fnmatchcase(place, pattern) for place in places)
 
 
-def _listed(root: Path, files: Sequence[str | Path] | str | Path) -> set[Path]:
-    """Return the paths of listed images, in the same form as `_find_images`."""
+def _listed(root: Path, files: Sequence[str | Path] | str | Path) -> set[str]:
+    """Return the names of listed images, relative to the root, in the form of `_find_images`."""
     given = files
     if isinstance(files, str | Path):
         try:
@@ -231,7 +246,7 @@ def _listed(root: Path, files: Sequence[str | Path] | str | Path) -> set[Path]:
                 f"files={_shown_list(given)} names {str(file)!r}, which is not in {str(root)!r}: "
                 "give paths below that folder"
             )
-        found.add(root / place)
+        found.add(place.as_posix())
     return found
 
 
@@ -313,9 +328,12 @@ def _endings() -> frozenset[str]:
 
 def _find_images(
     root: Path, by_class: bool
-) -> tuple[list[Path], list[tuple[Path, str]], list[Path]]:
-    """Return images, unreadable images with reasons, and other files, each sorted."""
-    found: list[Path] = []
+) -> tuple[list[str], list[tuple[Path, str]], list[Path]]:
+    """Return images, unreadable images with reasons, and other files, each sorted.
+
+    Images are names relative to the root, with slashes.
+    """
+    found: list[str] = []
     broken: list[tuple[Path, str]] = []
     skipped: list[Path] = []
     endings = _endings()
@@ -323,53 +341,64 @@ def _find_images(
     def remember(error: OSError) -> None:
         broken.append((Path(error.filename), error.strerror or "cannot be listed"))
 
-    def sort(paths: Iterable[Path]) -> list[Path]:
-        images = []
-        for path in paths:
-            reason = _what_is_it(path, endings)
-            if reason is None:
-                skipped.append(path)
-            elif reason:
-                broken.append((path, reason))
-            else:
-                images.append(path)
-        return images
+    def sort(folders: Iterable[tuple[str, list[str]]]) -> Iterator[str]:
+        for folder, files in folders:
+            below = folder[len(os.fspath(root)) :].replace(os.sep, "/").strip("/")
+            for file in files:
+                reason = _what_is_it(os.path.join(folder, file), endings)
+                if reason is None:
+                    skipped.append(Path(folder, file))
+                elif reason:
+                    broken.append((Path(folder, file), reason))
+                else:
+                    yield f"{below}/{file}" if below else file
 
     if not by_class:
-        found = sort(_files_below(root, set(), remember))
+        found += sort(_files_below(os.fspath(root), set(), remember))
     else:
         entries = os.walk(root, onerror=remember, followlinks=True)
-        _, folders, files = next(entries, ("", [], []))
-        broken += [(path, _NO_CLASS) for path in sort(_shown(root, files))]
-        for folder in _shown(root, folders):
-            found += sort(_files_below(folder, {os.path.realpath(root)}, remember))
-    return sorted(found), sorted(broken), sorted(skipped)
+        top, folders, files = next(entries, (os.fspath(root), [], []))
+        broken += [(root / name, _NO_CLASS) for name in sort([(top, _shown(files))])]
+        for folder in _shown(folders):
+            below = _files_below(os.path.join(root, folder), {os.path.realpath(root)}, remember)
+            found += sort(below)
+    found.sort(key=_place)
+    return found, sorted(broken), sorted(skipped)
 
 
-def _files_below(top: Path, seen: set[str], onerror: Callable[[OSError], None]) -> Iterator[Path]:
+def _place(name: str) -> str:
+    """Return a key that sorts names as paths, folder by folder."""
+    name = name.replace("/", "\0")
+    return name.lower() if os.name == "nt" else name
+
+
+def _files_below(
+    top: str, seen: set[str], onerror: Callable[[OSError], None]
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder below another, and its files."""
     for folder, subfolders, files in os.walk(top, onerror=onerror, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link to a folder that was read already
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield from _shown(Path(folder), files)
+        subfolders[:] = sorted(_shown(subfolders))
+        yield folder, _shown(files)
 
 
-def _shown(folder: Path, names: list[str]) -> list[Path]:
-    return [folder / name for name in names if not name.startswith(".")]
+def _shown(names: list[str]) -> list[str]:
+    return [name for name in names if not name.startswith(".")]
 
 
-def _what_is_it(path: Path, endings: frozenset[str]) -> str | None:
+def _what_is_it(path: str, endings: frozenset[str]) -> str | None:
     """Return "" for a readable image, a reason for an unreadable one, None for other files."""
-    ending = path.suffix.lower()
+    ending = os.path.splitext(path)[1].lower()
     if ending in endings:
-        return "" if path.is_file() or path.is_symlink() else None
+        return "" if os.path.isfile(path) or os.path.islink(path) else None
     other = f"{ending} files are not read: convert it to .png or .jpg"
     reason = other if ending in _OTHER_IMAGES else None
-    if not path.is_file():
-        return reason if path.is_symlink() else None
+    if not os.path.isfile(path):
+        return reason if os.path.islink(path) else None
     left_out = (*_KNOWN_BY_ENDING, *(["TIFF"] if reason else []))
     formats = [name for name in _formats() if name not in left_out]
     try:
@@ -385,7 +414,7 @@ def _what_is_it(path: Path, endings: frozenset[str]) -> str | None:
     return ""
 
 
-def _decode_all(paths: list[Path], progress: bool) -> list[str]:
+def _decode_all(paths: Sequence[Path], progress: bool) -> list[str]:
     """Return one line per file that describes its error, or an empty string."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         reasons = pool.map(_what_is_wrong, paths)

@@ -64,6 +64,25 @@ def shard(count: int, batch_size: int, of: int | None = None) -> Tensor:
     return torch.cat(parts) if parts else torch.arange(0)
 
 
+class OwnImages(Sequence[int]):
+    """The indices of :func:`shard` of this process, computed when they are asked for."""
+
+    def __init__(self, count: int, batch_size: int) -> None:
+        self.rank, self.world_size, self.batch_size = rank(), world_size(), batch_size
+        batches = range(self.rank * batch_size, count, self.world_size * batch_size)
+        self._length = sum(min(batch_size, count - start) for start in batches[-1:])
+        self._length += max(0, len(batches) - 1) * batch_size  # only the last may be smaller
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        batch, place = divmod(range(len(self))[index], self.batch_size)
+        return (self.rank + batch * self.world_size) * self.batch_size + place
+
+
 def gather_rows(rows: Tensor, count: int, batch_size: int) -> Tensor | None:
     """Gather the embeddings or labels of all processes on the main process. Collective.
 

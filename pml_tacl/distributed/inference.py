@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from pml_tacl.distributed.collectives import gather_rows, shard
+from pml_tacl.distributed.collectives import OwnImages, gather_rows
 from pml_tacl.distributed.session import (
     ProcessLost,
     barrier,
@@ -80,11 +80,11 @@ def embed_distributed(
         return _into_file(model, dataset, batch_size, Path(file), dtype, kwargs)
     if world_size() == 1:
         return embed(model, dataset, batch_size=batch_size, **kwargs)
-    own = shard(count, batch_size)
+    own = OwnImages(count, batch_size)
     rows, labels = torch.empty(0), torch.empty(0, dtype=torch.long)
     if len(own) or not count:
         progress = kwargs.pop("progress", True) and is_main()
-        mine: Dataset[Any] = Subset(dataset, own.tolist())
+        mine: Dataset[Any] = Subset(dataset, own)
         rows, labels = embed(model, mine, batch_size=batch_size, progress=progress, **kwargs)
     embeddings = gather_rows(rows, count, batch_size)
     found = gather_rows(labels, count, batch_size)
@@ -108,13 +108,13 @@ def _into_file(
 
     run_on_main(make, "making the file of embeddings")
     store = EmbeddingFile(path)
-    own = shard(count, batch_size)
+    own = OwnImages(count, batch_size)
     labels, done = [torch.empty(0, dtype=torch.long)], 0
     if len(own):
-        mine: Dataset[Any] = Subset(dataset, own.tolist())
+        mine: Dataset[Any] = Subset(dataset, own)
         settings["progress"] = progress and is_main()
         for rows, batch_labels in embed_in_batches(model, mine, batch_size=batch_size, **settings):
-            start = int(own[done])  # images of a batch are adjacent
+            start = own[done]  # images of a batch are adjacent
             store.write(start, rows)
             labels.append(batch_labels)
             done += len(rows)

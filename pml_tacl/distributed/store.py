@@ -15,6 +15,7 @@ from pml_tacl.utils.errors import InputError
 
 IN_MEMORY_UP_TO = 1_000_000
 """Largest data set, in images, whose embeddings a training keeps in memory (2 GB at D = 512)."""
+_WRITTEN_AT_ONCE = 1 << 25  # bytes, after which their pages no longer count as memory
 _TYPES: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype("<f4"),
     torch.float16: np.dtype("<f2"),
@@ -45,6 +46,7 @@ class EmbeddingFile:
             self.rows = np.load(path, mmap_mode="r+")
         except (ValueError, EOFError) as error:
             raise InputError(f"{path} is damaged, or not a file of embeddings: {error}") from error
+        self._held = 0  # bytes written whose pages are mapped
         if self.rows.ndim != 2 or self.rows.dtype not in _TYPES.values():
             raise InputError(
                 f"{path} must hold (N, D) float32 or float16, and holds {self.rows.dtype} of shape "
@@ -99,11 +101,18 @@ class EmbeddingFile:
                 f"rows must fit into {self.rows.shape} from row {start} on, got {tuple(rows.shape)}"
             )
         self.rows[start:stop] = rows.detach().to("cpu", torch.float32).numpy()
+        self._held += self.rows[start:stop].nbytes
+        if self._held > _WRITTEN_AT_ONCE:
+            self._release()  # the system writes them to the disk when it likes
 
     def flush(self) -> None:
         """Write changes to the disk, and release the memory of the mapped pages."""
         assert isinstance(self.rows, np.memmap)
         self.rows.flush()
+        self._release()
+
+    def _release(self) -> None:
+        self._held = 0
         pages = getattr(self.rows, "_mmap", None)
         if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
             pages.madvise(mmap.MADV_DONTNEED)

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,7 @@ class ImageSet:
     """
 
     title: str
-    names: list[str]
+    names: Sequence[str]
     embeddings: FloatArray
     open: Callable[[int], Image.Image]
     labels: IntArray | None = None

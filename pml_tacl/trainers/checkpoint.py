@@ -9,7 +9,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, cast
 
@@ -21,7 +21,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
-from pml_tacl.distributed.session import is_main, naming, patient, rank, world_size
+from pml_tacl.distributed.session import (
+    all_reduce_max,
+    is_main,
+    naming,
+    patient,
+    rank,
+    run_on_main,
+    world_size,
+)
 from pml_tacl.trainers.data import Unreadable, seed_apart
 from pml_tacl.trainers.guard import Guard
 from pml_tacl.trainers.records import RecordsState, records_state, restore_records
@@ -211,11 +219,46 @@ def load_checkpoint(path: str | Path) -> Saved:
             another version, or if it contains a type that can only be read by running code. The
             last two cases rename nothing.
     """
-    path = Path(path)
+    return _find(Path(path))[1]
+
+
+def load_checkpoint_distributed(path: str | Path) -> Saved:
+    """Read a checkpoint on all ranks, see :func:`load_checkpoint`. Collective.
+
+    The main process chooses the file and names it, and each rank reads it. Only if a rank does not
+    find the same file there, as without a common disk, the main process sends the state itself.
+
+    Raises:
+        Exception: the errors of :func:`load_checkpoint`, on all ranks.
+    """
+    own: list[Saved] = []
+
+    def choose() -> tuple[str, tuple[int, int]]:
+        there, state = _find(Path(path))
+        own.append(state)
+        return str(there.absolute()), _stamp(there)
+
+    place, stamp = run_on_main(choose, "reading a checkpoint")
+    if not is_main():
+        with suppress(Exception):  # the main process sends it then
+            if _stamp(Path(place)) == stamp:
+                own.append(_read(Path(place)))
+    if all_reduce_max(int(not own)):
+        return run_on_main(lambda: own[0], "sending a checkpoint")
+    return own[0]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    there = path.stat()
+    return there.st_size, there.st_mtime_ns
+
+
+def _find(path: Path) -> tuple[Path, Saved]:
+    """Return the checkpoint at a path, or the last undamaged one in a folder, and its state."""
     if not path.is_dir():
         earlier = [there for there in checkpoints(path.parent) if _place(there) < _place(path)]
         try:
-            return _read(path)
+            return path, _read(path)
         except DamagedError as error:
             hint = f"use the one before it, {earlier[-1].name}" if earlier else "start again"
             raise DamagedError(f"{error}: {hint}") from error
@@ -230,7 +273,7 @@ def load_checkpoint(path: str | Path) -> Saved:
             continue
         for damaged in there[there.index(last) + 1 :]:  # else it would sort after new ones
             damaged.rename(damaged.with_suffix(".pt.damaged"))
-        return state
+        return last, state
     raise DamagedError(f"no checkpoint in {path} can be read: start again")
 
 

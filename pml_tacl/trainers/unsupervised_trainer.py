@@ -47,7 +47,7 @@ from pml_tacl.trainers.checkpoint import (
     OtherRank,
     Saved,
     fresh_schedules,
-    load_checkpoint,
+    load_checkpoint_distributed,
     open_folder,
     replay,
     restore_random,
@@ -946,7 +946,7 @@ class UnsupervisedTrainer(BaseTrainer):
         if path is None:
             raise InputError("load_checkpoint needs a path: the trainer has no checkpoint_folder")
         found = Path(path)
-        state = run_on_main(lambda: load_checkpoint(found), "reading a checkpoint")
+        state = load_checkpoint_distributed(found)
         self._prepare_schedule(state)
         restore_trainer(self, state)
         restore_random(state, self.batch_size)

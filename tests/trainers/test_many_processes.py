@@ -19,6 +19,7 @@ from torch import distributed, multiprocessing, nn
 
 from pml_tacl import AttentionConsistencyMiner, ContrastiveClusteringLoss
 from pml_tacl.distributed.collectives import (
+    OwnImages,
     broadcast,
     equalise_buffers,
     gather_batch,
@@ -235,10 +236,14 @@ def test_shards_hold_each_row_once_in_batches_of_one_process(monkeypatch, world,
     monkeypatch.setattr("pml_tacl.distributed.collectives.world_size", lambda: world)
     whole = list(torch.arange(count).split(batch_size)) if count else []
     for number in range(world):
+        monkeypatch.setattr("pml_tacl.distributed.collectives.rank", lambda n=number: n)
         own = shard(count, batch_size, number)
         batches = whole[number::world]
         assert own.tolist() == [row for batch in batches for row in batch.tolist()]
         assert own.dtype == torch.int64
+        computed = OwnImages(count, batch_size)
+        assert list(computed) == computed[:] == own.tolist()
+        assert len(computed) == len(own)
         cut = own.split(batch_size) if len(own) else []
         assert [b.tolist() for b in cut] == [b.tolist() for b in batches]
 

@@ -9,7 +9,12 @@ from pytorch_metric_learning import losses
 from torch.optim import lr_scheduler as schedules
 
 from pml_tacl import AttentionEmbedder, ContrastiveClusteringLoss, UnsupervisedTrainer
-from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
+from pml_tacl.trainers import checkpoint as checkpoint_module
+from pml_tacl.trainers.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    load_checkpoint_distributed,
+)
 
 from .small import Images, make_model, make_trainer, same, state_of
 
@@ -310,3 +315,32 @@ def test_no_path_and_no_folder_is_said(tmp_path, monkeypatch):
 def test_names_of_losses_that_records_cannot_hold_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
         new(loss_funcs={name: losses.MultiSimilarityLoss() for name in names})
+
+
+@pytest.mark.parametrize("disk", ["common", "another file", "none"])
+def test_another_rank_reads_the_file_itself_if_it_can(tmp_path, monkeypatch, disk):
+    """One process plays both: what the main process sends, and what the other asks for."""
+    trainer = new(tmp_path / "run")
+    trainer.train(num_epochs=1)
+    whole, sent = load_checkpoint(tmp_path / "run"), []
+
+    def run_on_main(function, doing):
+        sent.append(doing)
+        if doing == "sending a checkpoint":
+            return whole
+        place, stamp = function()
+        if disk == "another file":
+            return place, (stamp[0], stamp[1] - 1)
+        return (place if disk == "common" else f"{place} of another machine"), stamp
+
+    read, reads = checkpoint_module._read, []
+    monkeypatch.setattr(checkpoint_module, "_read", lambda at: reads.append(at) or read(at))
+    monkeypatch.setattr(checkpoint_module, "run_on_main", run_on_main)
+    monkeypatch.setattr(checkpoint_module, "is_main", lambda: False)
+    if disk != "common":
+        # Here the main process's own list is the other's too, which has read nothing.
+        monkeypatch.setattr(checkpoint_module, "all_reduce_max", lambda _: 1)
+    state = load_checkpoint_distributed(tmp_path / "run")
+    assert torch.equal(state["labels"], whole["labels"])
+    assert len(reads) == 1 + (disk == "common")
+    assert sent == ["reading a checkpoint", "sending a checkpoint"][: 1 + (disk != "common")]
