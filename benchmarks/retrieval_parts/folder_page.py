@@ -38,9 +38,9 @@ Written from `benchmarks/photographs_parts.json`, the results of `python benchma
 folders-parts ROOT --json FILE`. Trained on the training third and measured on the validation \
 third, or the other way round (*reverse*). In the first row: R@1 with half of the trained weights \
 and the projection. In the others: the difference to the first row with the same seeds, whose \
-number is in brackets. `tac_temperature=0` is the hard maximum in the attention loss, the default is 0.3. \
-Measured on an NVIDIA H200 on 2026-11-26; the images travelled there as WebP at a quality of 94 \
-or 84, and only equal images are compared.
+number is in brackets. `tac_temperature=0` is the hard maximum in the attention loss, the default \
+is 0.3. Measured on an NVIDIA H200 on 2026-11-26; the images travelled there as WebP at a quality \
+of 94 or 84, and only equal images are compared.
 
 The background swap is worth most. The hard maximum of the attention loss costs a little nearly \
 everywhere, probably because its gradient comes from one best match, which at 6 x 6 cells and in \

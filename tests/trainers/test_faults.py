@@ -336,7 +336,7 @@ def once(labeler, epoch_calls):
         ),
         (
             lambda e, c=None: pseudo_labels_from(torch.arange(len(e)) % 3, e),
-            "3 clusters are fewer than the 4 that a batch of 8 with images_per_cluster=2 needs: ",
+            "3 clusters are fewer than the 4 that a batch of 8 with --images-per-cluster 2 needs: ",
         ),
         (
             lambda e, c=None: KMeansPseudoLabeler(4)(e * float("nan")),

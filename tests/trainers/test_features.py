@@ -325,12 +325,12 @@ def test_the_embedding_pass_is_in_the_trainer_s_precision_without_gradients():
     model = make_model()
     model.trunk.model.conv1.register_forward_hook(
         lambda module, _, output: seen.append(
-            (module.training, output.dtype, torch.is_inference_mode_enabled())
+            (module.training, output.dtype, torch.is_grad_enabled())
         )
     )
     trainer = make_trainer(model, amp_dtype=torch.bfloat16)
     trainer.relabel()
-    assert set(seen) == {(False, torch.bfloat16, True)}
+    assert set(seen) == {(False, torch.bfloat16, False)}
     assert trainer.embeddings.dtype == torch.float32
     assert trainer.embeddings.shape == (COUNT, 16)
 
