@@ -73,6 +73,19 @@ def test_clusters_are_those_of_the_rows_in_memory(tmp_path):
         assert torch.equal(found.labels, expected.labels)
 
 
+def test_pages_that_were_written_are_let_go_and_stay_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("pml_tacl.distributed.store._WRITTEN_AT_ONCE", 4 * D * 4)
+    file, let_go = EmbeddingFile.create(tmp_path / "rows.npy", COUNT, D), []
+    release = file._release
+    monkeypatch.setattr(file, "_release", lambda: let_go.append(file._held) or release())
+    rows = torch.randn(COUNT, D, generator=torch.Generator().manual_seed(0))
+    for start in range(0, COUNT, 3):
+        file.write(start, rows[start : start + 3])
+    assert let_go == [4 * D * count for count in (6, 6, 6, 5)]  # after every second write
+    assert torch.equal(file.tensor(), rows)
+    assert np.array_equal(np.load(tmp_path / "rows.npy"), rows.numpy())
+
+
 @pytest.mark.parametrize(
     ("start", "shape"), [(0, (3, D + 1)), (COUNT - 2, (3, D)), (-1, (1, D)), (0, (D,))]
 )
