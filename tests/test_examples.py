@@ -225,9 +225,9 @@ def test_search_says_what_is_missing(trained, images, tmp_path):
     assert "-k: must be a whole number of at least 1" in failure("search", run, good, "-k", 0)
     broken = tmp_path / "run"
     broken.mkdir()
-    for name in ("run.json", "model", "files.json"):
+    for name in ("run.json", "model", "metrics.json", "files.json"):
         (broken / name).symlink_to(run / name)
-    assert "holds no index" in failure("search", broken, good)
+    assert "holds no index.faiss" in failure("search", broken, good)
     (broken / "index.faiss").write_bytes((run / "index.faiss").read_bytes()[:50])
     assert "index.faiss is not an index of faiss, or damaged" in failure("search", broken, good)
     ImageIndex(np.eye(2, 32), ["a", "b"], images).save(tmp_path / "other")

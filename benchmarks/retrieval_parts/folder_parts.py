@@ -5,6 +5,7 @@ measures on the validation third, and the other way round (`reverse`).
 """
 
 import argparse
+import copy
 import json
 from pathlib import Path
 from statistics import mean
@@ -85,11 +86,7 @@ def run(
     parts = [load(name, s, args.size, args.cache, -1, args.root) for s in ("train", "validation")]
     images, measured = parts[::-1] if reverse else parts
     training = train(config, images, args.cache, device=device)
-    model, last = training.model, dict(training.model.state_dict())
-    last = {
-        key: value.clone() if isinstance(value, torch.Tensor) else value
-        for key, value in last.items()
-    }
+    model, last = training.model, copy.deepcopy(training.model.state_dict())
     shares = {}
     for share in SHARES:
         model.load_state_dict(mean_state(training.untrained, last, share))

@@ -100,9 +100,9 @@ def _settings_of_run(run: Path, known: set[str]) -> dict[str, Any]:
 def _embed(arguments: Sequence[str] | None, program: str | None) -> argparse.Namespace:
     parser = flags.Parser(
         "Embed a folder of images with the model of a run or a timm model, without training.",
-        program=program,
+        "%(prog)s photos --model resnet50 --out photos.npy",
+        program,
     )
-    parser.epilog = f"example: {parser.prog} photos --model resnet50 --out photos.npy"
     parser.add_argument("images", type=Path, metavar="FOLDER", help="folder of images")
     flags.add_model(parser)
     parser.add_argument(
@@ -120,9 +120,9 @@ def _embed(arguments: Sequence[str] | None, program: str | None) -> argparse.Nam
 def _index(arguments: Sequence[str] | None, program: str | None) -> argparse.Namespace:
     parser = flags.Parser(
         "Index a folder of images for search with a run's model or a timm model, without training.",
-        program=program,
+        "%(prog)s photos --model resnet50 --run runs/index",
+        program,
     )
-    parser.epilog = f"example: {parser.prog} photos --model resnet50 --run runs/index"
     parser.add_argument("images", type=Path, metavar="FOLDER", help="folder of images")
     flags.add_model(parser)
     parser.add_argument(
@@ -137,9 +137,9 @@ def _index(arguments: Sequence[str] | None, program: str | None) -> argparse.Nam
 def _search(arguments: Sequence[str] | None, program: str | None) -> argparse.Namespace:
     parser = flags.Parser(
         "Find the images of an indexed folder that are most similar to one or several images.",
-        program=program,
+        "%(prog)s runs/photos new.jpg -k 20",
+        program,
     )
-    parser.epilog = f"example: {parser.prog} runs/photos new.jpg -k 20"
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="folder of a run")
     add("queries", nargs="*", metavar="QUERY", help="images, folders of images, or - for a pipe")
@@ -162,9 +162,9 @@ def _search(arguments: Sequence[str] | None, program: str | None) -> argparse.Na
 def _serve(arguments: Sequence[str] | None, program: str | None) -> argparse.Namespace:
     parser = flags.Parser(
         "Serve a local web page that searches a run: drop an image, or click on one.",
-        program=program,
+        "%(prog)s runs/photos --port 8080",
+        program,
     )
-    parser.epilog = f"example: {parser.prog} runs/photos --port 8080"
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="folder of a run")
     add("--port", type=_port, default=8765, metavar="N", help="0: any free port")
@@ -185,9 +185,10 @@ def _port(text: str) -> int:
 
 def _duplicates(arguments: Sequence[str] | None, program: str | None) -> argparse.Namespace:
     parser = flags.Parser(
-        "Find groups of near-duplicate images by their embeddings.", program=program
+        "Find groups of near-duplicate images by their embeddings.",
+        "%(prog)s runs/photos --threshold 0.97",
+        program,
     )
-    parser.epilog = f"example: {parser.prog} runs/photos --threshold 0.97"
     parser.add_argument(
         "folder", type=Path, metavar="RUN_OR_FOLDER", help="an indexed run, or a folder of images"
     )
@@ -220,9 +221,10 @@ def _threshold(text: str) -> float:
 
 def _evaluate(arguments: Sequence[str] | None, program: str | None) -> argparse.Namespace:
     parser = flags.Parser(
-        "Measure how well the model of a run retrieves images of the same class.", program=program
+        "Measure how well the model of a run retrieves images of the same class.",
+        "%(prog)s runs/photos labelled --json",
+        program,
     )
-    parser.epilog = f"example: {parser.prog} runs/photos labelled --json"
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="folder of a run")
     add("labelled", type=Path, metavar="LABELLED_FOLDER", help="its sub-folders are classes")
@@ -235,9 +237,9 @@ def _evaluate(arguments: Sequence[str] | None, program: str | None) -> argparse.
 def _report(arguments: Sequence[str] | None, program: str | None) -> argparse.Namespace:
     parser = flags.Parser(
         "Write an HTML report of a run: one file for any browser, which needs no network.",
-        program=program,
+        "%(prog)s runs/photos --out page.html",
+        program,
     )
-    parser.epilog = f"example: {parser.prog} runs/photos --out page.html"
     add, number = parser.add_argument, flags.at_least(1)
     add("run", type=Path, metavar="RUN", help="folder of a run")
     add("--out", type=Path, metavar="FILE", help="file of the page; default: RUN/report.html")
@@ -255,8 +257,11 @@ def _report(arguments: Sequence[str] | None, program: str | None) -> argparse.Na
 
 
 def _export(arguments: Sequence[str] | None, program: str | None) -> argparse.Namespace:
-    parser = flags.Parser("Export the model of a run to ONNX, for any batch size.", program=program)
-    parser.epilog = f"example: {parser.prog} runs/photos --onnx photos.onnx"
+    parser = flags.Parser(
+        "Export the model of a run to ONNX, for any batch size.",
+        "%(prog)s runs/photos --onnx photos.onnx",
+        program,
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--onnx", type=Path, required=True, metavar="FILE", help="file to write")
     flags.add_json(parser)

@@ -5,7 +5,7 @@ All processes must call functions marked "collective", in the same order.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from pml_tacl.distributed.session import device, in_use, is_main, naming, patient, rank, world_size
 
 _BUCKET = 1 << 23  # numbers sent at once, 32 MiB of float32
+_Place = TypeVar("_Place", int, Tensor)
 
 
 def broadcast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -58,29 +59,31 @@ def shard(count: int, batch_size: int, of: int | None = None) -> Tensor:
     Returns:
         (n,) int64, ascending.
     """
-    mine = rank() if of is None else of
-    starts = range(mine * batch_size, count, world_size() * batch_size)
-    parts = [torch.arange(start, min(start + batch_size, count)) for start in starts]
-    return torch.cat(parts) if parts else torch.arange(0)
+    own = OwnImages(count, batch_size, of)
+    return own.at(torch.arange(len(own)))
 
 
 class OwnImages(Sequence[int]):
-    """The indices of :func:`shard` of this process, computed when they are asked for."""
+    """The indices of :func:`shard` with the same arguments, computed when they are asked for."""
 
-    def __init__(self, count: int, batch_size: int) -> None:
-        self.rank, self.world_size, self.batch_size = rank(), world_size(), batch_size
-        batches = range(self.rank * batch_size, count, self.world_size * batch_size)
-        self._length = sum(min(batch_size, count - start) for start in batches[-1:])
-        self._length += max(0, len(batches) - 1) * batch_size  # only the last may be smaller
+    def __init__(self, count: int, batch_size: int, of: int | None = None) -> None:
+        self.rank = rank() if of is None else of
+        self.world_size, self.batch_size = world_size(), batch_size
+        rounds, rest = divmod(count, self.world_size * batch_size)
+        last = min(max(rest - self.rank * batch_size, 0), batch_size)
+        self._length = rounds * batch_size + last
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        batch, place = divmod(range(len(self))[index], self.batch_size)
-        return (self.rank + batch * self.world_size) * self.batch_size + place
+        places = range(len(self))[index]
+        return self.at(places) if isinstance(places, int) else [self.at(one) for one in places]
+
+    def at(self, place: _Place) -> _Place:
+        """Return the index at a place in [0, n), or (n,) for a tensor of places."""
+        batch = place // self.batch_size * self.world_size + self.rank
+        return batch * self.batch_size + place % self.batch_size
 
 
 def gather_rows(rows: Tensor, count: int, batch_size: int) -> Tensor | None:

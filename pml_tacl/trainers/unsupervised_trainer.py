@@ -856,9 +856,14 @@ class UnsupervisedTrainer(BaseTrainer):
             self.batch_size // world_size(),
             num_workers=self.dataloader_num_workers,
             collate_fn=self.collate_fn,
-            pin_memory=torch.device(self.data_device).type == "cuda",
+            pin_memory=self._pins_memory,
         )
         self.dataloader_iter = iter(self.dataloader)
+
+    @property
+    def _pins_memory(self) -> bool:
+        """Whether batches lie in pinned memory, which a GPU reads without making the CPU wait."""
+        return torch.device(self.data_device).type == "cuda"
 
     def get_batch(self) -> Batch:
         """Return the next batch, with the pseudo-labels of its images."""
@@ -866,7 +871,7 @@ class UnsupervisedTrainer(BaseTrainer):
         for trouble in filter(None, troubles):
             self.state.unreadable.add(trouble)
         tensors.append(self.labels[index])
-        if torch.device(self.data_device).type == "cuda":  # only pinned memory copies in background
+        if self._pins_memory:
             tensors[-1] = tensors[-1].pin_memory()
         return Batch(*(t.to(self.data_device, non_blocking=True) for t in tensors))
 

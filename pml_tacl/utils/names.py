@@ -1,5 +1,6 @@
 """Lists of names and paths for many files: one buffer of bytes instead of a Python object each."""
 
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -17,6 +18,20 @@ _CHUNK = 16384
 
 class _Column(Sequence[_Item]):
     """A read-only sequence that compares equal to any list or tuple of equal items."""
+
+    @overload
+    def __getitem__(self, index: int) -> _Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[_Item]: ...
+
+    def __getitem__(self, index: int | slice) -> _Item | list[_Item]:
+        rows = range(len(self))[index]  # counts negative ones from the end, and raises IndexError
+        return self._at(rows) if isinstance(rows, int) else [self._at(row) for row in rows]
+
+    @abstractmethod
+    def _at(self, row: int) -> _Item:
+        """Return the item of a row in [0, N)."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Column | list | tuple):
@@ -56,16 +71,7 @@ class Names(_Column[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        row = range(len(self))[index]  # counts negative ones from the end, and raises IndexError
+    def _at(self, row: int) -> str:
         return self._text[self._ends[row] : self._ends[row + 1]].decode(*_CODING)
 
     def __iter__(self) -> Iterator[str]:
@@ -73,9 +79,6 @@ class Names(_Column[str]):
             ends = self._ends[start : start + _CHUNK + 1].tolist()
             for first, last in pairwise(ends):
                 yield self._text[first:last].decode(*_CODING)
-
-    def __contains__(self, name: object) -> bool:
-        return any(name == there for there in self)
 
 
 class Paths(_Column[Path]):
@@ -92,16 +95,8 @@ class Paths(_Column[Path]):
     def __len__(self) -> int:
         return len(self._names)
 
-    @overload
-    def __getitem__(self, index: int) -> Path: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Path]: ...
-
-    def __getitem__(self, index: int | slice) -> Path | list[Path]:
-        if isinstance(index, slice):
-            return [self._root / name for name in self._names[index]]
-        return self._root / self._names[index]
+    def _at(self, row: int) -> Path:
+        return self._root / self._names[row]
 
     def __iter__(self) -> Iterator[Path]:
         return (self._root / name for name in self._names)
