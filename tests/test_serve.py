@@ -163,7 +163,7 @@ def test_what_lies_outside_the_folders_is_never_shown(server, photos, name, kind
     row = row_of(server, name.format(parent=photos.parent))
     status, _, content = ask(server, f"/{kind}/{row}")
     assert status == 404
-    assert b"outside" in content
+    assert b"is outside the run's folder of images" in content
 
 
 @pytest.mark.parametrize(
