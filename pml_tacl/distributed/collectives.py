@@ -148,6 +148,32 @@ def gather_batch(own: Tensor, views: int = 1) -> Tensor:
     return torch.cat([part.unflatten(0, (views, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
+def take_rows(own: Tensor, index: Tensor) -> Tensor:
+    """Return rows of a batch that is divided among the ranks. Collective.
+
+    Each rank receives only the rows that it asks for.
+
+    Args:
+        own: (n, ...), this rank's part of the batch; n is the same on all ranks.
+        index: (world_size * n,) int64 on the CPU, the same on all ranks: rows of the whole batch,
+            n for each rank, in the order of the ranks.
+
+    Returns:
+        (n, ...), the rows that ``index`` names for this rank.
+    """
+    wanted = index.view(world_size(), -1)
+    owner = wanted // len(own)
+    mine = owner == rank()
+    sent = own[(wanted[mine] - rank() * len(own)).to(own.device, non_blocking=True)]
+    received = own.new_empty(own.shape)
+    counts = owner[rank()].bincount(minlength=world_size()).tolist()
+    with naming("exchanging parts of a batch"):
+        distributed.all_to_all_single(received, sent.contiguous(), counts, mine.sum(dim=1).tolist())
+    # Rows arrive in the order of their owners.
+    place = owner[rank()].argsort(stable=True).argsort()
+    return received[place.to(own.device, non_blocking=True)]
+
+
 def total(tensors: Iterable[Tensor], divisor: float = 1.0) -> None:
     """Replace tensors by their sums over ranks, divided by ``divisor``. In place. Collective.
 

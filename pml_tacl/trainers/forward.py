@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from pml_tacl.distributed.collectives import broadcast, gather_batch, take_rows
+from pml_tacl.distributed.session import is_main, rank, world_size
 from pml_tacl.functional import background_score, border_similarity, sample_at_points
 from pml_tacl.trainers.data import Batch
-from pml_tacl.transforms import BackgroundSwap, cell_weights
+from pml_tacl.transforms import BackgroundSwap, SwapOutput, cell_weights
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.modes import evaluating
 from pml_tacl.utils.precision import at_least_float32
@@ -96,7 +98,7 @@ def swap_background(
     chunks: int = 1,
     amp_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Swap the background of both views.
+    """Swap the background of both views, within the batch of all ranks. Collective.
 
     Masks that are computed from feature maps need one more pass of the trunk over the original
     views, in evaluation mode.
@@ -129,12 +131,28 @@ def swap_background(
         maps = at_least_float32(torch.cat([output.feature_maps for output in outputs]))
         for view, part in enumerate(maps.chunk(2)):
             border = swap.mask == "border"
-            ground[view] = (
-                border_similarity(part) if border else background_score(part, batch.labels)
-            )
-    first = swap(batch.views, ground[0])
-    second = swap(batch.transformed, ground[1])
+            ground[view] = border_similarity(part) if border else _score(part, batch.labels)
+    first = _swap(swap, batch.views, ground[0])
+    second = _swap(swap, batch.transformed, ground[1])
     if grid is None:
         return first.images, second.images, None
     kept, _ = sample_at_points(second.masks, batch.points)
     return first.images, second.images, cell_weights(first.masks, grid) * kept
+
+
+def _score(maps: Tensor, labels: Tensor) -> Tensor:
+    """Return the background score against the batch of all ranks."""
+    if world_size() == 1:
+        return background_score(maps, labels)
+    return background_score(maps, labels, gather_batch(maps), gather_batch(labels))
+
+
+def _swap(swap: BackgroundSwap, images: Tensor, background: Tensor | None) -> SwapOutput:
+    """Swap backgrounds with random numbers of the main process, the same as in one process."""
+    if world_size() == 1:
+        return swap(images, background, torch.default_generator)  # type: ignore[no-any-return]
+    count = len(images)
+    draws = broadcast([torch.rand(2, world_size() * count) if is_main() else None])[0]
+    assert draws is not None
+    own = slice(rank() * count, (rank() + 1) * count)
+    return swap._swap(images, background, draws, own, take_rows)

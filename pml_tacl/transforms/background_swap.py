@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -129,19 +130,39 @@ class BackgroundSwap(nn.Module):
             raise InputTypeError(
                 f"images must be of a floating dtype, got {images.dtype}; swap after normalising"
             )
+        device = images.device if generator is None else generator.device
+        draws = torch.rand(2, len(images), generator=generator, device=device)
+        draws = draws.to(images.device, non_blocking=True)
+        return self._swap(images, background, draws, slice(None), operator.getitem)
+
+    def _swap(
+        self,
+        images: Tensor,
+        background: Tensor | None,
+        draws: Tensor,
+        own: slice,
+        take: Callable[[Tensor, Tensor], Tensor],
+    ) -> SwapOutput:
+        """Swap the backgrounds of images that are part of a larger batch.
+
+        Args:
+            images: (n, C, H, W).
+            background: see `forward`.
+            draws: (2, N) random numbers in [0, 1) for all images of the batch.
+            own: place of `images` in the batch.
+            take: backgrounds (n, C, H, W) and partners (N,) -> backgrounds (n, C, H, W) of the
+                partners of `images`.
+        """
         centred = self.mask == "centred"
         keep = self._centred(images) if centred else self._from_maps(images, background)
-        count = len(images)
-        device = images.device if generator is None else generator.device
-        draws = torch.rand(2, count, generator=generator, device=device)
-        draws = draws.to(images.device, non_blocking=True)
-        swapped = (draws[0] < self.probability) & (count > 1)
         # Each image takes from the next one in a random cycle, so never from itself.
         order = draws[1].argsort()
         partner = torch.empty_like(order).scatter_(0, order, order.roll(1))
+        swapped = (draws[0] < self.probability) & (len(order) > 1)
+        swapped = swapped[own].to(images.device, non_blocking=True)
         masks = torch.where(swapped[:, None, None], keep, 1.0)
-        backgrounds = emptied(images, keep) if self.empty else images
-        blended = torch.lerp(backgrounds[partner], images, masks[:, None].to(images.dtype))
+        backgrounds = take(emptied(images, keep) if self.empty else images, partner)
+        blended = torch.lerp(backgrounds, images, masks[:, None].to(images.dtype))
         return SwapOutput(
             torch.where(swapped[:, None, None, None], blended, images), masks, swapped
         )

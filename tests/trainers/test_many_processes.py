@@ -25,6 +25,7 @@ from pml_tacl.distributed.collectives import (
     gather_batch,
     gather_rows,
     shard,
+    take_rows,
     total,
     used_anywhere,
 )
@@ -157,6 +158,8 @@ def exchanging(number, world, folder):
     found["odd"] = message(lambda: check_same("labels", [odd], "look"), ValueError)
     found["used"] = used_anywhere([number == 0, number == 1, False, True])
     found["summed"] = sum_of_unlike_gradients(number)
+    own = torch.arange(2 * number, 2 * number + 2)
+    found["taken"] = take_rows(own, torch.arange(2 * world).roll(3))
     found["half"] = gather_batch(torch.full((1, 2), number, dtype=torch.bfloat16))
     model, views, labels = batch_of(world)
     own = slice(number * EACH, (number + 1) * EACH)
@@ -201,6 +204,8 @@ def test_what_processes_exchange(world, tmp_path):
         assert second.tolist() == [[float(sum(range(2, world + 1)))] * 2]
         assert nobodys is None
         assert everyones.tolist() == [[float(world)] * 2]
+        rolled = torch.arange(2 * world).roll(3)
+        assert torch.equal(one["taken"], rolled[2 * number : 2 * number + 2])
         assert one["half"].tolist() == [[float(i)] * 2 for i in range(world)]
     # Each process took the gradients that one process takes of the joined batch.
     expected = learn(*batch_of(world))
@@ -248,9 +253,9 @@ def test_shards_hold_each_row_once_in_batches_of_one_process(monkeypatch, world,
         assert [b.tolist() for b in cut] == [b.tolist() for b in batches]
 
 
-def exact_trainer(**kwargs):
+def exact_trainer(model=None, **kwargs):
     """All that must not change the mathematics, and no BatchNorm, which would."""
-    model = make_model(backbone="test_efficientnet_ln")
+    model = model or make_model(backbone="test_efficientnet_ln")
     settings = {
         "mining_funcs": {
             "tuple_miner": MultiSimilarityMiner(),
