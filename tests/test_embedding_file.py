@@ -6,11 +6,13 @@ import torch
 from torch.utils.data import TensorDataset
 
 from pml_tacl.clustering import KMeansPseudoLabeler
+from pml_tacl.clustering.unit_embeddings import UnitRows
 from pml_tacl.distributed import inference
 from pml_tacl.distributed.inference import embed_distributed
 from pml_tacl.distributed.store import EmbeddingFile
 from pml_tacl.evaluation import embed
 from pml_tacl.trainers import unsupervised_trainer
+from pml_tacl.trainers.pseudo_labeling import cluster
 from tests.trainers.small import COUNT as IMAGES
 from tests.trainers.small import make_trainer
 
@@ -121,3 +123,23 @@ def test_a_training_of_many_images_clusters_from_the_file(tmp_path, monkeypatch)
     assert np.array_equal(np.load(tmp_path / "embeddings.npy"), plain.embeddings.numpy())
     trainer.relabel()  # the file is made anew
     assert torch.equal(trainer.labels, plain.labels)
+
+
+def test_unreadable_images_are_left_out_without_a_copy(tmp_path, monkeypatch):
+    rows = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    readable = torch.ones(200, dtype=torch.bool)
+    readable[[3, 150]] = False
+    rows[~readable] = torch.nan
+    file = EmbeddingFile.create(tmp_path / "rows.npy", 200, 8)
+    file.write(0, rows)
+    expected = KMeansPseudoLabeler(10)(rows[readable])
+    sources, read = [], UnitRows._read
+    monkeypatch.setattr(
+        UnitRows, "_read", lambda self, index: sources.append(self.source) or read(self, index)
+    )
+    labeler = KMeansPseudoLabeler(10, max_points=198, chunk_size=64)
+    labels, centroids = cluster(labeler, file.tensor(), readable, None, tmp_path / "rows.npy")
+    assert torch.equal(labels[readable], expected.labels)
+    assert labels[~readable].tolist() == [-1, -1]
+    assert torch.equal(centroids, expected.centroids)
+    assert all(isinstance(source, np.memmap) for source in sources)

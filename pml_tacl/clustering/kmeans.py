@@ -107,7 +107,8 @@ def pseudo_labels_from(
         )
     if given.dtype.kind not in "iu":
         raise InputError(f"labels must be integers, got dtype {given.dtype}: pass labels.long()")
-    return _summarise(given.astype(np.int64), rows, min_cluster_size)
+    found, numbers = np.unique(given, return_inverse=True)
+    return _summarise(numbers, found >= 0, rows, min_cluster_size)
 
 
 class KMeansPseudoLabeler:
@@ -206,31 +207,48 @@ class KMeansPseudoLabeler:
             UserWarning: if less than half of the clusters have members, or one cluster contains
                 more than half of the images.
         """
-        rows = UnitRows("embeddings", embeddings, self.chunk_size)
+        rows = UnitRows("embeddings", embeddings, self.chunk_size, check=False)
+        centroids = self._learn(rows, initial_centroids)
+        return self._finish(rows, self._assign(rows, centroids), len(centroids))
+
+    def _learn(self, rows: UnitRows, initial_centroids: Embeddings | None) -> FloatArray:
+        """Check the embeddings and return the centroids (K, D) of k-means."""
+        spread = rows.check()
         number = self.number_for(len(rows))
         if number > len(rows):
             raise InputError(
                 f"num_clusters={number} is more than the {len(rows)} embeddings: lower it or add "
                 "images"
             )
-        if rows.spread < _COLLAPSED:
+        if spread < _COLLAPSED:
             raise InputError(
                 f"all {len(rows)} embeddings are nearly identical (mean cosine distance to their "
-                f"mean {rows.spread:.1e}): the images are copies of one another, or the model has "
+                f"mean {spread:.1e}): the images are copies of one another, or the model has "
                 "collapsed; look at the images, else lower the learning rate, raise the weight of "
                 "the metric loss or go back to an earlier checkpoint"
             )
         start = self._start(rows, initial_centroids, number)
         points = self._points(rows, number)
-        if number > TWO_LEVELS_ABOVE:
-            centroids = self._train_levels(points, number, start)
-            index = _cells_of(centroids, self.seed)
-            labels = np.concatenate([_nearest(index, rows[chunk]) for chunk in rows.chunks()])
-        else:
-            centroids = self._train(points, number, start)
-            labels = rows.nearest(centroids)
+        train = self._train_levels if number > TWO_LEVELS_ABOVE else self._train
+        return train(points, number, start)
+
+    def _assign(
+        self, rows: UnitRows, centroids: FloatArray, part: int = 0, parts: int = 1
+    ) -> npt.NDArray[np.int32]:
+        """Return the nearest centroid of each embedding, in every `parts`-th chunk only.
+
+        Chunks are the same for any number of parts, because rounding depends on them.
+        """
+        levels = len(centroids) > TWO_LEVELS_ABOVE
+        index = _cells_of(centroids, self.seed) if levels else flat_index(centroids)
+        chunks = list(rows.chunks())[part::parts]
+        found = [_nearest(index, rows[chunk]).astype(np.int32) for chunk in chunks]
+        return np.concatenate([np.empty(0, dtype=np.int32), *found])
+
+    def _finish(self, rows: UnitRows, labels: npt.NDArray[np.int32], number: int) -> PseudoLabels:
+        """Remove empty clusters and compute the centroids of the others."""
         _check_use(np.bincount(labels, minlength=number))
-        return _summarise(labels, rows, self.min_cluster_size)
+        return _summarise(labels, np.ones(number, dtype=bool), rows, self.min_cluster_size)
 
     def number_for(self, count: int) -> int:
         """Return the number of clusters for `count` images."""
@@ -362,7 +380,7 @@ def have_collapsed(embeddings: Embeddings) -> bool:
     """
     rows = torch.as_tensor(embeddings)
     rows = rows[rows.isfinite().all(dim=1) & rows.any(dim=1)]
-    return len(rows) < 2 or UnitRows("embeddings", rows, _CHUNK).spread < _COLLAPSED
+    return len(rows) < 2 or UnitRows("embeddings", rows, _CHUNK, check=False).check() < _COLLAPSED
 
 
 def auto_clusters(count: int, least: int = 2) -> int:
@@ -390,22 +408,34 @@ def _check_use(members: IntArray) -> None:
         )
     else:
         return
-    warnings.warn(trouble, stacklevel=3)
+    warnings.warn(trouble, stacklevel=4)
 
 
-def _summarise(labels: IntArray, rows: UnitRows, min_cluster_size: int) -> PseudoLabels:
-    """Drop small clusters, renumber the others, and compute their centroids and distances."""
-    found, inverse, members = np.unique(labels, return_inverse=True, return_counts=True)
-    keep = (found >= 0) & (members >= min_cluster_size)
+def _summarise(
+    numbers: npt.NDArray[np.integer],
+    usable: npt.NDArray[np.bool_],
+    rows: UnitRows,
+    min_cluster_size: int,
+) -> PseudoLabels:
+    """Drop small clusters, renumber the others, and compute their centroids and distances.
+
+    Args:
+        numbers: (N,), index of the cluster of each embedding.
+        usable: (K,), False for clusters that are noise.
+        rows: the embeddings.
+        min_cluster_size: clusters with fewer members become noise.
+    """
+    members = np.bincount(numbers, minlength=len(usable))
+    keep = usable & (members >= max(1, min_cluster_size))
     if not keep.any():
         raise InputError(
-            f"all {len(labels)} embeddings are noise: lower min_cluster_size={min_cluster_size} "
+            f"all {len(numbers)} embeddings are noise: lower min_cluster_size={min_cluster_size} "
             "or the number of clusters, or give the clusterer looser settings"
         )
     number = int(keep.sum())
-    new_label = np.full(len(found), -1, dtype=np.int64)
+    new_label = np.full(len(usable), -1, dtype=np.int64)
     new_label[keep] = np.arange(number)
-    labels = new_label[inverse]
+    labels = new_label[numbers]
     centroids = rows.means(labels, number)
     noise = labels < 0
     own = np.where(noise, rows.nearest(centroids), labels) if noise.any() else labels

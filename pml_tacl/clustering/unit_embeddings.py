@@ -24,6 +24,8 @@ class UnitRows:
         name: name of the argument, used in error messages.
         embeddings: array, memory map or tensor.
         chunk_size: number of embeddings in each slice of `chunks()`.
+        index: (N,), the rows of `embeddings` that are used; None for all.
+        check: call `check`.
 
     Raises:
         TypeError: if `embeddings` is neither a tensor nor an array, or not of real numbers.
@@ -31,7 +33,14 @@ class UnitRows:
             zero.
     """
 
-    def __init__(self, name: str, embeddings: Embeddings, chunk_size: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        embeddings: Embeddings,
+        chunk_size: int,
+        index: IntArray | None = None,
+        check: bool = True,
+    ) -> None:
         if not isinstance(embeddings, Tensor | np.ndarray):
             raise InputTypeError(
                 f"{name} must be a tensor or an array, got {type(embeddings).__name__}"
@@ -40,10 +49,24 @@ class UnitRows:
             raise InputTypeError(f"{name} must be real numbers, got {embeddings.dtype}")
         if embeddings.ndim != 2 or 0 in embeddings.shape:
             raise InputError(f"{name} must be (N, D) and not empty, got {tuple(embeddings.shape)}")
+        self.name = name
         self.source = embeddings
+        self.index = index
         self.chunk_size = chunk_size
         self.dim = embeddings.shape[1]
         self._held: FloatArray | None = None
+        if check:
+            self.check()
+
+    def check(self) -> float:
+        """Read all embeddings and check them.
+
+        Returns:
+            Mean cosine distance of the embeddings to the direction of their mean.
+
+        Raises:
+            ValueError: if embeddings are NaN, infinite or zero.
+        """
         not_finite = zero = 0
         total = np.zeros(self.dim)
         for chunk in self.chunks():
@@ -60,12 +83,11 @@ class UnitRows:
             (zero, "all zero", "check the model for a layer with zero output"),
         ):
             if bad:
-                raise InputError(f"{bad} of {len(self)} rows of {name} are {what}: {remedy}")
-        # Mean cosine distance of the embeddings to the direction of their mean.
-        self.spread = 1.0 - float(np.linalg.norm(total)) / len(self)
+                raise InputError(f"{bad} of {len(self)} rows of {self.name} are {what}: {remedy}")
+        return 1.0 - float(np.linalg.norm(total)) / len(self)
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.source) if self.index is None else len(self.index)
 
     def __getitem__(self, index: slice | IntArray) -> FloatArray:
         return _normalise(self._read(index)) if self._held is None else self._held[index]
@@ -115,6 +137,8 @@ class UnitRows:
 
     def _read(self, index: slice | IntArray) -> FloatArray:
         source = self.source
+        if self.index is not None:
+            index = self.index[index]
         if isinstance(source, Tensor):
             where = index if isinstance(index, slice) else torch.from_numpy(index)
             rows = source[where].detach().cpu()

@@ -107,7 +107,7 @@ def gather_rows(rows: Tensor, count: int, batch_size: int) -> Tensor | None:
         distributed.broadcast_object_list(known, src=0, group=patient())
     shape, dtype = known[0]
     rows = rows if len(rows) else torch.empty(0, *shape, dtype=dtype)
-    where = [shard(count, batch_size, of) for of in range(world_size())]
+    where = [OwnImages(count, batch_size, of) for of in range(world_size())]
     step = max(1, _BUCKET // max(1, world_size() * math.prod(shape)))
     whole = torch.empty(count, *shape, dtype=dtype) if is_main() else None
     for start in range(0, max(map(len, where)), step):
@@ -119,8 +119,8 @@ def gather_rows(rows: Tensor, count: int, batch_size: int) -> Tensor | None:
         with naming("gathering embeddings"):
             distributed.gather(padded, into, dst=0)
         if whole is not None and into is not None:
-            for places, part in zip(where, into, strict=True):
-                places = places[start:stop]
+            for own_images, part in zip(where, into, strict=True):
+                places = own_images.at(torch.arange(start, min(stop, len(own_images))))
                 whole[places] = part[: len(places)].cpu()
     return whole
 

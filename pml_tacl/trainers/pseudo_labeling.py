@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from pml_tacl.clustering import PseudoLabeler
+from pml_tacl.clustering import KMeansPseudoLabeler, PseudoLabeler, PseudoLabels
 from pml_tacl.clustering.centroids import Centroids, CentroidTable
+from pml_tacl.clustering.unit_embeddings import UnitRows
+from pml_tacl.distributed.collectives import broadcast, gather_rows
 from pml_tacl.distributed.inference import embed_distributed
+from pml_tacl.distributed.session import rank, run_on_main, world_size
+from pml_tacl.distributed.store import EmbeddingFile
 from pml_tacl.evaluation import embed
 from pml_tacl.trainers.data import OneView, Unreadable, describe
 from pml_tacl.trainers.forward import in_precision
@@ -125,24 +129,81 @@ class EmbeddingPass:
 
 
 def cluster(
-    labeler: PseudoLabeler, embeddings: Tensor, readable: Tensor, centroids: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Cluster the embeddings of readable images.
+    labeler: PseudoLabeler,
+    embeddings: Tensor | None,
+    readable: Tensor | None,
+    centroids: Tensor | None,
+    file: Path | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Cluster the embeddings of readable images on the main process. Collective.
+
+    If k-means clusters embeddings in a file, all ranks assign images to the centroids. Labels and
+    centroids are those of a single process.
 
     Args:
         labeler: the clustering algorithm.
-        embeddings: (N, D).
-        readable: (N,) bool.
+        embeddings: (N, D); None on the other processes.
+        readable: (N,) bool; None on the other processes.
         centroids: (K, D) to start from; None for a cold start.
+        file: file of the embeddings; None if they are in memory only.
 
     Returns:
-        Labels (N,), -1 for noise and for unreadable images, and centroids (K, D).
+        On the main process labels (N,), -1 for noise and for unreadable images, and centroids
+        (K, D). None on the other processes.
     """
-    rows = embeddings if readable.all() else embeddings[readable]
-    clusters = labeler(rows, None if centroids is None else centroids.cpu())
-    labels = torch.full((len(readable),), -1)
-    labels[readable] = pseudo_labels(clusters.labels).cpu()
-    return labels, clusters.centroids
+    start = None if centroids is None else centroids.cpu()
+    index = None
+    if readable is not None and not readable.all():
+        index = readable.nonzero()[:, 0]
+    found: list[PseudoLabels] = []
+
+    def call() -> None:
+        assert embeddings is not None
+        rows = embeddings if index is None else embeddings[index]
+        found.append(labeler(rows, start))
+
+    if file is not None and type(labeler) is KMeansPseudoLabeler:
+        found = _k_means(labeler, file, index, start)
+    else:
+        run_on_main(call, "clustering")
+    if readable is None:
+        return None
+    labels = pseudo_labels(found[0].labels).cpu()
+    if index is not None:
+        labels = torch.full((len(readable),), -1).index_copy(0, index, labels)
+    return labels, found[0].centroids
+
+
+def _k_means(
+    labeler: KMeansPseudoLabeler, file: Path, index: Tensor | None, start: Tensor | None
+) -> list[PseudoLabels]:
+    """Cluster rows of a file; return the result on the main process only. Collective."""
+    index = broadcast([index])[0]
+    rows = UnitRows(
+        "embeddings",
+        EmbeddingFile(file).rows,
+        labeler.chunk_size,
+        None if index is None else index.numpy(),
+        check=False,
+    )
+    learned: list[Tensor | None] = [None]
+
+    def learn() -> None:
+        learned[0] = torch.from_numpy(labeler._learn(rows, start))
+
+    run_on_main(learn, "clustering")
+    centroids = broadcast(learned)[0]
+    assert centroids is not None
+    own = labeler._assign(rows, centroids.numpy(), rank(), world_size())
+    labels = gather_rows(torch.from_numpy(own), len(rows), labeler.chunk_size)
+    found: list[PseudoLabels] = []
+
+    def finish() -> None:
+        assert labels is not None
+        found.append(labeler._finish(rows, labels.numpy(), len(centroids)))
+
+    run_on_main(finish, "clustering")
+    return found
 
 
 def sample(count: int, most: int = _SAMPLE) -> Tensor:

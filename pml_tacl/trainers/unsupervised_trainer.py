@@ -726,7 +726,8 @@ class UnsupervisedTrainer(BaseTrainer):
     def relabel(self) -> None:
         """Embed and cluster the whole data set, and set the new pseudo-labels and centroids.
 
-        In distributed training the main process clusters and sends the result to all ranks.
+        In distributed training the main process clusters and sends the result to all ranks. For
+        embeddings in a file, all ranks assign images to the centroids of k-means.
 
         Raises:
             ValueError: if there are too few clusters for a batch. Errors of the labeler are not
@@ -734,15 +735,19 @@ class UnsupervisedTrainer(BaseTrainer):
         """
         state, embed_images = self.state, self._embedding_pass()
         found = embed_images()
-        made: list[Tensor | None] = [None, None, None]
+        embeddings: Tensor | None = None
+        readable: Tensor | None = None
 
-        def find() -> None:
+        def read_again() -> None:
+            nonlocal embeddings, readable
             embeddings, readable = embed_images.readable(found, state.unreadable)
-            labels, centroids = cluster(self.labeler, embeddings, readable, self.centroids)
-            state.embeddings = embeddings
-            made[:] = labels, centroids, embeddings[sample(len(labels))].clone()
 
-        run_on_main(find, "clustering")
+        run_on_main(read_again, "reading images a second time")
+        clusters = cluster(self.labeler, embeddings, readable, self.centroids, embed_images.file)
+        made: list[Tensor | None] = [None, None, None]
+        if clusters is not None and embeddings is not None:
+            state.embeddings = embeddings
+            made = [*clusters, embeddings[sample(len(embeddings))].clone()]
         if self.guard is not None:
             self.guard.look(self, state.embeddings)
         labels, centroids, moved_from = broadcast(made)
