@@ -58,15 +58,17 @@ from pml_tacl.trainers.state import TrainingState
 LARGER = (10**7, 10**8)
 LEFT = """What is left of the bottleneck:
 
-- **Clustering** is done by one process, and the others wait. Its sample of 50 images a cluster lies
-  in the memory of that process: 25.6 GB of 128 numbers at a hundred million images, and four times
-  that of 512. The assignment is not shared either.
+- **Training of k-means** is done by one process, and the others wait. Its sample of 50 images a
+  cluster lies in the memory of that process: 25.6 GB of 128 numbers at a hundred million images,
+  and four times that of 512. All processes share the assignment of all images, which at a hundred
+  million is about a fifth of the comparisons. The table counts one process.
 - **Labels and order** are 24 bytes an image, in every process and in every checkpoint: 2.4 GB at a
   hundred million.
 - **The list of files** is small once it is made, but Python's strings are sorted on the way, in
   every process. `files.json` of an index is read as one text. At a hundred million, shards of tar
   files (WebDataset) are the better data set.
-- **An image that cannot be read** makes clustering copy all other embeddings into memory."""
+- **A clusterer other than k-means** runs in one process. If an image cannot be read, it gets a copy
+  of all other embeddings in memory."""
 NOISE = 0.8
 BATCH, PER_CLUSTER, BATCHES, SIDE = 32, 4, 200, 32
 A_FOLDER = 1_000  # links to one empty file: what is in an image is not read
