@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from pml_tacl.clustering import KMeansPseudoLabeler
+from pml_tacl.clustering import KMeansPseudoLabeler, pseudo_labels_from
 from pml_tacl.clustering.unit_embeddings import UnitRows
 from pml_tacl.distributed import inference
 from pml_tacl.distributed.inference import embed_distributed
@@ -143,3 +143,16 @@ def test_unreadable_images_are_left_out_without_a_copy(tmp_path, monkeypatch):
     assert labels[~readable].tolist() == [-1, -1]
     assert torch.equal(centroids, expected.centroids)
     assert all(isinstance(source, np.memmap) for source in sources)
+
+
+def test_a_labeler_of_one_s_own_clusters_the_file(tmp_path):
+    class Own(KMeansPseudoLabeler):
+        def __call__(self, embeddings, initial_centroids=None):
+            assert len(embeddings) == 199
+            return pseudo_labels_from(torch.arange(199) % 3, embeddings)
+
+    rows = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    EmbeddingFile.create(tmp_path / "rows.npy", 200, 8).write(0, rows)
+    readable = torch.arange(200) != 0
+    labels, _ = cluster(Own(3), rows, readable, None, tmp_path / "rows.npy")
+    assert labels.tolist() == [-1, *(number % 3 for number in range(199))]
