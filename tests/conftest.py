@@ -47,3 +47,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def few_channels():
+    """Reduce feature maps to 16 channels instead of 64, for projections that take no time to fit.
+
+    The eigenvectors of 2080 features take more time than the training of a small model. A process
+    that a test starts does not see this: it cannot load the models of such a test.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("covariance", "projection"):
+            patch.setattr(f"pml_tacl.models.{module}.CHANNELS", 16)
+        yield

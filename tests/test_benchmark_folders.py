@@ -18,7 +18,7 @@ from retrieval_parts import folder_page, folder_parts, folders, running  # noqa:
 
 from pml_tacl.utils.errors import InputError  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "few_channels")
 
 
 def draw(folder, images, classes=6):

@@ -37,7 +37,7 @@ from retrieval_parts import (  # noqa: E402
     views,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "few_channels")
 TINY = {"dataset": "glyphs", "regime": "scratch", "limit": 6, "steps": 3, "batch": 8}
 TINY |= {"recluster": 1, "warmup": 1, "num_clusters": "4", "per_cluster": 2, "size": 32}
 

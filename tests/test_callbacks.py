@@ -17,7 +17,7 @@ from pml_tacl.evaluation import evaluate
 from pml_tacl.models.receptive_field import measure_cell_offset
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "few_channels"),
     # Images of noise hardly fall into groups: rounding decides whether one of four is huge.
     pytest.mark.filterwarnings("ignore:one cluster holds"),
 ]

@@ -25,7 +25,7 @@ from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import embed
 from pml_tacl.search import ImageIndex
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "few_channels")]
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ["--backbone=test_resnet", "--weights=none", "--image-size=32", "--embedding-dim=32"]
 SMALL += ["--workers=0", "--learning-rate=1e-3"]
@@ -177,12 +177,11 @@ def test_every_stored_image_finds_itself_first(trained, images):
     assert [path.resolve() for path in index.paths(rows[:, 0])] == stored.paths
 
 
-def test_search_prints_a_table_and_writes_a_gallery(trained, images, tmp_path):
+def test_search_prints_a_table_and_writes_a_gallery(trained, images, tmp_path, capsys):
     run, _ = trained
     files = json.loads((run / "files.json").read_text())["files"]
-    done = in_a_process("search", run, images / files[7], "-k", 4, "--out", tmp_path / "g.png")
-    assert done.returncode == 0, done.stderr
-    table = done.stdout.splitlines()
+    run_example("search", run, images / files[7], "-k", 4, "--out", tmp_path / "g.png")
+    table = capsys.readouterr().out.splitlines()
     assert table[0] == str(images / files[7])
     assert table[2].split(maxsplit=2) == ["1", "1.0000", files[7]]
     assert len(table) == 1 + 1 + 4 + 1

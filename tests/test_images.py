@@ -408,7 +408,7 @@ def pil_images(draw):
 
 @pytest.mark.slow
 @settings(
-    max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(case=pil_images())
 def test_no_way_in_differs_for_pil_images(case, tmp_path_factory):
@@ -459,7 +459,7 @@ def arrays(draw):
 
 @pytest.mark.slow
 @settings(
-    max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(values=arrays())
 def test_no_way_in_differs_for_arrays_and_tensors(values, tmp_path_factory):

@@ -18,7 +18,7 @@ from pml_tacl.datasets import CUB, Cars196, Glyphs, InShop, StanfordOnlineProduc
 from pml_tacl.evaluation import embed
 from tests.layouts import make_cars, make_cub, make_inshop, make_sop
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "few_channels")]
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NETWORK = {"channels": [8, 16, 32, 64], "stem_width": 8, "output_stride": 16}
 HEAD = {"feature_index": 2, "pooling": "covariance"}

@@ -1,65 +1,74 @@
 import importlib.util
+import io
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
 from pml_tacl import AttentionEmbedder
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "few_channels")]
 SCRIPT = Path(__file__).parent.parent / "examples" / "quickstart.py"
 
 
-@pytest.fixture
-def quickstart(monkeypatch):
+@pytest.fixture(scope="module")
+def quickstart():
     """The script with the smallest settings that still take every step."""
     spec = importlib.util.spec_from_file_location("quickstart", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    thin = {"channels": [8, 8, 16, 16], "stem_width": 8}
-    monkeypatch.setattr(module, "MODEL", {**module.MODEL, **thin})
-    small = {"num_clusters": 20, "epochs": 2, "warmup_epochs": 1, "batch_size": 32}
-    monkeypatch.setattr(module, "CONFIG", {**module.CONFIG, **small})
+    module.MODEL |= {"channels": [8, 8, 16, 16], "stem_width": 8}
+    module.CONFIG |= {"num_clusters": 20, "epochs": 2, "warmup_epochs": 1, "batch_size": 32}
     original = module.Glyphs
-    monkeypatch.setattr(module, "Glyphs", lambda split: original(split, num_classes=12))
+    module.Glyphs = lambda split: original(split, num_classes=12)
     return module
 
 
-def run(module, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["quickstart.py", *map(str, arguments)])
-    module.main()
+def run(module, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["quickstart.py", *map(str, arguments)])
+        module.main()
 
 
-def test_the_quickstart_writes_everything_and_repeats_itself(
-    quickstart, monkeypatch, tmp_path, capsys
-):
-    run(quickstart, monkeypatch, "--run", tmp_path / "first")
-    printed = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def whole(quickstart, tmp_path_factory):
+    """A run that nothing has stopped, and what it has printed."""
+    folder = tmp_path_factory.mktemp("quickstart") / "whole"
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        run(quickstart, "--run", folder)
+    return folder, printed.getvalue()
+
+
+@pytest.fixture
+def no_figures(quickstart, monkeypatch):
+    """Figures take half of the time of a run."""
+    monkeypatch.setattr(quickstart.TrainingRun, "draw", lambda *_, **__: None)
+
+
+def test_the_quickstart_writes_everything(quickstart, whole):
+    folder, printed = whole
     for word in ("raw_pixels", "before", "after", "R@1", "MAP@R", "NMI", "12 unseen characters"):
         assert word in printed
-    names = {p.name for p in (tmp_path / "first").iterdir()}
+    names = {p.name for p in folder.iterdir()}
     assert names >= {"metrics.json", "model", "records", "checkpoints", "gallery.png"}
     assert {"curves.png", "recall.png", "attention.png"} <= names
-    metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics) == {"raw_pixels", "before", "after", "config", "versions"}
     for row in ("raw_pixels", "before", "after"):
         assert {"recall_at_1", "recall_at_8", "mean_average_precision_at_r", "NMI"} <= set(
             metrics[row]
         )
         assert all(0 <= value <= 1 for value in metrics[row].values())
-    assert (tmp_path / "first" / "records" / "loss_histories.csv").stat().st_size > 100
-    AttentionEmbedder.from_pretrained(tmp_path / "first" / "model")
-
-    run(quickstart, monkeypatch, "--run", tmp_path / "second")
-    assert (tmp_path / "second" / "metrics.json").read_bytes() == (
-        tmp_path / "first" / "metrics.json"
-    ).read_bytes()
+    assert (folder / "records" / "loss_histories.csv").stat().st_size > 100
+    AttentionEmbedder.from_pretrained(folder / "model")
     with pytest.raises(ValueError, match="holds another run"):
-        run(quickstart, monkeypatch, "--run", tmp_path / "first")
+        run(quickstart, "--run", folder)
 
 
-def test_training_labels_are_never_read(quickstart, monkeypatch, tmp_path):
+def test_training_labels_are_never_read(quickstart, whole, no_figures, monkeypatch, tmp_path):
     small = quickstart.Glyphs
 
     def without_labels(split):
@@ -69,12 +78,11 @@ def test_training_labels_are_never_read(quickstart, monkeypatch, tmp_path):
             half.labels[:] = 0
         return half
 
-    run(quickstart, monkeypatch, "--run", tmp_path / "with")
     monkeypatch.setattr(quickstart, "Glyphs", without_labels)
-    run(quickstart, monkeypatch, "--run", tmp_path / "without")
+    run(quickstart, "--run", tmp_path / "without")
     first, second = (
-        json.loads((tmp_path / name / "metrics.json").read_text())["after"]
-        for name in ("with", "without")
+        json.loads((folder / "metrics.json").read_text())["after"]
+        for folder in (whole[0], tmp_path / "without")
     )
     assert first == second
 
@@ -84,7 +92,7 @@ def contents(folder):
 
 
 def test_a_run_that_was_stopped_goes_on_and_no_flag_harms_it(
-    quickstart, monkeypatch, tmp_path, capsys
+    quickstart, whole, monkeypatch, tmp_path, capsys
 ):
     """Stopped, resumed, then asked for with bad flags: in the end all as if never stopped."""
     step = quickstart.pml_tacl.UnsupervisedTrainer.forward_and_backward
@@ -94,18 +102,17 @@ def test_a_run_that_was_stopped_goes_on_and_no_flag_harms_it(
             raise KeyboardInterrupt
         step(trainer)
 
-    run(quickstart, monkeypatch, "--run", tmp_path / "whole", "--amp=bfloat16")
-    command = ["--run", tmp_path / "run", "--amp=bfloat16"]
+    command = ["--run", tmp_path / "run"]
     with monkeypatch.context() as patch:
         trainer = quickstart.pml_tacl.UnsupervisedTrainer
         patch.setattr(trainer, "forward_and_backward", stopped)
         with pytest.raises(KeyboardInterrupt):
-            run(quickstart, monkeypatch, *command)
-    run(quickstart, monkeypatch, *command, "--resume")
-    ended, whole = contents(tmp_path / "run"), contents(tmp_path / "whole")
-    same = {path for path in whole if path.suffix not in (".pt", ".db")}
+            run(quickstart, *command)
+    run(quickstart, *command, "--resume")
+    ended, expected = contents(tmp_path / "run"), contents(whole[0])
+    same = {path for path in expected if path.suffix not in (".pt", ".db")}
     assert {path for path in ended if path.suffix not in (".pt", ".db")} == same
-    assert [path for path in sorted(same) if ended[path] != whole[path]] == []
+    assert [path for path in sorted(same) if ended[path] != expected[path]] == []
     for flag, message in (
         ("--batch-size=99999", "batch_size must be from 1"),
         ("--num-clusters=4", "4 clusters are fewer than the 8"),
@@ -115,11 +122,12 @@ def test_a_run_that_was_stopped_goes_on_and_no_flag_harms_it(
         ("--resume", "--resume and --overwrite) exclude each other"),
     ):
         with pytest.raises((ValueError, SystemExit)) as caught:
-            run(quickstart, monkeypatch, *command, "--overwrite", flag)
+            run(quickstart, *command, "--overwrite", flag)
         assert message in f"{caught.value} {capsys.readouterr().err}"
     assert contents(tmp_path / "run") == ended
     capsys.readouterr()
-    run(quickstart, monkeypatch, *command, "--overwrite", "--epochs=1")
+    monkeypatch.setattr(quickstart.TrainingRun, "draw", lambda *_, **__: None)
+    run(quickstart, *command, "--overwrite", "--epochs=1", "--amp=bfloat16")
     assert "after" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["config"]["epochs"] == 1

@@ -219,7 +219,7 @@ def test_ranks_are_those_of_exact_arithmetic(rows, k, engine, split):
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(**RANKS)
 def test_ranks_are_those_of_exact_arithmetic_in_many_cases(rows, k, engine, split):
     ranks_are_exact(rows, k, engine, split)
@@ -531,7 +531,7 @@ def as_type(labels, kind):
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     sizes=st.tuples(st.integers(1, 60), st.integers(1, 80), st.integers(1, 5)),

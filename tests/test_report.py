@@ -29,7 +29,7 @@ from pml_tacl.report import write_report
 from pml_tacl.report._sources import ImageSet, read_run
 from pml_tacl.search import ImageIndex
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "few_channels")
 SCRIPT = Path(__file__).parents[1] / "examples" / "report.py"
 _spec = importlib.util.spec_from_file_location(
     "report_image", SCRIPT.parents[1] / "docs" / "report_image.py"

@@ -16,7 +16,7 @@ from pml_tacl.trainers.records import LossesFile, read_losses
 from tests.trainers.small import Images, make_model, make_trainer
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "few_channels"),
     pytest.mark.filterwarnings("ignore:one cluster holds"),
 ]
 

@@ -103,8 +103,17 @@ def check_output(model, x):
     return out
 
 
-@pytest.mark.parametrize("pooling", ["backbone", "average", "covariance"])
-@pytest.mark.parametrize("family", FAMILIES)
+# One of each layout: (N, C, H, W), tokens, and (N, H, W, C).
+LAYOUTS = ["resnet", "vit", "swin"]
+
+
+@pytest.mark.parametrize(
+    ("family", "pooling"),
+    [
+        *[(family, pooling) for family in FAMILIES for pooling in ("backbone", "covariance")],
+        *[(family, "average") for family in LAYOUTS],  # of other families: see the next test
+    ],
+)
 def test_shapes_and_gradients(family, pooling):
     model, size, _, grid = build(family, pooling=pooling)
     out = check_output(model, images(size))
@@ -154,8 +163,13 @@ def timms_own(name, kwargs):
     return timms, state
 
 
-@pytest.mark.parametrize("built_by", ["name", "module"])
-@pytest.mark.parametrize("family", [*FAMILIES, *POOLINGS])
+@pytest.mark.parametrize(
+    ("family", "built_by"),
+    [
+        *[(family, "name") for family in [*FAMILIES, *POOLINGS]],
+        *[(family, "module") for family in [*LAYOUTS, *POOLINGS]],
+    ],
+)
 def test_starts_as_timms_own_embedding(family, built_by, tmp_path):
     name, kwargs, *sizes = (FAMILIES | POOLINGS)[family]
     size = sizes[0] if sizes else (kwargs["img_size"],) * 2
@@ -210,8 +224,10 @@ def test_fixed_sizes_say_so(family):
         model(images((50, 34)))
 
 
-@pytest.mark.parametrize("channels", [1, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "channels"),
+    [(family, 1) for family in FAMILIES] + [(family, 4) for family in LAYOUTS],
+)
 def test_channels(family, channels):
     model, size, *_ = build(family, in_chans=channels)
     assert model.data_config["input_size"][0] == len(model.data_config["mean"]) == channels
@@ -220,7 +236,7 @@ def test_channels(family, channels):
         model(images(size))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_frozen_trunk(family):
     model, size, *_ = build(family, pooling="average")
     model.trunk.requires_grad_(False)

@@ -84,31 +84,38 @@ def test_offsets_of_layers_are_exact_whatever_the_weights(layers, expected, seed
     assert measure_cell_offset(trunk, (64, 48)) == pytest.approx(expected, abs=1e-6)
 
 
+# Models with fewer blocks of a kind: their number does not move what a cell looks at.
 BACKBONES = {
     # Strides of 2 with kernel 3 and padding 1, four times: -(1 + 2 + 4 + 8) / 2 pixels of 16.
-    "resnet18": (160, -15 / 32),
-    "mobilenetv3_small_100": (96, -15 / 32),  # squeeze and excitation looks everywhere
-    "efficientnet_b0": (96, -15 / 32),
-    "tf_efficientnet_lite0": (96, 15 / 32),  # TensorFlow pads below and to the right
-    "densenet121": (96, -1.5 / 16),  # its later strides are means of 2 x 2 pixels
-    "test_resnet": (64, -9 / 32),  # a shortcut of means beside convolutions: between both
-    "test_vit": (160, 0),
-    "test_convnext": (160, 0),
-    "convnextv2_atto": (96, 0),
-    "swin_tiny_patch4_window7_224": (224, 0),
-    "eva02_tiny_patch14_224": (224, 0),  # products of branches
-    "xcit_nano_12_p16_224": (96, -15 / 32),
-    "pvt_v2_b0": (96, -15 / 32),  # attends to fewer places
+    "resnet18": (160, -15 / 32, {}),
+    # Squeeze and excitation looks everywhere.
+    "mobilenetv3_small_100": (96, -15 / 32, {}),
+    "efficientnet_b0": (96, -15 / 32, {}),
+    # TensorFlow pads below and to the right.
+    "tf_efficientnet_lite0": (96, 15 / 32, {}),
+    # Its later strides are means of 2 x 2 pixels.
+    "densenet121": (96, -1.5 / 16, {"block_config": (2, 2, 2, 2)}),
+    # A shortcut of means beside convolutions: between both.
+    "test_resnet": (64, -9 / 32, {}),
+    "test_vit": (160, 0, {}),
+    "test_convnext": (160, 0, {}),
+    "convnextv2_atto": (96, 0, {"depths": (1, 1, 1, 1)}),
+    "swin_tiny_patch4_window7_224": (224, 0, {"embed_dim": 24, "depths": (1, 2, 1, 1)}),
+    # Products of branches.
+    "eva02_tiny_patch14_224": (224, 0, {"depth": 2}),
+    "xcit_nano_12_p16_224": (96, -15 / 32, {"depth": 2}),
+    # Attends to fewer places.
+    "pvt_v2_b0": (96, -15 / 32, {"depths": (1, 1, 1, 1)}),
 }
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_offset_belongs_to_the_architecture(name):
-    size, expected = BACKBONES[name]
+    size, expected, settings = BACKBONES[name]
     found = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        model = AttentionEmbedder(name, embedding_dim=8)
+        model = AttentionEmbedder(name, embedding_dim=8, **settings)
         before = torch.get_rng_state()
         found.append(model.cell_offset(size))
         assert torch.equal(before, torch.get_rng_state())  # no random number is drawn

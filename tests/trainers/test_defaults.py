@@ -16,6 +16,7 @@ from pml_tacl.trainers.defaults import default_schedule
 from pml_tacl.trainers.guard import Guard, load_network, network_state
 from pml_tacl.trainers.recipe import PRETRAINED, PRETRAINED_LAYERNORM, SCRATCH, recipe_for
 
+pytestmark = pytest.mark.usefixtures("few_channels")
 SIZE = 64
 
 

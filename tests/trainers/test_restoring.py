@@ -19,7 +19,7 @@ from pml_tacl.trainers.checkpoint import (
 from .small import Images, make_model, make_trainer, same, state_of
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "few_channels"),
     pytest.mark.filterwarnings("ignore:one cluster holds"),
 ]
 STEPS = 2  # iterations of an epoch
