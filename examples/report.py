@@ -7,9 +7,9 @@ The page shows curves, metrics, the queries with the best and worst results, the
 model, clusters, and a map of the embeddings with zoom.
 """
 
-from pml_tacl.cli.report import main
-from pml_tacl.cli.run_folder import one_line_errors
+import sys
+
+from pml_tacl.cli.main import main
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    main(["report", *sys.argv[1:]])

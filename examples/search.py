@@ -8,9 +8,9 @@ per line. The script prints a table and writes a gallery. --update first updates
 embeds new and changed images, and removes deleted ones.
 """
 
-from pml_tacl.cli.run_folder import one_line_errors
-from pml_tacl.cli.search import main
+import sys
+
+from pml_tacl.cli.main import main
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    main(["search", *sys.argv[1:]])

@@ -8,13 +8,9 @@ files.json and index.faiss for search.py, metrics.json, figures, records, and a 
 epoch.
 """
 
-from pml_tacl.cli import run_folder as runs
-from pml_tacl.cli.parsers import TRAINING
-from pml_tacl.cli.train import main
-from pml_tacl.distributed.inference import session
+import sys
 
-CONFIG = TRAINING
+from pml_tacl.cli.main import main
 
 if __name__ == "__main__":
-    with session(), runs.one_line_errors():
-        main()
+    main(["train", *sys.argv[1:]])

@@ -286,7 +286,7 @@ def test_search_updates_without_a_query(run, photos, tmp_path, capsys):
     shutil.copy(photos / "a" / "03.png", tmp_path / "photos" / "new.png")
     moved = ["--images", tmp_path / "photos", "--workers=0"]
     printed = said(capsys, "search", tmp_path / "run", "--update", *moved)
-    assert printed == "1 images embedded, 1 removed, 25 in the index\n"
+    assert printed == "1 image embedded, 1 removed, 25 in the index\n"
     done = said(capsys, "search", tmp_path / "run", "--update", "--json", *moved)
     assert done == {"update": {"embedded": 0, "removed": 0, "indexed": 25}}
     assert ImageIndex.load(tmp_path / "run").changes() == ([], [], [])
@@ -395,8 +395,10 @@ def test_export_gives_the_same_embeddings(run, photos, tmp_path, capsys):
 
 def test_report_is_written_where_it_is_asked_for(run, tmp_path, capsys):
     out = tmp_path / "page.html"
-    printed = said(capsys, "report", run, "--out", out, "--points=30", "--queries=1")
-    assert printed.startswith(f"{out}: 0.")
+    given = ["report", run, "--out", out, "--points=30", "--queries=1"]
+    assert said(capsys, *given).startswith(f"{out}: 0.")
+    found = said(capsys, *given, "--json", "--debug")
+    assert found == {"file": str(out), "bytes": out.stat().st_size}
 
 
 @pytest.mark.parametrize(
@@ -612,8 +614,19 @@ def test_the_start_says_what_is_trained_and_a_log_file_gets_lines(photos, tmp_pa
     assert "\r" not in printed
     capsys.readouterr()
     call("train", photos, *TINY, "--run", run, "--resume", "--epochs=2", "--warmup-epochs=1")
-    printed = said(capsys, "train", "--resume", "--run", run, "--workers=0")
-    assert "all 2 epochs are trained: give more --epochs to continue" in printed
+    capsys.readouterr()
+    call("train", "--resume", "--run", run, "--workers=0", "--json")
+    printed, notes = capsys.readouterr()
+    kept = json.loads((run / "metrics.json").read_text())
+    assert json.loads(printed) == {
+        "run": str(run),
+        "images": 25,
+        "dimensions": 8,
+        "epochs": 2,
+        "metrics": {"before": kept["before"], "after": kept["after"]},
+        "verdict": None,
+    }
+    assert "all 2 epochs are trained: give more --epochs to continue" in notes
 
 
 def test_resuming_nothing_and_never_clustering_are_said(photos, tmp_path, capsys):
@@ -622,6 +635,7 @@ def test_resuming_nothing_and_never_clustering_are_said(photos, tmp_path, capsys
     call("train", photos, *loud, "--warmup-epochs=3", "--run", run, "--resume", "--tensorboard")
     printed = capsys.readouterr()
     assert f"{run} holds no checkpoint to resume: starting" in printed.out
+    assert "\n1 epoch of 3 steps, batches of 8; " in printed.out
     assert "--epochs 1 is not above --warmup-epochs 3" in printed.err
     assert any((run / "tensorboard").iterdir())
     call("report", run, "--points=30", "--queries=1", "--quiet")

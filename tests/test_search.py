@@ -345,7 +345,7 @@ def test_the_script_updates_the_index(run, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["search.py", *map(str, arguments)])
     runpy.run_path(str(SEARCH), run_name="__main__")
     printed = capsys.readouterr().out
-    assert "1 images embedded, 1 removed, 6 in the index" in printed
+    assert "1 image embedded, 1 removed, 6 in the index" in printed
     assert printed.splitlines()[-2].split() == ["1", "1.0000", "new.png"]
     index = ImageIndex.load(run / "run")
     assert index.changes() == (["broken.png"], [], [])

@@ -2,43 +2,27 @@
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pml_tacl.cli import flags
 from pml_tacl.cli.embed import embed_images
 from pml_tacl.cli.models import given_folder, given_index
-from pml_tacl.cli.parsers import parse
 from pml_tacl.cli.search import thumbnail, write_gallery
 from pml_tacl.duplicates import Group, find_duplicates
 from pml_tacl.search import ImageIndex
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.files import atomic_write
+from pml_tacl.utils.words import counted
 
 SHOWN = 20  # groups in the gallery
 MEMBERS = 16  # images of a group in the gallery, at most
 PRINTED = 10  # groups that are printed
 
 
-def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
-    """Run the command: print a summary, and write a table and a gallery.
-
-    Args:
-        arguments: arguments of the command line; None for sys.argv.
-        program: name of the command in messages.
-    """
-    run(parse("duplicates", arguments, program))
-
-
-def run(args: Any) -> None:
-    """Run the command with parsed arguments."""
-    with flags.output(args.quiet, args.json) as results:
-        _duplicates(args, results)
-
-
-def _duplicates(args: Any, results: Any) -> None:
+def run(args: Any, results: TextIO) -> dict[str, Any]:
+    """Print a summary, and write a table and a gallery; see `pml_tacl.cli.main`."""
     folder: Path = args.folder
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give a run, or a folder of images")
@@ -61,13 +45,9 @@ def _duplicates(args: Any, results: Any) -> None:
         for group in groups
     ]
     inside = sum(map(len, listed))
-    if args.json:
-        made = {"root": str(index.root), "threshold": args.threshold, "groups": listed}
-        print(json.dumps(made, indent=1), file=results)
-    else:
-        noun = "group" if len(groups) == 1 else "groups"
+    if not args.json:
         print(
-            f"{len(groups)} {noun} of near-duplicates, {inside} of {len(index)} images, "
+            f"{counted(len(groups), 'group')} of near-duplicates, {inside} of {len(index)} images, "
             f"similarity of {args.threshold:g} or more",
             file=results,
         )
@@ -81,6 +61,7 @@ def _duplicates(args: Any, results: Any) -> None:
     if out is not None:
         write_groups(out, index, groups)
         print(f"{'table and gallery' if groups else 'table'}: {out}")
+    return {"root": str(index.root), "threshold": args.threshold, "groups": listed}
 
 
 def write_groups(out: str | Path, index: ImageIndex, groups: Sequence[Group]) -> None:

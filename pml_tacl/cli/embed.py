@@ -2,50 +2,34 @@
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from torch import Tensor
 
 from pml_tacl.cli import flags
 from pml_tacl.cli.models import Loaded, given_folder
-from pml_tacl.cli.parsers import EMBEDDING_FILES, parse
+from pml_tacl.cli.parsers import EMBEDDING_FILES
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import embed
 from pml_tacl.trainers.fitting import fit_to
 from pml_tacl.utils.errors import InputError, MissingPackageError
 from pml_tacl.utils.files import atomic_write, shown_name, write_json
+from pml_tacl.utils.words import counted
 
 
-def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
-    """Run the command.
-
-    Args:
-        arguments: arguments of the command line; None for sys.argv.
-        program: name of the command in messages.
-    """
-    run(parse("embed", arguments, program))
-
-
-def run(args: Any) -> None:
-    """Run the command with parsed arguments."""
+def run(args: Any, results: TextIO) -> dict[str, Any]:
+    """Embed, and write one file; see `pml_tacl.cli.main`."""
     if args.out.suffix.lower() == ".parquet":
         _pyarrow()  # fail before the work, not after it
-    with flags.output(args.quiet, args.json) as results:
-        loaded, images = given_folder(args, args.images)
-        embeddings = embed_images(
-            loaded, images, num_workers=args.workers, progress=flags.bars(args)
-        )
-        write_embeddings(args.out, images.names, embeddings)
-        count, dimensions = embeddings.shape
-        if args.json:
-            made = {"file": str(args.out), "images": count, "dimensions": dimensions}
-            print(json.dumps(made, indent=1), file=results)
-        else:
-            print(f"{count} images, {dimensions} numbers each: {args.out}")
+    loaded, images = given_folder(args, args.images)
+    embeddings = embed_images(loaded, images, num_workers=args.workers, progress=flags.bars(args))
+    write_embeddings(args.out, images.names, embeddings)
+    count, dimensions = embeddings.shape
+    print(f"{counted(count, 'image')}, {dimensions} numbers each: {args.out}")
+    return {"file": str(args.out), "images": count, "dimensions": dimensions}
 
 
 def embed_images(

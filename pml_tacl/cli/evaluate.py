@@ -1,46 +1,31 @@
 """Measure how well the model of a run retrieves images of the same class."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from pml_tacl.cli import flags
 from pml_tacl.cli.eval_folder import images_to_test_on
 from pml_tacl.cli.models import Loaded, given_run
-from pml_tacl.cli.parsers import parse
 from pml_tacl.cli.run_folder import metrics_table
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import evaluate
 from pml_tacl.utils.errors import InputError
 
 
-def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
-    """Run the command: print a table of metrics in per cent.
-
-    Args:
-        arguments: arguments of the command line; None for sys.argv.
-        program: name of the command in messages.
-    """
-    run(parse("evaluate", arguments, program))
-
-
-def run(args: Any) -> None:
-    """Run the command with parsed arguments."""
-    with flags.output(args.quiet, args.json) as results:
-        metrics = evaluate_folder(
-            given_run(args),
-            args.labelled,
-            args.reference,
-            num_workers=args.workers,
-            progress=flags.bars(args),
-        )
-        if args.json:
-            print(json.dumps(metrics, indent=1), file=results)
-        else:
-            print(f"{metrics_table({str(args.run): metrics})}\n\nper cent", file=results)
+def run(args: Any, results: TextIO) -> dict[str, Any]:
+    """Print a table of metrics in per cent; see `pml_tacl.cli.main`."""
+    metrics = evaluate_folder(
+        given_run(args),
+        args.labelled,
+        args.reference,
+        num_workers=args.workers,
+        progress=flags.bars(args),
+    )
+    if not args.json:
+        print(f"{metrics_table({str(args.run): metrics})}\n\nper cent", file=results)
+    return dict(metrics)
 
 
 def evaluate_folder(

@@ -1,54 +1,38 @@
 """Export the model of a run to ONNX, for any batch size."""
 
-import json
 import logging
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
-from pml_tacl.cli import flags
 from pml_tacl.cli.models import Loaded, given_run
-from pml_tacl.cli.parsers import parse
 from pml_tacl.utils.errors import MissingPackageError
 from pml_tacl.utils.files import write_json
 
 OPSET = 20
 
 
-def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
-    """Run the command.
-
-    Args:
-        arguments: arguments of the command line; None for sys.argv.
-        program: name of the command in messages.
-    """
-    run(parse("export", arguments, program))
-
-
-def run(args: Any) -> None:
-    """Run the command with parsed arguments."""
+def run(args: Any, results: TextIO) -> dict[str, Any]:
+    """Write the model and its preprocessing; see `pml_tacl.cli.main`."""
     args.device = torch.device("cpu")
-    with flags.output(args.quiet, args.json) as results:
-        if args.run.is_dir():
-            _check_packages()  # fail before the work, not after it
-        loaded = given_run(args)
-        export_onnx(loaded, args.onnx)
-        height, width = loaded.image_size
-        if args.json:
-            made = {
-                "onnx": str(args.onnx),
-                "preprocessing": str(args.onnx.with_suffix(".json")),
-                "input_size": [int(loaded.model.data_config["input_size"][0]), height, width],
-            }
-            print(json.dumps(made, indent=1), file=results)
-            return
-        print(
-            f"{args.onnx}: images (n, 3, {height}, {width}) -> embeddings; the preprocessing is "
-            f"described in {args.onnx.with_suffix('.json')}"
-        )
+    if args.run.is_dir():
+        _check_packages()  # fail before the work, not after it
+    loaded = given_run(args)
+    export_onnx(loaded, args.onnx)
+    described = args.onnx.with_suffix(".json")
+    channels = int(loaded.model.data_config["input_size"][0])
+    height, width = loaded.image_size
+    print(
+        f"{args.onnx}: images (n, {channels}, {height}, {width}) -> embeddings; the preprocessing "
+        f"is described in {described}"
+    )
+    return {
+        "onnx": str(args.onnx),
+        "preprocessing": str(described),
+        "input_size": [channels, height, width],
+    }
 
 
 def export_onnx(loaded: Loaded, path: str | Path) -> None:

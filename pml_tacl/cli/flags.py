@@ -18,6 +18,7 @@ _FREE = frozenset(
         "resume",
         "overwrite",
         "debug",
+        "json",
         "quiet",
         "device",
         "strict",
@@ -297,7 +298,8 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Returns:
         All settings, with paths as absolute strings, except those that may change on resume (run,
-        resume, overwrite, debug, quiet, device, strict, workers, checkpoint_every, tensorboard).
+        resume, overwrite, debug, json, quiet, device, strict, workers, checkpoint_every,
+        tensorboard).
     """
     return {
         name: str(value.resolve()) if isinstance(value, Path) else value

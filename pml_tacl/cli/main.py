@@ -1,6 +1,11 @@
-"""The console command `pml-tacl`, which runs a sub-command."""
+"""The console command `pml-tacl`, which runs a sub-command.
+
+Each command has a module with `run(args, results)`: parsed arguments, and the stream for results.
+What `run` prints otherwise are notes. It returns the result, which --json prints.
+"""
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -8,6 +13,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from pml_tacl import __version__
+from pml_tacl.cli import flags
 from pml_tacl.cli.flags import Parser, by_flags
 from pml_tacl.cli.parsers import parse
 
@@ -43,9 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = import_module(f"pml_tacl.cli.{name}")
         from pml_tacl.cli.run_folder import one_line_errors
         from pml_tacl.distributed.session import session
+        from pml_tacl.utils.plain import as_json
 
-        with session(), one_line_errors(), _warnings_by_flags():
-            command.run(args)
+        with (
+            session(),
+            one_line_errors(),
+            _warnings_by_flags(),
+            flags.output(args.quiet, args.json) as results,
+        ):
+            made = command.run(args, results)
+            if args.json and made is not None:
+                print(json.dumps(as_json(made), indent=1), file=results)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         sys.exit(130)

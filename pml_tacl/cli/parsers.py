@@ -64,6 +64,7 @@ def _train(arguments: Sequence[str] | None, program: str | None) -> argparse.Nam
         help="test images with a sub-folder per class; default: no test",
     )
     flags.add_choice(parser.more)
+    flags.add_json(parser.more)
     flags.add_quiet(parser.more)
     args = parser.parse_args(arguments)
     if args.resume and args.overwrite:
@@ -251,6 +252,7 @@ def _report(arguments: Sequence[str] | None, program: str | None) -> argparse.Na
     add("--points", type=number, default=4000, metavar="N", help="most points on the map")
     add("--seed", type=flags.at_least(0), default=0, metavar="N",
         help="seed of random samples and of the map")  # fmt: skip
+    flags.add_json(parser)
     flags.add_quiet(parser)
     flags.add_debug(parser)
     return parser.parse_args(arguments)

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sqlite3  # record-keeper's
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from pml_tacl.trainers.records import Keeper
 from pml_tacl.utils.errors import InputError, PmlTaclError
 from pml_tacl.utils.files import write_json
 from pml_tacl.utils.plain import as_json
+from pml_tacl.utils.runs import MARK, columns_of, read_config
 from pml_tacl.utils.signals import Interrupted
 from pml_tacl.utils.versions import versions
 
 __all__ = [
     "check_run",
-    "columns_of",
     "digest_of",
     "make_hooks",
     "metrics_table",
@@ -38,12 +38,10 @@ __all__ = [
     "write_json",
 ]
 
-_MARK = "run.json"
 _WORDS = {"image_files": "its images", "eval_image_files": "its test images"}
 _ENDS = 2**16  # bytes
 # Words in sqlite's messages about disk errors; other messages are bugs in a statement.
 _DISK = re.compile(r"full|disk|read-?only|unable to open|locked|malformed", re.I)
-_OTHERS = {"mean_average_precision_at_r": "MAP@R", "NMI": "NMI"}
 
 
 def open_run(
@@ -78,12 +76,12 @@ def open_run(
     there = sorted(folder.iterdir()) if folder.exists() else []
     if there and resume:
         if read_config(folder) != _as_kept(config):
-            write_json(folder / _MARK, dict(config))
+            write_json(folder / MARK, dict(config))
         return folder
     for path in there:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / _MARK, dict(config))
+    write_json(folder / MARK, dict(config))
     return folder
 
 
@@ -112,7 +110,7 @@ def check_run(
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run folder {folder} is a file: give another folder")
     there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if there and _MARK not in there:
+    if there and MARK not in there:
         raise InputError(f"run folder {folder} holds files, but no run: give another folder")
     if there and not (resume or overwrite):
         raise InputError(
@@ -176,19 +174,6 @@ def digest_of(names: Sequence[str], paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read the settings of a run.
-
-    Raises:
-        ValueError: if the folder contains no run.
-    """
-    try:
-        config = dict(json.loads((Path(folder) / _MARK).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder} is not a run folder: it holds no readable {_MARK}") from error
-    return config
-
-
 def seed_everything(seed: int) -> None:
     """Seed the global random generators of Python, NumPy (used by PML's samplers) and torch."""
     random.seed(seed)
@@ -217,14 +202,6 @@ def make_hooks(folder: str | Path, log_freq: int = 10, **kwargs: Any) -> Any:
         attributes_to_search_for=common_functions.list_of_recordable_attributes_list_names(),
     )
     return logging_presets.HookContainer(keeper, log_freq=log_freq, **kwargs)
-
-
-def columns_of(metrics: Iterable[str]) -> dict[str, str]:
-    """Return the metrics that a table shows, with column titles: R@K by K, MAP@R, NMI."""
-    there = set(metrics)
-    ks = sorted(int(at) for name in there if (at := name.removeprefix("recall_at_")).isdecimal())
-    recalls = {f"recall_at_{k}": f"R@{k}" for k in ks}
-    return recalls | {name: head for name, head in _OTHERS.items() if name in there}
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:

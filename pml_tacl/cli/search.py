@@ -1,43 +1,80 @@
 """Find the images of an indexed folder that are most similar to one or several images."""
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from PIL import Image
 
 from pml_tacl.cli import flags
 from pml_tacl.cli.models import given_index, load_model
-from pml_tacl.cli.parsers import parse
 from pml_tacl.cli.queries import ImageList, query_paths
 from pml_tacl.datasets.image_files import load_rgb
 from pml_tacl.evaluation import embed
 from pml_tacl.models import AttentionEmbedder
 from pml_tacl.search import ImageIndex
+from pml_tacl.utils.words import counted
 
 SHOWN = 20  # queries in the gallery
 NEIGHBOURS = 40  # images for each query in the gallery, at most
 SIDE = 224  # pixels of an image in the gallery, at most
 
 
-def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
-    """Run the command: print a table and write one gallery.
-
-    Args:
-        arguments: arguments of the command line; None for sys.argv.
-        program: name of the command in messages.
-    """
-    run(parse("search", arguments, program))
-
-
-def run(args: Any) -> None:
-    """Run the command with parsed arguments."""
-    with flags.output(args.quiet, args.json) as results:
-        _search(args, results)
+def run(args: Any, results: TextIO) -> dict[str, Any]:
+    """Print a table and write one gallery; see `pml_tacl.cli.main`."""
+    index = given_index(args)
+    loaded = load_model(args.run, device=args.device)
+    settings = {"num_workers": args.workers, "progress": flags.bars(args)}
+    made: dict[str, Any] = {}
+    if args.update:
+        made["update"] = done = update_index(index, loaded.model, loaded.transform, **settings)
+        index.save(args.run)
+        print(
+            f"{counted(done['embedded'], 'image')} embedded, {done['removed']} removed, "
+            f"{done['indexed']} in the index"
+        )
+    if args.queries:
+        with tempfile.TemporaryDirectory() as scratch:
+            asked = [
+                path
+                for query in args.queries
+                for path in query_paths(query, sys.stdin.buffer, Path(scratch))
+            ]
+            embeddings, _ = embed(loaded.model, ImageList(asked, loaded.transform), **settings)
+            shown = [thumbnail(path) for path in asked[:SHOWN]]
+        similarities, rows = index.search(embeddings, args.k, folder=args.folder)
+        found = [
+            [
+                {"file": index.files[row], "similarity": round(float(value), 6)}
+                for value, row in zip(*pair, strict=True)
+            ]
+            for pair in zip(similarities, rows, strict=True)
+        ]
+        made["root"] = str(index.root)
+        made["queries"] = [
+            {"query": str(query), "found": images}
+            for query, images in zip(asked, found, strict=True)
+        ]
+        if not args.json:
+            for query, images in zip(asked, found, strict=True):
+                print(f"{query}\n{'rank':>4}  similarity  image", file=results)
+                for rank, image in enumerate(images, 1):
+                    print(f"{rank:4}  {image['similarity']:10.4f}  {image['file']}", file=results)
+    if args.queries and (args.out or not args.json):
+        out = args.out or unused(args.run / "search.png")
+        rows, similarities = rows[:SHOWN, :NEIGHBOURS], similarities[:SHOWN, :NEIGHBOURS]
+        gone = write_gallery(
+            index, shown, rows, similarities, out, [path.name for path in asked[:SHOWN]]
+        )
+        print(f"gallery of {min(SHOWN, len(asked))} of {len(asked)} queries: {out}")
+        if gone:
+            first, more = min(gone), len(gone) - 1
+            named = f"{first} and {more} more are" if more else f"{first} is"
+            print(f"{named} indexed and can no longer be read: give --update", file=sys.stderr)
+    return made
 
 
 def update_index(
@@ -69,60 +106,6 @@ def update_index(
     read = set(images.paths)
     index.remove([*removed, *(file for file in changed if index.root / file not in read)])
     return {"embedded": len(images), "removed": len(removed), "indexed": len(index)}
-
-
-def _search(args: Any, results: Any) -> None:
-    index = given_index(args)
-    loaded = load_model(args.run, device=args.device)
-    settings = {"num_workers": args.workers, "progress": flags.bars(args)}
-    made: dict[str, Any] = {}
-    if args.update:
-        made["update"] = done = update_index(index, loaded.model, loaded.transform, **settings)
-        index.save(args.run)
-        print(
-            f"{done['embedded']} images embedded, {done['removed']} removed, "
-            f"{done['indexed']} in the index"
-        )
-    if args.queries:
-        with tempfile.TemporaryDirectory() as scratch:
-            asked = [
-                path
-                for query in args.queries
-                for path in query_paths(query, sys.stdin.buffer, Path(scratch))
-            ]
-            embeddings, _ = embed(loaded.model, ImageList(asked, loaded.transform), **settings)
-            shown = [thumbnail(path) for path in asked[:SHOWN]]
-        similarities, rows = index.search(embeddings, args.k, folder=args.folder)
-        found = [
-            [
-                {"file": index.files[row], "similarity": round(float(value), 6)}
-                for value, row in zip(*pair, strict=True)
-            ]
-            for pair in zip(similarities, rows, strict=True)
-        ]
-        made["root"] = str(index.root)
-        made["queries"] = [
-            {"query": str(query), "found": images}
-            for query, images in zip(asked, found, strict=True)
-        ]
-        if not args.json:
-            for query, images in zip(asked, found, strict=True):
-                print(f"{query}\n{'rank':>4}  similarity  image", file=results)
-                for rank, image in enumerate(images, 1):
-                    print(f"{rank:4}  {image['similarity']:10.4f}  {image['file']}", file=results)
-    if args.json:
-        print(json.dumps(made, indent=1), file=results)
-    if args.queries and (args.out or not args.json):
-        out = args.out or unused(args.run / "search.png")
-        rows, similarities = rows[:SHOWN, :NEIGHBOURS], similarities[:SHOWN, :NEIGHBOURS]
-        gone = write_gallery(
-            index, shown, rows, similarities, out, [path.name for path in asked[:SHOWN]]
-        )
-        print(f"gallery of {min(SHOWN, len(asked))} of {len(asked)} queries: {out}")
-        if gone:
-            first, more = min(gone), len(gone) - 1
-            named = f"{first} and {more} more are" if more else f"{first} is"
-            print(f"{named} indexed and can no longer be read: give --update", file=sys.stderr)
 
 
 def unused(path: Path) -> Path:

@@ -5,32 +5,15 @@ import os
 import sys
 import threading
 import webbrowser
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
-from pml_tacl.cli import flags
 from pml_tacl.cli.models import given_index, load_model
-from pml_tacl.cli.parsers import parse
 from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.words import counted
 
 
-def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
-    """Run the command: serve until Ctrl-C.
-
-    Args:
-        arguments: arguments of the command line; None for sys.argv.
-        program: name of the command in messages.
-    """
-    run(parse("serve", arguments, program))
-
-
-def run(args: Any) -> None:
-    """Run the command with parsed arguments."""
-    with flags.output(args.quiet, args.json) as results:
-        _serve(args, results)
-
-
-def _serve(args: Any, results: Any) -> None:
+def run(args: Any, results: TextIO) -> None:
+    """Serve until Ctrl-C; see `pml_tacl.cli.main`."""
     from pml_tacl.serve import RunSearcher, SearchServer
 
     for folder in args.also:
@@ -46,7 +29,10 @@ def _serve(args: Any, results: Any) -> None:
             print(json.dumps({"url": server.url, "images": len(index)}), file=results, flush=True)
         else:
             print(server.url, file=results, flush=True)
-            print(f"serving {len(index)} images, to this machine only; Ctrl-C stops", flush=True)
+            print(
+                f"serving {counted(len(index), 'image')}, to this machine only; Ctrl-C stops",
+                flush=True,
+            )
         if args.open and _has_a_screen():
             threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
         try:

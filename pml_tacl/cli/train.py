@@ -1,12 +1,12 @@
 """Train an embedding on a folder of images without labels, and index the images."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from time import perf_counter
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -15,7 +15,6 @@ from pml_tacl.cli import flags
 from pml_tacl.cli import run_folder as runs
 from pml_tacl.cli.building import training_model
 from pml_tacl.cli.eval_folder import can_measure, images_to_test_on
-from pml_tacl.cli.parsers import parse
 from pml_tacl.cli.training_run import TrainingRun
 from pml_tacl.clustering import KMeansPseudoLabeler
 from pml_tacl.datasets import ImageFiles
@@ -33,27 +32,18 @@ from pml_tacl.transforms import SiameseTransform
 from pml_tacl.utils.device import device_or_default
 from pml_tacl.utils.errors import MissingPackageError
 from pml_tacl.utils.signals import Interrupted
+from pml_tacl.utils.words import counted
 
 
-def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
-    """Run the command: train on a GPU if there is one, and write a run folder.
+def run(args: Any, results: TextIO) -> dict[str, Any] | None:
+    """Train, on a GPU if there is one, and write a run folder; see `pml_tacl.cli.main`.
 
     The folder contains the model, the search index, metrics.json, figures, records and
     checkpoints.
-
-    Args:
-        arguments: arguments of the command line; None for sys.argv.
-        program: name of the command in messages.
     """
-    run(parse("train", arguments, program))
-
-
-def run(args: Any) -> None:
-    """Run the command with parsed arguments."""
     again = flags.command_line("train", "--resume", "--run", args.run)
     try:
-        with flags.output(args.quiet):
-            train(args)
+        return train(args)
     except Interrupted as stop:
         print(f"{stop}: {again} resumes it", file=sys.stderr)
         sys.exit(stop.code)
@@ -66,8 +56,8 @@ def run(args: Any) -> None:
         sys.exit(130)
 
 
-def train(args: Any) -> None:
-    """Train with parsed arguments; what `run` prints goes to standard output."""
+def train(args: Any) -> dict[str, Any] | None:
+    """Train with parsed arguments; return the result, or None except on the main process."""
     # open() may delete an earlier run, so validate all arguments first.
     if args.tensorboard and find_spec("tensorboard") is None:
         raise MissingPackageError("--tensorboard needs tensorboard: pip install tensorboard")
@@ -160,19 +150,29 @@ def train(args: Any) -> None:
     else:
         rows = run.fit(model, seen, test, **settings)
     found = embed_distributed(model, seen, **settings)
-    if is_main():
-        assert found is not None
-        ImageIndex.of(images, found[0]).save(run.folder)
-        run.draw(model, seen, found[0])
-        if tested is not None:
-            print(f"\n{runs.metrics_table(rows)}\n\nper cent, on {args.eval_folder}")
-        if epochs and trainer.verdict:
-            print(f"\n{trainer.verdict}")
-        print(
-            f"\n{count} images indexed in {args.run}: "
-            f"{flags.command_line('search', args.run, 'QUERY')} finds similar images, "
-            f"{flags.command_line('serve', args.run)} opens a search page"
-        )
+    if not is_main():
+        return None
+    assert found is not None
+    ImageIndex.of(images, found[0]).save(run.folder)
+    run.draw(model, seen, found[0])
+    if tested is not None:
+        print(f"\n{runs.metrics_table(rows)}\n\nper cent, on {args.eval_folder}")
+    verdict = trainer.verdict if epochs else ""
+    if verdict:
+        print(f"\n{verdict}")
+    print(
+        f"\n{counted(count, 'image')} indexed in {args.run}: "
+        f"{flags.command_line('search', args.run, 'QUERY')} finds similar images, "
+        f"{flags.command_line('serve', args.run)} opens a search page"
+    )
+    return {
+        "run": str(args.run),
+        "images": count,
+        "dimensions": found[0].shape[1],
+        "epochs": epochs,
+        "metrics": rows,
+        "verdict": verdict or None,
+    }
 
 
 def _test_on(images: ImageFiles, model: Any, **settings: Any) -> Callable[[int], dict[str, float]]:
@@ -193,7 +193,7 @@ def tell_start(
         return
     height, width = config["image_size"]
     size = f"{height} px" if height == width else f"{height} x {width} px"
-    what = f"{len(images)} images, {args.backbone} at {size}, on {device}"
+    what = f"{counted(len(images), 'image')}, {args.backbone} at {size}, on {device}"
     saved = checkpoints(run.folder / "checkpoints") if run.begun else []
     if args.resume and not saved:
         print(f"{args.run} holds no checkpoint to resume: starting a new training")
@@ -203,14 +203,15 @@ def tell_start(
     epochs, warmup = config["epochs"], config["warmup_epochs"]
     ended = int(saved[-1].stem.split("_")[1]) if saved else 0
     if saved and ended >= epochs:
-        print(f"all {epochs} epochs are trained: give more --epochs to continue; indexing again")
+        trained = "the epoch is" if epochs == 1 else f"all {epochs} epochs are"
+        print(f"{trained} trained: give more --epochs to continue; indexing again")
     elif saved:
         print(f"resuming {args.run} after epoch {ended} of {epochs} ({saved[-1].name})")
     print(f"training: {what}")
     since = f"from epoch {warmup + 1} on" if warmup else "from the first epoch on"
     print(
-        f"{epochs} epochs of {trainer.iterations_per_epoch} steps, batches of "
-        f"{trainer.batch_size}; {config['num_clusters']} clusters, {since}"
+        f"{counted(epochs, 'epoch')} of {counted(trainer.iterations_per_epoch, 'step')}, "
+        f"batches of {trainer.batch_size}; {counted(config['num_clusters'], 'cluster')}, {since}"
     )
     if warmup >= epochs:
         print(

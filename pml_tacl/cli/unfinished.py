@@ -1,6 +1,5 @@
 """Indexing of a stopped training with the model of its last checkpoint."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -8,15 +7,14 @@ import torch
 
 from pml_tacl.cli import flags
 from pml_tacl.cli.building import training_model
-from pml_tacl.cli.run_folder import read_config, write_json
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.evaluation import embed
 from pml_tacl.search import ImageIndex
 from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
 from pml_tacl.trainers.fitting import fit_to
 from pml_tacl.utils.device import device_or_default
-
-STOPPED = "stopped.json"  # file in a run with the checkpoint of its model and index
+from pml_tacl.utils.files import write_json
+from pml_tacl.utils.runs import STOPPED, read_config, stopped_at
 
 
 def index_stopped(
@@ -77,11 +75,3 @@ def index_stopped(
     ImageIndex.of(dataset, found).save(run)
     write_json(run / STOPPED, {"checkpoint": saved[-1].name})
     return True
-
-
-def stopped_at(run: str | Path) -> str | None:
-    """Return the name of the checkpoint of a stopped run's index; None for a completed run."""
-    try:
-        return str(json.loads((Path(run) / STOPPED).read_text("utf-8"))["checkpoint"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return None

@@ -7,12 +7,13 @@ from typing import Any
 
 from PIL import Image
 
-from pml_tacl.cli.run_folder import columns_of
 from pml_tacl.report import _charts as charts
 from pml_tacl.report import _images
 from pml_tacl.report._choices import Cluster, Query
 from pml_tacl.report._sources import ImageSet, Run
 from pml_tacl.utils.files import shown_name
+from pml_tacl.utils.runs import columns_of
+from pml_tacl.utils.words import counted
 
 _SHOWN_IN_CLUSTER = 12
 _ROW_NAMES = {"raw_pixels": "raw pixels", "before": "before training", "after": "after training"}
@@ -39,7 +40,7 @@ def header(run: Run) -> str:
         f'<p class="was">{was or "&nbsp;"}</p></div>'
         for name, value, unit, was in facts
     )
-    parts = [config.get("backbone"), f"{config.get('epochs')} epochs", f"seed {config.get('seed')}"]
+    parts = [config.get("backbone"), _epochs(config.get("epochs")), f"seed {config.get('seed')}"]
     said = " · ".join(escape(str(part)) for part in parts if part and "None" not in str(part))
     verdict = f'<p class="verdict">{escape(_verdict(run))}</p>' if _verdict(run) else ""
     return (
@@ -55,6 +56,11 @@ def _better(before: float | None, after: float) -> tuple[str, str, str]:
     if before > after:
         return f"{100 * before:.1f}", "%", f"before; {100 * after:.1f} % after training"
     return f"{100 * after:.1f}", "%", f"after training; {100 * before:.1f} % before"
+
+
+def _epochs(count: object) -> str:
+    """Return "1 epoch", "2 epochs"; runs of other versions may not say how many."""
+    return counted(count, "epoch") if isinstance(count, int) else f"{count} epochs"
 
 
 def _verdict(run: Run) -> str:

@@ -13,8 +13,6 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from pml_tacl.cli import run_folder as runs
-from pml_tacl.cli.unfinished import stopped_at
 from pml_tacl.clustering import KMeansPseudoLabeler
 from pml_tacl.clustering.unit_embeddings import FloatArray, IntArray, UnitRows
 from pml_tacl.datasets import Glyphs, ImageFiles
@@ -26,6 +24,7 @@ from pml_tacl.trainers.checkpoint import checkpoints
 from pml_tacl.trainers.records import read_losses
 from pml_tacl.utils.device import device_or_default
 from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.runs import read_config, stopped_at
 
 Curve = tuple[list[float], list[float]]
 GLYPH_SIDE = 64  # pixels of the quickstart's images
@@ -109,7 +108,7 @@ def read_run(
         OSError: if the model or the images of the run are missing.
     """
     folder = Path(folder)
-    config = runs.read_config(folder)
+    config = read_config(folder)
     notes: list[str] = []
     try:
         content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))

@@ -258,13 +258,13 @@ class TestMutualNeighbours:
 
 
 def test_metrics_of_a_run_say_what_was_kept(folder, tmp_path):
-    from pml_tacl.cli.train import main
+    from pml_tacl.cli.main import main
 
     weights = tmp_path / "w.pth"
     torch.save(AttentionEmbedder("test_resnet").trunk.model.state_dict(), weights)
     run = tmp_path / "run"
     flags = ["--backbone", "test_resnet", "--weights", str(weights), "--image-size", str(SIZE)]
-    main([str(folder), *flags, "--epochs", "1", "--run", str(run), "--workers", "0"])
+    main(["train", str(folder), *flags, "--epochs", "1", "--run", str(run), "--workers", "0"])
     guard = json.loads((run / "metrics.json").read_text())["guard"]
     assert guard["kept_epoch"] in (0, 1)
     assert set(guard["mutual_neighbours"]) == {"0", "1"}
