@@ -64,6 +64,7 @@ def short(*arguments):
     return [*arguments, "--size", "64", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_each_set_gets_a_line_for_each_method_and_what_cannot_be_measured_is_told(command, sets):
     lines = command(*short("folders", sets, "--methods", "zero_shot", "zero_shot+projection"))
     measured = [line.split()[:4] for line in lines if " seed 0 R@1 " in line]
@@ -82,6 +83,7 @@ def test_each_set_gets_a_line_for_each_method_and_what_cannot_be_measured_is_tol
     assert "no class with 2 images" in left_out["single"]
 
 
+@pytest.mark.slow
 def test_a_result_is_measured_once_and_again_if_the_files_have_changed(
     command, sets, tmp_path, monkeypatch
 ):
@@ -104,6 +106,7 @@ def test_a_result_is_measured_once_and_again_if_the_files_have_changed(
             command(*given)
 
 
+@pytest.mark.slow
 def test_queries_search_among_the_others_only(command, sets):
     """Two queries of a class are the same image, which is like no other of their class."""
     root = sets / "thirds"

@@ -162,6 +162,7 @@ def test_help_and_wrong_usage_do_not_wait_for_torch():
     assert loaded == "[]"
 
 
+@pytest.mark.slow
 def test_the_command_is_declared_and_runs_as_a_module():
     declared = '[project.scripts]\npml-tacl = "pml_tacl.cli.main:main"\n'
     assert declared in (ROOT / "pyproject.toml").read_text("utf-8")
@@ -186,18 +187,14 @@ def test_embed_of_a_run_is_what_its_index_holds(run, photos, tmp_path):
     np.testing.assert_allclose(rows, index.embeddings, atol=1e-5)
 
 
-def test_json_of_embed_index_and_export(run, photos, tmp_path, capsys):
+@pytest.mark.slow
+def test_json_of_embed_and_index(run, photos, tmp_path, capsys):
     out, made = tmp_path / "a.npy", tmp_path / "index"
     given = ["--model", run, "--json", "--workers=0"]
     found = said(capsys, "embed", photos, *given, "--out", out)
     assert found == {"file": str(out), "images": 25, "dimensions": np.load(out).shape[1]}
     found = said(capsys, "index", photos, *given, "--run", made)
     assert found == {"run": str(made), "images": 25, "dimensions": np.load(out).shape[1]}
-    pytest.importorskip("onnxscript", reason="needs it: pip install onnxscript")
-    onnx = tmp_path / "a.onnx"
-    found = said(capsys, "export", run, "--onnx", onnx, "--json")
-    described = str(onnx.with_suffix(".json"))
-    assert found == {"onnx": str(onnx), "preprocessing": described, "input_size": [3, 32, 32]}
 
 
 def test_embed_without_training_fits_the_projection(photos, tmp_path, monkeypatch):
@@ -236,6 +233,7 @@ def test_parquet_holds_names_and_embeddings(run, photos, tmp_path):
     np.testing.assert_allclose(table["embedding"], index.embeddings, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_index_by_a_run_and_by_a_timm_model(run, photos, tmp_path, capsys):
     made = tmp_path / "by run"
     settings = ["--workers=0", "--device=cpu"]
@@ -376,13 +374,18 @@ def test_evaluate_gives_what_python_gives(run, photos, tmp_path, capsys):
     assert said(capsys, "evaluate", run, tmp_path / "query", *reference)["recall_at_1"] == 1
 
 
+@pytest.mark.slow
 def test_export_gives_the_same_embeddings(run, photos, tmp_path, capsys):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason=f"needs it: pip install {package}")
     runtime = pytest.importorskip("onnxruntime", reason="needs it: pip install onnxruntime")
     path = tmp_path / "made" / "model.onnx"
-    printed = said(capsys, "export", run, "--onnx", path)
-    assert "images (n, 3, 32, 32) -> embeddings" in printed
+    call("export", run, "--onnx", path, "--json")
+    printed, notes = capsys.readouterr()
+    described = str(path.with_suffix(".json"))
+    made = {"onnx": str(path), "preprocessing": described, "input_size": [3, 32, 32]}
+    assert json.loads(printed) == made
+    assert "images (n, 3, 32, 32) -> embeddings" in notes
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     _, images, rows = embedded(run, photos)
     for count in (1, 5):
@@ -540,6 +543,7 @@ def stopped(photos, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_training_stopped_before_its_first_step_is_begun_again(
     photos, tmp_path, monkeypatch, capsys
 ):
@@ -561,6 +565,7 @@ def test_a_training_stopped_before_its_first_step_is_begun_again(
     assert len(ImageIndex.load(run)) == 25
 
 
+@pytest.mark.slow
 def test_a_stopped_training_is_searched_with_the_model_of_its_last_checkpoint(
     stopped, photos, tmp_path, capsys
 ):
@@ -599,6 +604,7 @@ def test_a_stopped_training_is_searched_with_the_model_of_its_last_checkpoint(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_the_start_says_what_is_trained_and_a_log_file_gets_lines(photos, tmp_path, capsys):
     loud = [word for word in TINY if word != "--quiet"]
     run = tmp_path / "run"
@@ -612,8 +618,6 @@ def test_the_start_says_what_is_trained_and_a_log_file_gets_lines(photos, tmp_pa
         mean = np.mean(values[3 * (epoch - 1) : 3 * epoch])
         assert any(line.startswith(f"epoch {epoch}/2: loss {mean:.3f}, ") for line in lines)
     assert "\r" not in printed
-    capsys.readouterr()
-    call("train", photos, *TINY, "--run", run, "--resume", "--epochs=2", "--warmup-epochs=1")
     capsys.readouterr()
     call("train", "--resume", "--run", run, "--workers=0", "--json")
     printed, notes = capsys.readouterr()
@@ -629,6 +633,7 @@ def test_the_start_says_what_is_trained_and_a_log_file_gets_lines(photos, tmp_pa
     assert "all 2 epochs are trained: give more --epochs to continue" in notes
 
 
+@pytest.mark.slow
 def test_resuming_nothing_and_never_clustering_are_said(photos, tmp_path, capsys):
     loud = [word for word in TINY if word != "--quiet"]
     run = tmp_path / "run"
@@ -659,6 +664,7 @@ def test_a_run_of_three_lines_is_searched_at_its_own_size(photos, tmp_path, caps
     ]
 
 
+@pytest.mark.slow
 def test_images_that_are_left_out_stay_out(photos, tmp_path, capsys):
     run = tmp_path / "run"
     call("index", photos, *TIMM, "--run", run, "--exclude=c", "--exclude", "a/*3.png")
@@ -707,6 +713,7 @@ def test_a_transformer_is_built_once(monkeypatch):
     assert [settings.get("img_size") for _, settings in built] == [(64, 64), None, None]
 
 
+@pytest.mark.slow
 def test_a_test_changes_nothing_of_the_training(photos, tmp_path):
     runs = tmp_path / "plain", tmp_path / "tested"
     settings = [*TINY, "--epochs=2", "--warmup-epochs=1"]
@@ -718,6 +725,7 @@ def test_a_test_changes_nothing_of_the_training(photos, tmp_path):
         assert one == other
 
 
+@pytest.mark.slow
 def test_a_training_begins_from_what_a_run_has_learnt(photos, tmp_path):
     run = tmp_path / "run"
     model = AttentionEmbedder("test_resnet", embedding_dim=8)

@@ -123,6 +123,7 @@ def test_only_one_view_needs_a_gradient():
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "temperature"),
     [

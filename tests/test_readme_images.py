@@ -29,6 +29,7 @@ def test_a_pair_that_is_not_shown_is_named(script, monkeypatch, tmp_path, pair):
         script.main()
 
 
+@pytest.mark.slow
 def test_four_images_the_same_each_time(script, monkeypatch, tmp_path, capsys):
     torch.manual_seed(0)
     model = AttentionEmbedder("resnet10t", embedding_dim=16, channels=[8, 8, 16, 16], stem_width=8)

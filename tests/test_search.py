@@ -311,6 +311,7 @@ def search(run, *arguments, piped=b""):
     return done.stdout.decode()
 
 
+@pytest.mark.slow
 def test_the_script_reads_a_pipe_and_keeps_to_a_folder(run):
     image = run / "images" / "b" / "3.png"
     printed = search(run, "-", "-k", "2", "--folder", "b", piped=image.read_bytes())

@@ -107,6 +107,7 @@ def test_copies_are_all_found_in_the_order_of_the_files(rows):
     assert np.array_equal(found[:, :3], expected)
 
 
+@pytest.mark.slow
 def test_images_come_and_go(rows):
     index = ImageIndex(rows, names(COUNT), "x", kind="ivfpq")
     new = clustered(500, seed=2)
@@ -122,6 +123,7 @@ def test_images_come_and_go(rows):
     assert np.array_equal(index.search(rows[1600:1650], 1)[1][:, 0], np.arange(50))
 
 
+@pytest.mark.slow
 def test_auto_takes_codes_above_a_number_of_images(rows, monkeypatch):
     monkeypatch.setattr(search, "FLAT_UP_TO", 100)
     monkeypatch.setattr(search, "HNSW_UP_TO", COUNT - 1)
@@ -137,6 +139,7 @@ def test_few_images_are_looked_at_one_by_one(rows, count):
     assert ImageIndex(rows[:count], names(count), "x", kind="ivfpq").kind == "flat"
 
 
+@pytest.mark.slow
 def test_any_number_of_dimensions_fits():
     rows = clustered(2_200, 13)
     index = ImageIndex(rows, names(len(rows)), "x", kind="ivfpq")

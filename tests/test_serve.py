@@ -258,6 +258,7 @@ def run(photos):
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_ctrl_c(run, photos):
     command = [sys.executable, "-m", "pml_tacl", "serve", str(run), "--port=0", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -43,6 +43,7 @@ def images():
     return {name: Image.fromarray(getattr(data, name)()) for name in PICTURES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_images_are_classified_right(tmp_path, state, images, suffix):
     path = tmp_path / f"weights.{suffix}"
@@ -60,6 +61,7 @@ def test_images_are_classified_right(tmp_path, state, images, suffix):
         assert row[list(PICTURES[name])].sum() > 0.9, (name, row.topk(3))
 
 
+@pytest.mark.slow
 def test_the_cell_offset_is_the_architecture_s_and_what_training_made_of_it_can_be_asked(
     tmp_path, state
 ):

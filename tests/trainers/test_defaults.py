@@ -72,6 +72,7 @@ def test_a_run_that_is_there_is_not_written_over(folder, tmp_path):
         trainer_of(pretrained_model(), folder, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_resumed_with_defaults_it_ends_bit_for_bit_like_an_unbroken_one(folder, tmp_path):
     def begin(name, checkpoints, seed):
         torch.manual_seed(seed)
@@ -257,6 +258,7 @@ class TestMutualNeighbours:
             mutual_neighbours(torch.randn(5))
 
 
+@pytest.mark.slow
 def test_metrics_of_a_run_say_what_was_kept(folder, tmp_path):
     from pml_tacl.cli.main import main
 

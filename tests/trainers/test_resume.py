@@ -197,6 +197,7 @@ def outcome(trainer, folder):
     return [t.detach().clone() for t in tensors], tables, trainer.extra["losses"], rates, drawn()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_goes_on_bit_for_bit_from_every_checkpoint(tmp_path, workers):
     seed_everything(1)
@@ -408,6 +409,7 @@ def swapping(folder, offset, **kwargs):
     return fresh(folder, transform=transform, swap=swap, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_looks_where_it_looked(tmp_path, caplog):
     seed_everything(1)
     whole = swapping(tmp_path / "whole", (-0.3, 0.2))
@@ -440,6 +442,7 @@ def test_views_of_another_grid_keep_their_own_cells(tmp_path, caplog):
     assert "have a grid of (2, 2), but now it is (4, 4)" in caplog.text
 
 
+@pytest.mark.slow
 def test_runs_killed_and_resumed_equal_an_unbroken_one():
     command = [sys.executable, ROOT / "benchmarks" / "resume.py", "--kills=3", "--output=-"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT)
