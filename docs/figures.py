@@ -22,7 +22,7 @@ from figure_parts.strokes import (
     arrow,
     bare,
     clusters,
-    images,
+    make_images,
     on_circle,
 )
 from matplotlib.figure import Figure
@@ -50,26 +50,26 @@ STYLE = {
 def contrastive_clustering_loss() -> Figure:
     figure = Figure((8.4, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
-    points, labels, centres = clusters()
-    bare(left, "its own centre, and the 2 nearest others\n")
+    points, labels, centroids = clusters()
+    bare(left, "its own centroid, and the 2 nearest others\n")
     left.add_patch(Circle((0, 0), 1, fill=False, color=GREY, lw=0.6))
     left.scatter(*points.T, s=9, c=[f"C{label}" for label in labels], alpha=0.45)
-    left.scatter(*centres.T, s=110, marker="*", c=[f"C{k}" for k in range(5)], zorder=3)
+    left.scatter(*centroids.T, s=110, marker="*", c=[f"C{k}" for k in range(5)], zorder=3)
     image = points[np.argmin(np.abs(points - on_circle(45)).sum(1))]
     left.scatter(*image, s=45, c=INK, zorder=4)
     left.annotate("$e_i$", image, xytext=(8, 6), textcoords="offset points")
     for k, colour in ((0, GREEN), (1, RED), (4, RED)):
-        arrow(left, image, centres[k], colour, lw=1.6, shrinkB=7)
-    left.annotate("$c_{y_i}$: pulled", centres[0], (1.12, 0.2), color=GREEN)
-    left.annotate("pushed", centres[1], (-0.22, 1.08), color=RED)
-    left.annotate("pushed", centres[4], (0.6, -1.02), color=RED)
+        arrow(left, image, centroids[k], colour, lw=1.6, shrinkB=7)
+    left.annotate("$c_{y_i}$: pulled", centroids[0], (1.12, 0.2), color=GREEN)
+    left.annotate("pushed", centroids[1], (-0.22, 1.08), color=RED)
+    left.annotate("pushed", centroids[4], (0.6, -1.02), color=RED)
     left.set_xlim(-1.1, 1.7)
     gap = torch.linspace(-1, 1, 201)
     for margin, style in ((0.0, ":"), (0.2, "-"), (0.5, "--")):
         losses = contrastive_clustering(gap, torch.zeros(201, 1), margin)
         right.plot(gap, losses, style, color=BLUE, label=f"margin {margin}")
     right.axvline(0, color=GREY, lw=0.6)
-    right.set_xlabel("distance to the own centre − mean distance to the others")
+    right.set_xlabel("distance to the own centroid − mean distance to the others")
     right.set_ylabel("loss of one embedding")
     right.legend(frameon=False)
     return figure
@@ -78,7 +78,7 @@ def contrastive_clustering_loss() -> Figure:
 def attention_consistency_loss() -> Figure:
     figure = Figure((8.4, 2.7), layout="constrained")
     first, second, third = figure.subplots(1, 3)
-    image = images(1)[0]
+    image = make_images(1)[0]
     torch.manual_seed(3)
     siamese = SiameseTransform(
         96, 4, crop_scale=None, geometric=v2.RandomAffine((25, 25), (0.08, 0.08), fill=220),
@@ -114,12 +114,12 @@ def attention_consistency_loss() -> Figure:
 
 def contrastive_clustering_miner() -> Figure:
     figure = Figure((8.4, 3.4), layout="constrained")
-    points, labels, centres = clusters(4)
+    points, labels, centroids = clusters(4)
     points[[8, 9]] = on_circle([43, 52])
     embeddings = torch.from_numpy(points).float()
     for axes, ambiguity in zip(figure.subplots(1, 2), (1.0, 0.3), strict=True):
         miner = ContrastiveClusteringMiner(num_negatives=1, max_ambiguity=ambiguity)
-        miner.set_centroids(torch.from_numpy(centres).float())
+        miner.set_centroids(torch.from_numpy(centroids).float())
         a1, _, a2, n = miner(embeddings, torch.from_numpy(labels))
         kept = np.isin(np.arange(35), torch.cat([a1, a2]).numpy())
         bare(axes, f"max_ambiguity={ambiguity}: {int((~kept).sum())} of 35 images left out")
@@ -129,12 +129,12 @@ def contrastive_clustering_miner() -> Figure:
         colours = np.array([f"C{label}" for label in labels])
         axes.scatter(*points[kept].T, s=22, c=colours[kept], zorder=3)
         axes.scatter(*points[~kept].T, s=30, marker="x", c=INK, zorder=4)
-        axes.scatter(*(1.13 * centres).T, s=90, marker="*", c=[f"C{k}" for k in range(5)])
+        axes.scatter(*(1.13 * centroids).T, s=90, marker="*", c=[f"C{k}" for k in range(5)])
     return figure
 
 
 def attention_consistency_miner() -> Figure:
-    shown = images(4, seed=2)
+    shown = make_images(4, seed=2)
     order = [0, 2, 1, 4, 3, 5]
     labels = torch.tensor([0, 1, 0, 2, 1, 2])
     maps = torch.from_numpy(shown[order]).permute(0, 3, 1, 2).float()
@@ -176,7 +176,7 @@ def kmeans_pseudo_labeler() -> Figure:
 
 def siamese_transform() -> Figure:
     figure = Figure((8.4, 2.5), layout="constrained")
-    image = torch.from_numpy(images(1)[0]).permute(2, 0, 1)
+    image = torch.from_numpy(make_images(1)[0]).permute(2, 0, 1)
     kinds = {
         "first view": None,
         "crop and flip": None,
@@ -207,7 +207,7 @@ def siamese_transform() -> Figure:
 
 def background_swap() -> Figure:
     figure = Figure((8.4, 2.9), layout="constrained")
-    shown = torch.from_numpy(images(2, seed=4)[[0, 2]]).permute(0, 3, 1, 2).float() / 255
+    shown = torch.from_numpy(make_images(2, seed=4)[[0, 2]]).permute(0, 3, 1, 2).float() / 255
     tinted = shown * torch.tensor([[0.75, 0.9, 1], [1, 0.85, 0.7]]).view(2, 3, 1, 1)
     swapped, masks, _ = BackgroundSwap(1.0, "centred")(
         tinted, generator=torch.Generator().manual_seed(0)

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 
-from pml_tacl import AttentionEmbedder, UnsupervisedTrainer
+from pml_tacl import AttentionEmbedder, UnsupervisedTrainer, visualize
 from pml_tacl.cli.building import sized_model
 from pml_tacl.cli.flags import by_flags
 from pml_tacl.cli.main import COMMANDS, main
@@ -329,8 +330,17 @@ def test_duplicates_joined_through_others_and_equal_ones():
         find_duplicates(rows, 1.5)
 
 
-def test_duplicates_of_a_run_are_a_table_a_summary_and_a_gallery(run, tmp_path, capsys):
-    out = tmp_path / "out"
+def test_duplicates_of_a_run_are_a_table_a_summary_and_a_gallery(
+    run, tmp_path, capsys, monkeypatch
+):
+    out, texts = tmp_path / "out", []
+    save = visualize.save_figure
+
+    def save_and_read(figure, path):
+        texts.extend(text.get_text() for text in figure.findobj(Text))
+        save(figure, path)
+
+    monkeypatch.setattr(visualize, "save_figure", save_and_read)
     printed = said(capsys, "duplicates", run, "--threshold=0.99", "--out", out)
     assert printed.splitlines()[:2] == [
         "1 group of near-duplicates, 2 of 25 images, similarity of 0.99 or more",
@@ -342,6 +352,8 @@ def test_duplicates_of_a_run_are_a_table_a_summary_and_a_gallery(run, tmp_path, 
     assert [row[:2] for row in rows] == [["1", "a/00.png"], ["1", "b/again.jpg"]]
     with Image.open(out / "duplicates.png") as image:
         assert np.asarray(image.convert("L")).std() > 20
+    assert {"a group's first image", "near-duplicates of it"} <= set(texts)
+    assert "query" not in texts
     found = said(capsys, "duplicates", run, "--threshold=0.99", "--json")
     assert [[image["file"] for image in group] for group in found["groups"]] == [
         ["a/00.png", "b/again.jpg"]

@@ -43,7 +43,7 @@ def unsupervised_trainer() -> Figure:
     box(axes, 0, 3, "every image,\none plain view", GREY, 2.4)
     box(axes, 3.3, 3, "embed\n(evaluation mode)", BLUE, 2.4)
     box(axes, 6.6, 3, "labeler", BLUE, 2.4)
-    box(axes, 9.9, 3, "pseudo-labels,\ncentres", GREEN, 2.4)
+    box(axes, 9.9, 3, "pseudo-labels,\ncentroids", GREEN, 2.4)
     box(axes, 0, 0.6, "batch: clusters x images,\ntwo views each", GREY, 2.9)
     box(axes, 3.8, 0.6, "trunk, embedder", BLUE, 2.2)
     box(axes, 6.9, 0.6, "metric + clustering\n+ attention loss", RED, 2.4)

@@ -26,7 +26,7 @@ def on_circle(degrees: object) -> np.ndarray:
 
 
 def clusters(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Embeddings (N, 2) on the unit circle, their clusters, and the centres (K, 2)."""
+    """Embeddings (N, 2) on the unit circle, their clusters, and the centroids (K, 2)."""
     rng = np.random.default_rng(seed)
     angles = [20, 75, 150, 215, 300]
     labels = np.repeat(np.arange(5), 7)

@@ -98,4 +98,5 @@ def write_groups(out: str | Path, index: ImageIndex, groups: Sequence[Group]) ->
             [group.similarities[1:MEMBERS] for group, _ in shown],
             out / "duplicates.png",
             [index.files[group.rows[0]] for group, _ in shown],
+            headings=("a group's first image", "near-duplicates of it"),
         )

@@ -121,6 +121,7 @@ def write_gallery(
     similarities: Sequence[Sequence[float]] | Any,
     out: Path,
     names: Sequence[str] | None = None,
+    headings: tuple[str, str] = ("query", "nearest"),
 ) -> set[Path]:
     """Draw a gallery of queries, each beside the images found for it.
 
@@ -131,6 +132,7 @@ def write_gallery(
         similarities: cosine similarities of the same images, written below them.
         out: .png, .svg or .pdf file.
         names: for each query a text, written below it.
+        headings: texts above the queries and above the images found.
 
     Returns:
         Paths of indexed images that can no longer be read; they are grey in the gallery.
@@ -144,6 +146,7 @@ def write_gallery(
         distances=similarities,
         captions=[[index.files[row] for row in found] for found in rows],
         query_captions=names,
+        headings=headings,
     )
     vis.save_figure(figure, out)
     return gone

@@ -31,6 +31,7 @@ def retrieval_gallery(
     *,
     query_captions: Sequence[str] | None = None,
     columns: int = 8,
+    headings: tuple[str, str] = ("query", "nearest"),
 ) -> Figure:
     """Draw each query beside its nearest images, and mark right and wrong ones.
 
@@ -46,6 +47,7 @@ def retrieval_gallery(
         title: a line at the top of the figure.
         query_captions: Q texts.
         columns: neighbours per line; more neighbours continue on the next line.
+        headings: texts above the queries and above the first neighbours.
 
     Returns:
         A figure with one axes for each image: each query, followed by its neighbours.
@@ -90,7 +92,7 @@ def retrieval_gallery(
         axes = grid.axes(first_line, 0)
         drawing.image(axes, query, drawing.QUERY_COLOUR)
         if q == 0:
-            grid.header(axes, "query")
+            grid.header(axes, headings[0])
         if query_captions is not None:
             grid.caption(axes, [query_captions[q]])
         for k, neighbour in enumerate(row):
@@ -102,7 +104,7 @@ def retrieval_gallery(
                 drawing.image(axes, neighbour)
                 drawing.verdict(axes, bool(right[q][k]))
             if q == 0 and line == 0:
-                grid.header(axes, "nearest" if column == 0 else str(column + 1))
+                grid.header(axes, headings[1] if column == 0 else str(column + 1))
             below = [] if texts is None else [str(texts[q][k])]
             below += [] if numbers is None else [f"{float(numbers[q][k]):.3f}"]
             grid.caption(axes, below)
