@@ -14,8 +14,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # last: its files have names as common as "losses"
 
 import retrieval  # noqa: E402
+import two_levels  # noqa: E402
 from retrieval_parts import folder_page, folder_parts, folders, running  # noqa: E402
 
+from pml_tacl.clustering import kmeans  # noqa: E402
 from pml_tacl.utils.errors import InputError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread", "few_channels")
@@ -177,3 +179,34 @@ def test_the_page_is_made_of_both_files(tmp_path):
     published = ROOT / "benchmarks"
     folder_page.write(published / "photographs.json", published / "photographs_parts.json", page)
     assert page.read_text() == (ROOT / "docs" / "results.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_levels_are_compared_with_one_on_other_classes(sets, tmp_path, monkeypatch, capsys):
+    calls, train = [], kmeans.KMeansPseudoLabeler._train_levels
+
+    def counted(self, *arguments):
+        calls.append(len(found))
+        return train(self, *arguments)
+
+    found = []
+    monkeypatch.setattr(kmeans.KMeansPseudoLabeler, "_train_levels", counted)
+    run = two_levels.run
+
+    def noted(config, *arguments, **named):
+        result = run(config, *arguments, **named)
+        found.append(config)
+        return result
+
+    monkeypatch.setattr(two_levels, "run", noted)
+    given = ["--sets", "thirds", "--size", "64", "--steps", "2", "--output", "-"]
+    cache = ["--cache", str(tmp_path / "cache")]
+    monkeypatch.setattr(sys, "argv", ["two_levels.py", str(sets), *given, *cache])
+    running.load.cache_clear()
+    folders.listed.cache_clear()
+    two_levels.main()
+    assert [config.split for config in found] == ["validation"] * 2
+    assert calls
+    assert set(calls) == {1}  # only the second training
+    assert kmeans.TWO_LEVELS_ABOVE == 20_000
+    assert "| thirds | 0 |" in capsys.readouterr().out
