@@ -37,10 +37,8 @@ def main() -> None:
     run = TrainingRun(args.run, resume=args.resume, overwrite=args.overwrite)
     runs.seed_everything(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train, test = (
-        Glyphs("train"),
-        Glyphs("test"),
-    )  # different characters; train's labels are not used
+    # Different characters; the labels of train are not used.
+    train, test = Glyphs("train"), Glyphs("test")
     for half in (train, test):
         half.preload()
     model = pml_tacl.AttentionEmbedder(**MODEL)

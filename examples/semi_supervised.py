@@ -28,14 +28,8 @@ EPOCHS = 6
 BATCH_SIZE = 64
 LEARNING_RATE = 5e-3
 WORKERS = 1
-SHARES = (
-    0.0,
-    0.0,
-    0.0,
-    0.3,
-    0.5,
-    0.7,
-)  # fraction of the other images whose labels are guessed, by epoch
+# Fraction of the other images whose labels are guessed, by epoch.
+SHARES = (0.0, 0.0, 0.0, 0.3, 0.5, 0.7)
 BACKBONE = {"channels": [16, 32, 64, 128], "stem_width": 8, "output_stride": 16}
 
 
@@ -63,9 +57,8 @@ class KnownAndSure(KnownLabels):
 
     def __call__(self, embeddings: Tensor, initial_centroids: Tensor | None = None) -> PseudoLabels:
         share = self.shares.pop(0) if len(self.shares) > 1 else self.shares[0]
-        centroids = (
-            super().__call__(embeddings).centroids
-        )  # means of the known images of each class
+        # The centroids are the means of the known images of each class.
+        centroids = super().__call__(embeddings).centroids
         nearest = (normalize(embeddings) @ centroids.T).topk(2)
         gap = (nearest.values[:, 0] - nearest.values[:, 1]).masked_fill(self.known >= 0, -1)
         sure = gap.topk(round(share * int((self.known < 0).sum()))).indices
@@ -87,9 +80,8 @@ def main() -> dict[str, float]:
     colour = v2.Compose([v2.ColorJitter(0.5, 0.5, 0.5), v2.RandomChannelPermutation()])
     two_views = pml_tacl.SiameseTransform(64, 4, geometric=affine, photometric=colour, flip=False)
     labels = torch.from_numpy(train.labels)
-    number = torch.arange(len(labels)) - torch.searchsorted(
-        labels, labels
-    )  # index within its class
+    # The index of each image within its class.
+    number = torch.arange(len(labels)) - torch.searchsorted(labels, labels)
     known = labels.where(number < KNOWN, -1)
     clusters = pml_tacl.KMeansPseudoLabeler("auto")
 

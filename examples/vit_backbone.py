@@ -25,9 +25,9 @@ EPOCHS = 8
 BATCH_SIZE = 32
 LEARNING_RATE = 1e-3
 SIZES = (64, 96)  # the training size first; dynamic_img_size allows other sizes
+WORKERS = 1  # number of processes that compute the views
 # You can use any timm ViT with pretrained=True, such as "vit_small_patch14_dinov2" or
 # "vit_base_patch16_siglip_224". This one is small enough to train from scratch.
-WORKERS = 1  # number of processes that compute the views
 BACKBONE = "vit_tiny_patch16_224"
 TIMM = {"img_size": 64, "patch_size": 8, "depth": 4, "embed_dim": 96, "num_heads": 3}
 OUT = Path("runs/vit")
