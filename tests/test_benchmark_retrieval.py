@@ -369,7 +369,13 @@ def test_self_distillation_is_a_divergence():
 # --- training ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", config.METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        method if method in config.FIRST else pytest.param(method, marks=pytest.mark.slow)
+        for method in config.METHODS
+    ],
+)
 def test_every_method_trains(method, glyphs):
     run = training.train(config.make(method, **TINY, mask_references=8), glyphs)
     start = state.start(run.config, glyphs).model

@@ -1,9 +1,9 @@
 """train_folder.py and search.py, run as a user runs them."""
 
-import importlib.util
 import io
 import json
 import os
+import runpy
 import shutil
 import sqlite3
 import subprocess
@@ -33,14 +33,10 @@ BROKEN = ("broken/empty.jpg", "broken/text.jpg", "broken/truncated.png")
 
 
 def run_example(name, *arguments):
-    """The example's main in this process, as its last lines call it."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """The example, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
-        with runs.one_line_errors():
-            module.main()
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
 def failure(name, *arguments):

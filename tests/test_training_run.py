@@ -63,6 +63,7 @@ def test_it_is_tested_before_between_and_after(tmp_path):
     assert names <= set(contents(tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails_at", [0, 1, 3])
 def test_a_broken_run_ends_like_an_unbroken_one(tmp_path, fails_at):
     whole, *_ = train(tmp_path / "whole")
@@ -209,6 +210,7 @@ def begun(folder, test, epochs=2, resume=False, **kwargs):
     return run, trainer, lambda: run.train(trainer, epochs, test, test_epochs=(1,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "value",
     [np.float64(0.5), np.array(0.5), torch.tensor(0.5)],

@@ -79,6 +79,7 @@ class TestModules:
         for mine, other in zip(gathered, model.forward_features(images(4)), strict=True):
             torch.testing.assert_close(mine, other)
 
+    @pytest.mark.slow
     def test_compile(self, model):
         model.eval()
         x = images()

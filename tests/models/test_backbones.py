@@ -65,6 +65,16 @@ FAMILIES = {
 }
 
 
+# One of each layout: (N, C, H, W), tokens, and (N, H, W, C). The others are slow in most tests.
+LAYOUTS = ["resnet", "vit", "swin"]
+
+
+def slow_but_for_layouts(families):
+    return [
+        name if name in LAYOUTS else pytest.param(name, marks=pytest.mark.slow) for name in families
+    ]
+
+
 # What the parts of a larger model have, in small: none of `test_*` pools like these.
 POOLINGS = {
     "vit pooled, norm before": ("test_vit", {"img_size": 64, "global_pool": "avg"}),
@@ -103,15 +113,17 @@ def check_output(model, x):
     return out
 
 
-# One of each layout: (N, C, H, W), tokens, and (N, H, W, C).
-LAYOUTS = ["resnet", "vit", "swin"]
-
-
 @pytest.mark.parametrize(
     ("family", "pooling"),
     [
-        *[(family, pooling) for family in FAMILIES for pooling in ("backbone", "covariance")],
+        *[(family, "backbone") for family in FAMILIES],
         *[(family, "average") for family in LAYOUTS],  # of other families: see the next test
+        *[(family, "covariance") for family in LAYOUTS],
+        *[
+            pytest.param(family, "covariance", marks=pytest.mark.slow)
+            for family in FAMILIES
+            if family not in LAYOUTS
+        ],
     ],
 )
 def test_shapes_and_gradients(family, pooling):
@@ -130,7 +142,7 @@ def test_shapes_and_gradients(family, pooling):
         assert model.embedder.attention.score.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but_for_layouts(FAMILIES))
 def test_starts_as_average_pooling_of_timms_features(family):
     model, size, *_ = build(family, embedding_dim=None, pooling="average")
     model.eval()
@@ -200,7 +212,7 @@ def test_every_parameter_learns_through_timms_own_pooling(family):
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but_for_layouts(FAMILIES))
 def test_a_fitted_projection(family, monkeypatch):
     monkeypatch.setattr("pml_tacl.models.projection.CHANNELS", 8)  # quickly
     model, size, *_ = build(family)
@@ -226,7 +238,14 @@ def test_fixed_sizes_say_so(family):
 
 @pytest.mark.parametrize(
     ("family", "channels"),
-    [(family, 1) for family in FAMILIES] + [(family, 4) for family in LAYOUTS],
+    [
+        *[(family, channels) for family in LAYOUTS for channels in (1, 4)],
+        *[
+            pytest.param(family, 1, marks=pytest.mark.slow)
+            for family in FAMILIES
+            if family not in LAYOUTS
+        ],
+    ],
 )
 def test_channels(family, channels):
     model, size, *_ = build(family, in_chans=channels)
@@ -299,6 +318,7 @@ def test_places_of_average_pooled_vits_are_normalised(name):
     torch.testing.assert_close(maps.std(1, correction=0), torch.ones(2, 2, 2), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["tresnet_m", "crossvit_9_240", "coat_lite_mini", "efficientvim_m1"]
 )

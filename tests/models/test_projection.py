@@ -305,6 +305,7 @@ class TestProjection:
         with torch.no_grad():
             torch.testing.assert_close(average(images(3)), model(images(3)), atol=1e-5, rtol=1e-4)
 
+    @pytest.mark.slow
     def test_compile(self):
         model, x = fitted(), images(2)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -109,7 +109,13 @@ BACKBONES = {
 }
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name.startswith("test_") else pytest.param(name, marks=pytest.mark.slow)
+        for name in BACKBONES
+    ],
+)
 def test_the_offset_belongs_to_the_architecture(name):
     size, expected, settings = BACKBONES[name]
     found = []

@@ -107,6 +107,7 @@ def test_a_schedule_for_more_epochs_goes_on_as_if_planned_so(tmp_path, kind, wit
     assert same(state_of(last), state_of(again))
 
 
+@pytest.mark.slow
 def test_the_trainer_s_own_schedule_goes_on_for_more_epochs(tmp_path):
     def own(folder=None):
         model = make_model()
