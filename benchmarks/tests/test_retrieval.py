@@ -12,12 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from pytorch_metric_learning.losses import MultiSimilarityLoss
-from torch.nn import functional as F
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))  # last: its files have names as common as "losses"
-
-from retrieval_parts import (  # noqa: E402
+from retrieval_parts import (
     batches,
     config,
     data,
@@ -36,7 +31,9 @@ from retrieval_parts import (  # noqa: E402
     training,
     views,
 )
+from torch.nn import functional as F
 
+BENCHMARKS = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread", "few_channels")
 TINY = {"dataset": "glyphs", "regime": "scratch", "limit": 6, "steps": 3, "batch": 8}
 TINY |= {"recluster": 1, "warmup": 1, "num_clusters": "4", "per_cluster": 2, "size": 32}

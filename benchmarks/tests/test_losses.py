@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "losses.py"
+SCRIPT = Path(__file__).parents[1] / "losses.py"
 
 
 def test_the_table_of_the_losses_is_written(tmp_path, monkeypatch):
