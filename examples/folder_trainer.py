@@ -1,4 +1,4 @@
-"""Train on a folder of images without labels in three lines, and search in it.
+"""Train on a folder of images without labels in three lines, and search it.
 
     python examples/folder_trainer.py
 

@@ -1,4 +1,4 @@
-"""Train like the quickstart in a plain PyTorch loop, without trainer and hooks.
+"""Train like the quickstart in a plain PyTorch loop, without a trainer or hooks.
 
     python examples/plain_loop.py
 
@@ -55,7 +55,7 @@ def main():
             sampler = MPerClassSampler(labels, PER_CLUSTER, BATCH_SIZE, steps * BATCH_SIZE)
         images = StackDataset(train, labels)
         loader = DataLoader(images, BATCH_SIZE, sampler=sampler, num_workers=1, drop_last=True)
-        for (item, _), y in loader:  # _ are the true labels, which are not used
+        for (item, _), y in loader:  # _: the true labels, which are not used
             views, transformed, points = item
             both, points, y = torch.cat([views, transformed]), points.to(device), y.to(device)
             out = model.forward_features(both.to(device, memory_format=torch.channels_last))

@@ -3,9 +3,9 @@
     python examples/search.py runs/folder QUERY
 
 This is the same as `pml-tacl search`. RUN is a folder that train_folder.py wrote. QUERY is an
-image, a folder of images, or - to read from standard input: the bytes of an image, or paths, one
-per line. The script prints a table and writes a gallery. --update first updates the index: it
-embeds new and changed images, and removes deleted ones.
+image, a folder of images, or - to read the bytes of an image, or paths (one per line), from
+standard input. The script prints a table and writes a gallery. --update first updates the index:
+it embeds new and changed images, and removes deleted ones.
 """
 
 import sys

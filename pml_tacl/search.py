@@ -78,7 +78,7 @@ class ImageIndex:
             files.
 
     Attributes:
-        files: the paths, as given, in one buffer of bytes; compares equal to a list.
+        files: the paths, as given: a sequence that compares equal to a list and takes less memory.
         root: as an absolute path; set it if the images have moved.
 
     Raises:
@@ -137,14 +137,14 @@ class ImageIndex:
 
     @property
     def kind(self) -> str:
-        """Kind of the present index: "flat", "hnsw" or "ivfpq"."""
+        """Return the kind of the current index: "flat", "hnsw" or "ivfpq"."""
         if isinstance(self._index, faiss.IndexPreTransform):
             return "ivfpq"
         return "hnsw" if hasattr(self._index, "hnsw") else "flat"
 
     @property
     def embeddings(self) -> FloatArray:
-        """(N, D) float32, unit norm; all in memory."""
+        """Return all embeddings (N, D), float32, unit norm, in memory."""
         if self._rows is not None:
             return np.ascontiguousarray(self._rows[:])
         return np.asarray(self._index.reconstruct_n(0, self._index.ntotal))[self._entries]
@@ -342,7 +342,7 @@ class ImageIndex:
             return
         kept = np.flatnonzero([file not in gone for file in self.files])
         if not len(kept):
-            raise InputError("files are all that the index holds: delete the index instead")
+            raise InputError("files are all images of the index: delete the index instead")
         kind = _chosen(self._asked, len(kept))
         rows = self.embeddings if self._rows is None or kind != "ivfpq" else self._rows
         self._rebuild(_Chosen(rows, kept), kind)
@@ -356,7 +356,7 @@ class ImageIndex:
     def save(self, folder: str | PathLike[str]) -> None:
         """Write ``embeddings.npy``, ``files.json`` and ``index.faiss`` atomically.
 
-        The index is written last, so if it exists, the other two exist, too.
+        The index is written last, so if it exists, the other two exist too.
         """
         folder = Path(folder)
         with atomic_write(folder / _EMBEDDINGS) as file:
@@ -408,12 +408,12 @@ class ImageIndex:
         try:
             index = faiss.read_index(str(folder / _INDEX))
         except RuntimeError as error:
-            raise InputError(f"{folder / _INDEX} is not an index of faiss, or damaged") from error
+            raise InputError(f"{folder / _INDEX} is not a faiss index, or is damaged") from error
         complete = np.array_equal(np.unique(entries), np.arange(index.ntotal))
         if not complete or not len(entries) == len(files) == len(stamps):
             raise InputError(
                 f"{folder} holds {index.ntotal} embeddings in {_INDEX} and {len(files)} images "
-                f"in {_FILES}: they are of two runs, train and index again"
+                f"in {_FILES}: they belong to different runs, train and index again"
             )
         loaded = cls.__new__(cls)
         loaded._set(index, entries, files, root, kind)
@@ -423,7 +423,7 @@ class ImageIndex:
             rows = _mapped(folder / _EMBEDDINGS)
             if rows.shape != (len(files), index.d):
                 raise InputError(
-                    f"{folder / _EMBEDDINGS} holds {rows.shape} numbers and must hold "
+                    f"{folder / _EMBEDDINGS} has the shape {rows.shape} and must have "
                     f"{(len(files), index.d)}: train and index again"
                 )
             loaded._rows = rows
@@ -453,10 +453,12 @@ class ImageIndex:
 def _checked(embeddings: Embeddings, files: Sequence[str]) -> UnitRows:
     unit = UnitRows("embeddings", embeddings, _CHUNK)
     if len(files) != len(unit):
-        raise InputError(f"files must be as many as embeddings, {len(unit)}, got {len(files)}")
+        raise InputError(
+            f"files must have one entry for each of the {len(unit)} embeddings, got {len(files)}"
+        )
     hashes = np.sort(np.fromiter(map(hash, files), dtype=np.int64, count=len(files)))
     if (hashes[1:] == hashes[:-1]).any() and len(set(files)) != len(files):
-        raise InputError("files must hold each image once, and holds some twice")
+        raise InputError("files must contain each image once, but some occur twice")
     return unit
 
 

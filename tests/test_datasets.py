@@ -388,7 +388,7 @@ class TestImageFiles:
         flat("L", HALF).save(tree / "top.png")
         data = ImageFiles(tree, labels="folder", progress=False)
         assert (data.classes, len(data)) == (["a", "b"], 3)
-        assert data.broken == [(tree / "top.png", "in no folder, so of no class")]
+        assert data.broken == [(tree / "top.png", "in no sub-folder, so it has no class")]
         assert "left out 1 of 4 files" in caplog.text
         assert len(ImageFiles(tree, progress=False)) == 4  # without classes it is one of them
         with pytest.raises(ValueError, match="lie in no sub-folder: sort them into one for"):

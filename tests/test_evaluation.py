@@ -463,7 +463,7 @@ def test_bad_inputs():
         ((embeddings, labels[1:]), r"query_labels must be \(20,\) or .*, got shape \(19,\)"),
         ((embeddings, labels + 0.5), "query_labels must be whole numbers, got 0.5: number the"),
         ((embeddings, labels, embeddings[:, 1:], labels), "query has 8 dimensions, reference 7"),
-        ((embeddings, labels, embeddings, labels[:, None]), "give both as many levels"),
+        ((embeddings, labels, embeddings, labels[:, None]), "give both the same levels"),
         ((embeddings, labels, embeddings.flip(0), labels, True), "put the queries first"),
         ((embeddings, labels, embeddings, labels + 1, True), "put the queries first"),
         ((embeddings, labels, embeddings[:9], labels[:9], True), "put the queries first"),

@@ -224,7 +224,7 @@ def test_search_says_what_is_missing(trained, images, tmp_path):
         (broken / name).symlink_to(run / name)
     assert "holds no index.faiss" in failure("search", broken, good)
     (broken / "index.faiss").write_bytes((run / "index.faiss").read_bytes()[:50])
-    assert "index.faiss is not an index of faiss, or damaged" in failure("search", broken, good)
+    assert "index.faiss is not a faiss index, or is damaged" in failure("search", broken, good)
     ImageIndex(np.eye(2, 32), ["a", "b"], images).save(tmp_path / "other")
     (broken / "index.faiss").write_bytes((tmp_path / "other" / "index.faiss").read_bytes())
     assert "holds 2 embeddings in index.faiss and 297 images" in failure("search", broken, good)

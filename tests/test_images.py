@@ -287,7 +287,7 @@ class TestWaysIn:
     @pytest.mark.parametrize(
         ("image", "message"),
         [
-            (Image.new("RGB", (9, 9)), "got a PIL image of mode RGB: for RGB build it with in_ch"),
+            (Image.new("RGB", (9, 9)), "got a PIL image of mode RGB: for RGB, build it with in_ch"),
             (torch.zeros(3, 9, 9), r"got a torch.float32 tensor \(3, 9, 9\)"),
             (torch.full((4, 9, 9), 255.0), r"tensor \(4, 9, 9\) from 255 to 255"),
             (torch.zeros(4, 9, 9, dtype=torch.int32), r"got a torch.int32 tensor \(4, 9, 9\)"),

@@ -206,7 +206,7 @@ class TestBenchmarks:
         example = script("train_cub")
         with pytest.raises(SystemExit) as stop, runs.one_line_errors():
             example.main(CUB, example.CONFIG, "")
-        assert "holds no CUB_200_2011/images.txt: CUB-200-2011 is to be had" in stop.value.code
+        assert "holds no CUB_200_2011/images.txt: get CUB-200-2011 from" in stop.value.code
         assert "\n" not in stop.value.code
         assert not (tmp_path / "run").exists()
 

@@ -397,7 +397,7 @@ def test_queries_are_known_again_within_the_reference(caplog, kind):
     assert expected < 0.1
     caplog.clear()
     assert recall(queries, reference=reference) == expected
-    assert "reference holds the images of dataset: each is left out" in caplog.text
+    assert "reference contains the images of dataset: each is left out" in caplog.text
     assert recall(queries, reference=reference, ref_includes_query=True) == expected
     assert recall(queries, reference=reference, ref_includes_query=False) == 1
     distributed = evaluate_distributed(

@@ -67,7 +67,7 @@ def test_fewer_images_than_asked_for_are_all_found():
 
 def test_wrong_arguments():
     index, rows = make_index()
-    with pytest.raises(ValueError, match="files must be as many as embeddings, 20, got 1"):
+    with pytest.raises(ValueError, match="each of the 20 embeddings, got 1"):
         ImageIndex(rows, ["a.jpg"], "photos")
     with pytest.raises(ValueError, match="embeddings have 7 dimensions and the index 8"):
         index.search(rows[:, :7])
@@ -94,7 +94,7 @@ def test_lists_that_do_not_belong_together_say_so(tmp_path, content):
     make_index()[0].save(tmp_path)
     listed = json.loads((tmp_path / "files.json").read_text())
     (tmp_path / "files.json").write_text(json.dumps({**listed, **content}))
-    with pytest.raises(ValueError, match="they are of two runs"):
+    with pytest.raises(ValueError, match="they belong to different runs"):
         ImageIndex.load(tmp_path)
 
 
@@ -217,15 +217,15 @@ def test_what_cannot_be_added_or_removed_changes_nothing():
     before = index.embeddings
     for wrong, files, message in (
         (rows[:2, :7], ["a", "b"], "embeddings have 7 dimensions and the index 8"),
-        (rows[:2], ["a", "a"], "files must hold each image once"),
-        (rows[:2], ["a"], "files must be as many as embeddings, 2, got 1"),
+        (rows[:2], ["a", "a"], "files must contain each image once"),
+        (rows[:2], ["a"], "each of the 2 embeddings, got 1"),
         (rows[:2] * np.nan, ["0.jpg", "b"], "2 of 2 rows of embeddings are NaN"),
     ):
         with pytest.raises(ValueError, match=message):
             index.add(wrong, files)
     with pytest.raises(ValueError, match=r"files: 'none.jpg' is not in the index"):
         index.remove(["0.jpg", "none.jpg"])
-    with pytest.raises(ValueError, match="all that the index holds"):
+    with pytest.raises(ValueError, match="all images of the index"):
         index.remove(index.files)
     np.testing.assert_array_equal(index.embeddings, before)
     with pytest.raises(ValueError, match=r"kind must be one of .*ivfpq, got 'ivf'"):
@@ -443,7 +443,7 @@ def test_each_embedding_is_kept_once(tmp_path):
     listed = json.loads((tmp_path / "files.json").read_text())
     assert listed["entries"] == [0, 1, 1, 2, 1, 0, 1, 3]
     (tmp_path / "files.json").write_text(json.dumps({**listed, "entries": [0] * 8}))
-    with pytest.raises(ValueError, match="they are of two runs"):
+    with pytest.raises(ValueError, match="they belong to different runs"):
         ImageIndex.load(tmp_path)
 
 

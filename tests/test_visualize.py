@@ -208,7 +208,7 @@ def test_overlays_stand_in_lines(count, columns, lines):
     ("change", "message"),
     [
         ({"images": []}, "images is empty"),
-        ({"attention": np.zeros((3, 2, 2))}, "attention holds 3 maps for 2 images"),
+        ({"attention": np.zeros((3, 2, 2))}, "attention has 3 maps for 2 images"),
         ({"attention": np.full((2, 2, 2), np.nan)}, "attention holds NaN"),
         ({"attention": np.zeros((2, 1, 2, 2))}, r"attention must have shape .*\(2, 1, 2, 2\)"),
         ({"titles": ["one"]}, "titles has 1 entries for 2 images"),
@@ -301,7 +301,7 @@ def test_similar_regions_shows_both_directions():
     both = similar_regions(Image.new("RGB", (9, 9)), neighbours, maps, query_maps=maps)
     assert len(both.axes) == 5
     assert both.axes[1].images[0].get_array().shape == (9, 9, 3)
-    with pytest.raises(ValueError, match="query_maps holds 1 maps for 2 images"):
+    with pytest.raises(ValueError, match="query_maps has 1 maps for 2 images"):
         similar_regions(np.zeros((8, 8, 3)), neighbours, maps, query_maps=maps[:1])
     with pytest.raises(ValueError, match="neighbours is empty"):
         similar_regions(np.zeros((8, 8, 3)), [], maps)

@@ -97,7 +97,7 @@ class Benchmark(BaseDataset):  # type: ignore[misc]
             if not Path(self.root, name).is_file():
                 how = ", or with download=True into an empty folder" if self._CAN_DOWNLOAD else ""
                 raise FileNotFoundError(
-                    f"root={str(self.root)!r} holds no {name}: {self._NAME} is to be had from "
+                    f"root={str(self.root)!r} holds no {name}: get {self._NAME} from "
                     f"{self.DOWNLOAD_URL}{how}"
                 )
 
@@ -190,7 +190,7 @@ class InShop(Benchmark):
         self._set([path for path, _ in chosen], ids, np.array([item for _, item, _ in images]))
 
     def download_and_remove(self) -> None:
-        raise NotImplementedError(f"{self._NAME} is given out on request at {self.DOWNLOAD_URL}")
+        raise NotImplementedError(f"{self._NAME} is available on request at {self.DOWNLOAD_URL}")
 
     def _rows(self) -> list[tuple[str, int, str]]:
         """Return (file, item, part) of each image; skip the count and the line of titles."""
@@ -204,7 +204,8 @@ class InShop(Benchmark):
             whole = False
         if not whole:
             raise InputError(
-                f"{path} is damaged: it must hold a count, a line of titles, and so many lines "
-                f"of image, item and {' or '.join(_PARTS)}; get it again from {self.DOWNLOAD_URL}"
+                f"{path} is damaged: it must contain a count, a line of titles, and that many "
+                f"lines of image, item and {' or '.join(_PARTS)}; get it again from "
+                f"{self.DOWNLOAD_URL}"
             )
         return rows

@@ -1,4 +1,4 @@
-"""A folder tree of images, which may contain broken or unknown files."""
+"""Images of a folder tree, which may contain broken or unknown files."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         progress: Show a progress bar while checking.
 
     Attributes:
-        paths: The images, sorted. Their names lie in one buffer of bytes; compares equal to a list.
+        paths: The images, sorted: a sequence that compares equal to a list and takes less memory.
         labels: Zero-based class of each image, or -1, int64 (N,).
         classes: Names of the classes, sorted; empty with ``labels="none"``.
         broken: Images that were left out, as (path, reason in one line).
@@ -102,7 +102,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         if labels not in _LABELS:
             raise InputError(f"labels must be one of {', '.join(_LABELS)}, got {labels!r}")
         if strict and not check:
-            raise InputError("strict=True finds broken files by decoding them; leave check=True")
+            raise InputError("strict=True needs check=True, which decodes files to check them")
         self.root, self.transform = Path(root), transform
         if not self.root.is_dir():
             raise InputError(f"{str(root)!r} is not a folder: give a folder of images")
@@ -111,7 +111,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         self.exclude, self.listed = [exclude] if isinstance(exclude, str) else [*exclude], files
         self._keep(self._choose(names))
         if not self.paths and not self.broken:
-            others = f" ({len(self.skipped)} files are no images)" if self.skipped else ""
+            others = f" ({len(self.skipped)} files are not images)" if self.skipped else ""
             raise InputError(f"no image in {str(root)!r} or below it{others}")
         if not self.paths and all(reason == _NO_CLASS for _, reason in self.broken):
             raise InputError(
@@ -170,18 +170,19 @@ class ImageFiles(Dataset[tuple[Any, int]]):
             if found:
                 gone.add(name)
         for pattern in (one for one, was in used.items() if not was):
-            _logger.warning("exclude=%r leaves nothing out of %s", pattern, str(self.root))
+            _logger.warning("exclude=%r matches nothing in %s", pattern, str(self.root))
         if self.listed is not None:
             wanted = _listed(self.root, self.listed)
             missing = sorted(str(self.root / name) for name in wanted - there | wanted & skipped)
             if len(missing) == len(wanted):
                 raise InputError(
                     f"files={_shown_list(self.listed)} names no image in {str(self.root)!r} or "
-                    f"below it, but {missing[0]}: give paths below that folder, one per line"
+                    f"below it (first path: {missing[0]}): give paths below that folder, one per "
+                    "line"
                 )
             if missing:
                 _logger.warning(
-                    "files=%s names %d that are not images of %r: %s",
+                    "files=%s names %d paths that are not images of %r: %s",
                     _shown_list(self.listed), len(missing), str(self.root), _named(missing),
                 )  # fmt: skip
             gone |= there - wanted
@@ -311,7 +312,7 @@ def _reason(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-_NO_CLASS = "in no folder, so of no class"
+_NO_CLASS = "in no sub-folder, so it has no class"
 
 
 def _formats() -> tuple[str, ...]:

@@ -32,13 +32,13 @@ class RetrievalCalculator(AccuracyCalculator):
 
     Metrics: recall_at_k for each of `ks`, precision_at_1, r_precision,
     mean_average_precision_at_r, mean_reciprocal_rank, NMI and AMI, all in [0, 1] (AMI may fall
-    a little below 0). mean_average_precision uses the whole ranking and is computed only if
-    `include` names it. The metrics are defined as in PML. recall_at_k is the fraction of queries
-    with a correct result among their k nearest results. The results come from the gallery, which
-    PML calls the reference. The differences from PML's class are:
+    a little below 0). mean_average_precision needs the whole ranking, and is computed only if
+    `include` names it or `k` limits the ranking. The metrics are defined as in PML. recall_at_k is
+    the fraction of queries with a correct result among their k nearest results. The results come
+    from the gallery, which PML calls the reference. The differences from PML's class are:
 
-    - each metric gets as many results per query as it needs, whatever `k` is, so its value is
-      never cut off without a warning;
+    - each metric gets as many results per query as it needs, so no value is too low because the
+      ranking was cut off;
     - queries are processed in chunks, which limits the memory;
     - labels are compared as int64, so two large labels never count as equal by rounding;
     - the query itself is not among its results, even if the gallery contains copies of it;
@@ -277,8 +277,8 @@ def _warn_of_queries_in_reference(
     itself &= agree if agree.ndim == 1 else agree.all(dim=1)
     if 10 * int(itself.sum()) > len(rows):
         c_f.LOGGER.warning(
-            "%d of %d queries find themselves in the reference, which counts as right: take them "
-            "out, or put them first and pass ref_includes_query=True",
+            "%d of %d queries find themselves in the reference, which counts as correct: remove "
+            "them, or put them first and pass ref_includes_query=True",
             int(itself.sum()),
             len(rows),
         )

@@ -31,8 +31,8 @@ def embed(
 ) -> tuple[Tensor, Tensor]:
     """Return the embeddings and labels of all images of a data set, in its order.
 
-    The model runs in evaluation and inference mode; the training flags of its modules are
-    restored afterwards.
+    The model runs in evaluation mode and without gradients; the training flags of its modules
+    are restored afterwards.
 
     Args:
         model: any module, images (N, C, H, W) -> embeddings (N, D).
@@ -81,10 +81,10 @@ def embed_in_batches(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give the embeddings and labels of one batch after the other, as :func:`embed` does of all.
+    """Yield the embeddings and labels of each batch; the arguments are those of :func:`embed`.
 
     Returns:
-        Embeddings (n, D) where the model gives them, and labels (n,) or (n, L) on the CPU.
+        Embeddings (n, D) on the device of the model, and labels (n,) or (n, L) on the CPU.
 
     Raises:
         ValueError: as :func:`embed`, also after the last batch for items that are missing.
@@ -95,8 +95,8 @@ def embed_in_batches(
     count = _length(dataset)
     if num_workers and isinstance(dataset, IterableDataset):
         raise InputError(
-            f"num_workers must be 0 for an iterable data set, got {num_workers}: each worker would "
-            "give all items, or they would come in another order"
+            f"num_workers must be 0 for an iterable data set, got {num_workers}: workers would "
+            "repeat items or change their order"
         )
     if not count:
         raise InputError("dataset is empty: there is nothing to embed")
@@ -114,7 +114,7 @@ def embed_in_batches(
             images, batch_labels = _pair(batch)
             if done + len(images) > count:
                 raise InputError(
-                    f"dataset gives more than the {count} items of its length: mend its __len__"
+                    f"dataset gives more than the {count} items of its length: fix its __len__"
                 )
             # Not inference mode: torch's fully_shard keeps the tensors that it gathers here.
             with torch.no_grad():
@@ -130,7 +130,7 @@ def embed_in_batches(
             bar.update(len(rows))
     if done < count:
         raise InputError(
-            f"dataset gives {done} items and its length is {count}: mend its __len__ or its items"
+            f"dataset gives {done} items and its length is {count}: fix its __len__ or its items"
         )
 
 
@@ -233,7 +233,7 @@ def evaluate(
             )
             ref_includes_query = True
             c_f.LOGGER.warning(
-                "reference holds the images of dataset: each is left out of its own answers "
+                "reference contains the images of dataset: each is left out of its own answers "
                 "(ref_includes_query=False keeps it)"
             )
         if ref_includes_query is None and query[0].shape[1] == gallery[0].shape[1]:

@@ -81,15 +81,15 @@ def whole_labels(name: str, labels: Any, count: int | None = None) -> Tensor:
     if kind in "fu" and largest >= limit:
         kept = given.dtype if kind == "f" and largest < 2**63 else "int64"
         raise InputError(
-            f"{name} reach {largest}, beyond the whole numbers that {kept} keeps "
-            "apart: number the classes 0, 1, ..."
+            f"{name} reach {largest}, beyond the whole numbers that {kept} can "
+            "distinguish: number the classes 0, 1, ..."
         )
     return torch.from_numpy(given.astype(np.int64))
 
 
 def _as_array(name: str, labels: Any) -> Any:
     if isinstance(labels, np.ma.MaskedArray) and np.ma.is_masked(labels):
-        raise InputError(f"{name} are masked in places: give a whole number for each image")
+        raise InputError(f"{name} contain masked values: give a whole number for each image")
     if isinstance(labels, Tensor):
         labels = labels.detach().cpu()
         if labels.dtype == torch.bfloat16:  # NumPy has no such type
@@ -128,7 +128,7 @@ def check_fit(
     if query_labels.shape[1:] != reference_labels.shape[1:]:
         raise InputError(
             f"query_labels have the shape {tuple(query_labels.shape)}, reference_labels "
-            f"{tuple(reference_labels.shape)}: give both as many levels"
+            f"{tuple(reference_labels.shape)}: give both the same levels"
         )
 
 

@@ -225,7 +225,7 @@ def _hard_backward(
 
     The gradient of the normalisation is ``(g - (g . f) f) / |x|``. Because g is a weighted sum of
     rows, g . f is the sum of the same weights times the attention. It costs one more entry per
-    bag and no further pass.
+    bag, and no extra pass.
     """
     starts, zero_row = _starts(shapes), len(table) - 1
     rows = torch.arange(zero_row, device=table.device)

@@ -132,8 +132,8 @@ def attention_consistency(
 ) -> Tensor:
     """Return the transformed attention consistency of matched pairs (i, j).
 
-    ``l_ij = mean over visible u of (A(i|j)[u] - A(i'|j)[T u])^2``: the attention should move with
-    the transform. After Li et al. 2020; the definition is our own.
+    ``l_ij = mean over visible u of (A(i|j)[u] - A(i'|j)[T u])^2``: the attention should be
+    transformed like the image. After Li et al. 2020; the definition is our own.
 
     Args:
         feature_maps: (N, C, H, W) of the first views.

@@ -33,7 +33,7 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
     cell u in the transformed view. The idea is from Li et al. 2020 (ECCV); the definition is our
     own, see :func:`pml_tacl.functional.attention_consistency`.
 
-    The pairs (i, j) are matched pairs: images that are treated as the same kind. They are the
+    The pairs (i, j) are matched pairs: images that count as the same class. They are the
     positive pairs of ``indices_tuple`` (triplets or pairs from any miner). If it is not given, they
     are all pairs of images with the same label. Pairs with the label -1 (noise) are ignored.
 
@@ -127,7 +127,7 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
         elif labels is not None:
             anchors, positives, valid = same_label_pairs(labels, self.max_pairs)
         else:
-            raise InputError("labels and indices_tuple cannot both be None: nothing is matched")
+            raise InputError("labels and indices_tuple cannot both be None: give one of them")
 
         losses = attention_consistency(
             feature_maps,
@@ -156,7 +156,7 @@ def same_label_pairs(labels: Tensor, max_pairs: int) -> tuple[Tensor, Tensor, Te
 
     Returns:
         (P,) anchors, (P,) positives and (P,) bool, which of them are valid pairs. On a GPU the
-        number of pairs is not read back, so the remaining entries hold invalid pairs.
+        number of pairs is not read back, so the remaining entries are invalid pairs.
     """
     n = len(labels)
     index = torch.arange(n, device=labels.device)

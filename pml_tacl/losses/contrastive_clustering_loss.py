@@ -13,7 +13,7 @@ from pml_tacl.utils.pml_compat import BaseMetricLossFunction, as_pml_gives, loss
 
 
 class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
-    """Triplet loss between an image and cluster centroids.
+    """Triplet loss between embeddings and cluster centroids.
 
     ``l_i = [ d(e_i, c_y) - mean_k d(e_i, c_k) + margin ]_+``: the positive is the centroid of the
     image's own cluster, and the negatives are the ``num_negatives`` nearest other centroids. The
@@ -94,11 +94,11 @@ class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
         if labels is None:
             raise InputError("labels are required: the pseudo-labels (N,) of the embeddings")
         if ref_labels is None:
-            raise InputError("ref_labels are required with ref_emb: they group it into centroids")
+            raise InputError("ref_labels are required with ref_emb: they define its centroids")
         if using_ref and self.centroids is not None:
             raise InputError(
-                "ref_emb has no use while centroids are set: leave it out, or call "
-                "set_centroids(None) to average the centroids over it"
+                "ref_emb must be None while centroids are set: leave it out, or call "
+                "set_centroids(None) to compute the centroids from it"
             )
         if len(embeddings) == 0 or len(ref_emb) == 0:
             return dict(self.zero_losses())

@@ -32,8 +32,8 @@ class ContrastiveClusteringMiner(Centroids, PairMiner):
             ``collect_stats``, as in any PML miner.
 
     Raises:
-        ValueError: if an argument is out of range, or if the distance has no zero (a similarity
-            that does not normalise).
+        ValueError: if an argument is out of range, or if the distance is a similarity that does
+            not normalise.
     """
 
     def __init__(self, num_negatives: int = 5, max_ambiguity: float = 1.0, **kwargs: Any) -> None:
@@ -42,8 +42,8 @@ class ContrastiveClusteringMiner(Centroids, PairMiner):
         check_number("max_ambiguity", max_ambiguity, 0, above=True, finite=False)
         if self.distance.is_inverted and not self.distance.normalize_embeddings:
             raise InputError(
-                f"distance must normalise or be a true distance, got {self.distance}: ambiguity "
-                "is a ratio of distances"
+                f"distance must not be a similarity without normalisation, got {self.distance}: "
+                "ambiguity is a ratio of distances"
             )
         self.num_negatives = num_negatives
         self.max_ambiguity = max_ambiguity

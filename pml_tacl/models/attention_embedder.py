@@ -41,8 +41,8 @@ class AttentionEmbedder(nn.Module):
 
     Args:
         backbone: a timm model name; a timm module (its head is removed in place); or any module
-            that maps images (N, C, H, W) to feature maps (N, C, H, W), or to a list of them that
-            begins with the finest.
+            that maps images (N, C, H, W) to feature maps (N, C, H, W), or to a list of them, the
+            finest first.
         pretrained: False; True to download weights through timm; or the path of a local
             `.safetensors`, `.pth` or `.bin` state dict, with or without classifier.
         embedding_dim: largest number of dimensions of the projected embeddings; None leaves out
@@ -315,7 +315,7 @@ class AttentionEmbedder(nn.Module):
         try:
             text = json.dumps(config, indent=2)
         except TypeError as error:
-            raise InputError(f"the arguments for timm can not be saved as json: {error}") from error
+            raise InputError(f"the arguments for timm cannot be saved as JSON: {error}") from error
         folder = Path(folder)
         with atomic_write(folder / "model.safetensors") as file:
             file.write(save(flat_tensors(self.state_dict())))
@@ -359,11 +359,11 @@ class AttentionEmbedder(nn.Module):
                 f"{_FORMAT_VERSION}: upgrade pml_tacl"
             )
         if (config["backbone"] is None) != (backbone is not None):
-            need = "needs backbone=module" if backbone is None else "takes no backbone"
-            raise InputError(f"folder={str(folder)!r} {need}: saved {config['backbone']!r}")
+            need = "needs backbone=module" if backbone is None else "needs no backbone"
+            raise InputError(f"folder={str(folder)!r} {need}: saved with {config['backbone']!r}")
         if (config["attention"] == "module") != (attention is not None):
-            need = "needs attention=module" if attention is None else "takes no attention"
-            raise InputError(f"folder={str(folder)!r} {need}: saved {config['attention']!r}")
+            need = "needs attention=module" if attention is None else "needs no attention"
+            raise InputError(f"folder={str(folder)!r} {need}: saved with {config['attention']!r}")
         timm_kwargs = config.pop("timm_kwargs")
         config["backbone"] = backbone or config["backbone"]
         config["attention"] = attention or config["attention"]

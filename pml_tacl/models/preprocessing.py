@@ -13,7 +13,7 @@ from pml_tacl.utils.checks import as_pair
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.images import to_rgb, upright
 
-_LONGEST = 10  # times the shorter side; the central crop needs no more of the longer side
+_LONGEST = 10  # longest side of an image before it is resized, as a multiple of its shorter side
 
 
 class _AsTaken(v2.Transform):  # type: ignore[misc]
@@ -65,7 +65,7 @@ def _with_channels(image: Any, channels: int) -> Any:
         found = f"a {type(image).__name__}"
     raise InputError(
         f"image must be a PIL image of the model's {channels} channels, or a tensor ({channels}, "
-        f"H, W) of uint8 or of floats in [0, 1], got {found}: for RGB build it with in_chans=3"
+        f"H, W) of uint8 or of floats in [0, 1], got {found}: for RGB, build it with in_chans=3"
     )
 
 

@@ -87,8 +87,8 @@ def measure_cell_offset(
             if abs(x) <= _FARTHEST and abs(y) <= _FARTHEST:  # False for NaN
                 return _rounded(x), _rounded(y)
     raise InputError(
-        f"the backbone's cells look at no place of images of {image_size} px: give cell_offset "
-        "yourself, (0.0, 0.0) for straight on"
+        f"cell_offset cannot be measured for images of {image_size} px: give it yourself, "
+        "(0.0, 0.0) for no offset"
     )
 
 
@@ -147,7 +147,7 @@ def _by_gradients(
         return draw(*value.shape) * spread
 
     if own_weights:
-        dtype = torch.float32  # whatever the precision, also for weights made in inference mode
+        dtype = torch.float32  # for any precision, also for weights made in inference mode
         named = (*trunk.named_parameters(), *trunk.named_buffers())
         wide = {name: v.float() if v.is_floating_point() else v for name, v in named}
         state = {name: v.clone() if v.is_inference() else v for name, v in wide.items()}

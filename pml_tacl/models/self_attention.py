@@ -43,7 +43,7 @@ def self_attention_map(model: nn.Module, images: Tensor, block: int = -1) -> Ten
     attention = getattr(layers[block], "attn", None)
     dropout = getattr(attention, "attn_drop", None)
     if not isinstance(dropout, nn.Module):
-        raise InputError(f"{named} keeps no weights of self-attention: {_ELSE}")
+        raise InputError(f"{named} has no readable self-attention: {_ELSE}")
     seen: list[Tensor] = []
     fused = getattr(attention, "fused_attn", False)
     # Only the dropout module receives the attention weights.
@@ -59,7 +59,7 @@ def self_attention_map(model: nn.Module, images: Tensor, block: int = -1) -> Ten
     height, width = maps.shape[-2:]
     places = height * width
     if not seen or seen[0].ndim != 4 or seen[0].shape[-1] < places:
-        raise InputError(f"{named} attends not over its places: {_ELSE}")
+        raise InputError(f"{named} has no attention over all patches: {_ELSE}")
     weights = seen[0].float()
     rows = weights[:, :, 0] if getattr(model, "cls_token", None) is not None else weights.mean(2)
     onto_places = rows.mean(1)[:, -places:]

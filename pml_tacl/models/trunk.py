@@ -37,9 +37,9 @@ class Trunk(nn.Module):
 
     CNNs, ViTs (without class, register and other prefix tokens), hybrids and models that work
     in (N, H, W, C) all give the same shapes. The classifier head of a timm model is removed, so
-    that every parameter gets a gradient. A timm module passed in loses its head in place. If the
-    head starts with a LayerNorm after pooling (ConvNeXt, MaxViT), `head_norm` holds it for the
-    `Embedder`; else `head_norm` is None.
+    that every parameter gets a gradient. The head of a given timm module is removed in place. If
+    the head starts with a LayerNorm after pooling (ConvNeXt, MaxViT), `head_norm` is that norm, for
+    the `Embedder`; otherwise it is None.
 
     Args:
         backbone: a timm model name; a timm module; or any module that maps (N, C, H, W) images to
@@ -96,8 +96,8 @@ class Trunk(nn.Module):
         self.is_timm = bool(reductions)
         if isinstance(backbone, str) and not self.is_timm:
             raise InputError(
-                f"timm {timm.__version__} gives no feature maps of {backbone!r}: upgrade timm, or "
-                "pass timm.create_model(..., features_only=True)"
+                f"timm {timm.__version__} cannot return feature maps of {backbone!r}: upgrade "
+                "timm, or pass timm.create_model(..., features_only=True)"
             )
         # Blocks of isotropic models return raw residual streams, which need the last norm.
         self._isotropic = len(set(reductions)) == 1
@@ -153,8 +153,8 @@ class Trunk(nn.Module):
             if isinstance(error, RuntimeError) and not self._wrong_size(images):
                 raise
             raise InputError(
-                f"the backbone takes no images of {tuple(images.shape[2:])} px ({error}): resize "
-                "them, or pass img_size= or dynamic_img_size=True where timm has it"
+                f"the backbone does not accept images of {tuple(images.shape[2:])} px ({error}): "
+                "resize them, or pass img_size= or dynamic_img_size=True where timm has it"
             ) from error
         if self.stop_at_maps:
             return TrunkOutput(found[0], found[0])
@@ -186,8 +186,8 @@ class Trunk(nn.Module):
         """
         if not hasattr(self.model, "set_grad_checkpointing"):
             raise InputError(
-                f"backbone {type(self.model).__name__} has no gradient checkpointing: take a timm "
-                "model, or do without"
+                f"backbone {type(self.model).__name__} has no gradient checkpointing: use a timm "
+                "model, or leave checkpointing off"
             )
         cast(Any, self.model).set_grad_checkpointing(enable)
 

@@ -28,7 +28,7 @@ _HUB_FILES = (
     "open_clip_pytorch_model.bin",
 )
 _SECONDS = 5.0  # to wait for the first response of the hub
-# If a file holds two networks that were trained as a pair, the names of the one to use.
+# If a file contains two networks that were trained as a pair: names of the one to use.
 _USED = ("ema", "teacher", "q", "online", "student", "base")
 # Single tensors that are used only in training, not by the backbone.
 _LOOSE = (
@@ -57,7 +57,7 @@ def create_timm_model(name: str, pretrained: Pretrained, timm_kwargs: dict[str, 
     """
     for key in _OURS:
         if key in timm_kwargs:
-            raise InputError(f"{key}={timm_kwargs[key]!r} can not be set: the trunk has no head")
+            raise InputError(f"{key}={timm_kwargs[key]!r} cannot be set: the trunk has no head")
     known = _known_name(name)
     if pretrained is False or pretrained is None:
         return _create(name, known, timm_kwargs)
@@ -136,7 +136,7 @@ def _create(name: str, known: str, timm_kwargs: dict[str, Any]) -> nn.Module:
             raise
         raise OSError(
             f"backbone={name!r}: no config of the model ({_one_line(error, 120)}); without a "
-            "network pass the name of a timm model"
+            "network connection, pass the name of a timm model"
         ) from error
 
 
@@ -153,7 +153,8 @@ def _create_downloaded(name: str, known: str, timm_kwargs: dict[str, Any]) -> nn
                 _create(name, known, timm_kwargs)  # raises if another argument is wrong, too
         raise OSError(
             f"pretrained=True: no weights for {name!r} ({_one_line(error, 120)}); without a "
-            "network pass a local file, pretrained='weights.safetensors', or pretrained=False"
+            "network connection, pass a local file, pretrained='weights.safetensors', or "
+            "pretrained=False"
         ) from error
 
 
@@ -203,8 +204,8 @@ def _create_from_file(name: str, known: str, path: Path, timm_kwargs: dict[str, 
         raise FileNotFoundError(f"pretrained={str(path)!r}: no such file")
     if known.startswith("hf-hub:"):
         raise InputError(
-            f"pretrained={str(path)!r} stays local, and backbone={name!r} is read from the hub: "
-            "pass the name of a timm model, or local-dir:FOLDER"
+            f"pretrained={str(path)!r} is a local file, but backbone={name!r} is read from the "
+            "hub: pass the name of a timm model, or local-dir:FOLDER"
         )
     try:
         content = dict(load_state_dict(str(path), weights_only=True))
@@ -229,7 +230,10 @@ def _create_from_file(name: str, known: str, path: Path, timm_kwargs: dict[str, 
         text = _one_line(error, 400)
         if 2 * filled < len(empty.state_dict()):
             named = ", ".join([*state][:5]) + (", ..." if len(state) > 5 else "")
-            text = f"it fills {filled} of {len(empty.state_dict())} tensors, and holds {named}"
+            text = (
+                f"it contains {filled} of the {len(empty.state_dict())} tensors of the backbone; "
+                f"its tensors are {named}"
+            )
         elif "trunk" in content or any(key.startswith("trunk.model.") for key in content):
             text += "; AttentionEmbedder.from_pretrained(FOLDER) loads a saved model as it is"
         raise InputError(wrong + text) from error
@@ -252,13 +256,12 @@ def _weights_for(
         wrong: start of an error message.
 
     Raises:
-        ValueError: if there are no tensors, or if several networks fit and it is unknown which
-            one to use.
+        ValueError: if there are no tensors, or if several networks fit equally well.
     """
     wanted = empty.state_dict().keys()
     networks = dict(_networks("", content))
     if not networks:
-        raise InputError(f"{wrong}it holds no weights")
+        raise InputError(f"{wrong}it contains no weights")
     found = {
         (place, prefix): count
         for place, tensors in networks.items()
@@ -270,7 +273,7 @@ def _weights_for(
     best = sorted((at for at in found if found[at] == most), key=lambda at: _rank("".join(at)))
     names = ["".join(at) for at in best if _rank("".join(at)) == _rank("".join(best[0]))]
     if len(names) > 1:
-        raise InputError(f"{wrong}it holds several networks, {' and '.join(names)}: keep one")
+        raise InputError(f"{wrong}it contains several networks, {' and '.join(names)}: keep one")
     place, prefix = best[0]
     modules = {name.partition(".")[0] for name in wanted}
     state = {}

@@ -1,4 +1,4 @@
-"""Selection of queries and clusters for the page, and coordinates of the map."""
+"""Select queries and clusters for the page, and compute coordinates of the map."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Reading of a run folder into one structure for the page."""
+"""Read a run folder into one structure for the page."""
 
 import csv
 import json

@@ -205,7 +205,7 @@ def emptied(images: Tensor, keep: Tensor) -> Tensor:
     where the smaller ones contain too little background.
     """
     height, width = images.shape[-2:]
-    # A rim wider, or the object's own edge would colour its place.
+    # Paint over a margin as well, so that the colours do not come from the edge of the object.
     side = min(height, width) // 8 | 1
     over = nnf.max_pool2d(keep[:, None], side, 1, side // 2)
     weights = (1 - over).square() + 1e-6

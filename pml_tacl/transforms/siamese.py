@@ -45,8 +45,8 @@ class SiameseTransform:
     """Transform from an image to two random views, and points that connect them.
 
     The first view is divided into a grid of cells, one for each position of the model's feature
-    maps. The points say where these cells lie in the second view. The first view is a random crop,
-    resized. The second view is another random crop, mirrored with probability 1/2 and passed
+    maps. The points are the positions of these cells in the second view. The first view is a random
+    crop, resized. The second view is another random crop, mirrored with probability 1/2 and passed
     through `geometric`. `photometric` is then applied to each view separately, with its own random
     numbers, and both views are normalised. The idea (to compare images with their transformed
     versions) is from Li et al. 2020; the definition is our own.
@@ -109,8 +109,8 @@ class SiameseTransform:
         self.grid = as_pair("grid", grid)
         if photometric == "default" and min(self.size) < 2:
             raise InputError(
-                f"size must be at least 2 pixels where photometric blurs, got {size!r}: give more "
-                "pixels, or photometric=None"
+                f"size must be at least 2 pixels for the blur of photometric, got {size!r}: give "
+                "more pixels, or photometric=None"
             )
         if crop_scale is not None:
             _check_range("crop_scale", crop_scale, 1.0)

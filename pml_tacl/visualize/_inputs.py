@@ -65,9 +65,9 @@ def to_maps(maps: Numbers, count: int | None, name: str) -> npt.NDArray[np.float
     if array.ndim != 3 or 0 in array.shape[1:]:
         raise InputError(f"{name} must have shape (N, h, w) or (h, w), got {array.shape}")
     if count is not None and len(array) != count:
-        raise InputError(f"{name} holds {len(array)} maps for {count} images: give one for each")
+        raise InputError(f"{name} has {len(array)} maps for {count} images: give one for each")
     if not np.isfinite(array).all():
-        raise InputError(f"{name} holds NaN or infinite values: draw finite maps only")
+        raise InputError(f"{name} contains NaN or infinite values: draw finite maps only")
     return array
 
 

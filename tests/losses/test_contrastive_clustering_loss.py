@@ -271,7 +271,7 @@ def with_centroids(centroids):
         (lambda: with_centroids(torch.eye(5))(*CALL), "have 6 dimensions and the centroids 5"),
         (
             lambda: with_centroids(torch.eye(5, 6))(*CALL, None, CALL[0].clone(), CALL[1]),
-            "no use while centroids",
+            "must be None while centroids",
         ),
         (lambda: ContrastiveClusteringLoss()(CALL[0]), "labels are required"),
         (

@@ -190,7 +190,7 @@ def test_it_keeps_no_graph():
             lambda: ContrastiveClusteringMiner(
                 distance=DotProductSimilarity(normalize_embeddings=False)
             ),
-            "distance must normalise or be a true distance",
+            "distance must not be a similarity without normalisation",
         ),
     ],
 )

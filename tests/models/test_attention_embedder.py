@@ -122,7 +122,7 @@ class TestModules:
             model(images())[:, 0].sum().backward()
             gradients.append(model.trunk.model.patch_embed.proj.weight.grad.clone())
         torch.testing.assert_close(*gradients)
-        with pytest.raises(ValueError, match="backbone Conv2d has no gradient checkpointing: take"):
+        with pytest.raises(ValueError, match="backbone Conv2d has no gradient checkpointing: use"):
             AttentionEmbedder(nn.Conv2d(3, 4, 3), embedding_dim=8).set_grad_checkpointing()
 
 
@@ -378,7 +378,7 @@ class TestSaving:
 
     def test_arguments_that_are_no_json(self, tmp_path):
         model = AttentionEmbedder("test_vit", embedding_dim=8, norm_layer=nn.LayerNorm)
-        with pytest.raises(ValueError, match="can not be saved as json"):
+        with pytest.raises(ValueError, match="cannot be saved as JSON"):
             model.save_pretrained(tmp_path / "run")
         assert not (tmp_path / "run").exists()
 

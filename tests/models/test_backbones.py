@@ -232,7 +232,7 @@ def test_odd_sizes(family):
 @pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if not row[3]])
 def test_fixed_sizes_say_so(family):
     model, *_ = build(family)
-    with pytest.raises(ValueError, match=r"takes no images of \(50, 34\) px .*img_size="):
+    with pytest.raises(ValueError, match=r"does not accept images of \(50, 34\) px .*img_size="):
         model(images((50, 34)))
 
 
@@ -355,7 +355,7 @@ def test_a_model_that_reads_its_grid_off_its_data(name):
 
 def test_a_timm_too_old_for_a_model(monkeypatch):
     monkeypatch.setattr("timm.create_model", lambda *args, **kwargs: nn.Flatten())
-    with pytest.raises(ValueError, match=r"gives no feature maps of 'test_nfnet': upgrade timm"):
+    with pytest.raises(ValueError, match=r"return feature maps of 'test_nfnet': upgrade timm"):
         Trunk("test_nfnet")
 
 

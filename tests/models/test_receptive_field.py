@@ -175,7 +175,7 @@ def test_networks_that_look_nowhere_say_so():
             maps = torch.ones_like(images)[:, :, ::4, ::4] + 0 * images[:, :, ::4, ::4]
             return TrunkOutput(maps, maps)
 
-    with pytest.raises(ValueError, match=r"look at no place of images of \(32, 32\) px: give"):
+    with pytest.raises(ValueError, match=r"cannot be measured for images of \(32, 32\) px: give"):
         measure_cell_offset(Blind(), (32, 32))
 
 
@@ -248,7 +248,7 @@ def test_sizes_that_the_backbone_cannot_take():
         with pytest.raises(ValueError, match=r"^image_size=\(3, 3\) is too .*: give") as stop:
             call(3)
         assert "\n" not in str(stop.value)
-    with pytest.raises(ValueError, match=r"takes no images of \(40, 40\) px"):
+    with pytest.raises(ValueError, match=r"does not accept images of \(40, 40\) px"):
         AttentionEmbedder("test_vit", embedding_dim=8, dynamic_img_size=True).grid(40)
 
 

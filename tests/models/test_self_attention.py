@@ -63,9 +63,9 @@ def test_errors():
         AttentionEmbedder("test_resnet", embedding_dim=8).self_attention(images())
     model = build()
     model.trunk.model.blocks[2].attn.attn_drop = None
-    with pytest.raises(ValueError, match=r"block=2 of VisionTransformer keeps no weights .*: give"):
+    with pytest.raises(ValueError, match=r"block=2 of VisionTransformer has no readable .*: give"):
         model.self_attention(images(), block=2)
     model.trunk.model.blocks[3].attn.attn_drop = torch.nn.Identity()  # of whatever goes through
     model.trunk.model.blocks[3].attn.forward = lambda x, *_, **__: x
-    with pytest.raises(ValueError, match=r"block=3 of VisionTransformer attends not over .*: give"):
+    with pytest.raises(ValueError, match=r"block=3 of VisionTransformer has no attention .*: give"):
         model.self_attention(images(), block=3)

@@ -145,7 +145,7 @@ def test_unknown_names():
 
 @pytest.mark.parametrize("key", ["num_classes", "features_only"])
 def test_arguments_about_the_head(key):
-    with pytest.raises(ValueError, match=f"{key}=.* can not be set: the trunk has no head"):
+    with pytest.raises(ValueError, match=f"{key}=.* cannot be set: the trunk has no head"):
         Trunk("test_resnet", **{key: 1})
 
 
@@ -206,14 +206,14 @@ def test_weights_files_of_other_projects(tmp_path, nowhere, source, kind):
 
 
 REFUSED = {
-    "nothing": (lambda s: {}, "it holds no weights"),
-    "nothing inside": (lambda s: {"state_dict": {}, "epoch": 1}, "it holds no weights"),
+    "nothing": (lambda s: {}, "it contains no weights"),
+    "nothing inside": (lambda s: {"state_dict": {}, "epoch": 1}, "it contains no weights"),
     "a head": (
         lambda s: {"fc.weight": s["fc.weight"], "fc.bias": s["fc.bias"]},
-        "it fills 0 of 90 tensors, and holds fc.weight, fc.bias",
+        "it contains 0 of the 90 tensors of .*; its tensors are fc.weight, fc.bias",
     ),
     "a head elsewhere": (lambda s: {"state_dict": {"a.b.weight": torch.ones(3)}}, "a.b.weight"),
-    "a quarter": (lambda s: dict([*s.items()][:20]), "20 of 90 tensors, and holds conv1.0.weight"),
+    "a quarter": (lambda s: dict([*s.items()][:20]), "20 of the 90 tensors .* are conv1.0.weight"),
     "most": (lambda s: dict([*s.items()][:70]), r"Missing key\(s\).*layer"),
     "a deeper one": (
         lambda s: s | {"layer2.7.conv1.weight": torch.ones(1)},
@@ -270,7 +270,7 @@ def test_other_names_of_the_hub(tmp_path, monkeypatch, source):
     torch.save(source.state_dict(), tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"'me/model' is not a timm model: .* 'hf-hub:me/model'"):
         Trunk("me/model")
-    with pytest.raises(ValueError, match="stays local, and backbone='hf_hub:me/m' is read from"):
+    with pytest.raises(ValueError, match="local file, but backbone='hf_hub:me/m' is read from"):
         Trunk("hf_hub:me/m", tmp_path / "w.pth")
     with pytest.raises(OSError, match="backbone='local-dir:/none': no config of the model"):
         Trunk("local-dir:/none")
