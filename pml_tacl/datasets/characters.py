@@ -26,9 +26,9 @@ _SPLIT_SEED = 2020
 def characters() -> dict[str, tuple[str, ...]]:
     """Return characters with different shapes, each with the font faces that contain it.
 
-    A face is used if it names every ASCII letter and digit correctly. This leaves out symbol
-    faces, which have other glyphs at these codes. A character is used if it is a letter or digit
-    (Unicode L* without modifiers, Nd), is in at least eight faces, and has no decomposition
+    A face is used if all its ASCII letters and digits have the right glyph names. This leaves out
+    symbol faces, which have other glyphs at these codes. A character is used if it is a letter or
+    digit (Unicode L* without modifiers, Nd), is in at least eight faces, and has no decomposition
     (accented letters and ligatures look like other characters).
 
     Characters that look alike are removed by measurement. Each character is drawn with up to

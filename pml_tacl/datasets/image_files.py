@@ -47,10 +47,10 @@ class ImageFiles(Dataset[tuple[Any, int]]):
     lower case), and files with another ending or none whose content starts like an image. Files
     that cannot be decoded are found once, at the start, and left out. The logger
     ``pml_tacl.datasets.image_files`` names them in one warning. Images that Pillow does not open,
-    such as .heic and raw files of cameras, are also left out. A second warning counts and names
-    the files that are not images. Hidden files and folders (with a leading dot) are skipped.
-    Links to folders are followed, and each folder is read once. :func:`load_rgb` describes the
-    conversion of image modes.
+    such as .heic and raw files of cameras, are also left out. A second warning gives
+    the number and the names of the files that are not images. Hidden files and folders (with a
+    leading dot) are skipped. Links to folders are followed, and each folder is read once.
+    :func:`load_rgb` describes the conversion of image modes.
 
     Args:
         root: Folder to search, with all its subfolders.

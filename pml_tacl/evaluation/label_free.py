@@ -27,7 +27,7 @@ def mutual_neighbours(
         embeddings: (N, D), of any norm; embeddings with NaN or infinite values are ignored.
         k: neighbours of each image; at most N - 1 are used.
         max_images: if there are more images, use a random sample of this size.
-        seed: of the sample.
+        seed: seed of the sample.
 
     Returns:
         The fraction in [0, 1]; 0 for fewer than 3 images.

@@ -54,7 +54,7 @@ def torch_engine(queries: Tensor, k: int, reference: Tensor) -> tuple[Tensor, Te
 
 
 class Frame:
-    """Shift and scale of embeddings before they are compared; keeps distances up to one factor.
+    """Shift and scale of embeddings, which keep their distances up to a common factor.
 
     Args:
         query: (Q, D) float32 or float64, finite.
