@@ -209,7 +209,7 @@ def test_overlays_stand_in_lines(count, columns, lines):
     [
         ({"images": []}, "images is empty"),
         ({"attention": np.zeros((3, 2, 2))}, "attention has 3 maps for 2 images"),
-        ({"attention": np.full((2, 2, 2), np.nan)}, "attention holds NaN"),
+        ({"attention": np.full((2, 2, 2), np.nan)}, "attention contains NaN"),
         ({"attention": np.zeros((2, 1, 2, 2))}, r"attention must have shape .*\(2, 1, 2, 2\)"),
         ({"titles": ["one"]}, "titles has 1 entries for 2 images"),
         ({"columns": 0}, "columns must be at least 1, got 0"),
