@@ -55,6 +55,7 @@ def test_every_part_has_a_page(name):
 
 # The pages' images are noise, of which clusters may well be uneven.
 @pytest.mark.filterwarnings("ignore:one cluster holds:UserWarning")
+@pytest.mark.usefixtures("few_channels")
 @pytest.mark.parametrize(
     "page", [pytest.param(p, id=i) for p, i in zip(PAGES, IDS, strict=True) if blocks(p, "python")]
 )

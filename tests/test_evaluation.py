@@ -95,6 +95,7 @@ def cases(draw):
     return query, query_labels, reference, reference_labels, includes
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(
     case=cases(),

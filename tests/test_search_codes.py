@@ -98,6 +98,7 @@ def test_a_folder_is_searched_exactly(made, rows):
     assert recall(found, inside[expected]) == 1
 
 
+@pytest.mark.slow
 def test_copies_are_all_found_in_the_order_of_the_files(rows):
     many = np.concatenate([rows, rows[:3], rows[:3]])
     index = ImageIndex(many, names(len(many)), "x", kind="ivfpq")

@@ -266,6 +266,7 @@ def test_clusters_come_from_the_weights_that_are_trained():
     torch.testing.assert_close(trainer.embeddings, embed(model, images, progress=False)[0])
 
 
+@pytest.mark.slow
 def test_a_compiled_model_learns_the_same_under_the_same_names(monkeypatch):
     compiled = []
     original = torch.compile

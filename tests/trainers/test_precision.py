@@ -52,6 +52,7 @@ def overflowing(trainer, iterations):
     trainer.clip_gradients = overflow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clipped", [False, True])
 def test_nothing_advances_in_a_step_that_the_scaler_leaves_out(clipped):
     model = make_model()

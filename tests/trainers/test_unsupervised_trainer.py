@@ -211,6 +211,7 @@ def test_losses_are_summed_in_single_precision():
     assert seen == {(torch.float32, torch.float32)}
 
 
+@pytest.mark.slow
 def test_resumed_training_ends_bit_for_bit_like_an_unbroken_one(tmp_path):
     def fresh(folder):
         model = make_model()
