@@ -18,6 +18,7 @@ from pml_tacl.datasets import ImageFiles, load_rgb
 from pml_tacl.models.preprocessing import _Shortened, image_transform
 from pml_tacl.utils.images import to_rgb
 from pml_tacl.visualize._inputs import to_pixels
+from tests.references import fuzz
 
 RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
 CONFIG = {
@@ -408,7 +409,9 @@ def pil_images(draw):
 
 @pytest.mark.slow
 @settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=fuzz(2000),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(case=pil_images())
 def test_no_way_in_differs_for_pil_images(case, tmp_path_factory):
@@ -459,7 +462,9 @@ def arrays(draw):
 
 @pytest.mark.slow
 @settings(
-    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=fuzz(1000),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(values=arrays())
 def test_no_way_in_differs_for_arrays_and_tensors(values, tmp_path_factory):

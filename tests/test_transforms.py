@@ -413,7 +413,7 @@ def test_workers_draw_differently_and_reproducibly():
         ({"std": (1, 1, 0)}, ValueError, r"std must be 3 finite numbers above 0, .* \(1, 1, 0\)"),
         ({"std": "abc"}, ValueError, "std must be 3 finite numbers above 0, .* got 'abc'"),
         ({"cell_offset": 0.5}, ValueError, r"cell_offset must be \(x, y\) .* got 0.5"),
-        ({"size": (1, 8)}, ValueError, r"size must be at least 2 pixels where .* got \(1, 8\): "),
+        ({"size": (1, 8)}, ValueError, r"size must be at least 2 pixels for .* got \(1, 8\): "),
         ({"interpolation": "lanczos"}, ValueError, "interpolation must be .* got 'lanczos'"),
     ],
 )

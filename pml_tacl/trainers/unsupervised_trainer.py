@@ -20,6 +20,7 @@ from pml_tacl.distributed.gradients import equalise, start_alike, sum_gradients
 from pml_tacl.distributed.inference import embed_distributed
 from pml_tacl.distributed.session import (
     all_reduce_max,
+    barrier,
     check_same,
     is_main,
     run_on_main,
@@ -523,6 +524,7 @@ class UnsupervisedTrainer(BaseTrainer):
             with self._signals.at_once(f"saved at the end of epoch {self.state.ended}"):
                 if self._clustering_is_due():
                     self.relabel()
+                    barrier()  # a signal must not end one process while another goes on
         self._share_centroids()
         self.initialize_dataloader()
         self.set_to_train()

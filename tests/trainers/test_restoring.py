@@ -92,18 +92,18 @@ MADE = {
     ("kind", "within"), [*((kind, False) for kind in MADE), ("two on one optimizer", True)]
 )
 def test_a_schedule_for_more_epochs_goes_on_as_if_planned_so(tmp_path, kind, within):
-    expected = rates_of(new(make=MADE[kind](4)), 4)
-    short = new(tmp_path, MADE[kind](2), checkpoint_every=1, keep=9)
-    assert rates_of(short, 2) != expected[: 2 * STEPS]
+    expected = rates_of(new(make=MADE[kind](6)), 6)
+    short = new(tmp_path, MADE[kind](3), checkpoint_every=1, keep=9)
+    assert rates_of(short, 3) != expected[: 3 * STEPS]
     path = checkpoints(tmp_path)[-2 if within else -1]
-    done = 2 * STEPS - within
-    again = new(tmp_path / "again", MADE[kind](4))
-    found = rates_of(again, 4, path)
+    done = 3 * STEPS - within
+    again = new(tmp_path / "again", MADE[kind](6))
+    found = rates_of(again, 6, path)
     assert found == pytest.approx(expected[done:], rel=1e-6)
     # And as it is then, it goes on bit for bit.
-    last = new(tmp_path / "last", MADE[kind](4))
-    last.load_checkpoint(tmp_path / "again" / "epoch_0003.pt")
-    last.train(4, 4)
+    last = new(tmp_path / "last", MADE[kind](6))
+    last.load_checkpoint(tmp_path / "again" / "epoch_0005.pt")
+    last.train(6, 6)
     assert same(state_of(last), state_of(again))
 
 
