@@ -52,9 +52,9 @@ contrastive clustering loss changes little on photographs.
 
 _DRAWN = """## Drawings with the defaults for photographs: test, 96 px
 
-`full` of [the drawings](results_drawings.md), which learns through the covariance head at 1e-3 and \
-has none of the defaults chosen on photographs, gives 62.2 on openemoji and 42.8 on openemoji-busy. \
-With the defaults for pretrained networks (the projection is fitted after training):
+`full` of [the drawings](results_drawings.md) learns through the covariance head at 1e-3, and has \
+none of the defaults chosen on photographs. It gives 62.2 on openemoji and 42.8 on openemoji-busy. \
+The defaults for pretrained networks, which fit the projection after training, give less:
 """
 
 _RAW = """The same for the last weights without a projection:
