@@ -15,15 +15,6 @@ examples = settings(
 )
 
 
-def fuzz(examples):
-    """Return the number of examples of a test of the ways into the package.
-
-    Continuous integration sets PML_TACL_FUZZ=all and runs all 10 000 examples of these tests. A run
-    without it takes a quarter of them.
-    """
-    return examples if os.environ.get("PML_TACL_FUZZ") == "all" else examples // 4
-
-
 def as_array(x):
     return x.detach().double().numpy()
 

@@ -18,7 +18,6 @@ from pml_tacl.datasets import ImageFiles, load_rgb
 from pml_tacl.models.preprocessing import _Shortened, image_transform
 from pml_tacl.utils.images import to_rgb
 from pml_tacl.visualize._inputs import to_pixels
-from tests.references import fuzz
 
 RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
 CONFIG = {
@@ -409,7 +408,7 @@ def pil_images(draw):
 
 @pytest.mark.slow
 @settings(
-    max_examples=fuzz(2000),
+    max_examples=2000,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -462,7 +461,7 @@ def arrays(draw):
 
 @pytest.mark.slow
 @settings(
-    max_examples=fuzz(1000),
+    max_examples=1000,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -19,7 +19,6 @@ from torchvision import tv_tensors
 
 from pml_tacl.trainers.arguments import check_loss_names
 from pml_tacl.utils.plain import as_json, number, plain
-from tests.references import fuzz
 
 
 class Whole(enum.IntEnum):
@@ -210,14 +209,14 @@ def alike(found, value):
 
 
 @pytest.mark.slow
-@settings(max_examples=fuzz(1000), deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(_values)
 def test_whatever_is_kept_comes_back_equal(value):
     assert alike(read_back(plain(value)), value)
 
 
 @pytest.mark.slow
-@settings(max_examples=fuzz(1000), deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(_values)
 def test_whatever_json_takes_is_json(value):
     try:
@@ -235,7 +234,7 @@ def test_whatever_json_takes_is_json(value):
 
 
 @pytest.mark.slow
-@settings(max_examples=fuzz(1500), deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(st.lists(st.one_of(st.text(max_size=6), st.from_regex(r"[A-Za-z_]\w{0,8}", fullmatch=True)),
                 min_size=1, max_size=3, unique=True))  # fmt: skip
 def test_names_of_losses_that_pass_are_columns_tables_and_files(names):

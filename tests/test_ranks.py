@@ -19,7 +19,6 @@ from pml_tacl.distributed.inference import evaluate_distributed
 from pml_tacl.evaluation import embed, evaluate, nearest
 from pml_tacl.utils.copies import first_copies
 from pml_tacl.utils.precision import full_float32
-from tests.references import fuzz
 
 ENGINES = {"faiss": nearest.faiss_engine, "torch": nearest.torch_engine}
 BOTH = pytest.mark.parametrize("engine", ["faiss", "torch"])
@@ -220,7 +219,7 @@ def test_ranks_are_those_of_exact_arithmetic(rows, k, engine, split):
 
 
 @pytest.mark.slow
-@settings(max_examples=fuzz(1000), deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(**RANKS)
 def test_ranks_are_those_of_exact_arithmetic_in_many_cases(rows, k, engine, split):
     ranks_are_exact(rows, k, engine, split)
@@ -532,7 +531,7 @@ def as_type(labels, kind):
 
 
 @pytest.mark.slow
-@settings(max_examples=fuzz(1500), deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     sizes=st.tuples(st.integers(1, 60), st.integers(1, 80), st.integers(1, 5)),

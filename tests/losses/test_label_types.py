@@ -14,7 +14,6 @@ from pml_tacl import (
 )
 from pml_tacl.functional import background_score
 from pml_tacl.utils.labels import pseudo_labels
-from tests.references import fuzz
 
 N = 8
 _GENERATOR = torch.Generator().manual_seed(0)
@@ -104,7 +103,7 @@ def labels(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=fuzz(1000), deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(labels(), st.sampled_from(sorted(CALLS)))
 def test_labels_of_any_type_mean_what_int64_labels_mean(given_labels, name):
     expected = means(given_labels)
