@@ -22,7 +22,6 @@ from retrieval_parts.running import run
 
 from pml_tacl import __version__
 from pml_tacl.clustering import kmeans
-from pml_tacl.utils.errors import InputError
 
 PAGE = Path(__file__).parents[1] / "docs" / "components" / "kmeans_pseudo_labeler.md"
 BEGIN, END = "<!-- begin benchmarks/two_levels.py -->", "<!-- end benchmarks/two_levels.py -->"
@@ -83,10 +82,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder of the weights")
     parser.add_argument("--output", default=PAGE, help="page of the section; - prints it")
     args = parser.parse_args()
-    names = args.sets or folders.sets_in(args.root)
-    unknown = [name for name in names if name not in folders.sets_in(args.root)]
-    if unknown:
-        raise InputError(f"--sets {unknown[0]} is not in {args.root}")
+    names = folders.chosen(args.root, args.sets)
     found = []
     for seed in args.seeds:
         for name in names:

@@ -67,7 +67,9 @@ def test_fewer_images_than_asked_for_are_all_found():
 
 def test_wrong_arguments():
     index, rows = make_index()
-    with pytest.raises(ValueError, match="each of the 20 embeddings, got 1"):
+    with pytest.raises(
+        ValueError, match="files must have one entry for each of the 20 embeddings, got 1"
+    ):
         ImageIndex(rows, ["a.jpg"], "photos")
     with pytest.raises(ValueError, match="embeddings have 7 dimensions and the index 8"):
         index.search(rows[:, :7])

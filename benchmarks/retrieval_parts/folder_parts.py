@@ -17,7 +17,6 @@ from pml_tacl.cli import run_folder as runs
 from pml_tacl.evaluation.label_free import mutual_neighbours
 from pml_tacl.trainers.guard import mean_state
 from pml_tacl.utils.device import device_or_default
-from pml_tacl.utils.errors import InputError
 from retrieval_parts import folders
 from retrieval_parts.config import PHOTO_METHODS, make, parse
 from retrieval_parts.data import Images
@@ -54,10 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Run each set in both directions, and print a line for each run."""
     device = device_or_default(args.device)
-    names = args.sets or folders.sets_in(args.root)
-    unknown = [name for name in names if name not in folders.sets_in(args.root)]
-    if unknown:
-        raise InputError(f"--sets {unknown[0]} is not in {args.root}")
+    names = folders.chosen(args.root, args.sets)
     found: list[Result] = json.loads(args.json.read_text("utf-8")) if args.json.is_file() else []
     for seed in args.seeds:
         for name in names:

@@ -36,6 +36,19 @@ def sets_in(root: Path) -> list[str]:
     return names
 
 
+def chosen(root: Path, sets: list[str] | None) -> list[str]:
+    """Return the data sets of --sets, or all if it is not given.
+
+    Raises:
+        ValueError: if there is no such data set below the folder.
+    """
+    there = sets_in(root)
+    for name in sets or ():
+        if name not in there:
+            raise InputError(f"--sets {name} is not in {root}")
+    return sets or there
+
+
 @cache
 def listed(root: Path, split: str) -> Listed:
     """Return the images of a split.

@@ -10,7 +10,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from pml_tacl.distributed.session import device, in_use, is_main, naming, patient, rank, world_size
+from pml_tacl.distributed.session import (
+    barrier,
+    device,
+    in_use,
+    is_main,
+    naming,
+    patient,
+    rank,
+    world_size,
+)
 
 _BUCKET = 1 << 23  # numbers sent at once, 32 MiB of float32
 _Place = TypeVar("_Place", int, Tensor)
@@ -101,6 +110,7 @@ def gather_rows(rows: Tensor, count: int, batch_size: int) -> Tensor | None:
     """
     if world_size() == 1:
         return rows
+    barrier()  # processes may be of different speeds, and gathering is less patient
     # A process without images does not know the shape; the main process has the first batch.
     known: list[Any] = [(tuple(rows.shape[1:]), rows.dtype)]
     with naming("gathering embeddings"):

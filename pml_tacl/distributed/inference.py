@@ -86,7 +86,6 @@ def embed_distributed(
         progress = kwargs.pop("progress", True) and is_main()
         mine: Dataset[Any] = Subset(dataset, own)
         rows, labels = embed(model, mine, batch_size=batch_size, progress=progress, **kwargs)
-    barrier()  # processes may be of different speeds, and gathering is less patient
     embeddings = gather_rows(rows, count, batch_size)
     found = gather_rows(labels, count, batch_size)
     return None if embeddings is None or found is None else (embeddings, found)

@@ -16,7 +16,7 @@ from pml_tacl.clustering.centroids import Centroids, CentroidTable
 from pml_tacl.clustering.unit_embeddings import UnitRows
 from pml_tacl.distributed.collectives import broadcast, gather_rows
 from pml_tacl.distributed.inference import embed_distributed
-from pml_tacl.distributed.session import barrier, rank, run_on_main, world_size
+from pml_tacl.distributed.session import rank, run_on_main, world_size
 from pml_tacl.distributed.store import EmbeddingFile
 from pml_tacl.evaluation import embed
 from pml_tacl.trainers.data import OneView, Unreadable, describe
@@ -195,7 +195,6 @@ def _k_means(
     centroids = broadcast(learned)[0]
     assert centroids is not None
     own = labeler._assign(rows, centroids.numpy(), rank(), world_size())
-    barrier()  # processes may be of different speeds, and gathering is less patient
     labels = gather_rows(torch.from_numpy(own), len(rows), labeler.chunk_size)
     found: list[PseudoLabels] = []
 

@@ -175,7 +175,9 @@ def test_networks_that_look_nowhere_say_so():
             maps = torch.ones_like(images)[:, :, ::4, ::4] + 0 * images[:, :, ::4, ::4]
             return TrunkOutput(maps, maps)
 
-    with pytest.raises(ValueError, match=r"cannot be measured for images of \(32, 32\) px: give"):
+    with pytest.raises(
+        ValueError, match=r"cell_offset cannot be measured for images of \(32, 32\) px: give"
+    ):
         measure_cell_offset(Blind(), (32, 32))
 
 
