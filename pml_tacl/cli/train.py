@@ -57,7 +57,7 @@ def run(args: Any, results: TextIO) -> dict[str, Any] | None:
 
 
 def train(args: Any) -> dict[str, Any] | None:
-    """Train with parsed arguments; return the result, or None except on the main process."""
+    """Train with parsed arguments; return the result on the main process, None on the others."""
     # open() may delete an earlier run, so validate all arguments first.
     if args.tensorboard and find_spec("tensorboard") is None:
         raise MissingPackageError("--tensorboard needs tensorboard: pip install tensorboard")
