@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from pml_tacl.callbacks.loggers import Logger
 from pml_tacl.callbacks.trainer_access import (
     CRITERIA,
+    Trainer,
     features_of,
     keep,
     memory_of,
@@ -29,6 +30,7 @@ from pml_tacl.utils.checks import check_count, check_number
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.modes import evaluating
 
+# A user's functions may take any trainer type, which a protocol would narrow.
 Hook = Callable[[Any], object]  # False ends the training
 Criterion = Callable[[Any], float | None]
 
@@ -103,7 +105,7 @@ class Evaluate:
         self.history: dict[int, dict[str, float]] = {}
         self._own: dict[str, Any] = {}
 
-    def __call__(self, trainer: Any) -> None:
+    def __call__(self, trainer: Trainer) -> None:
         best = False
         memory = memory_of(trainer, "evaluate", self._own)
         if self.dataset is not None and trainer.epoch % self.every == 0:
@@ -184,7 +186,7 @@ class EarlyStopping:
         self.history: dict[int, float] = {}
         self._own: dict[str, Any] = {}
 
-    def __call__(self, trainer: Any) -> bool | None:
+    def __call__(self, trainer: Trainer) -> bool | None:
         memory = memory_of(trainer, "early_stopping", self._own)
         if isinstance(self.criterion, str):
             value = CRITERIA[self.criterion](trainer, memory)
@@ -222,7 +224,7 @@ class LogLosses:
         check_count("every", every, 1)
         self.logger, self.every = logger, every
 
-    def __call__(self, trainer: Any) -> None:
+    def __call__(self, trainer: Trainer) -> None:
         step = trainer.get_global_iteration()
         if step % self.every == 0:
             values = {f"loss/{name}": float(value) for name, value in trainer.losses.items()}
@@ -267,7 +269,7 @@ class LogImages:
         self.every, self.shown, self.neighbours = every, shown, neighbours
         self._offset: tuple[float, float] | None = None
 
-    def __call__(self, trainer: Any) -> None:
+    def __call__(self, trainer: Trainer) -> None:
         if trainer.epoch % self.every:
             return
         from pml_tacl import visualize as vis

@@ -1,14 +1,17 @@
 """Access to UnsupervisedTrainer and PML's trainers for hooks: model, state and checkpoints."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from pml_tacl.clustering import pseudo_labels_from
 from pml_tacl.evaluation.mutual_information import adjusted_mutual_information
 from pml_tacl.trainers.checkpoint import (
+    Parts,
     checkpoints,
     load_checkpoint,
     parts_state,
@@ -21,7 +24,41 @@ from pml_tacl.utils.neighbours import nearest_others
 _CHUNK = 4096
 
 
-def memory_of(trainer: Any, name: str, own: dict[str, Any]) -> dict[str, Any]:
+class Trainer(Parts, Protocol):
+    """Attributes that every trainer has, of this package or of PML."""
+
+    epoch: int
+    losses: Mapping[str, Tensor | float]
+
+    def get_global_iteration(self) -> int: ...
+
+
+@runtime_checkable
+class SavesItself(Protocol):
+    """A trainer that writes and reads its own checkpoints, such as `UnsupervisedTrainer`."""
+
+    def save_checkpoint(self, folder: Path, /) -> Path: ...
+
+    def load_checkpoint(self, folder: Path, /) -> object: ...
+
+
+@runtime_checkable
+class HasAverage(Protocol):
+    """A trainer that may average its weights, such as `UnsupervisedTrainer`."""
+
+    average: AveragedModel | None
+
+
+@runtime_checkable
+class HasPseudoLabels(Protocol):
+    """A trainer that clusters, such as `UnsupervisedTrainer`."""
+
+    labels: Tensor
+    centroids: Tensor | None
+    embeddings: Tensor | None
+
+
+def memory_of(trainer: Trainer, name: str, own: dict[str, Any]) -> dict[str, Any]:
     """Return a dict for a hook's state.
 
     Args:
@@ -34,10 +71,10 @@ def memory_of(trainer: Any, name: str, own: dict[str, Any]) -> dict[str, Any]:
     return memory
 
 
-def model_of(trainer: Any) -> nn.Module:
+def model_of(trainer: Trainer) -> nn.Module:
     """Return the model with averaged weights if there is one, else trunk and embedder."""
-    if getattr(trainer, "average", None) is not None:
-        averaged: nn.Module = trainer.ema_model
+    if isinstance(trainer, HasAverage) and trainer.average is not None:
+        averaged: nn.Module = trainer.average.module
         return averaged
     return nn.Sequential(*(trainer.models[name] for name in ("trunk", "embedder")))
 
@@ -71,10 +108,10 @@ def shown_and_nearest(embeddings: Tensor, count: int, neighbours: int) -> tuple[
     return shown, torch.from_numpy(nearest_others(unit, shown.numpy(), neighbours)[1])
 
 
-def keep(trainer: Any, folder: Path) -> Path:
+def keep(trainer: Trainer, folder: Path) -> Path:
     """Save the trainer's state, delete other checkpoints in the folder, and return the path."""
-    if hasattr(trainer, "save_checkpoint"):
-        path: Path = trainer.save_checkpoint(folder)
+    if isinstance(trainer, SavesItself):
+        path = trainer.save_checkpoint(folder)
     else:
         path = save_checkpoint(folder, parts_state(trainer, trainer.epoch))
     for other in checkpoints(folder):
@@ -83,7 +120,7 @@ def keep(trainer: Any, folder: Path) -> Path:
     return path
 
 
-def restore(trainer: Any, folder: str | Path) -> int:
+def restore(trainer: Trainer, folder: str | Path) -> int:
     """Restore a state that :class:`Evaluate` saved.
 
     Args:
@@ -98,7 +135,7 @@ def restore(trainer: Any, folder: str | Path) -> int:
         ValueError: if the trainer has different models, losses or optimizers.
     """
     folder = Path(folder)
-    if hasattr(trainer, "load_checkpoint"):
+    if isinstance(trainer, SavesItself):
         trainer.load_checkpoint(folder)
         return int(trainer.epoch)
     if not checkpoints(folder):
@@ -112,9 +149,9 @@ def restore(trainer: Any, folder: str | Path) -> int:
     return state["epoch"]
 
 
-def stability(trainer: Any, memory: dict[str, Any]) -> float | None:
+def stability(trainer: Trainer, memory: dict[str, Any]) -> float | None:
     """Return the agreement of the last two clusterings in [0, 1]; None before the second."""
-    labels, centroids = _pseudo_labels(trainer)
+    labels, centroids, _ = _pseudo_labels(trainer)
     if centroids is None:
         return None
     before = memory.get("labels")
@@ -127,10 +164,9 @@ def stability(trainer: Any, memory: dict[str, Any]) -> float | None:
     return adjusted_mutual_information(before[both], labels[both]) if both.any() else None
 
 
-def separation(trainer: Any, memory: dict[str, Any]) -> float | None:
+def separation(trainer: Trainer, memory: dict[str, Any]) -> float | None:
     """Return the mean cosine to the own centroid minus that to the nearest other centroid."""
-    labels, centroids = _pseudo_labels(trainer)
-    embeddings = getattr(trainer, "embeddings", None)
+    labels, centroids, embeddings = _pseudo_labels(trainer)
     if centroids is None or embeddings is None:
         return None
     chosen = (labels >= 0) & embeddings.isfinite().all(1) & embeddings.any(1)
@@ -154,9 +190,10 @@ def separation(trainer: Any, memory: dict[str, Any]) -> float | None:
 CRITERIA = {"stability": stability, "separation": separation}
 
 
-def _pseudo_labels(trainer: Any) -> tuple[Tensor, Tensor | None]:
-    if not isinstance(getattr(trainer, "labels", None), Tensor):
+def _pseudo_labels(trainer: Trainer) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return labels (N,), centroids (K, D) and embeddings (N, D) of the last clustering."""
+    if not isinstance(trainer, HasPseudoLabels):
         raise InputTypeError(
             f"{type(trainer).__name__} has no pseudo-labels to judge: give EarlyStopping a function"
         )
-    return trainer.labels, trainer.centroids
+    return trainer.labels, trainer.centroids, trainer.embeddings
