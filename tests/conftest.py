@@ -1,9 +1,12 @@
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.warm import Warm
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is one process for each core already
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,6 +46,13 @@ def cuda(device):
     if device.type != "cuda":
         pytest.skip("needs CUDA")
     return device
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """Starts processes that need not import torch and pml_tacl."""
+    with closing(Warm()) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -32,14 +32,15 @@ def run(folder, *arguments):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
-def test_the_test_passes_and_fails_for_a_broken_loss(files):
-    done = run(files, "pytest", "-q", TEST)
+def test_the_test_passes_and_fails_for_a_broken_loss(warm, files):
+    words = ["-m", "pytest", "-q", TEST]
+    done = warm.run(words, cwd=files)
     assert done.returncode == 0, done.stdout
     assert "4 passed" in done.stdout
     loss = (files / "centroid_pull_loss.py").read_text()
     assert loss.count(" - self.margin") == 1
     (files / "centroid_pull_loss.py").write_text(loss.replace(" - self.margin", ""))
-    assert "2 failed, 2 passed" in run(files, "pytest", "-q", TEST).stdout
+    assert "2 failed, 2 passed" in warm.run(words, cwd=files).stdout
 
 
 def test_both_are_as_the_linter_wants_them(files):

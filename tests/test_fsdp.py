@@ -1,9 +1,6 @@
 """Sharding with torch's `fully_shard`: examples/fsdp_vit.py, and its step beside a whole one."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 from pml_tacl import AttentionEmbedder
 from pml_tacl.datasets import Glyphs
 from pml_tacl.search import ImageIndex
+from tests.processes import begin, meeting, wait_for_all
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 ROOT = Path(__file__).parents[1]
@@ -61,22 +59,18 @@ with session():
 """
 
 
-def torchrun(processes, script, *arguments, cwd):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", str(script), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def torchrun(warm, processes, script, *arguments, cwd):
+    """Return what the first process has written."""
+    store = meeting()
+    wait_for_all(begin(warm, [script, *arguments], processes, store, cwd, cwd=cwd))
+    return (cwd / "0.log").read_text()
 
 
-def test_a_sharded_step_is_that_of_one_process(tmp_path):
+def test_a_sharded_step_is_that_of_one_process(warm, tmp_path):
     (tmp_path / "step.py").write_text(STEP)
     states = []
     for processes, how in ((1, "whole"), (2, "sharded")):
-        torchrun(processes, "step.py", tmp_path / how, how, cwd=tmp_path)
+        torchrun(warm, processes, "step.py", tmp_path / how, how, cwd=tmp_path)
         states.append(torch.load(tmp_path / how, weights_only=True))
     whole, sharded = states
     assert whole.keys() == sharded.keys()
@@ -90,7 +84,7 @@ def test_a_sharded_step_is_that_of_one_process(tmp_path):
     assert moved > 20  # or equal weights would say nothing
 
 
-def test_the_example_ends_with_a_model_and_an_index(tmp_path):
+def test_the_example_ends_with_a_model_and_an_index(warm, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     for number, (image, _) in enumerate(Glyphs("train", num_classes=4)):
@@ -103,7 +97,7 @@ def test_the_example_ends_with_a_model_and_an_index(tmp_path):
         assert len(re.findall(line, source, re.M)) == 1
         source = re.sub(line, f"{constant} = {value!r}", source, flags=re.M)
     (tmp_path / "example.py").write_text(source)
-    out = torchrun(2, "example.py", cwd=tmp_path)
+    out = torchrun(warm, 2, "example.py", cwd=tmp_path)
     assert "round 2 of 2, last loss " in out
     index = ImageIndex.load(tmp_path / "run")
     assert len(index) == len(list(folder.iterdir()))

@@ -3,7 +3,6 @@ import json
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -305,18 +304,13 @@ def run(tmp_path_factory):
     return folder
 
 
-def search(run, *arguments, piped=b""):
-    command = [sys.executable, SEARCH, run / "run", *arguments, "--out", run / "out.png"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, input=piped, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode()
-
-
 @pytest.mark.slow
-def test_the_script_reads_a_pipe_and_keeps_to_a_folder(run):
+def test_the_script_reads_a_pipe_and_keeps_to_a_folder(warm, run):
     image = run / "images" / "b" / "3.png"
-    printed = search(run, "-", "-k", "2", "--folder", "b", piped=image.read_bytes())
+    words = [SEARCH, run / "run", "-", "-k", "2", "--folder", "b", "--out", run / "out.png"]
+    done = warm.run(words, stdin=image.read_bytes())
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout
     assert printed.splitlines()[2].split() == ["1", "1.0000", "b/3.png"]
     assert printed.splitlines()[3].split()[2].startswith("b/")
 

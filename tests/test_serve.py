@@ -3,11 +3,8 @@
 import http.client
 import io
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -259,28 +256,25 @@ def run(photos):
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_ctrl_c(run, photos):
-    command = [sys.executable, "-m", "pml_tacl", "serve", str(run), "--port=0", "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment = {k: v for k, v in environment.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def test_the_command_serves_until_ctrl_c(warm, run, photos):
+    words = ["-m", "pml_tacl", "serve", run]
+    no_browser = {"DISPLAY": None, "WAYLAND_DISPLAY": None}
+    process = warm.start([*words, "--port=0", "--json"], env=no_browser)
     try:
-        found = json.loads(process.stdout.readline())
+        while not process.output().endswith("\n"):
+            assert process.poll(0.02) is None, process.errors()
+        found = json.loads(process.output())
         assert found["images"] == 15
         with urllib.request.urlopen(f"{found['url']}api/search?row=0&k=2", timeout=60) as answer:
             assert len(json.load(answer)["found"]) == 2
         port = found["url"].rstrip("/").rpartition(":")[2]
-        again = subprocess.run(
-            [*command[:5], "--port", port], env=environment, capture_output=True, text=True
-        )
+        again = warm.run([*words, "--port", port], env=no_browser)
         assert again.returncode == 1
         assert again.stderr == f"error: --port {port} is in use: give another port, or 0 for any " \
             "free port\n"  # fmt: skip
     finally:
         process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 0
+    assert process.wait(30) == 0, process.errors()
 
 
 @pytest.mark.parametrize("words", [["--port=65536"], ["--port=x"]])

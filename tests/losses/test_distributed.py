@@ -1,15 +1,14 @@
 """Two processes take the gradients that one takes of the joined batch."""
 
-import os
-
 import pytest
 import torch
 from pytorch_metric_learning.utils import loss_and_miner_utils
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
-from torch import distributed, multiprocessing, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pml_tacl import AttentionConsistencyLoss, ContrastiveClusteringLoss
+from tests.processes import join, leave, together
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -50,11 +49,8 @@ def gradients(model):
     return [p.grad.clone() for p in model.parameters()]
 
 
-def one_of_two(rank, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD
-    )
+def one_of_two(rank, world, folder):
+    join(rank, world, folder)
     model, views, points = parts()
     model = DistributedDataParallel(model)
     found = {}
@@ -67,9 +63,7 @@ def one_of_two(rank, folder):
         model.zero_grad()
         loss.backward()
         found[mode] = gradients(model)
-    torch.save(found, f"{folder}/{rank}.pt")
-    distributed.barrier()  # nobody leaves while another still talks to him
-    os._exit(0)  # torch's threads now and then abort the interpreter's own way out
+    leave(found, folder)
 
 
 def efficient_loss(centroid_loss, embeddings):
@@ -87,9 +81,8 @@ def efficient_loss(centroid_loss, embeddings):
     return total
 
 
-def test_gradients_of_two_processes_are_those_of_one(tmp_path):
-    multiprocessing.spawn(one_of_two, args=(str(tmp_path),), nprocs=WORLD)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+def test_gradients_of_two_processes_are_those_of_one(warm, tmp_path):
+    found = together(warm, one_of_two, WORLD, tmp_path)
     model, views, points = parts()
     for mode in MODES:
         centroid_loss, attention_loss = losses(mode)

@@ -7,9 +7,10 @@ import torch
 from pml_tacl import BackgroundSwap, KMeansPseudoLabeler
 from pml_tacl.clustering import kmeans
 from pml_tacl.trainers import unsupervised_trainer
+from tests.processes import join, leave, together
 
 from .small import Images, make_model, make_trainer
-from .test_many_processes import exact_trainer, join, leave, together
+from .test_many_processes import exact_trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -82,8 +83,8 @@ def alone():
 
 
 @pytest.fixture(scope="module", params=MASKS)
-def world(request, tmp_path_factory):
-    return together(training, request.param, tmp_path_factory.mktemp("world"))
+def world(request, warm, tmp_path_factory):
+    return together(warm, training, request.param, tmp_path_factory.mktemp("world"))
 
 
 def test_processes_swap_across_the_whole_batch(world, alone):

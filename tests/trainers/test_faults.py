@@ -5,10 +5,9 @@ import gc
 import multiprocessing
 import os
 import re
+import select
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -493,8 +492,7 @@ def test_ignored_signals_stay_ignored():
 
 
 SCRIPT = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests ignored it
+import sys, time
 from pml_tacl.cli.run_folder import one_line_errors
 from tests.trainers.small import Images, make_trainer
 
@@ -542,11 +540,15 @@ else:
 
 @pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="signals tell no sender here")
 @pytest.mark.parametrize("waits", [0, 0.1])
-def test_a_reader_ends_with_its_training_however_early_that_is_killed(waits):
-    # Whoever still holds the pipe keeps this waiting: a reader that is left alone would.
-    command = [sys.executable, "-c", ORPHAN.format(waits=waits)]
-    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, timeout=60, check=False)
-    assert ended.returncode == -signal.SIGKILL
+def test_a_reader_ends_with_its_training_however_early_that_is_killed(warm, waits):
+    reading, writing = os.pipe()
+    with open(reading, "rb") as pipe, open(writing, "wb") as file:
+        training = warm.start(["-c", ORPHAN.format(waits=waits)], stdout=file)
+        file.close()
+        # Whoever still holds the pipe keeps this waiting: a reader that is left alone would.
+        assert select.select([pipe], [], [], 60)[0]
+        assert pipe.read() == b""
+    assert training.wait(60) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
@@ -561,21 +563,17 @@ def test_readers_live_however_they_are_started(method):
     ("signum", "place"),
     [(signal.SIGINT, "training"), (signal.SIGTERM, "training"), (signal.SIGTERM, "embedding")],
 )
-def test_a_signal_to_all_processes_leaves_no_traceback(tmp_path, signum, place):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, tmp_path, place]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            while process.stdout.readline().strip() != "2":
-                assert process.poll() is None, process.stderr.read()
-            os.killpg(process.pid, signum)
-            _, errors = process.communicate(timeout=300)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+def test_a_signal_to_all_processes_leaves_no_traceback(warm, tmp_path, signum, place):
+    process = warm.start(["-c", SCRIPT, tmp_path, place], group=True)
+    try:
+        while "2" not in process.output().split():
+            assert process.poll(0.02) is None, process.errors()
+        os.killpg(process.pid, signum)
+        process.wait()
+        errors = process.errors()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 128 + signum, errors
     assert "Traceback" not in errors
     assert "Exception" not in errors

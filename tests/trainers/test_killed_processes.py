@@ -1,9 +1,5 @@
 """Any process is killed at any place: the other ends in a line, and the resumed run is whole."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import distributed
@@ -14,7 +10,6 @@ from .killed import EPOCHS
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
-ROOT = Path(__file__).parents[2]
 PLACES = [
     ("embedding", 0),
     ("embedding", 1),
@@ -26,12 +21,11 @@ PLACES = [
 ]
 
 
-def run(folder, place="", victim=0):
+def run(warm, folder, place="", victim=0):
     """Exit codes of both processes, and the last lines that they wrote."""
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    command = [sys.executable, "-m", "tests.trainers.killed"]
-    command += [str(folder), str(store.port), place, str(victim)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    words = ["-m", "tests.trainers.killed", folder, store.port, place, victim]
+    done = warm.run(words, timeout=120)
     assert done.returncode == 0, done.stderr
     logs = [(folder / f"{number}.log").read_text().splitlines() for number in (0, 1)]
     return list(map(int, done.stdout.split())), logs
@@ -48,15 +42,17 @@ def same(first, second):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken(warm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
-    assert run(folder) == ([0, 0], [["trained"]] * 2)
+    assert run(warm, folder) == ([0, 0], [["trained"]] * 2)
     return load_checkpoint(folder / "run")
 
 
 @pytest.mark.parametrize(("place", "victim"), PLACES)
-def test_the_other_process_ends_and_the_resumed_run_is_whole(tmp_path, unbroken, place, victim):
-    codes, logs = run(tmp_path, place, victim)
+def test_the_other_process_ends_and_the_resumed_run_is_whole(
+    warm, tmp_path, unbroken, place, victim
+):
+    codes, logs = run(warm, tmp_path, place, victim)
     assert codes == ([-9, 1] if victim == 0 else [1, -9])
     assert logs[victim] == []
     assert len(logs[1 - victim]) == 1
@@ -66,7 +62,7 @@ def test_the_other_process_ends_and_the_resumed_run_is_whole(tmp_path, unbroken,
     last = checkpoints(tmp_path / "run")[-1].name
     within = place == "waiting for a checkpoint"  # the other has written it
     assert last == ("epoch_0001_iteration_000001.pt" if within else "epoch_0001.pt")
-    assert run(tmp_path) == ([0, 0], [["trained"]] * 2)
+    assert run(warm, tmp_path) == ([0, 0], [["trained"]] * 2)
     state = load_checkpoint(tmp_path / "run")
     assert state["epoch"] == EPOCHS
     assert same(state, unbroken)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 
 from pml_tacl import AttentionConsistencyMiner, ContrastiveClusteringLoss
 from pml_tacl.distributed.collectives import (
@@ -46,6 +46,7 @@ from pml_tacl.distributed.session import (
 from pml_tacl.evaluation import evaluate
 from pml_tacl.search import ImageIndex
 from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
+from tests.processes import begin, join, leave, meeting, together
 
 from .small import Images, make_model, make_trainer
 
@@ -53,33 +54,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 ROOT = Path(__file__).parents[2]
 COUNTS = [(1, 4), (7, 2), (8, 4), (23, 3)]  # rows and rows at once: some process may get none
-PATIENCE = timedelta(minutes=5)
 
 
 def rows_of(count):
     return torch.arange(3.0 * count).view(count, 3)
-
-
-def join(number, world, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=number,
-        world_size=world,
-        timeout=PATIENCE,
-    )
-
-
-def leave(found, folder):
-    torch.save(found, f"{folder}/{rank()}.pt")
-    distributed.barrier()  # nobody leaves while another still talks to him
-    os._exit(0)  # torch's threads now and then abort the interpreter's own way out
-
-
-def together(child, world, folder):
-    multiprocessing.spawn(child, args=(world, str(folder)), nprocs=world)
-    return [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(world)]
 
 
 def message(call, kind):
@@ -169,8 +147,8 @@ def exchanging(number, world, folder):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_what_processes_exchange(world, tmp_path):
-    found = together(exchanging, world, tmp_path)
+def test_what_processes_exchange(warm, world, tmp_path):
+    found = together(warm, exchanging, world, tmp_path)
     for number, one in enumerate(found):
         assert (one["rank"], one["world"], one["first"]) == (number, world, number == 0)
         assert one["in use"]
@@ -343,8 +321,8 @@ def stop_and_save(number, folder):
     return trainer.epoch
 
 
-def test_two_processes_learn_what_one_learns(tmp_path):
-    first, second = together(training, 2, tmp_path)
+def test_two_processes_learn_what_one_learns(warm, tmp_path):
+    first, second = together(warm, training, 2, tmp_path)
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
     one, losses, _ = first_epochs(exact_trainer(checkpoint_folder=tmp_path / "one", keep=9))
@@ -403,40 +381,19 @@ with session(), runs.one_line_errors():
 """
 
 
-def environment(number, world, port):
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world)}
-    ours = {"TORCHELASTIC_USE_AGENT_STORE": "True", "CUDA_VISIBLE_DEVICES": ""}
-    return {**os.environ, **place, **ranks, **ours}
-
-
 @pytest.fixture
 def store():
-    """The meeting place, as torchrun's agent holds one; the port is the system's choice."""
-    held = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    held = meeting()
     yield held
     del held
 
 
-def begin(command, world, store, folder):
-    """Processes as torchrun starts them, and the files that they write to."""
-    started = []
-    for number in range(world):
-        with (folder / f"{number}.log").open("w") as log:
-            given = {
-                **environment(number, world, store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-            }
-            started.append(subprocess.Popen(command, env=given, stdout=log, stderr=log))
-    return started
-
-
 def wait_for(text, path, processes):
-    for _ in range(1200):
+    for _ in range(6000):
         if text in path.read_text():
             return
         assert all(p.poll() is None for p in processes), path.read_text()
-        time.sleep(0.1)
+        time.sleep(0.02)
     raise AssertionError(f"{text!r} did not come: {path.read_text()}")
 
 
@@ -453,9 +410,9 @@ def last_lines(folder):
     return [(folder / f"{number}.log").read_text().splitlines()[-1] for number in (0, 1)]
 
 
-def test_signals_save_once_and_a_killed_process_ends_the_others(store, processes, tmp_path):
-    command = [sys.executable, "-c", TRAINING, str(tmp_path / "run")]
-    processes += begin(command, 2, store, tmp_path)
+def test_signals_save_once_and_a_killed_process_ends_the_others(warm, store, processes, tmp_path):
+    command = ["-c", TRAINING, str(tmp_path / "run")]
+    processes += begin(warm, command, 2, store, tmp_path)
     wait_for("epoch 3 of", tmp_path / "0.log", processes)
     for process in processes:  # as torchrun passes it on
         process.send_signal(signal.SIGTERM)
@@ -466,8 +423,8 @@ def test_signals_save_once_and_a_killed_process_ends_the_others(store, processes
     assert len(saved) == len(list((tmp_path / "run").iterdir())) == 2  # keep=2, nothing else
     ended = int(saved[-1][6:10])
 
-    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    resumed = begin([*command, "--resume"], 2, store, tmp_path)
+    store = meeting()
+    resumed = begin(warm, [*command, "--resume"], 2, store, tmp_path)
     processes += resumed
     wait_for(f"epoch {ended + 3} of", tmp_path / "0.log", resumed)
     resumed[1].send_signal(signal.SIGKILL)
@@ -480,7 +437,7 @@ def test_signals_save_once_and_a_killed_process_ends_the_others(store, processes
     assert int(checkpoints(tmp_path / "run")[-1].name[6:10]) >= ended + 2
 
 
-def test_waiting_for_the_first_process_ends_when_it_is_killed(store, processes, tmp_path):
+def test_waiting_for_the_first_process_ends_when_it_is_killed(warm, store, processes, tmp_path):
     code = """
 import time
 from pml_tacl.cli import run_folder as runs
@@ -490,7 +447,7 @@ with session(), runs.one_line_errors():
     print("met", flush=True)
     run_on_main(lambda: time.sleep(600), "clustering")
 """
-    processes += begin([sys.executable, "-c", code], 2, store, tmp_path)
+    processes += begin(warm, ["-c", code], 2, store, tmp_path)
     for number in (0, 1):
         wait_for("met", tmp_path / f"{number}.log", processes)
     processes[0].send_signal(signal.SIGKILL)
@@ -566,8 +523,8 @@ sys.exit(3)
 
 
 @pytest.mark.parametrize("how", ["well", "fails"])
-def test_what_follows_a_session_runs(store, processes, tmp_path, how):
-    processes += begin([sys.executable, "-c", ENDING, how], 2, store, tmp_path)
+def test_what_follows_a_session_runs(warm, store, processes, tmp_path, how):
+    processes += begin(warm, ["-c", ENDING, how], 2, store, tmp_path)
     codes = [process.wait(timeout=300) for process in processes]
     written = [(tmp_path / f"{number}.log").read_text().splitlines() for number in (0, 1)]
     after = ["after False", "at exit"]

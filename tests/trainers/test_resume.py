@@ -3,8 +3,6 @@
 import csv
 import random
 import sqlite3
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -443,9 +441,9 @@ def test_views_of_another_grid_keep_their_own_cells(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_runs_killed_and_resumed_equal_an_unbroken_one():
-    command = [sys.executable, ROOT / "benchmarks" / "resume.py", "--kills=3", "--output=-"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT)
+def test_runs_killed_and_resumed_equal_an_unbroken_one(warm):
+    words = [ROOT / "benchmarks" / "resume.py", "--kills=3", "--output=-"]
+    done = warm.run(words, timeout=900)
     assert done.returncode == 0, done.stderr + done.stdout
     assert "**3 of 3 are equal.**" in done.stdout
     assert "| chosen | between records and checkpoint | 1 | nothing |" in done.stdout
