@@ -258,14 +258,30 @@ class Trunk(nn.Module):
                     output = functional_call(self, state, (images.to("meta"),))
                     pooled = output.features if output.pooled is None else output.pooled
                     total = pooled.sum() + output.feature_maps.sum()
-                    gradients = torch.autograd.grad(
-                        total, list(weights.values()), allow_unused=True
-                    )
+                    used = _used_by(total, weights)
             except Exception:  # the meta device is not supported; a real pass reports real errors
                 with torch.no_grad():
                     return self(images.zero_().to(first.device)), set()
-            unused = {n for n, g in zip(weights, gradients, strict=True) if g is None}
-            return output, {name.removeprefix("model.") for name in unused}
+            return output, {name.removeprefix("model.") for name in weights.keys() - used}
+
+
+def _used_by(total: Tensor, weights: dict[str, Tensor]) -> set[str]:
+    """Return the names of the weights that get gradients of a sum.
+
+    They are the leaves of its graph, which are found faster than gradients are computed. Functions
+    in Python may use weights that are no inputs of them: with such, gradients are computed.
+    """
+    seen, left = set(), [total.grad_fn]
+    while left:
+        node: Any = left.pop()
+        if node is None or isinstance(node, torch.autograd.function.BackwardCFunction):
+            found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+            return {n for n, g in zip(weights, found, strict=True) if g is not None}
+        seen.add(node)
+        before = (function for function, _ in node.next_functions)
+        left += [function for function in before if function is not None and function not in seen]
+    leaves = {id(getattr(node, "variable", None)) for node in seen}
+    return {name for name, weight in weights.items() if id(weight) in leaves}
 
 
 def _reductions(model: nn.Module) -> list[int]:

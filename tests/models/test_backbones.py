@@ -5,6 +5,7 @@ import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pml_tacl.models import AttentionEmbedder, Trunk
 
@@ -468,6 +469,19 @@ def test_timm_module_and_features_only_net():
         8,
         8,
     )
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "no_grad"])
+def test_nothing_is_removed_where_the_graph_does_not_show_what_is_used(how):
+    module = timm.create_model("test_resnet")
+    blocks = module.layer1.forward
+    if how == "no_grad":
+        module.forward_intermediates = torch.no_grad()(module.forward_intermediates)
+    else:  # the weights of the first blocks are no inputs of it
+        module.layer1.forward = lambda x: checkpoint(blocks, x, use_reentrant=True)
+    before = [name for name, _ in module.named_parameters()]
+    trunk = Trunk(module)
+    assert [name for name, _ in trunk.model.named_parameters()] == before
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
