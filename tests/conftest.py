@@ -4,12 +4,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.warm import Warm
 
+# The process that shares out the tests runs none, so torch is not imported for it.
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is one process for each core already
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
     torch.set_num_threads(1)
 
 # Last: its files have names as common as "losses".
@@ -29,6 +31,8 @@ def pytest_generate_tests(metafunc):
     if "dtype" in metafunc.fixturenames and metafunc.definition.get_closest_marker("gpu"):
         given = metafunc.definition.iter_markers("parametrize")
         if not any("dtype" in str(mark.args[0]) for mark in given):
+            import torch
+
             names = metafunc.config.getoption("dtype").split(",")
             metafunc.parametrize("dtype", [getattr(torch, name) for name in names], ids=str)
 
@@ -36,6 +40,8 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def device(request):
     """Where tests of the marker gpu run."""
+    import torch
+
     name = request.config.getoption("device")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -58,10 +64,21 @@ def warm():
 @pytest.fixture(scope="module")
 def one_thread():
     """Sums come out the same each time, and small nets gain nothing from more."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def empty_figures(monkeypatch):
+    """Write empty figures in the place of those of a training, which take as long as it takes."""
+    from matplotlib.figure import Figure
+
+    for name in ("attention_overlay", "recall_curve", "retrieval_gallery", "training_curves"):
+        monkeypatch.setattr(f"pml_tacl.visualize.{name}", lambda *_, **__: Figure((1, 1)))
 
 
 @pytest.fixture(scope="module")

@@ -556,6 +556,7 @@ def stopped(photos, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("empty_figures")
 def test_a_training_stopped_before_its_first_step_is_begun_again(
     photos, tmp_path, monkeypatch, capsys
 ):
@@ -578,6 +579,7 @@ def test_a_training_stopped_before_its_first_step_is_begun_again(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("empty_figures")
 def test_a_stopped_training_is_searched_with_the_model_of_its_last_checkpoint(
     stopped, photos, tmp_path, capsys
 ):
@@ -617,6 +619,7 @@ def test_a_stopped_training_is_searched_with_the_model_of_its_last_checkpoint(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("empty_figures")
 def test_the_start_says_what_is_trained_and_a_log_file_gets_lines(photos, tmp_path, capsys):
     loud = [word for word in TINY if word != "--quiet"]
     run = tmp_path / "run"
@@ -646,6 +649,7 @@ def test_the_start_says_what_is_trained_and_a_log_file_gets_lines(photos, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("empty_figures")
 def test_resuming_nothing_and_never_clustering_are_said(photos, tmp_path, capsys):
     loud = [word for word in TINY if word != "--quiet"]
     run = tmp_path / "run"
@@ -726,6 +730,7 @@ def test_a_transformer_is_built_once(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("empty_figures")
 def test_a_test_changes_nothing_of_the_training(photos, tmp_path):
     runs = tmp_path / "plain", tmp_path / "tested"
     settings = [*TINY, "--epochs=2", "--warmup-epochs=1"]
@@ -738,6 +743,7 @@ def test_a_test_changes_nothing_of_the_training(photos, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("empty_figures")
 def test_a_training_begins_from_what_a_run_has_learnt(photos, tmp_path):
     run = tmp_path / "run"
     model = AttentionEmbedder("test_resnet", embedding_dim=8)

@@ -48,6 +48,15 @@ def blocks(page, language, marked=False):
     ]
 
 
+def pages_with_code():
+    """The pages with blocks of Python; those that train are slow, but for the first."""
+    for page, name in zip(PAGES, IDS, strict=True):
+        code = "".join(blocks(page, "python"))
+        trains = name != "README.md" and re.search(r"\.train\(.*\d", code)
+        if code:
+            yield pytest.param(page, id=name, marks=[pytest.mark.slow] if trains else [])
+
+
 @pytest.mark.parametrize("name", pml_tacl.__all__)
 def test_every_part_has_a_page(name):
     assert name in PARTS, f"no page in docs/components/ has the line '::: pml_tacl.{name}'"
@@ -56,9 +65,7 @@ def test_every_part_has_a_page(name):
 # The pages' images are noise, of which clusters may well be uneven.
 @pytest.mark.filterwarnings("ignore:one cluster holds:UserWarning")
 @pytest.mark.usefixtures("few_channels")
-@pytest.mark.parametrize(
-    "page", [pytest.param(p, id=i) for p, i in zip(PAGES, IDS, strict=True) if blocks(p, "python")]
-)
+@pytest.mark.parametrize("page", list(pages_with_code()))
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write
     names = {"__name__": "page"}

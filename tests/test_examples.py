@@ -269,6 +269,7 @@ def unbroken(few, labelled, tmp_path_factory):
     return Unbroken
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_a_test_of_lone_classes_is_left_out_and_costs_nothing(few, tmp_path, caplog, capsys):
     for number, image in enumerate(draw(np.random.default_rng(9), 3)):
         (tmp_path / "labelled" / f"class {number}").mkdir(parents=True)
@@ -381,6 +382,7 @@ def test_a_run_is_not_mixed_with_another(few, unbroken, images):
     assert contents(unbroken.run) == unbroken.files
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_more_epochs_and_moved_images_go_on(few, labelled, unbroken, tmp_path):
     run, moved, tested = (tmp_path / name for name in ("run", "moved", "tested"))
     shutil.copytree(unbroken.run, run)
@@ -414,6 +416,7 @@ def test_more_epochs_and_moved_images_go_on(few, labelled, unbroken, tmp_path):
     assert "--overwrite" not in found
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_overwriting_replaces_the_whole_run(few, tmp_path):
     command = ["train_folder", few, "--run", tmp_path / "run", *SMALL, "--epochs=1"]
     run_example(*command, "--batch-size=8")

@@ -87,7 +87,13 @@ GEOMETRIC = {
 }
 
 
-@pytest.mark.parametrize("name", GEOMETRIC)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "elastic, strong" else [])
+        for name in GEOMETRIC
+    ],
+)
 def test_points_are_where_a_drawn_dot_is_seen(name):
     transform = plain(crop_scale=(0.5, 1.0), flip=True, geometric=GEOMETRIC[name])
     rng = np.random.default_rng(0)
