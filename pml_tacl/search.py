@@ -96,7 +96,7 @@ class ImageIndex:
     root: Path
     _index: Any
     _rows: "_Rows | None"  # unit embeddings (N, D), if _index holds only codes
-    _entries: IntArray  # (N,), entry of each image in _index, which holds each embedding once
+    _entries: IntArray  # (N,), entry of each image in _index, which has each embedding once
     _firsts: tuple[IntArray, IntArray] | None  # the entries, and the first image of each
     _asked: str
     _stamps: IntArray  # (N, 2), size and modification time of each file; -1 if unknown
@@ -273,7 +273,7 @@ class ImageIndex:
         if not rows:
             there = sorted({file.rpartition("/")[0] or "." for file in self.files})
             named = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
-            raise InputError(f"folder={folder!r} holds no indexed image; there are {named}")
+            raise InputError(f"folder={folder!r} contains no indexed image; there are {named}")
         return np.array(rows, dtype=np.int64)
 
     def paths(self, rows: Sequence[int] | IntArray) -> list[Path]:
@@ -389,7 +389,8 @@ class ImageIndex:
         for name in (_INDEX, _FILES):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
-                    f"{folder} holds no {name}: give the folder of a run that train or index wrote"
+                    f"{folder} contains no {name}: give the folder of a run that train or "
+                    "index wrote"
                 )
         try:
             listed = json.loads((folder / _FILES).read_text(encoding="ascii"))
@@ -412,7 +413,7 @@ class ImageIndex:
         complete = np.array_equal(np.unique(entries), np.arange(index.ntotal))
         if not complete or not len(entries) == len(files) == len(stamps):
             raise InputError(
-                f"{folder} holds {index.ntotal} embeddings in {_INDEX} and {len(files)} images "
+                f"{folder} contains {index.ntotal} embeddings in {_INDEX} and {len(files)} images "
                 f"in {_FILES}: they belong to different runs, train and index again"
             )
         loaded = cls.__new__(cls)

@@ -19,7 +19,7 @@ from pml_tacl.models.receptive_field import measure_cell_offset
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "few_channels"),
     # Images of noise hardly fall into groups: rounding decides whether one of four is huge.
-    pytest.mark.filterwarnings("ignore:one cluster holds"),
+    pytest.mark.filterwarnings("ignore:one cluster contains"),
 ]
 
 
@@ -158,7 +158,9 @@ def test_without_labels_the_last_is_kept_and_nothing_is_best(tmp_path):
         cb.restore(pmls(None), tmp_path / "best")
     other = pmls(None)
     other.models["third"] = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"holds models \['embedder', 'trunk'\] and the trainer"):
+    with pytest.raises(
+        ValueError, match=r"contains models \['embedder', 'trunk'\] and the trainer"
+    ):
         cb.restore(other, tmp_path / "last")
 
 
@@ -448,5 +450,5 @@ def test_anything_that_is_a_image_can_be_logged():
     assert as_image(Figure(figsize=(2, 1), dpi=50)).size == (100, 50)
     assert as_image(torch.zeros(3, 5, 7)).size == (7, 5)
     assert as_image(np.zeros((5, 7, 3), np.uint8)).mode == "RGB"
-    with pytest.raises(TypeError, match="must hold PIL images"):
+    with pytest.raises(TypeError, match="must contain PIL images"):
         as_image("x.png")

@@ -174,7 +174,7 @@ def test_the_command_is_declared_and_runs_as_a_module():
     done = in_a_process("search", "nowhere", "x.png")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [
-        "error: nowhere holds no index.faiss: give the folder of a run that train or index wrote"
+        "error: nowhere contains no index.faiss: give the folder of a run that train or index wrote"
     ]
 
 
@@ -248,7 +248,7 @@ def test_index_by_a_run_and_by_a_timm_model(run, photos, tmp_path, capsys):
     call("index", photos, *TIMM, "--run", tmp_path / "by timm")
     config = json.loads((tmp_path / "by timm" / "run.json").read_text())
     assert (config["backbone"], config["image_size"]) == ("test_resnet", [32, 32])
-    with pytest.raises(SystemExit, match="holds another run: give --resume"):
+    with pytest.raises(SystemExit, match="contains another run: give --resume"):
         call("index", photos, *TIMM, "--run", tmp_path / "by timm")
     call("report", tmp_path / "by timm", "--points=30", "--queries=1", "--quiet")
     page = (tmp_path / "by timm" / "report.html").read_text("utf-8")
@@ -421,8 +421,11 @@ def test_report_is_written_where_it_is_asked_for(run, tmp_path, capsys):
     [
         (["embed", "{no}", *TIMM, "--out=a.npy"], "{no}' is not a folder: give a folder of images"),
         (["embed", "{photos}", "--model=resnet51", "--weights=none", "--out=a.npy"], "'resnet51'"),
-        (["embed", "{photos}", "--model={photos}", "--out=a.npy"], "{photos} holds no model: give"),
-        (["search", "{photos}", "a.png"], "{photos} holds no index.faiss"),
+        (
+            ["embed", "{photos}", "--model={photos}", "--out=a.npy"],
+            "{photos} contains no model: give",
+        ),
+        (["search", "{photos}", "a.png"], "{photos} contains no index.faiss"),
         (["search", "{run}", "{no}.png"], "{no}.png"),
         (["search", "{run}", "--images={no}", "--update"], "give --images"),
         (["duplicates", "{no}"], "{no} is not a folder: give a run, or a folder of images"),
@@ -430,12 +433,12 @@ def test_report_is_written_where_it_is_asked_for(run, tmp_path, capsys):
         (["evaluate", "{run}", "{photos}/a"], "lie in no sub-folder"),
         (["evaluate", "{run}", "{photos}", "--reference={run}/.."], "--reference '{run}/..' has"),
         (["report", "{photos}"], "{photos} is not a run folder"),
-        (["serve", "{photos}"], "{photos} holds no index.faiss: give the folder of a run"),
+        (["serve", "{photos}"], "{photos} contains no index.faiss: give the folder of a run"),
         (["serve", "{run}", "--also={no}"], "--also {no} is not a folder: give one"),
         (["embed", "{photos}", *TIMM, "--out=a.npy", "--files={no}"], "--files '{no}' cannot be"),
         (["embed", "{photos}", *TIMM, "--out=a.npy", "--exclude=*"], "leaves no image of"),
         (["export", "{no}", "--onnx=a.onnx"], "{no} is not a folder: give the folder of a run"),
-        (["train", "{photos}", *TINY, "--run={run}"], "holds another run: give --resume"),
+        (["train", "{photos}", *TINY, "--run={run}"], "contains another run: give --resume"),
         (["train", "{photos}", *TINY, "--run={new}", "--eval-folder={photos}"], "--eval-folder '"),
     ],
 )
@@ -457,7 +460,7 @@ def test_what_is_wrong_is_one_line_and_code_1(arguments, line, run, photos, tmp_
         (["watch"], "argument COMMAND: invalid choice: 'watch'"),
         (["serve"], "the following arguments are required: RUN"),
         (["train"], "the folder of images is missing: give it first"),
-        (["train", "--resume", "--run=x"], "x holds no run to resume: give its folder as --run"),
+        (["train", "--resume", "--run=x"], "x contains no run to resume: give its folder as --run"),
         (["train", "x", "--epochs=-1"], "argument --epochs: must be a whole number of at least 0"),
         (
             ["train", "x", "--device=cuda:77"],
@@ -515,7 +518,7 @@ def test_ctrl_c_ends_with_130_and_debug_shows_where(monkeypatch, capsys):
     ("message", "line"),
     [
         ("batch_size must be at least 2, got 1", "--batch-size must be at least 2, got 1"),
-        ("eval_folder='a=b' holds one class", "--eval-folder 'a=b' holds one class"),
+        ("eval_folder='a=b' contains one class", "--eval-folder 'a=b' contains one class"),
         ("dataset must have a length", "dataset must have a length"),
         ("epochs are many", "epochs are many"),
         ("give --resume (resume=True), or another", "give --resume, or another"),
@@ -655,7 +658,7 @@ def test_resuming_nothing_and_never_clustering_are_said(photos, tmp_path, capsys
     run = tmp_path / "run"
     call("train", photos, *loud, "--warmup-epochs=3", "--run", run, "--resume", "--tensorboard")
     printed = capsys.readouterr()
-    assert f"{run} holds no checkpoint to resume: starting" in printed.out
+    assert f"{run} contains no checkpoint to resume: starting" in printed.out
     assert "\n1 epoch of 3 steps, batches of 8; " in printed.out
     assert "--epochs 1 is not above --warmup-epochs 3" in printed.err
     assert any((run / "tensorboard").iterdir())

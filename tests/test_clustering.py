@@ -197,7 +197,7 @@ def test_a_huge_cluster_is_reported():
     rng = np.random.default_rng(0)
     embeddings = np.eye(6, dtype=np.float32)[np.r_[np.zeros(94, int), np.arange(6)]]
     embeddings += 1e-3 * rng.standard_normal(embeddings.shape).astype(np.float32)
-    with pytest.warns(UserWarning, match=r"one cluster holds \d+ of 100 images"):
+    with pytest.warns(UserWarning, match=r"one cluster contains \d+ of 100 images"):
         KMeansPseudoLabeler(6)(embeddings, np.eye(6))
 
 

@@ -755,7 +755,7 @@ class TestBenchmarks:
         with pytest.raises(FileNotFoundError) as error:
             benchmark(tmp_path / folder)
         text = str(error.value)
-        assert text.startswith(f"root={str(tmp_path / folder)!r} holds no {missing}: ")
+        assert text.startswith(f"root={str(tmp_path / folder)!r} contains no {missing}: ")
         assert f"{source}/" in text
         assert ("download=True" in text) == (benchmark is not InShop)
         assert "\n" not in text
@@ -763,7 +763,7 @@ class TestBenchmarks:
     def test_images_left_out_of_a_layout_are_missed_at_once(self, tmp_path):
         make_cub(tmp_path, [101])
         shutil.rmtree(tmp_path / "CUB_200_2011" / "images")
-        with pytest.raises(FileNotFoundError, match=r"holds no CUB_200_2011/images/101\.Bird/1"):
+        with pytest.raises(FileNotFoundError, match=r"contains no CUB_200_2011/images/101\.Bird/1"):
             CUB(tmp_path, "test")
 
     def test_a_split_without_images(self, tmp_path):
@@ -789,7 +789,7 @@ class TestBenchmarks:
             CUB(other, download=True)
 
     def test_inshop_is_not_downloaded(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"holds no Eval/list_eval_partition\.txt"):
+        with pytest.raises(FileNotFoundError, match=r"contains no Eval/list_eval_partition\.txt"):
             InShop(tmp_path / "new", download=True)
         assert not (tmp_path / "new").exists()
         make_inshop(tmp_path, INSHOP)

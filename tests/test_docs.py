@@ -63,7 +63,7 @@ def test_every_part_has_a_page(name):
 
 
 # The pages' images are noise, of which clusters may well be uneven.
-@pytest.mark.filterwarnings("ignore:one cluster holds:UserWarning")
+@pytest.mark.filterwarnings("ignore:one cluster contains:UserWarning")
 @pytest.mark.usefixtures("few_channels")
 @pytest.mark.parametrize("page", list(pages_with_code()))
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):

@@ -37,8 +37,8 @@ def test_what_weakens_the_test_is_said(tmp_path, capsys):
     ("names", "message"),
     [
         (["1.png", "2.png"], "lie in no sub-folder"),
-        (["a/1.png", "a/2.png"], "holds one class, 'a': every neighbour would be right"),
-        (["a/b/1.png", "a/c/2.png"], "holds one class, 'a': every neighbour would be right"),
+        (["a/1.png", "a/2.png"], "contains one class, 'a': every neighbour would be right"),
+        (["a/b/1.png", "a/c/2.png"], "contains one class, 'a': every neighbour would be right"),
         (["a/1.png", "b/1.png"], "holds 2 classes of one image each"),
     ],
 )

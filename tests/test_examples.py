@@ -214,7 +214,7 @@ def test_search_says_what_is_missing(trained, images, tmp_path):
     run, _ = trained
     query = images / BROKEN[1]
     good = next((images / "level 2").rglob("*.jpg"))
-    assert "holds no index.faiss" in failure("search", tmp_path, good)
+    assert "contains no index.faiss" in failure("search", tmp_path, good)
     assert "text.jpg: not an image of a known format" in failure("search", run, query)
     assert "No such file" in failure("search", run, tmp_path / "none.jpg")
     assert "-k: must be a whole number of at least 1" in failure("search", run, good, "-k", 0)
@@ -222,12 +222,12 @@ def test_search_says_what_is_missing(trained, images, tmp_path):
     broken.mkdir()
     for name in ("run.json", "model", "metrics.json", "files.json"):
         (broken / name).symlink_to(run / name)
-    assert "holds no index.faiss" in failure("search", broken, good)
+    assert "contains no index.faiss" in failure("search", broken, good)
     (broken / "index.faiss").write_bytes((run / "index.faiss").read_bytes()[:50])
     assert "index.faiss is not a faiss index, or is damaged" in failure("search", broken, good)
     ImageIndex(np.eye(2, 32), ["a", "b"], images).save(tmp_path / "other")
     (broken / "index.faiss").write_bytes((tmp_path / "other" / "index.faiss").read_bytes())
-    assert "holds 2 embeddings in index.faiss and 297 images" in failure("search", broken, good)
+    assert "contains 2 embeddings in index.faiss and 297 images" in failure("search", broken, good)
 
 
 @pytest.mark.parametrize("stop", [(1, 0), (3, 1)])
@@ -374,7 +374,7 @@ def test_nan_images_of_a_users_data_set_end_in_one_line(few, workers):
 def test_a_run_is_not_mixed_with_another(few, unbroken, images):
     run = ["--run", unbroken.run]
     found = failure("train_folder", few, *run, *unbroken.settings)
-    assert "holds another run: give --resume to go on with it" in found
+    assert "contains another run: give --resume to go on with it" in found
     found = failure("train_folder", few, *run, *unbroken.settings, "--resume", "--seed=4")
     assert "begun with other settings (seed): resume with the same (--seed 0), or give" in found
     found = failure("train_folder", images, *run, *unbroken.settings, "--resume")

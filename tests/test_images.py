@@ -195,7 +195,7 @@ class TestLayouts:
     @pytest.mark.parametrize(
         ("image", "error", "message"),
         [
-            ("x.png", TypeError, "^image must hold PIL images, arrays or tensors, got str: open"),
+            ("x.png", TypeError, "^image must contain PIL images, arrays or tensors, got str:"),
             ([[1, 2]], TypeError, "got list"),
             (np.zeros((4, 4), np.complex64), TypeError, "got complex64"),
             (np.zeros((4, 4), np.int8), TypeError, "got int8"),

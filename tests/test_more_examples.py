@@ -198,7 +198,7 @@ class TestBenchmarks:
             with pytest.raises(KeyboardInterrupt):
                 run("broken")
         assert run("broken", "--resume") == unbroken
-        with pytest.raises(ValueError, match="holds another run"):
+        with pytest.raises(ValueError, match="contains another run"):
             run("broken")
 
     def test_a_wrong_root_is_found_before_anything_is_made(self, tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ class TestBenchmarks:
         example = script("train_cub")
         with pytest.raises(SystemExit) as stop, runs.one_line_errors():
             example.main(CUB, example.CONFIG, "")
-        assert "holds no CUB_200_2011/images.txt: get CUB-200-2011 from" in stop.value.code
+        assert "contains no CUB_200_2011/images.txt: get CUB-200-2011 from" in stop.value.code
         assert "\n" not in stop.value.code
         assert not (tmp_path / "run").exists()
 
@@ -314,7 +314,7 @@ class TestVisualizeAttention:
         ("arguments", "message"),
         [
             (["one.png"], "give at least two"),
-            ([], "holds no config.json: no saved model"),
+            ([], "contains no config.json: no saved model"),
             (["a.png", "b.png", "--backbone=resnet5O", "--weights=none"], "did you mean"),
         ],
     )

@@ -260,7 +260,7 @@ def test_a_run_of_a_benchmark_is_no_report(few_glyphs, tmp_path):
 
 
 def test_what_is_missing_is_said(run, tmp_path, capsys, monkeypatch):
-    with pytest.raises(ValueError, match=r"it holds no readable run\.json"):
+    with pytest.raises(ValueError, match=r"it contains no readable run\.json"):
         write_report(tmp_path)
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no readable metrics\.json: give a run that"):

@@ -26,7 +26,7 @@ def test_another_run_is_refused_and_left_whole(tmp_path):
     folder = runs.open_run(tmp_path / "run", {"epochs": 3})
     (folder / "metrics.json").write_text("{}")
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match="holds another run: give --resume"):
+    with pytest.raises(ValueError, match="contains another run: give --resume"):
         runs.open_run(folder, {"epochs": 3})
     with pytest.raises(
         ValueError, match=r"other settings \(epochs\): resume with the same"
@@ -42,7 +42,7 @@ def test_another_run_is_refused_and_left_whole(tmp_path):
 @pytest.mark.parametrize("content", ["[1, 2]", "3", "null", "{"])
 def test_a_config_that_is_none_is_named(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(ValueError, match=r"it holds no readable run\.json"):
+    with pytest.raises(ValueError, match=r"it contains no readable run\.json"):
         runs.open_run(tmp_path, {"epochs": 3}, resume=True)
 
 
@@ -61,12 +61,12 @@ def test_resuming_keeps_and_overwriting_replaces(tmp_path):
 def test_checking_a_run_says_what_opening_it_would_and_reads_what_it_was_asked(tmp_path):
     runs.check_run(tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match=r"it holds no readable run\.json"):
+    with pytest.raises(ValueError, match=r"it contains no readable run\.json"):
         runs.read_config(tmp_path / "run")
     folder = runs.open_run(tmp_path / "run", {"epochs": 3})
     assert runs.read_config(folder) == {"epochs": 3}
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match="holds another run: give --resume"):
+    with pytest.raises(ValueError, match="contains another run: give --resume"):
         runs.check_run(folder)
     with pytest.raises(ValueError, match=r"begun with other settings \(epochs\)"):
         runs.check_run(folder, {"epochs": 4}, resume=True)
@@ -78,7 +78,7 @@ def test_checking_a_run_says_what_opening_it_would_and_reads_what_it_was_asked(t
 @pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}])
 def test_a_folder_that_is_no_run_is_never_touched(tmp_path, flags):
     (tmp_path / "holiday.jpg").write_text("precious")
-    with pytest.raises(ValueError, match="holds files, but no run"):
+    with pytest.raises(ValueError, match="contains files, but no run"):
         runs.open_run(tmp_path, {}, **flags)
     assert contents(tmp_path) == {(tmp_path / "holiday.jpg").relative_to(tmp_path): b"precious"}
     with pytest.raises(ValueError, match="is a file"):

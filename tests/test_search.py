@@ -176,7 +176,7 @@ def test_a_search_in_a_folder_finds_its_own_images_exactly(kind):
     assert index.search(queries, k=2, folder="b/deep")[0].shape == (20, 2)
     np.testing.assert_array_equal(index.rows_in("."), np.arange(300))
     assert index.rows_in("ab").tolist() == [299]
-    with pytest.raises(ValueError, match="folder='c' holds no indexed image; there are a, a/d"):
+    with pytest.raises(ValueError, match="folder='c' contains no indexed image; there are a, a/d"):
         index.search(queries, folder="c")
 
 

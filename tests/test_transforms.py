@@ -431,8 +431,8 @@ def test_wrong_arguments_are_named(kwargs, error, message):
 @pytest.mark.parametrize(
     ("image", "error", "message"),
     [
-        ("a.png", TypeError, "image must hold PIL images, arrays or tensors, got str"),
-        (torch.full((3, 4, 4), 255.0), ValueError, "image holds values from 255 to 255"),
+        ("a.png", TypeError, "image must contain PIL images, arrays or tensors, got str"),
+        (torch.full((3, 4, 4), 255.0), ValueError, "image contains values from 255 to 255"),
         (torch.zeros(2, 4, 9, dtype=torch.uint8), ValueError, r"got \(2, 4, 9\)"),
         (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ValueError, r"got \(2, 3, 4, 4\)"),
         (torch.zeros(3, 0, 4, dtype=torch.uint8), ValueError, r"got \(3, 0, 4\)"),
@@ -716,7 +716,7 @@ def test_mask_carries_no_gradient_to_the_background_score():
 
 @pytest.mark.parametrize("mask", ["border", "distinctive", "centred"])
 def test_swap_never_reads_a_value_back(mask):
-    images = torch.empty(6, 3, 12, 10, device="meta")  # holds no values: reading one raises
+    images = torch.empty(6, 3, 12, 10, device="meta")  # contains no values: reading one raises
     output = BackgroundSwap(0.7, mask)(images, torch.empty(6, 3, 4, device="meta"))
     assert output.images.shape == images.shape
     assert output.images.device.type == output.swapped.device.type == "meta"

@@ -425,7 +425,10 @@ def test_long_captions_keep_both_ends():
         ({"captions": [["a", "b"], ["c"]]}, r"captions\[1\] has 1 entries for 2 neighbours"),
         ({"query_captions": ["a"]}, "query_captions has 1 entries for 2 queries"),
         ({"columns": 0}, "columns must be at least 1, got 0"),
-        ({"neighbours": np.full((2, 2, 8, 8, 3), -1.0)}, r"neighbours\[0\] holds values from -1"),
+        (
+            {"neighbours": np.full((2, 2, 8, 8, 3), -1.0)},
+            r"neighbours\[0\] contains values from -1",
+        ),
     ],
 )
 def test_gallery_arguments_are_checked(change, message):

@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
             for method in args.methods
         ]  # fmt: skip
     if not configs:
-        raise InputError(f"ROOT={args.root} holds no set that can be measured")
+        raise InputError(f"ROOT={args.root} contains no set that can be measured")
     found: dict[str, dict[str, Any]] = {}
     if args.json is not None and args.json.is_file():
         found = {one["key"]: one for one in json.loads(args.json.read_text("utf-8"))}

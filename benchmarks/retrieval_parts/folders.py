@@ -32,7 +32,7 @@ def sets_in(root: Path) -> list[str]:
         raise InputError(f"ROOT must be a folder with a folder for each data set, got {root}")
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not names:
-        raise InputError(f"ROOT={root} holds no folder: give ROOT/NAME/CLASS/FILE")
+        raise InputError(f"ROOT={root} contains no folder: give ROOT/NAME/CLASS/FILE")
     return names
 
 

@@ -45,19 +45,21 @@ def images_to_test_on(
     sizes = np.bincount(images.labels)
     if len(sizes) < 2:
         raise InputError(
-            f"{where} holds one class, {images.classes[0]!r}: every neighbour would be right; give "
-            "a folder with a sub-folder for each of several classes"
+            f"{where} contains one class, {images.classes[0]!r}: every neighbour would be right; "
+            "give a folder with a sub-folder for each of several classes"
         )
     if not can_measure(images):
-        lacking = f"{where} holds {len(sizes)} classes of one image each, so no query has a match"
+        lacking = (
+            f"{where} contains {len(sizes)} classes of one image each, so no query has a match"
+        )
         if needed:
             raise InputError(f"{lacking}: give at least two images of a class")
         _LOGGER.warning("%s; training continues without this test", lacking)
     same = 0 if trained_on is None else len(_places(images) & _places(trained_on))
     if trained_on is not None and same == len(images):
         raise InputError(
-            f"{where} holds only training images of {str(trained_on.root)!r}: put labelled images "
-            "aside, outside of that folder"
+            f"{where} contains only training images of {str(trained_on.root)!r}: put labelled "
+            "images aside, outside of that folder"
         )
     lone = int((sizes == 1).sum())
     notes = [f"{lone} of the classes have one image, which has no match"] if lone else []

@@ -158,8 +158,8 @@ def by_flags(message: str) -> str:
     Example:
         >>> by_flags("batch_size must be at least 2, got 1")
         '--batch-size must be at least 2, got 1'
-        >>> by_flags("eval_folder='x' holds one class")
-        "--eval-folder 'x' holds one class"
+        >>> by_flags("eval_folder='x' contains one class")
+        "--eval-folder 'x' contains one class"
         >>> by_flags("give --resume (resume=True) to go on with it")
         'give --resume to go on with it'
     """

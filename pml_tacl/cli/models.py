@@ -92,7 +92,7 @@ def given_index(args: Any, folder: Path | None = None) -> ImageIndex:
     if begun and not (folder / "index.faiss").exists():
         again = flags.command_line("train", "--resume", "--run", folder)
         raise InputError(
-            f"{folder} holds no index: its training was stopped before the first checkpoint; "
+            f"{folder} contains no index: its training was stopped before the first checkpoint; "
             f"{again} begins again"
         )
     index = ImageIndex.load(folder)
@@ -130,7 +130,7 @@ def _of_folder(folder: Path) -> tuple[AttentionEmbedder, Any]:
             model = AttentionEmbedder.from_pretrained(home)
             break
     else:
-        raise InputError(f"{folder} holds no model: give the folder of a run, or a timm name")
+        raise InputError(f"{folder} contains no model: give the folder of a run, or a timm name")
     try:
         size = json.loads((folder / "run.json").read_text("utf-8")).get("image_size")
     except (OSError, ValueError, AttributeError):

@@ -73,7 +73,7 @@ def _train(arguments: Sequence[str] | None, program: str | None) -> argparse.Nam
         parser.set_defaults(**_settings_of_run(Path(args.run), set(vars(args))))
         args = parser.parse_args(arguments)
     if args.images is None and args.resume:
-        parser.error(f"{args.run} holds no run to resume: give its folder as --run")
+        parser.error(f"{args.run} contains no run to resume: give its folder as --run")
     if args.images is None:
         parser.error("the folder of images is missing: give it first")
     return args

@@ -111,11 +111,11 @@ def check_run(
         raise InputError(f"run folder {folder} is a file: give another folder")
     there = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if there and MARK not in there:
-        raise InputError(f"run folder {folder} holds files, but no run: give another folder")
+        raise InputError(f"run folder {folder} contains files, but no run: give another folder")
     if there and not (resume or overwrite):
         raise InputError(
-            f"run folder {folder} holds another run: give --resume (resume=True) to go on with it, "
-            "--overwrite (overwrite=True) to replace it, or another folder"
+            f"run folder {folder} contains another run: give --resume (resume=True) to go on with "
+            "it, --overwrite (overwrite=True) to replace it, or another folder"
         )
     if there and resume and asked is not None:
         earlier = read_config(folder)

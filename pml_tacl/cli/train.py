@@ -196,7 +196,7 @@ def tell_start(
     what = f"{counted(len(images), 'image')}, {args.backbone} at {size}, on {device}"
     saved = checkpoints(run.folder / "checkpoints") if run.begun else []
     if args.resume and not saved:
-        print(f"{args.run} holds no checkpoint to resume: starting a new training")
+        print(f"{args.run} contains no checkpoint to resume: starting a new training")
     if trainer is None:
         print(f"indexing without training: {what}")
         return

@@ -398,12 +398,12 @@ def _check_use(members: IntArray) -> None:
     wanted, used = len(members), int((members > 0).sum())
     if 2 * used < wanted:
         trouble = (
-            f"only {used} of {wanted} clusters are used: the embeddings hold fewer groups, "
+            f"only {used} of {wanted} clusters are used: the embeddings form fewer groups, "
             "lower num_clusters, or they are about to collapse"
         )
     elif wanted > 3 and 2 * members.max() > members.sum():
         trouble = (
-            f"one cluster holds {members.max()} of {members.sum()} images: most images look the "
+            f"one cluster contains {members.max()} of {members.sum()} images: most images look the "
             "same to the model, raise num_clusters or look for duplicates"
         )
     else:

@@ -97,7 +97,7 @@ class Benchmark(BaseDataset):  # type: ignore[misc]
             if not Path(self.root, name).is_file():
                 how = ", or with download=True into an empty folder" if self._CAN_DOWNLOAD else ""
                 raise FileNotFoundError(
-                    f"root={str(self.root)!r} holds no {name}: get {self._NAME} from "
+                    f"root={str(self.root)!r} contains no {name}: get {self._NAME} from "
                     f"{self.DOWNLOAD_URL}{how}"
                 )
 
@@ -112,7 +112,7 @@ class Benchmark(BaseDataset):  # type: ignore[misc]
 class CUB(Benchmark, pml_datasets.CUB):  # type: ignore[misc]
     """Caltech-UCSD Birds 200-2011: species 1 to 100 for training, 101 to 200 for testing.
 
-    ``root`` holds ``CUB_200_2011/`` with ``images/``, ``images.txt`` and
+    ``root`` contains ``CUB_200_2011/`` with ``images/``, ``images.txt`` and
     ``image_class_labels.txt``. 5864 and 5924 images. Arguments: see :class:`Benchmark`.
 
     Example:
@@ -126,8 +126,9 @@ class CUB(Benchmark, pml_datasets.CUB):  # type: ignore[misc]
 class Cars196(Benchmark, pml_datasets.Cars196):  # type: ignore[misc]
     """Stanford Cars: models 1 to 98 for training, 99 to 196 for testing.
 
-    ``root`` holds ``names.csv``, ``anno_train.csv``, ``anno_test.csv`` and ``car_data/car_data/``
-    with ``train/`` and ``test/`` (another split; both parts are read). 8054 and 8131 images.
+    ``root`` contains ``names.csv``, ``anno_train.csv``, ``anno_test.csv``, and
+    ``car_data/car_data/`` with ``train/`` and ``test/`` (another split; both parts are read). 8054
+    and 8131 images.
     Arguments: see :class:`Benchmark`.
 
     Example:
@@ -141,7 +142,7 @@ class Cars196(Benchmark, pml_datasets.Cars196):  # type: ignore[misc]
 class StanfordOnlineProducts(Benchmark, pml_datasets.StanfordOnlineProducts):  # type: ignore[misc]
     """Stanford Online Products: 11318 products for training, 11316 others for testing.
 
-    ``root`` holds ``Stanford_Online_Products/`` with ``Ebay_train.txt``, ``Ebay_test.txt`` and
+    ``root`` contains ``Stanford_Online_Products/`` with ``Ebay_train.txt``, ``Ebay_test.txt`` and
     a folder for each kind of product. 59551 and 60502 images. Arguments: see :class:`Benchmark`.
 
     Example:
@@ -158,7 +159,7 @@ class StanfordOnlineProducts(Benchmark, pml_datasets.StanfordOnlineProducts):  #
 class InShop(Benchmark):
     """DeepFashion In-shop Clothes Retrieval: 3997 items for training, 3985 others for testing.
 
-    ``root`` holds ``Eval/list_eval_partition.txt`` and ``Img/img/`` (or ``img/``, if ``img.zip``
+    ``root`` contains ``Eval/list_eval_partition.txt`` and ``Img/img/`` (or ``img/``, if ``img.zip``
     was unpacked beside ``Eval/``). There are 25882 images for training. In the test half, 14218
     queries search for the same item among 12612 images of the gallery. Arguments: see
     :class:`Benchmark`. Further splits are ``"query"`` and ``"gallery"``, with common labels;

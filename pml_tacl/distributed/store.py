@@ -49,8 +49,8 @@ class EmbeddingFile:
         self._held = 0  # bytes written whose pages are mapped
         if self.rows.ndim != 2 or self.rows.dtype not in _TYPES.values():
             raise InputError(
-                f"{path} must hold (N, D) float32 or float16, and holds {self.rows.dtype} of shape "
-                f"{self.rows.shape}: give another file"
+                f"{path} must contain (N, D) float32 or float16, and contains {self.rows.dtype} of "
+                f"shape {self.rows.shape}: give another file"
             )
 
     @classmethod

@@ -346,7 +346,9 @@ class AttentionEmbedder(nn.Module):
         folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"folder={str(folder)!r} holds no {name}: no saved model")
+                raise FileNotFoundError(
+                    f"folder={str(folder)!r} contains no {name}: no saved model"
+                )
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         version = config.pop("format_version", None)
         if version == 1:

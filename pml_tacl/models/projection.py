@@ -15,6 +15,7 @@ from pml_tacl.utils.checks import check_count, check_number
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.modes import evaluating
 from pml_tacl.utils.precision import at_least_float32, without_autocast
+from pml_tacl.utils.words import counted
 
 if TYPE_CHECKING:
     from pml_tacl.models.attention_embedder import AttentionEmbedder
@@ -177,7 +178,9 @@ def fit_projection(
         if waiting is not None:
             take_those_waiting()
     if whole.count < 2:
-        raise InputError(f"batches hold {whole.count} images: the projection needs at least 2")
+        raise InputError(
+            f"batches contain {counted(whole.count, 'image')}: the projection needs at least 2"
+        )
     projection.fitted = False
     for moments, shrinkage, mean, basis in (
         (whole, whole_shrinkage(whole.count), projection.whole_mean, projection.whole_basis),
@@ -192,7 +195,7 @@ def fit_projection(
         if varies:
             basis.copy_(principal_basis(covariance, basis.shape[1], moments.count, shrinkage))
     if not projection.fitted:
-        raise InputError(f"batches hold {whole.count} images that all look the same")
+        raise InputError(f"batches contain {whole.count} images that all look the same")
     current.load_state_dict(projection.state_dict())
 
 
@@ -286,10 +289,12 @@ def whiten_linear(
             found.add(features(images.to(device)))
             images_seen += len(images)
         if images_seen < 2:
-            raise InputError(f"batches hold {images_seen} images: the projection needs at least 2")
+            raise InputError(
+                f"batches contain {counted(images_seen, 'image')}: the projection needs at least 2"
+            )
         mean, covariance = found.covariance("batches")
         if not covariance.any():
-            raise InputError(f"batches hold {images_seen} images that all look the same")
+            raise InputError(f"batches contain {images_seen} images that all look the same")
         return mean, covariance
 
     with evaluating(model):

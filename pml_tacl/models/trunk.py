@@ -268,8 +268,9 @@ class Trunk(nn.Module):
 def _used_by(total: Tensor, weights: dict[str, Tensor]) -> set[str]:
     """Return the names of the weights that get gradients of a sum.
 
-    They are the leaves of its graph, which are found faster than gradients are computed. Functions
-    in Python may use weights that are no inputs of them: with such, gradients are computed.
+    They are the leaves of its graph; finding them is faster than computing gradients. A function
+    written in Python may use weights that are not among its inputs, so gradients are computed if
+    the graph contains one.
     """
     seen, left = set(), [total.grad_fn]
     while left:

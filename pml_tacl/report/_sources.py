@@ -116,7 +116,7 @@ def read_run(
         place = stopped_at(folder)
         if place is None:
             raise InputError(
-                f"{folder} holds no readable metrics.json: give a run that train or index wrote"
+                f"{folder} contains no readable metrics.json: give a run that train or index wrote"
             ) from error
         content = {}
         notes.append(f"The training was stopped: the page shows the state of {place}.")

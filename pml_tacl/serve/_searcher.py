@@ -128,7 +128,7 @@ class RunSearcher:
 
     def _check(self, row: int) -> None:
         if not 0 <= row < len(self.index):
-            raise LookupError(f"image {row} does not exist: the index holds {len(self.index)}")
+            raise LookupError(f"image {row} does not exist: the index has {len(self.index)}")
 
     def _told(self, row: int) -> dict[str, Any]:
         return {"row": row, "file": shown_name(self.index.files[row])}

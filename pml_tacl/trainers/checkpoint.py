@@ -325,14 +325,14 @@ def open_folder(folder: Path, own: Path | None, place: tuple[int, int]) -> bool:
         Whether the training has no checkpoint in this folder yet.
 
     Raises:
-        ValueError: if the folder holds checkpoints of another training.
+        ValueError: if the folder contains checkpoints of another training.
     """
     new = own is None or own.resolve() != folder.resolve()
     there = checkpoints(folder)
     if new and there:
         raise InputError(
-            f"checkpoint_folder {folder} holds checkpoints of an earlier training: load_checkpoint "
-            "first, or give another folder"
+            f"checkpoint_folder {folder} contains checkpoints of an earlier training: "
+            "load_checkpoint first, or give another folder"
         )
     for path in folder.glob(".epoch_*.pt.*.tmp"):
         path.unlink()
@@ -598,7 +598,7 @@ def _check_kinds(trainer: Parts, state: SavedParts) -> None:
     for kind, things in parts.items():
         if set(state["parts"][kind]) != set(things):
             raise InputError(
-                f"checkpoint holds {kind} {sorted(state['parts'][kind])} and the trainer has "
+                f"checkpoint contains {kind} {sorted(state['parts'][kind])} and the trainer has "
                 f"{sorted(things)}: resume with the same"
             )
     for kind, names in state["kinds"].items():
@@ -606,7 +606,7 @@ def _check_kinds(trainer: Parts, state: SavedParts) -> None:
             now = type(parts[kind][name]).__name__
             if had != now:
                 raise InputError(
-                    f"checkpoint holds {name} of type {had} and the trainer's is {now}: "
+                    f"checkpoint contains {name} of type {had} and the trainer's is {now}: "
                     "resume with the same"
                 )
 

@@ -54,7 +54,7 @@ class TwoViews(Dataset[Item]):
 
     The random numbers of an item depend on its seed alone. The number of workers, or the place
     where an epoch was resumed, does not change them. If an image cannot be read, another image of
-    its cluster is returned, with its own index; the last entry then holds the error.
+    its cluster is returned, with its own index; the last entry is then the error.
 
     Args:
         dataset: items (image, anything).

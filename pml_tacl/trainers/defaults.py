@@ -16,6 +16,7 @@ from pml_tacl.models.preprocessing import size_in_pixels
 from pml_tacl.trainers.recipe import Recipe
 from pml_tacl.transforms import BackgroundSwap, SiameseTransform
 from pml_tacl.utils.errors import InputError
+from pml_tacl.utils.words import counted
 
 SCHEDULE = "trunk_scheduler_by_iteration"
 _LEAST_IMAGES = 8
@@ -25,8 +26,9 @@ def check_enough(count: int) -> None:
     """Raise InputError if there are too few images to train with the defaults."""
     if count < _LEAST_IMAGES:
         raise InputError(
-            f"dataset holds {count} images, and training needs at least {_LEAST_IMAGES} (a few "
-            "thousand to be worth it): add images, or search without training (pml-tacl index)"
+            f"dataset contains {counted(count, 'image')}, and training needs at "
+            f"least {_LEAST_IMAGES} (a few thousand to be worth it): add images, or search without "
+            "training (pml-tacl index)"
         )
 
 

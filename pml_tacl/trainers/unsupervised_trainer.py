@@ -456,7 +456,7 @@ class UnsupervisedTrainer(BaseTrainer):
 
         Raises:
             ValueError: if ``start_epoch`` does not continue a checkpoint from within an epoch, or
-                checkpoint_folder holds checkpoints of a training that was not loaded.
+                checkpoint_folder contains checkpoints of a training that was not loaded.
             Interrupted: after SIGINT or SIGTERM, with a checkpoint_folder.
         """
         state = self.state
@@ -1077,9 +1077,9 @@ class UnsupervisedTrainer(BaseTrainer):
 
 
 def _check_unused(run: Path) -> None:
-    """Raise InputError if the folder holds a run already."""
+    """Raise InputError if the folder contains a run already."""
     if (run / "model").exists() or (run / "run.json").exists():
-        raise InputError(f"run={str(run)!r} holds another run: give another folder, run=...")
+        raise InputError(f"run={str(run)!r} contains another run: give another folder, run=...")
 
 
 def _that_fit(losses: str, columns: int | None) -> str:

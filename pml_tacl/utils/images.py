@@ -64,7 +64,7 @@ def to_rgb(image: AnyImage, name: str = "image") -> Image.Image:
     if isinstance(image, np.ndarray | Tensor):
         return _opaque(_from_array(image, name))
     raise InputTypeError(
-        f"{name} must hold PIL images, arrays or tensors, got {type(image).__name__}: "
+        f"{name} must contain PIL images, arrays or tensors, got {type(image).__name__}: "
         "open files with PIL.Image.open first"
     )
 
@@ -80,7 +80,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 def _from_pil(image: Image.Image, name: str) -> Image.Image:
     if 0 in image.size:
-        raise InputError(f"{name} must hold pixels, got an image of {image.size} pixels")
+        raise InputError(f"{name} must contain pixels, got an image of {image.size} pixels")
     _load(image)
     # Read before the rotation, which drops the attributes of the file.
     white = _white_of_file(image)
@@ -128,7 +128,7 @@ def _from_array(image: npt.NDArray[Any] | Tensor, name: str) -> Image.Image:
     channels_first = array.ndim == 3 and array.shape[0] in _CHANNELS
     if 0 in array.shape or not (array.ndim == 2 or channels_last or channels_first):
         raise InputError(
-            f"{name} must hold images of shape (H, W, C) or (C, H, W) with 1, 3 or 4 channels, "
+            f"{name} must contain images of shape (H, W, C) or (C, H, W) with 1, 3 or 4 channels, "
             f"got {array.shape}: give images of a batch one by one"
         )
     if channels_first and (not channels_last or isinstance(image, Tensor)):
@@ -137,7 +137,7 @@ def _from_array(image: npt.NDArray[Any] | Tensor, name: str) -> Image.Image:
         low, high = float(array.min()), float(array.max())
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN lands here too
             raise InputError(
-                f"{name} holds values from {low:.3g} to {high:.3g}, floating-point images go "
+                f"{name} contains values from {low:.3g} to {high:.3g}, floating-point images go "
                 "from 0 to 1: undo the normalisation (x * std + mean) or divide by 255"
             )
         array = _eight_bits(array, name, 1)

@@ -186,7 +186,7 @@ def positive_pairs(indices_tuple: tuple[Tensor, ...], device: torch.device) -> l
     """
     if len(indices_tuple) not in (3, 4):
         raise InputError(
-            f"indices_tuple must hold 3 tensors (triplets) or 4 (pairs), got {len(indices_tuple)}"
+            f"indices_tuple must have 3 tensors (triplets) or 4 (pairs), got {len(indices_tuple)}"
         )
     return [x.to(device) for x in indices_tuple[:2]]
 

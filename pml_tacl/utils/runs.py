@@ -21,7 +21,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     try:
         config = dict(json.loads((Path(folder) / MARK).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder} is not a run folder: it holds no readable {MARK}") from error
+        raise InputError(f"{folder} is not a run folder: it contains no readable {MARK}") from error
     return config
 
 

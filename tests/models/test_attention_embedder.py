@@ -343,7 +343,7 @@ class TestSaving:
             )
 
     def test_newer_version_and_no_model(self, model, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"holds no config.json"):
+        with pytest.raises(FileNotFoundError, match=r"contains no config.json"):
             AttentionEmbedder.from_pretrained(tmp_path)
         model.save_pretrained(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())

@@ -197,10 +197,10 @@ class TestProjection:
     @pytest.mark.parametrize(
         ("wrong", "message"),
         [
-            (images(1).expand(5, -1, -1, -1), "batches hold 5 images that all look the same"),
+            (images(1).expand(5, -1, -1, -1), "batches contain 5 images that all look the same"),
             (images(4) * torch.nan, "features that are NaN or infinite: check the images"),
-            (images(1), "batches hold 1 images: the projection needs at least 2"),
-            (images(0), "batches hold 0 images: the projection needs at least 2"),
+            (images(1), "batches contain 1 image: the projection needs at least 2"),
+            (images(0), "batches contain 0 images: the projection needs at least 2"),
         ],
     )
     def test_what_it_can_not_be_fitted_to_changes_nothing(self, wrong, message):
@@ -533,11 +533,11 @@ class TestErrors:
             with pytest.raises(ValueError, match=f"shrinkage must be .* above 0, got {wrong!r}"):
                 whiten_linear(model, [images()], shrinkage=wrong)
         for wrong, message in [
-            ([images(1)], "batches hold 1 images"),
-            ([], "batches hold 0 images"),
+            ([images(1)], "batches contain 1 image:"),
+            ([], "batches contain 0 images"),
             ([images() * torch.nan], "features that are NaN or infinite"),
             # Of one cell, which has no covariance.
-            ([images()[:, :, :8, :8]], "batches hold 24 images that all look the same"),
+            ([images()[:, :, :8, :8]], "batches contain 24 images that all look the same"),
             (iter([images()]), "batches are read twice, which list_iterator does not allow: give"),
         ]:
             with pytest.raises(ValueError, match=message):

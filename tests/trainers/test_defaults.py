@@ -68,7 +68,7 @@ def test_three_lines_end_with_a_model_an_index_and_a_verdict(folder, tmp_path, c
 
 def test_a_run_that_is_there_is_not_written_over(folder, tmp_path):
     trainer_of(pretrained_model(), folder, tmp_path / "run").finish()
-    with pytest.raises(ValueError, match=r"run=.* holds another run"):
+    with pytest.raises(ValueError, match=r"run=.* contains another run"):
         trainer_of(pretrained_model(), folder, tmp_path / "run")
 
 
@@ -223,7 +223,7 @@ class TestRecipe:
         (tmp_path / "few").mkdir()
         for i in range(5):
             Image.new("RGB", (SIZE, SIZE), (i * 40, 0, 0)).save(tmp_path / "few" / f"{i}.png")
-        with pytest.raises(ValueError, match="dataset holds 5 images"):
+        with pytest.raises(ValueError, match="dataset contains 5 images"):
             trainer_of(pretrained_model(), tmp_path / "few", tmp_path / "run")
 
 

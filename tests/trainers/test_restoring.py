@@ -20,7 +20,7 @@ from .small import Images, make_model, make_trainer, same, state_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "few_channels"),
-    pytest.mark.filterwarnings("ignore:one cluster holds"),
+    pytest.mark.filterwarnings("ignore:one cluster contains"),
 ]
 STEPS = 2  # iterations of an epoch
 
@@ -206,7 +206,7 @@ PARTS = {
         {"make": lambda o: {"trunk_scheduler_by_epoch": schedules.StepLR(o, 1)}},
         "trunk_scheduler_by_epoch of type CosineAnnealingLR .* is StepLR",
     ),
-    "no scheduler": ({"make": None}, r"holds lr_schedulers \['trunk_scheduler_by_epoch'\] and"),
+    "no scheduler": ({"make": None}, r"contains lr_schedulers \['trunk_scheduler_by_epoch'\] and"),
     "backbone": (
         {"model": "test_vit"},
         r"trunk does not fit the trainer's \(model\.conv1\.0\.weight: \(16, 3, 3, 3\) in the "

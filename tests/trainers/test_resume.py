@@ -266,7 +266,7 @@ def test_a_checkpoint_within_an_iteration_is_refused(tmp_path):
 def test_the_checkpoints_of_another_training_are_not_written_over(tmp_path):
     fresh(tmp_path).train(num_epochs=1)
     names = [p.name for p in checkpoints(tmp_path / "checkpoints")]
-    with pytest.raises(ValueError, match="holds checkpoints of an earlier training: load_check"):
+    with pytest.raises(ValueError, match="contains checkpoints of an earlier training: load_check"):
         fresh(tmp_path).train(num_epochs=1)
     assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == names
     trainer = fresh(tmp_path)

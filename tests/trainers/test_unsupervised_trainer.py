@@ -274,7 +274,7 @@ def test_checkpoints_of_something_else_are_refused(tmp_path):
     trainer.save_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="24 images and the data set has 20"):
         make_trainer(dataset=Images(20)).load_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match="checkpoint holds loss_funcs"):
+    with pytest.raises(ValueError, match="checkpoint contains loss_funcs"):
         make_trainer(loss_funcs={"metric_loss": losses.NTXentLoss()}).load_checkpoint(tmp_path)
 
 
