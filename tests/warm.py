@@ -134,6 +134,8 @@ class Warm:
     def close(self):
         """End the server, which kills the processes that are left."""
         if self._server is not None:
+            # A process that a test has forked may hold it too: closing it would not end the server.
+            self._connection.shutdown(socket.SHUT_RDWR)
             self._connection.close()
             self._server.wait(60)
         self._folder.cleanup()

@@ -471,6 +471,7 @@ def test_timm_module_and_features_only_net():
     )
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("how", ["checkpoint", "no_grad"])
 def test_nothing_is_removed_where_the_graph_does_not_show_what_is_used(how):
     module = timm.create_model("test_resnet")
