@@ -278,9 +278,9 @@ def test_the_command_serves_until_ctrl_c(warm, run, photos):
 
 
 @pytest.mark.parametrize("words", [["--port=65536"], ["--port=x"]])
-def test_a_wrong_port_is_wrong_usage(words, run, capsys):
+def test_a_wrong_port_is_wrong_usage(words, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["serve", str(run), *words])
+        main(["serve", "run", *words])
     assert stop.value.code == 2
     assert "--port: must be a whole number from 0 to 65535" in capsys.readouterr().err
 
