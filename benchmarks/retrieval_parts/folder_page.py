@@ -29,8 +29,10 @@ last, at the last step. All methods share network, views, batches, steps and see
 a tenth as many clusters as images. `zero_shot` is the backbone's own embedding. `+projection` \
 is what `fit_projection` fits afterwards, without labels, at most 512 numbers. `+averaged` takes \
 the mean of the trained and the untrained weights before that. `+whitened` is the usual \
-PCA-whitening of the embedding alone. `ms` is k-means with MultiSimilarityLoss. `full` is \
-`ms+ccl+tac+swap+averaged+projection` of what the guard keeps. `supervised` knows the labels.
+PCA-whitening of the embedding alone. `ms` is k-means with MultiSimilarityLoss, `ntxent` PML's \
+NTXentLoss on the two views of an image, and `stml` our implementation of Kim et al., CVPR 2022. \
+`full` is `ms+ccl+tac+swap+averaged+projection` of what the guard keeps. `supervised` knows the \
+labels.
 """
 
 _PARTS = """## What each part is worth: validation, 96 px
