@@ -49,7 +49,7 @@ class Changes(NamedTuple):
 
 
 class ImageIndex:
-    """Search index of images, which finds the images with the most similar embeddings.
+    """Index for finding the images whose embeddings are most similar to those of a query.
 
     Similarity is the cosine of two embeddings.
 

@@ -248,7 +248,7 @@ def test_index_by_a_run_and_by_a_timm_model(run, photos, tmp_path, capsys):
     call("index", photos, *TIMM, "--run", tmp_path / "by timm")
     config = json.loads((tmp_path / "by timm" / "run.json").read_text())
     assert (config["backbone"], config["image_size"]) == ("test_resnet", [32, 32])
-    with pytest.raises(SystemExit, match="contains another run: give --resume"):
+    with pytest.raises(SystemExit, match="already contains a run: give --resume"):
         call("index", photos, *TIMM, "--run", tmp_path / "by timm")
     call("report", tmp_path / "by timm", "--points=30", "--queries=1", "--quiet")
     page = (tmp_path / "by timm" / "report.html").read_text("utf-8")
@@ -438,7 +438,7 @@ def test_report_is_written_where_it_is_asked_for(run, tmp_path, capsys):
         (["embed", "{photos}", *TIMM, "--out=a.npy", "--files={no}"], "--files '{no}' cannot be"),
         (["embed", "{photos}", *TIMM, "--out=a.npy", "--exclude=*"], "leaves no image of"),
         (["export", "{no}", "--onnx=a.onnx"], "{no} is not a folder: give the folder of a run"),
-        (["train", "{photos}", *TINY, "--run={run}"], "contains another run: give --resume"),
+        (["train", "{photos}", *TINY, "--run={run}"], "already contains a run: give --resume"),
         (["train", "{photos}", *TINY, "--run={new}", "--eval-folder={photos}"], "--eval-folder '"),
     ],
 )

@@ -374,11 +374,11 @@ def test_nan_images_of_a_users_data_set_end_in_one_line(few, workers):
 def test_a_run_is_not_mixed_with_another(few, unbroken, images):
     run = ["--run", unbroken.run]
     found = failure("train_folder", few, *run, *unbroken.settings)
-    assert "contains another run: give --resume to go on with it" in found
+    assert "already contains a run: give --resume to continue it" in found
     found = failure("train_folder", few, *run, *unbroken.settings, "--resume", "--seed=4")
-    assert "begun with other settings (seed): resume with the same (--seed 0), or give" in found
+    assert "started with other settings (seed): resume with the same (--seed 0), or give" in found
     found = failure("train_folder", images, *run, *unbroken.settings, "--resume")
-    assert "begun with other settings (its images)" in found
+    assert "started with other settings (its images)" in found
     assert contents(unbroken.run) == unbroken.files
 
 
@@ -412,7 +412,7 @@ def test_more_epochs_and_moved_images_go_on(few, labelled, unbroken, tmp_path):
     shifted = moved / "level 0" / "000 of floats.tif"
     Image.new("RGB", (40, 50), "red").save(shifted)
     found = failure("train_folder", moved, "--run", run, *settings)
-    assert "begun with other settings (its images): resume with the same, or give" in found
+    assert "started with other settings (its images): resume with the same, or give" in found
     assert "--overwrite" not in found
 
 

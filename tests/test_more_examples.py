@@ -198,7 +198,7 @@ class TestBenchmarks:
             with pytest.raises(KeyboardInterrupt):
                 run("broken")
         assert run("broken", "--resume") == unbroken
-        with pytest.raises(ValueError, match="contains another run"):
+        with pytest.raises(ValueError, match="already contains a run"):
             run("broken")
 
     def test_a_wrong_root_is_found_before_anything_is_made(self, tmp_path, monkeypatch):

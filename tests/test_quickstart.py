@@ -64,7 +64,7 @@ def test_the_quickstart_writes_everything(quickstart, whole):
         assert all(0 <= value <= 1 for value in metrics[row].values())
     assert (folder / "records" / "loss_histories.csv").stat().st_size > 100
     AttentionEmbedder.from_pretrained(folder / "model")
-    with pytest.raises(ValueError, match="contains another run"):
+    with pytest.raises(ValueError, match="already contains a run"):
         run(quickstart, "--run", folder)
 
 

@@ -26,7 +26,7 @@ def test_another_run_is_refused_and_left_whole(tmp_path):
     folder = runs.open_run(tmp_path / "run", {"epochs": 3})
     (folder / "metrics.json").write_text("{}")
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match="contains another run: give --resume"):
+    with pytest.raises(ValueError, match="already contains a run: give --resume"):
         runs.open_run(folder, {"epochs": 3})
     with pytest.raises(
         ValueError, match=r"other settings \(epochs\): resume with the same"
@@ -66,9 +66,9 @@ def test_checking_a_run_says_what_opening_it_would_and_reads_what_it_was_asked(t
     folder = runs.open_run(tmp_path / "run", {"epochs": 3})
     assert runs.read_config(folder) == {"epochs": 3}
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match="contains another run: give --resume"):
+    with pytest.raises(ValueError, match="already contains a run: give --resume"):
         runs.check_run(folder)
-    with pytest.raises(ValueError, match=r"begun with other settings \(epochs\)"):
+    with pytest.raises(ValueError, match=r"started with other settings \(epochs\)"):
         runs.check_run(folder, {"epochs": 4}, resume=True)
     runs.check_run(folder, resume=True)  # of settings not known yet
     runs.check_run(folder, {"epochs": 4}, overwrite=True)

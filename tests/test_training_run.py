@@ -371,7 +371,7 @@ def test_wrong_uses_are_named(tmp_path):
     with pytest.raises(ValueError, match="epochs must be an integer of at least 1, got 0"):
         run.train(make_trainer(), 0)
     run.open({"seed": 0})
-    with pytest.raises(ValueError, match="contains another run: give --resume"):
+    with pytest.raises(ValueError, match="already contains a run: give --resume"):
         TrainingRun(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"begun with other settings \(seed\)"):
+    with pytest.raises(ValueError, match=r"started with other settings \(seed\)"):
         TrainingRun(tmp_path / "run", resume=True).open({"seed": 1})

@@ -114,7 +114,7 @@ def check_run(
         raise InputError(f"run folder {folder} contains files, but no run: give another folder")
     if there and not (resume or overwrite):
         raise InputError(
-            f"run folder {folder} contains another run: give --resume (resume=True) to go on with "
+            f"run folder {folder} already contains a run: give --resume (resume=True) to continue "
             "it, --overwrite (overwrite=True) to replace it, or another folder"
         )
     if there and resume and asked is not None:
@@ -126,7 +126,7 @@ def check_run(
             named = ", ".join(_WORDS.get(name, name) for name in changed)
             hint = _other_images(folder, earlier) if "image_files" in changed else ""
             raise InputError(
-                f"run folder {folder} was begun with other settings ({named}): "
+                f"run folder {folder} was started with other settings ({named}): "
                 f"resume with the same{f' ({same})' if same else ''}, or give another folder{hint}"
             )
 

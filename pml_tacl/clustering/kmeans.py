@@ -138,7 +138,7 @@ class KMeansPseudoLabeler:
             or 50 per cluster if that is more. A normalised copy of the sample, one chunk, the
             centroids and the labels are held in memory.
         min_cluster_size: clusters with fewer members become noise: their images get the label -1.
-            1 keeps all clusters, because two views of one image are already a positive pair.
+            1 keeps all clusters: even a cluster of one image has a positive pair, its two views.
         chunk_size: number of embeddings that are checked and assigned at once.
 
     Raises:
@@ -224,8 +224,8 @@ class KMeansPseudoLabeler:
             raise InputError(
                 f"all {len(rows)} embeddings are nearly identical (mean cosine distance to their "
                 f"mean {spread:.1e}): the images are copies of one another, or the model has "
-                "collapsed; look at the images, else lower the learning rate, raise the weight of "
-                "the metric loss or go back to an earlier checkpoint"
+                "collapsed; check the images, and if they differ, lower the learning rate, raise "
+                "the weight of the metric loss or go back to an earlier checkpoint"
             )
         start = self._start(rows, initial_centroids, number)
         points = self._points(rows, number)
@@ -394,17 +394,17 @@ def auto_clusters(count: int, least: int = 2) -> int:
 
 
 def _check_use(members: IntArray) -> None:
-    """Warn if few clusters are used, or if one of them holds most images."""
+    """Warn if few clusters are used, or if one of them has most images."""
     wanted, used = len(members), int((members > 0).sum())
     if 2 * used < wanted:
         trouble = (
-            f"only {used} of {wanted} clusters are used: the embeddings form fewer groups, "
-            "lower num_clusters, or they are about to collapse"
+            f"only {used} of {wanted} clusters are used: either the embeddings form fewer groups "
+            "(lower num_clusters), or they are about to collapse (lower the learning rate)"
         )
     elif wanted > 3 and 2 * members.max() > members.sum():
         trouble = (
             f"one cluster contains {members.max()} of {members.sum()} images: most images look the "
-            "same to the model, raise num_clusters or look for duplicates"
+            "same to the model; raise num_clusters, or look for duplicates"
         )
     else:
         return

@@ -40,8 +40,9 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
     Args:
         temperature: how the best cell in j is chosen. None takes the largest cosine; t > 0 takes
             a soft maximum over all cells.
-        max_pairs: largest number of pairs with the same label. Pairs that are close in the batch
-            are used first. It does not limit the pairs of ``indices_tuple``.
+        max_pairs: largest total number of pairs with the same label. If there are more, pairs
+            whose positions in the batch are close to each other are used first. It does not limit
+            the pairs of ``indices_tuple``.
         chunk_size: number of pairs compared at once; None chooses it for the device. It does not
             change the result.
         **kwargs: ``reducer`` and ``collect_stats``, as in any PML loss.

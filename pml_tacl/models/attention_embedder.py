@@ -29,15 +29,14 @@ _Self = TypeVar("_Self", bound="AttentionEmbedder")
 class AttentionEmbedder(nn.Module):
     """Model that turns images into embeddings of unit norm, feature maps and an attention map.
 
-    The model has two parts, a backbone and a projection. The backbone is *trained*. Its embedding
-    is the pooled feature of the timm model. Before training, it therefore retrieves as well as
-    `timm.create_model(backbone, num_classes=0)`. The projection turns this embedding, together
-    with the feature maps, into the final embedding. It is not trained but *fitted*:
-    :meth:`fit_projection` computes it from images without labels. Call it before the first search,
-    and again after training. Until then, the model returns the embedding of the backbone.
+    `model.trunk` is the backbone, which is *trained*. `model.embedder` turns its output into the
+    embedding by a projection, which is not trained but *fitted*: :meth:`fit_projection` computes it
+    from images without labels. Call it before the first search, and again after training. Until it
+    is fitted, the model returns the pooled feature of the backbone, which retrieves exactly like
+    `timm.create_model(backbone, num_classes=0)`.
 
-    Trainers and testers of pytorch-metric-learning expect two modules. These are `model.trunk` and
-    `model.embedder`: `embedder(trunk(x))` equals `model(x)`.
+    Trainers and testers of pytorch-metric-learning take the two modules: `embedder(trunk(x))`
+    equals `model(x)`.
 
     Args:
         backbone: a timm model name; a timm module (its head is removed in place); or any module
@@ -197,8 +196,8 @@ class AttentionEmbedder(nn.Module):
         Args:
             image_size: side or (height, width) in pixels; None uses the data config.
             through_weights: measure the offset with the current weights, by gradients on noise.
-                Training can change it: for EfficientNet-Lite0, the layers give 0.47 of a cell down
-                and right, and the ImageNet weights 0.14.
+                Weights can change it: for EfficientNet-Lite0, the offset is 0.47 of a cell down
+                and right by architecture alone, but 0.14 with the ImageNet weights.
 
         Raises:
             ValueError: if :meth:`grid` does not accept the size.

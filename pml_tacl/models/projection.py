@@ -38,12 +38,12 @@ class Projection(nn.Module):
     :meth:`AttentionEmbedder.fit_projection` computes them from images. Before that, `fitted`
     is False and the embedder does not use the projection.
 
-    After Jégou and Chum 2012 (PCA whitening) and Lin et al. 2015 (bilinear CNN); the combination
+    Based on Jégou and Chum 2012 (PCA whitening) and Lin et al. 2015 (bilinear CNN); the combination
     is our own. Whitening both descriptors jointly retrieves worse, see docs/results.md.
 
     Args:
-        num_features: F of the pooled features.
-        map_channels: C of the feature maps.
+        num_features: number of pooled features, F.
+        map_channels: number of channels of the feature maps, C.
         embedding_dim: D, largest number of dimensions of the result; at least 1.
 
     Attributes:

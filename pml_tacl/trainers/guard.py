@@ -1,4 +1,4 @@
-"""Choice of the best network of a training without labels; the untrained one is a candidate."""
+"""Choice of the best network of a training without labels, or of the pretrained network."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,19 +23,19 @@ _IN_A_ROW = 2
 
 
 def is_kept(values: Sequence[float]) -> bool:
-    """Return whether the last share of mutual neighbours is close enough to the highest one."""
+    """Return whether the last fraction of mutual neighbours is close enough to the highest."""
     return values[-1] >= max(values) - TOLERANCE
 
 
 class Guard:
-    """Selection of a network by :func:`mutual_neighbours`, a criterion without labels.
+    """Selects a network by its fraction of mutual neighbours, which needs no labels.
 
-    The guard measures the embeddings of each clustering, which begins with the untrained network,
-    and once more at the end of the training. It keeps the latest network whose share of mutual
-    neighbours is at most 0.02 below the highest. If that is a trained network, the final weights
-    are a weighted mean of the trained and the untrained weights. On validation sets, this mean
-    retrieved better on average than the trained weights alone, mostly where training did harm.
-    The guard's state is saved in checkpoints.
+    The guard measures the embeddings at each clustering (the first is of the pretrained network)
+    and once more at the end of the training. It keeps the latest network whose fraction of
+    :func:`mutual_neighbours` is at most 0.02 below the highest. If that is a trained network, the
+    final weights are a weighted mean of the trained and the pretrained weights. On validation sets,
+    this mean retrieved slightly better on average than the trained weights alone. The guard's state
+    is saved in checkpoints.
 
     Averaging weights follows Wortsman et al. 2022 (robust fine-tuning); the criterion is ours.
 
@@ -43,7 +43,7 @@ class Guard:
         share: weight of the trained network in the mean, in (0, 1]; 1 keeps the trained network.
 
     Attributes:
-        values: share of mutual neighbours in [0, 1] by the number of epochs completed.
+        values: maps the number of completed epochs to the fraction of mutual neighbours, in [0, 1].
         kept: number of epochs completed by the network that is kept; None before the first
             measurement.
     """
@@ -57,12 +57,14 @@ class Guard:
         self._state: dict[str, Any] = {}
 
     def look(self, trainer: "UnsupervisedTrainer", embeddings: Tensor | None) -> None:
-        """Measure the current network and keep it if it is good. Collective.
+        """Measure the current network, and keep it if it is close enough to the best.
+
+        All processes must call this method.
 
         Args:
             trainer: the trainer whose network is measured.
             embeddings: (N, D) on the main process, NaN for unreadable images; ignored on the
-                others. Of more than a million, an even sample is measured.
+                others. If there are more than a million, an evenly spaced sample is measured.
         """
         if trainer.ended in self.values:
             return
@@ -98,7 +100,7 @@ class Guard:
 
     @property
     def start_is_kept(self) -> bool:
-        """Whether the untrained network is kept."""
+        """Whether the pretrained network is kept."""
         return self.kept is not None and self.kept == min(self.values)
 
     def verdict(self) -> str:
@@ -109,14 +111,14 @@ class Guard:
         last = self.values[max(self.values)]
         if self.start_is_kept:
             return (
-                "training did not help: the untrained network is kept (mutual neighbours "
+                "training did not help: the pretrained network is kept (mutual neighbours "
                 f"{100 * start:.1f} % before, {100 * last:.1f} % at the end)"
             )
-        how = "" if self.share == 1 else f", averaged {self.share:.0%} with the untrained one"
+        how = "" if self.share == 1 else f", averaged {self.share:.0%} with the pretrained one"
         return (
-            f"{'training helped' if kept >= start else 'training changed little'}: the network of "
-            f"epoch {self.kept} is kept{how} (mutual neighbours {100 * start:.1f} % before, "
-            f"{100 * kept:.1f} % then)"
+            f"{'training helped' if kept > start + TOLERANCE else 'training changed little'}: the "
+            f"network of epoch {self.kept} is kept{how} (mutual neighbours {100 * start:.1f} % "
+            f"before, {100 * kept:.1f} % after it)"
         )
 
     def summary(self) -> dict[str, Any]:

@@ -25,8 +25,8 @@ class Recipe:
         freeze_batchnorm: do not train BatchNorm's statistics and weights.
         centroid_momentum: in [0, 1], of the centroids, which follow the batches; 1 fixes them.
         swap: share of the views whose background is swapped, in [0, 1].
-        guard: select the best network by a criterion without labels, which may be the untrained
-            one.
+        guard: select the best network by a criterion without labels, which may be the
+            pretrained one.
         trained_share: weight of the trained network in the mean that the guard keeps, in (0, 1].
         attention_temperature: temperature of the soft maximum in the attention loss; None for the
             hard maximum.

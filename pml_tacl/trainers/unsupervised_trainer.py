@@ -115,7 +115,8 @@ class UnsupervisedTrainer(BaseTrainer):
     calls the hooks. The method follows Li et al. 2020; the exact definitions are our own.
 
     Only the model and the data set are required. The defaults of other arguments come from
-    :func:`pml_tacl.trainers.recipe.recipe_for`. If the data set is given as a folder,
+    :func:`pml_tacl.trainers.recipe.recipe_for`. If you pass ``loss_funcs``, the background swap,
+    the guard and the warm-up are off by default. If the data set is given as a folder,
     :meth:`train` ends with :meth:`finish`, which writes a model and a search index and prints
     whether training helped.
 
@@ -130,8 +131,8 @@ class UnsupervisedTrainer(BaseTrainer):
             gets feature maps and points. PML's SelfSupervisedLoss gets the embeddings of the two
             views. Any other loss gets the embeddings of both views with their pseudo-labels. Losses
             that use centroids receive them, even inside PML's wrappers or user-defined modules.
-            Such losses do not need SelfSupervisedLoss or CrossBatchMemory: if they are wrapped in
-            one, the trainer calls the loss directly.
+            PML's SelfSupervisedLoss and CrossBatchMemory do not work with centroids, so the trainer
+            bypasses them and calls the wrapped loss directly.
         dataset: its items are (image, anything), with images that ``transform`` accepts; labels
             are ignored. Or the path of a folder of images.
         image_size: side or (height, width) in pixels, for the default transforms; None for the
@@ -147,13 +148,14 @@ class UnsupervisedTrainer(BaseTrainer):
         images_per_cluster: number of images of each cluster in a batch; must divide batch_size.
         recluster_every: number of epochs from one clustering to the next, at least 1.
         recluster_when_moved: skip a clustering that is due if the embeddings have moved less than
-            this since the last one. The movement is the mean cosine distance, in [0, 2], of a
-            sample of 1000 images (0.02 is little, 0.2 is much). None: never skip.
+            this threshold: the mean cosine distance, in [0, 2], of a sample of 1000 embeddings to
+            those of the last clustering (0.02 is little, 0.2 is much). None: never skip.
         warmup_epochs: number of epochs before the first clustering, at least 0.
         centroid_momentum: in [0, 1]. After each step, the centroids move towards the embeddings of
             the batch with this momentum (``ContrastiveClusteringLoss.move_centroids``); 1 keeps
             the centroids of the clustering.
-        swap: a :class:`BackgroundSwap` for both views, or None.
+        swap: a :class:`BackgroundSwap` for both views; None for no swap. "default": that of the
+            recipe, or None if ``loss_funcs`` is given or the transform does not track cells.
         amp_dtype: autocast type, torch.bfloat16 or torch.float16 (with loss scaling); None for no
             autocast.
         accumulation_steps: number of chunks in which a batch passes through the model, to save
@@ -179,11 +181,11 @@ class UnsupervisedTrainer(BaseTrainer):
             lr_schedulers, gradient_clippers, freeze_these, dataloader_num_workers,
             end_of_epoch_hook, ...). Arguments that concern labels of the data set (sampler,
             dataset_labels, ...) raise ValueError.
-        guard: select the best network, which may be the untrained one, by a measurement that needs
+        guard: select the best network, which may be the pretrained one, by a measurement that needs
             no labels, and stop early if training does harm
             (:class:`pml_tacl.trainers.guard.Guard`). It needs a clustering before the first epoch,
-            so ``warmup_epochs`` must be 0. None: False with warm-up epochs, otherwise the default
-            of the recipe.
+            so ``warmup_epochs`` must be 0. None: False with warm-up epochs or ``loss_funcs``,
+            otherwise the default of the recipe.
 
     Attributes:
         state: state of the training (:class:`pml_tacl.trainers.state.TrainingState`).
@@ -298,8 +300,8 @@ class UnsupervisedTrainer(BaseTrainer):
         self.guard = Guard(recipe.trained_share) if guard else None
         if self.guard is not None and warmup_epochs:
             raise InputError(
-                "guard compares with the untrained network, but warm-up epochs train it before the "
-                "first clustering: give warmup_epochs=0, or guard=False"
+                "guard compares with the pretrained network, but warm-up epochs train it before "
+                "the first clustering: give warmup_epochs=0, or guard=False"
             )
         self._last: dict[str, dict[str, Tensor]] | None = None  # last trained network
         compile = compile or compiled
@@ -1079,7 +1081,7 @@ class UnsupervisedTrainer(BaseTrainer):
 def _check_unused(run: Path) -> None:
     """Raise InputError if the folder contains a run already."""
     if (run / "model").exists() or (run / "run.json").exists():
-        raise InputError(f"run={str(run)!r} contains another run: give another folder, run=...")
+        raise InputError(f"run={str(run)!r} already contains a run: give another folder, run=...")
 
 
 def _that_fit(losses: str, columns: int | None) -> str:

@@ -48,7 +48,7 @@ class BackgroundSwap(nn.Module):
 
     In an attention loss, cells whose background was replaced should not count. Pass weights that
     say how much of each cell was kept: `cell_weights(output.masks, grid)`. If the second view was
-    swapped too, multiply them by `sample_at_points` of its masks.
+    swapped too, multiply the weights by `sample_at_points(second.masks, points)[0]`.
 
     Args:
         probability: probability that the background of an image is swapped, in [0, 1].

@@ -78,7 +78,7 @@ class SiameseTransform:
         cell_offset: (x, y) in cells, as `AttentionEmbedder.cell_offset` returns it. The receptive
             field of a cell is the part of the image that influences it. This is the offset of its
             centre from the centre of the cell. In most convolutional networks it is half a cell up
-            and left. If one view is mirrored, the difference between the views is twice as large.
+            and left. If only one view is mirrored, its offset has the opposite sign there.
 
     Raises:
         ValueError: at construction, for an argument out of range.

@@ -68,7 +68,7 @@ def test_three_lines_end_with_a_model_an_index_and_a_verdict(folder, tmp_path, c
 
 def test_a_run_that_is_there_is_not_written_over(folder, tmp_path):
     trainer_of(pretrained_model(), folder, tmp_path / "run").finish()
-    with pytest.raises(ValueError, match=r"run=.* contains another run"):
+    with pytest.raises(ValueError, match=r"run=.* already contains a run"):
         trainer_of(pretrained_model(), folder, tmp_path / "run")
 
 
@@ -104,6 +104,16 @@ def test_resumed_with_defaults_it_ends_bit_for_bit_like_an_unbroken_one(folder, 
 
 
 class TestGuard:
+    @pytest.mark.parametrize(
+        ("after", "said"),
+        [(0.53, "training helped"), (0.515, "training changed little"), (0.49, "changed little")],
+    )
+    def test_a_small_rise_is_not_called_a_help(self, after, said):
+        guard = Guard(0.75)
+        guard.values, guard.kept = {0: 0.5, 3: after}, 3
+        assert said in guard.verdict()
+        assert f"50.0 % before, {100 * after:.1f} % after it" in guard.verdict()
+
     def test_the_untrained_network_is_kept_if_training_does_harm(self, folder, tmp_path, capsys):
         model = pretrained_model()
         before = {name: value.clone() for name, value in model.trunk.state_dict().items()}
@@ -194,7 +204,7 @@ class TestGuard:
             Guard(share)
 
     def test_warm_up_and_guard_exclude_each_other(self, folder, tmp_path):
-        with pytest.raises(ValueError, match="guard compares with the untrained network"):
+        with pytest.raises(ValueError, match="guard compares with the pretrained network"):
             trainer_of(pretrained_model(), folder, tmp_path / "run", warmup_epochs=1, guard=True)
         alone = trainer_of(pretrained_model(), folder, tmp_path / "run", warmup_epochs=1)
         assert alone.guard is None
