@@ -80,15 +80,12 @@ the same or up to 0.3 more. So the share is three quarters now.
 - **Sizes.** 128 numbers for the whole and 384 for the parts give 81.4 instead of 81.9 on \
 averaged networks, 81.5 instead of 81.2 on untrained ones. Giving the parts 1.4 times the weight \
 costs 0.6 to 1.1 on photographs and gains 4 to 5 on drawings (openemoji-busy).
-- **Number of steps.** 200 instead of 100 steps (one seed, with the defaults) give 80.3 instead of \
-79.0 on grocery, 81.3 instead of 79.7 on clothing, 83.9 instead of 85.4 in its other direction and \
+- **Number of steps** (`folders-parts ROOT --methods ms+ccl+tac+swap --settings steps=200`, one \
+seed, three quarters of the trained weights). 200 instead of 100 steps give 80.3 instead of 79.0 \
+on grocery, 81.3 instead of 79.7 on clothing, 83.9 instead of 85.4 in its other direction and \
 92.2 instead of 93.0 on caltech101: 0.15 more on average, in twice the time.
-- **Number of clusters.** A fifth instead of a tenth of the images gives 78.7 instead of 79.0 on \
-grocery and 77.8 instead of 79.7 on clothing (one seed).
-- **More than two parts.** The whitened mean of the maps at stride 16, or the covariance of those \
-at stride 8, beside the two parts of an untrained network, gives at most 0.3 more on average over \
-eight measurements. Suppressing the directions in which random views of an image differ gives \
-nothing (at most 0.1). Neither is used.
+- **Number of clusters** (`--settings num_clusters=n/5`). A fifth instead of a tenth of the images \
+gives 78.7 instead of 79.0 on grocery and 77.8 instead of 79.7 on clothing (one seed).
 
 An earlier reading of the test part, one seed, with a rate of 2e-4, without the mean of weights \
 and without whitening of the whole, gave `full` 71.8 on grocery, 67.0 on clothing, 89.4 on \

@@ -28,7 +28,7 @@ from retrieval_parts.training import train
 Result = dict[str, Any]
 BASE = "ms+swap"  # other ways of training are compared with it
 PARTS = (BASE, "ms+ccl+tac+swap", "ms+tac+swap", "ms+ccl+swap", "ms+ccl+tac", "ms", "stml")
-SHARES = (0.0, 0.5, 1.0)  # weight of the trained network in the mean that is measured
+SHARES = (0.0, 0.5, 0.75, 1.0)  # weight of the trained network in the mean that is measured
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

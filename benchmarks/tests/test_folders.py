@@ -142,7 +142,7 @@ def test_the_parts_are_measured_in_both_directions_and_never_on_the_test_third(
     assert set(read) == {"train", "validation"}
     found = json.loads(file.read_text())
     assert [one["reverse"] for one in found] == [False, False, True, True]
-    assert all(set(one["shares"]) == {"0.0", "0.5", "1.0"} for one in found)
+    assert all(set(one["shares"]) == {"0.0", "0.5", "0.75", "1.0"} for one in found)
     assert command(*given) == []  # nothing is left to do
 
 
