@@ -6,29 +6,30 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
-PATIENCE = timedelta(minutes=5)
+TIMEOUT = timedelta(minutes=5)
 
 
 def join(number, world, folder):
-    """Meet the other processes at a file."""
+    """Join the gloo process group; a file is the rendezvous."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting",
         rank=number,
         world_size=world,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
     )
 
 
 def leave(found, folder):
+    """Save a result for `together`, and exit when all processes have done so."""
     torch.save(found, f"{folder}/{distributed.get_rank()}.pt")
-    distributed.barrier()  # nobody leaves while another still talks to him
-    os._exit(0)  # torch's threads now and then abort the interpreter's own way out
+    distributed.barrier()  # no process exits while another still communicates with it
+    os._exit(0)  # torch's threads sometimes abort a normal exit of the interpreter
 
 
 def together(warm, child, world, folder):
-    """Return what each of so many processes leaves that run the function of a test."""
+    """Run `child(rank, world, folder)` in `world` processes. Return what each passed to `leave`."""
     code = f"import sys; from {child.__module__} import {child.__name__} as child; "
     code += "child(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])"
     started = [warm.start(["-c", code, number, world, folder]) for number in range(world)]
@@ -37,7 +38,7 @@ def together(warm, child, world, folder):
 
 
 def wait_for_all(started):
-    """Wait until all have ended well; if one fails, show what each has written."""
+    """Wait for all processes. If one fails, show the end of what each has written."""
     try:
         codes = [process.wait(400) for process in started]
     finally:
@@ -47,12 +48,12 @@ def wait_for_all(started):
 
 
 def meeting():
-    """Hold the meeting place, as torchrun's agent does; the port is the system's choice."""
+    """Host the rendezvous store on a free port, as torchrun's agent does."""
     return distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def begin(warm, words, world, store, folder, **settings):
-    """Start processes as torchrun does. Each writes to a file of its number in the folder."""
+    """Start processes as torchrun does. Process N writes its output to N.log in the folder."""
     given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "WORLD_SIZE": world}
     given |= {"TORCHELASTIC_USE_AGENT_STORE": True, "CUDA_VISIBLE_DEVICES": ""}
     started = []

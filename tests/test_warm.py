@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.processes import begin, meeting, wait_for_all
+
 pytestmark = pytest.mark.slow
 
 LOOK = """
@@ -101,3 +103,10 @@ time.sleep(600)
         process.kill()  # which does nothing to what has ended
     finally:
         process.kill()
+
+
+def test_the_output_of_ranks_that_fail_is_shown(warm, tmp_path):
+    store = meeting()
+    words = ["-c", "import os, sys; sys.exit('rank ' + os.environ['RANK'] + ' cannot go on')"]
+    with pytest.raises(AssertionError, match=r"(?s)rank 0 cannot go on.*rank 1 cannot go on"):
+        wait_for_all(begin(warm, words, 2, store, tmp_path))

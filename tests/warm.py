@@ -1,15 +1,16 @@
 """Processes that start warm: torch, timm and pml_tacl are imported before they begin.
 
-A fresh interpreter takes six seconds of a processor to import them. A server imports them once, and
+A fresh interpreter needs six seconds of CPU time for these imports. A server imports them once, and
 forks itself for each process that a test asks for:
 
     process = warm.start(["-c", code, "argument"], cwd=folder)
     assert process.wait() == 0, process.errors()
 
-The words are those after `python`: a script, `-m` and a module, or `-c` and code. The process is
-like a fresh one in all that a script sees: environment, folder, `sys.argv`, `sys.path`, `__main__`,
-standard streams, handlers of signals, unseeded generators, and how it ends. `test_warm.py` compares
-both. What is read while a module is imported, such as HF_HOME, is not read again.
+The arguments are those after `python`: a script, `-m` and a module, or `-c` and code. The process
+is like a fresh one in all that a script sees: environment, folder, `sys.argv`, `sys.path`,
+`__main__`, standard streams, handlers of signals, unseeded generators, and how it ends.
+`test_warm.py` compares both. Variables that a module reads when it is imported, such as HF_HOME,
+are not read again.
 """
 
 import contextlib
@@ -45,11 +46,11 @@ MODULES = (
     "torch.distributed.fsdp",
     "torchvision",
 )
-NUMBER = 4  # bytes of a number that is sent
+NUMBER = 4  # size in bytes of each integer that is sent
 
 
 class Process:
-    """A process of the server, with what tests need of subprocess.Popen."""
+    """A process forked by the server, with the part of the interface of Popen that tests use."""
 
     def __init__(self, pid, ended, stdout, stderr):
         self.pid, self.returncode = pid, None
@@ -80,15 +81,16 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
     def output(self):
-        """Return what it has printed so far, if `start` was given no file for that."""
-        return self._stdout.read_text("utf-8")
+        """Return its standard output so far; not for a pipe."""
+        return Path(self._stdout).read_text("utf-8")
 
     def errors(self):
-        return self._stderr.read_text("utf-8")
+        """Return its standard error so far; not for a pipe."""
+        return Path(self._stderr).read_text("utf-8")
 
 
 class Warm:
-    """The server as tests see it: it starts with the first process."""
+    """Client of the server, which is launched by the first `start`."""
 
     def __init__(self):
         self._server, self._connection, self._lock = None, None, threading.Lock()
@@ -96,10 +98,11 @@ class Warm:
         self._count = 0
 
     def start(self, words, *, cwd=ROOT, env=None, stdin=b"", stdout=None, stderr=None, group=False):
-        """Start a process; with `group`, as the first of a process group.
+        """Start `python *words`.
 
-        `env` is added to the environment of the tests, where None removes a name; `stdin` is
-        what it reads from a pipe.
+        `group` runs it in a session of its own, and so in a process group of its own. `env` are
+        variables to add to the environment of the tests; None removes one. OMP_NUM_THREADS is
+        always 1. `stdin` are bytes for standard input, at most 64 kB.
         """
         environment = {**os.environ, **(env or {}), "OMP_NUM_THREADS": "1"}
         asked = {"words": [str(word) for word in words], "cwd": str(cwd), "group": group}
@@ -112,15 +115,16 @@ class Warm:
                 opened.enter_context(path.open("wb")) if file is None else file
                 for path, file in zip(paths, (stdout, stderr), strict=True)
             ]
+            written = [file.name for file in files]
             reading, writing = os.pipe()
-            assert os.write(writing, stdin) == len(stdin)  # a pipe holds 64 kB
+            assert os.write(writing, stdin) == len(stdin)  # a pipe takes 64 kB
             os.close(writing)
             ended, end = os.pipe()
             send(connection, asked, [reading, *(file.fileno() for file in files), end])
             for file in (reading, end):
                 os.close(file)
             pid = int.from_bytes(receive(connection, NUMBER), "big")
-        return Process(pid, ended, *paths)
+        return Process(pid, ended, *written)
 
     def run(self, words, timeout=300.0, **settings):
         """Run a process to its end, as subprocess.run does, with its output as text."""
@@ -134,7 +138,7 @@ class Warm:
     def close(self):
         """End the server, which kills the processes that are left."""
         if self._server is not None:
-            # A process that a test has forked may hold it too: closing it would not end the server.
+            # A process that a test has forked may have inherited the socket: close() is not enough.
             self._connection.shutdown(socket.SHUT_RDWR)
             self._connection.close()
             self._server.wait(60)
@@ -158,12 +162,14 @@ class Warm:
 
 
 def send(connection, asked, files):
+    """Send a request as JSON, with open files."""
     words = json.dumps(asked).encode()
     socket.send_fds(connection, [len(words).to_bytes(NUMBER, "big")], files)
     connection.sendall(words)
 
 
 def receive(connection, count):
+    """Return so many bytes."""
     found = connection.recv(count, socket.MSG_WAITALL)
     assert len(found) == count, "the server of warm processes is gone"
     return found
@@ -189,7 +195,7 @@ def serve(connection):
     import_all()
     gc.collect()
     gc.freeze()
-    running = {}  # by its number, where the end of a process is told
+    running = {}  # process id -> write end of the pipe that reports its exit code
     with selectors.DefaultSelector() as ready:
         for file in (connection, waking):
             ready.register(file, selectors.EVENT_READ)
@@ -197,14 +203,14 @@ def serve(connection):
             for key, _ in ready.select():
                 if key.fileobj == waking:
                     os.read(waking, 1000)
-                    tell_ended(running)
+                    report_exits(running)
                     continue
                 size, files, *_ = socket.recv_fds(connection, NUMBER, 4)
                 if not size:
                     for pid in running:
                         os.kill(pid, signal.SIGKILL)
                     while running:
-                        tell_ended(running, 0)
+                        report_exits(running, 0)
                     return None
                 asked = json.loads(receive(connection, int.from_bytes(size, "big")))
                 pid = os.fork()
@@ -220,15 +226,15 @@ def serve(connection):
                 connection.sendall(pid.to_bytes(NUMBER, "big"))
 
 
-def tell_ended(running, how=os.WNOHANG):
+def report_exits(running, how=os.WNOHANG):
     while running:
         pid, status = os.waitpid(-1, how)
         if pid == 0:
             return
-        told = running.pop(pid)
+        pipe = running.pop(pid)
         with contextlib.suppress(BrokenPipeError):  # no test waits for it any more
-            os.write(told, str(os.waitstatus_to_exitcode(status)).encode())
-        os.close(told)
+            os.write(pipe, str(os.waitstatus_to_exitcode(status)).encode())
+        os.close(pipe)
 
 
 def become(asked, files):
