@@ -76,9 +76,9 @@ EXPORTED += [(name, "backbone") for name in MODELS if (name, "backbone") not in 
 @pytest.mark.parametrize(("name", "pooling"), EXPORTED)
 def test_torch_export(name, pooling):
     model = WithMaps(build(name, pooling=pooling))
-    program = torch.export.export(model, (images(2),), dynamic_shapes=BATCH)
+    exported = torch.export.export(model, (images(2),), dynamic_shapes=BATCH).module()
     for n in (1, 2, 5):
-        check(program.module(), model, n)
+        check(exported, model, n)
 
 
 def test_torch_export_of_distinctive_attention():
