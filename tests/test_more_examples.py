@@ -12,6 +12,7 @@ import timm
 import torch
 from PIL import Image
 
+import pml_tacl
 from pml_tacl import AttentionEmbedder, UnsupervisedTrainer
 from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import CUB, Cars196, Glyphs, InShop, StanfordOnlineProducts
@@ -231,6 +232,14 @@ class TestMixLosses:
                     float(trainer.losses[name])
                 )
 
+        class FewSteps(UnsupervisedTrainer):
+            """Take a few steps with each mix, which begins from the network that has learnt."""
+
+            def __init__(self, *args, warmup_epochs, **kwargs):
+                few = {} if warmup_epochs else {"iterations_per_epoch": 4}
+                super().__init__(*args, warmup_epochs=warmup_epochs, **few, **kwargs)
+
+        monkeypatch.setattr(pml_tacl, "UnsupervisedTrainer", FewSteps)
         monkeypatch.setattr(UnsupervisedTrainer, "forward_and_backward", remembered)
         small = {"CLASSES": 24, "WARMUP_EPOCHS": 6, "EPOCHS": 1, "BATCH_SIZE": 32, "WORKERS": 0}
         found = script("mix_losses", BACKBONE=NETWORK, **small).main()
