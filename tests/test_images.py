@@ -1,5 +1,6 @@
 """The one conversion to RGB: every way into the package gives the pixels that the file gives."""
 
+import functools
 import io
 import struct
 import warnings
@@ -10,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image
+from PIL import Image, ImageCms
 
 from pml_tacl import AttentionEmbedder, SiameseTransform
 from pml_tacl.callbacks.loggers import as_image
@@ -406,7 +407,21 @@ def pil_images(draw):
     return image, options, whole and mode not in ("P", "LA", "CMYK", "LAB", "YCbCr")
 
 
+@pytest.fixture
+def one_transform_from_lab(monkeypatch):
+    """Let Pillow build its transform from LAB once, which takes longer than an example."""
+    build = functools.cache(lambda *modes: original(*profiles, *modes))
+    original, profiles = ImageCms.buildTransform, []
+
+    def kept(first, second, *modes):
+        profiles[:] = first, second
+        return build(*modes)
+
+    monkeypatch.setattr(ImageCms, "buildTransform", kept)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_transform_from_lab")
 @settings(
     max_examples=2000,
     deadline=None,
