@@ -39,7 +39,7 @@ def test_what_weakens_the_test_is_said(tmp_path, capsys):
         (["1.png", "2.png"], "lie in no sub-folder"),
         (["a/1.png", "a/2.png"], "contains one class, 'a': every neighbour would be right"),
         (["a/b/1.png", "a/c/2.png"], "contains one class, 'a': every neighbour would be right"),
-        (["a/1.png", "b/1.png"], "holds 2 classes of one image each"),
+        (["a/1.png", "b/1.png"], "contains 2 classes of one image each"),
     ],
 )
 def test_what_cannot_measure_is_refused(tmp_path, names, message):
@@ -54,7 +54,7 @@ def test_what_is_trained_on_is_no_test(tmp_path, test):
     (tmp_path / "link").symlink_to(root)
     folder = tmp_path / "link" if test == "link" else root / test
     trained_on = ImageFiles(root, progress=False)
-    message = f"holds only training images of {re.escape(repr(str(root)))}"
+    message = f"contains only training images of {re.escape(repr(str(root)))}"
     with pytest.raises(ValueError, match=message):
         images_to_test_on(folder, trained_on)
 
@@ -64,7 +64,7 @@ def test_a_training_is_told_of_lone_classes_and_goes_on(tmp_path, caplog):
     images = images_to_test_on(tmp_path, needed=False)
     assert images.labels.tolist() == [0, 1, 2]
     assert not can_measure(images)
-    assert "holds 3 classes of one image each" in caplog.text
+    assert "contains 3 classes of one image each" in caplog.text
     caplog.clear()
     assert can_measure(images_to_test_on(write(tmp_path, "a/2.png"), needed=False))
     assert not caplog.records
