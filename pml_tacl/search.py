@@ -568,6 +568,8 @@ def _trained(rows: _Rows, fresh: IntArray) -> Any:
         points[start : start + _CHUNK] = rows[where[start : start + _CHUNK]]
     inverted: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
     inverted.pq.cp.niter = 10  # as for the lists; enough, since candidates are ranked again
+    # This takes most of the time and serves searches by Hamming distance, which are not used.
+    inverted.do_polysemous_training = False
     index.train(points)
     inverted.nprobe = min(lists, _LISTS_SEARCHED)
     return index

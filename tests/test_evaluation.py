@@ -209,6 +209,7 @@ def test_clustering_scores_equal_scikit_learn():
 
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 100)
 @given(st.lists(st.tuples(st.integers(-2, 9), st.integers(0, 6)), min_size=1, max_size=60))
+@pytest.mark.slow
 def test_adjusted_mutual_information_equals_scikit_learn(pairs):
     first, second = torch.tensor(pairs).T
     for one, other in ((first, second), (first, first * 3), (first, torch.arange(len(first)))):

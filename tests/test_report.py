@@ -602,6 +602,7 @@ def test_light_and_dark_and_a_phone(tab):
         tab.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.mark.slow
 def test_the_image_of_the_page_is_its_top_and_its_map(browser, run, tmp_path, monkeypatch):
     out = tmp_path / "report.png"
     monkeypatch.setattr(sys, "argv", ["report_image.py", str(run), "--out", str(out)])

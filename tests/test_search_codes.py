@@ -25,22 +25,8 @@ def names(count, start=0):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_are_enough():
-    """Train without renumbering codewords so that near ones differ in few bits.
-
-    That takes nearly all of the time, and only a search by Hamming distances, which nothing here
-    asks for, reads it.
-    """
-    factory = search.faiss.index_factory
-
-    def quickly_trained(*arguments):
-        index = factory(*arguments)
-        inverted = search.faiss.downcast_index(search.faiss.extract_index_ivf(index))
-        inverted.do_polysemous_training = False
-        return index
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "IVFPQ_FROM", LEAST)
-        patch.setattr(search.faiss, "index_factory", quickly_trained)
         yield
 
 
