@@ -1,4 +1,4 @@
-"""What must contain for any features, labels and transforms."""
+"""What must hold for any features, labels and transforms."""
 
 import torch
 from hypothesis import given

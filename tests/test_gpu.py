@@ -171,7 +171,7 @@ def test_miners_choose_the_pairs_of_float64(which, device, dtype):
 
 @contextmanager
 def counting_waits():
-    """Yield a list, which contains a message for each wait at the end."""
+    """Yield a list, which has a message for each wait at the end."""
     waits = []
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:

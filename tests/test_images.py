@@ -196,7 +196,11 @@ class TestLayouts:
     @pytest.mark.parametrize(
         ("image", "error", "message"),
         [
-            ("x.png", TypeError, "^image must contain PIL images, arrays or tensors, got str:"),
+            (
+                "x.png",
+                TypeError,
+                "^image must contain PIL images, arrays or tensors, got str: open",
+            ),
             ([[1, 2]], TypeError, "got list"),
             (np.zeros((4, 4), np.complex64), TypeError, "got complex64"),
             (np.zeros((4, 4), np.int8), TypeError, "got int8"),

@@ -716,7 +716,7 @@ def test_mask_carries_no_gradient_to_the_background_score():
 
 @pytest.mark.parametrize("mask", ["border", "distinctive", "centred"])
 def test_swap_never_reads_a_value_back(mask):
-    images = torch.empty(6, 3, 12, 10, device="meta")  # contains no values: reading one raises
+    images = torch.empty(6, 3, 12, 10, device="meta")  # has no values: reading one raises
     output = BackgroundSwap(0.7, mask)(images, torch.empty(6, 3, 4, device="meta"))
     assert output.images.shape == images.shape
     assert output.images.device.type == output.swapped.device.type == "meta"
