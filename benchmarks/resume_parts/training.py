@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import timm
 import torch
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from pml_tacl import (
     AttentionConsistencyLoss,
@@ -63,6 +65,7 @@ def train(
 ) -> None:
     """Run or resume a training, and write its steps to ``folder.trace``."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # forked processes share tqdm's own: a killed one may hold it
     os.dup2(os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     trace = os.open(folder.with_suffix(".trace"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     counts: dict[str, int] = {}

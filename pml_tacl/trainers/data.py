@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -37,6 +38,7 @@ exact order of earlier trainings on smaller data sets.
 """
 _ITEMS = 1 << 16  # images of an order that are converted to Python numbers at once
 _TRIES = 5  # after so many unreadable images in a row, the storage has probably failed
+_LOSS = 5.0  # seconds in which a worker that is lost ends
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -340,6 +342,18 @@ def make_loader(
     )
 
 
+def _wait_for_lost_worker() -> RuntimeError | None:
+    """Return torch's error about a worker that has ended, or None if none ends in this time."""
+    end = time.monotonic() + _LOSS
+    while time.monotonic() < end:
+        try:
+            signal_handling._error_if_any_worker_fails()
+        except RuntimeError as error:
+            return error
+        time.sleep(0.01)
+    return None
+
+
 @contextmanager
 def lost_workers_named() -> Iterator[None]:
     """Turn torch's error about a killed worker of a loader into an OSError that says what to do.
@@ -354,11 +368,15 @@ def lost_workers_named() -> Iterator[None]:
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield
-    # The last three occur if a worker dies while it sends a batch.
+    # The last three occur if a worker dies while it sends a batch. It ends only after that, so wait
+    # for it: torch's handler, which comes back below, would raise its error again.
     except (RuntimeError, EOFError, ConnectionResetError, ConnectionRefusedError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        reason = " ".join(str(error).split()).partition(". ")[0]
+        lost = error if isinstance(error, RuntimeError) else _wait_for_lost_worker()
+        if lost is None:
+            raise
+        reason = " ".join(str(lost).split()).partition(". ")[0]
         raise ChildProcessError(
             f"a process that reads images was lost ({reason}), perhaps for lack of memory: "
             "resume, with a smaller dataloader_num_workers if it happens again"

@@ -1,6 +1,7 @@
 """What can go wrong in a long training: none loses a checkpoint, each says in a line what to do."""
 
 import contextlib
+import errno
 import gc
 import multiprocessing
 import os
@@ -566,6 +567,29 @@ def test_readers_live_however_they_are_started(method):
         loader = ShieldedLoader(slow, 8, num_workers=1, multiprocessing_context=method)
         read = torch.cat([numbers for _, numbers in loader])
         assert torch.equal(read, torch.arange(len(slow)))
+
+
+class KillsItsReaderLater(Images):
+    def __getitem__(self, index):
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_reader_that_ends_after_its_connection_is_waited_for():
+    loader = ShieldedLoader(KillsItsReaderLater(), 1, num_workers=1)
+    reading = iter(loader)
+    line = r"\(DataLoader worker .* is killed by signal"
+    with pytest.raises(ChildProcessError, match=line), lost_workers_named():
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+    time.sleep(1)  # torch's handler raises its error here if the end comes only now
+    del reading
+
+
+@pytest.mark.parametrize("kind", [EOFError, ConnectionResetError, ConnectionRefusedError])
+def test_another_lost_connection_is_not_taken_for_a_reader(monkeypatch, kind):
+    monkeypatch.setattr("pml_tacl.trainers.data._LOSS", 0.1)
+    with pytest.raises(kind, match="of a logger"), lost_workers_named():
+        raise kind("of a logger")
 
 
 @pytest.mark.parametrize(
