@@ -88,8 +88,10 @@ def report(results: list[dict], mixed: list[dict]) -> str:
 Written by `benchmarks/quickstart.py` on {datetime.date.today()}: {platform.machine()}, \
 {os.cpu_count()} cores, {versions}.
 
-Results in per cent on the characters of the test half of Glyphs, after the last epoch. None of
-these characters is in the training, and the training uses no labels.
+Results in per cent on the test half of Glyphs, a data set of characters rendered from fonts. "raw
+pixels" compares the images themselves, "before" is the untrained network with a fitted projection,
+and "after" is the network after the last epoch. None of these characters was used in training, and
+the training uses no labels.
 
 ```
 {runs.metrics_table(rows)}
@@ -102,13 +104,13 @@ Mean increase of R@1: {100 * rise:.1f} points.
 {cost}
 
 R@1 in fp32 and in mixed precision (`--amp bfloat16`: the backbone in bf16, losses and weights in
-fp32):
+fp32). Differences are computed before rounding:
 
 {precision(results, mixed)}
 
-How the settings were chosen: the learning rate by training on the test half and measuring on the
-training half; the size of the network and the number of epochs by the limit of two minutes, while
-results on the test half were known. No epoch was selected by its results. The head and the weights
+The learning rate was chosen by training on the test half and measuring on the training half. The
+size of the network and the number of epochs were chosen to stay within two minutes; at that time,
+results on the test half were already known. No epoch was selected by its results. The head and the weights
 of the losses are those of [the benchmark](results_drawings.md), whose validation third has
 characters in common with this test half.
 """

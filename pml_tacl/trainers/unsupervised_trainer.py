@@ -265,6 +265,12 @@ class UnsupervisedTrainer(BaseTrainer):
         self.recipe = recipe = recipe_for(whole)
         self.run: Path | None = None
         if isinstance(dataset, str | Path):
+            if not isinstance(whole, AttentionEmbedder):
+                raise InputError(
+                    "a dataset that is the path of a folder needs an AttentionEmbedder, which is "
+                    f"written to the run, got {type(whole).__name__}: give a data set, such as "
+                    f"pml_tacl.datasets.ImageFiles({str(dataset)!r})"
+                )
             self.run = Path("runs", Path(dataset).resolve().name) if run is None else Path(run)
             _check_unused(self.run)
             dataset = ImageFiles(dataset, progress=progress)
@@ -298,7 +304,7 @@ class UnsupervisedTrainer(BaseTrainer):
         if guard is None:
             guard = recipe.guard and not plain_pml and not warmup_epochs
         self.guard = Guard(recipe.trained_share) if guard else None
-        if self.guard is not None and warmup_epochs:
+        if self.guard is not None and (warmup_epochs or self._warmup_is_open):
             raise InputError(
                 "guard compares with the pretrained network, but warm-up epochs train it before "
                 "the first clustering: give warmup_epochs=0, or guard=False"
@@ -449,7 +455,8 @@ class UnsupervisedTrainer(BaseTrainer):
     def train(self, start_epoch: int = 1, num_epochs: int = 1) -> None:
         """Train the epochs from ``start_epoch`` to ``num_epochs``, both included.
 
-        If end_of_epoch_hook returns False, the training ends.
+        The training ends early if end_of_epoch_hook returns False, or if the guard finds that it does
+        harm.
 
         Args:
             start_epoch: first epoch, counted from 1; after :meth:`load_checkpoint`, pass
@@ -466,8 +473,7 @@ class UnsupervisedTrainer(BaseTrainer):
         if self._last is not None:
             load_network(self, self._last)
             self._last = None
-        if isinstance(self.whole, AttentionEmbedder):
-            self.whole.reset_projection()  # fitted again after training
+        self.reset_projection()  # fitted again after training
         if self._warmup_is_open:
             self.warmup_epochs = self.recipe.warmup_epochs(num_epochs)
         self._make_schedule(num_epochs * self.iterations_per_epoch)
@@ -476,7 +482,8 @@ class UnsupervisedTrainer(BaseTrainer):
             for epoch in range(start_epoch, num_epochs + 1):
                 if state.stopped:
                     _LOGGER.info(
-                        "end_of_epoch_hook has ended the training in epoch %d", state.ended
+                        "training was ended after epoch %d, by end_of_epoch_hook or the guard",
+                        state.ended,
                     )
                     break
                 self.epoch = epoch
@@ -1028,10 +1035,11 @@ class UnsupervisedTrainer(BaseTrainer):
         """Fit the projection of an :class:`AttentionEmbedder` to the training images.
 
         All processes use the same images. Other models have no projection and are not changed. If
-        all images look the same, a warning is logged and the model stays without a projection.
+        the projection cannot be fitted (too few images, all alike, or NaN), a warning is logged and
+        the model stays without one.
 
         Args:
-            max_images: largest number of images used; a random sample is taken of more.
+            max_images: largest number of images used; if there are more, a random sample of this size.
         """
         images = OneView(self.dataset, self.eval_transform)
         workers, progress = self.dataloader_num_workers, self.progress and is_main()
@@ -1039,8 +1047,9 @@ class UnsupervisedTrainer(BaseTrainer):
 
     def reset_projection(self) -> None:
         """Remove the fitted projection, so that the model returns the trained embedding."""
-        if isinstance(self._model_to_keep, AttentionEmbedder):
-            self._model_to_keep.reset_projection()
+        for model in (self.whole, self._model_to_keep):
+            if isinstance(model, AttentionEmbedder):
+                model.reset_projection()
 
     @property
     def _model_to_keep(self) -> nn.Module:
@@ -1054,7 +1063,7 @@ class UnsupervisedTrainer(BaseTrainer):
         """
         if self.run is None or not isinstance(self.dataset, ImageFiles):
             raise InputError("finish needs a folder of images: give dataset as a path")
-        run, dataset, model = self.run, self.dataset, self.whole
+        run, dataset, model = self.run, self.dataset, self._model_to_keep
         assert isinstance(model, AttentionEmbedder)
         self.fit_projection()
         seen = dataset.with_transform(self.eval_transform)

@@ -10,6 +10,8 @@ from PIL import Image
 from pml_tacl import AttentionEmbedder, UnsupervisedTrainer
 from pml_tacl.cli.run_folder import seed_everything
 from pml_tacl.clustering.kmeans import have_collapsed
+from pml_tacl.datasets import ImageFiles
+from pml_tacl.evaluation import embed
 from pml_tacl.evaluation.label_free import mutual_neighbours
 from pml_tacl.search import ImageIndex
 from pml_tacl.trainers.defaults import default_schedule
@@ -64,6 +66,34 @@ def test_three_lines_end_with_a_model_an_index_and_a_verdict(folder, tmp_path, c
     index = ImageIndex.load(tmp_path / "run")
     assert len(index) == 48
     assert index.embeddings.shape[1] == again.embedder.embedding_dim <= 16
+
+
+def test_the_averaged_model_is_written_and_its_embeddings_indexed(folder, tmp_path):
+    trainer = trainer_of(
+        pretrained_model(),
+        folder,
+        tmp_path / "run",
+        ema_decay=0.5,
+        guard=False,
+        iterations_per_epoch=3,
+    )
+    for epochs in (1, 2):  # the second training begins with a projection of the first
+        trainer.train(num_epochs=epochs, start_epoch=epochs)
+        (tmp_path / "run").rename(tmp_path / f"run {epochs}")
+        again = AttentionEmbedder.from_pretrained(tmp_path / f"run {epochs}" / "model")
+        assert again.embedder.is_fitted
+        assert same(again.trunk.state_dict(), trainer.ema_model.trunk.state_dict())
+        assert not same(again.trunk.state_dict(), trainer.whole.trunk.state_dict())
+        index = ImageIndex.load(tmp_path / f"run {epochs}")
+        images = ImageFiles(folder, transform=trainer.eval_transform, progress=False)
+        found = embed(again, images, progress=False)[0]
+        torch.testing.assert_close(torch.as_tensor(index.embeddings), found)
+
+
+def test_a_model_that_cannot_be_written_is_refused_before_the_training(folder, tmp_path):
+    given = {"trunk": torch.nn.Flatten()}
+    with pytest.raises(ValueError, match=r"needs an AttentionEmbedder.* got Sequential: .*ImageF"):
+        UnsupervisedTrainer(given, dataset=folder, transform=len, eval_transform=len)
 
 
 def test_a_run_that_is_there_is_not_written_over(folder, tmp_path):
@@ -208,6 +238,10 @@ class TestGuard:
             trainer_of(pretrained_model(), folder, tmp_path / "run", warmup_epochs=1, guard=True)
         alone = trainer_of(pretrained_model(), folder, tmp_path / "run", warmup_epochs=1)
         assert alone.guard is None
+        scratch = AttentionEmbedder("test_resnet", embedding_dim=16)  # its warm-up is a default
+        with pytest.raises(ValueError, match="guard compares with the pretrained network"):
+            trainer_of(scratch, folder, tmp_path / "run", guard=True)
+        assert trainer_of(scratch, folder, tmp_path / "run", guard=True, warmup_epochs=0).guard
 
 
 class TestRecipe:
