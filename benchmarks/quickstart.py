@@ -110,8 +110,8 @@ fp32). Differences are computed before rounding:
 
 The learning rate was chosen by training on the test half and measuring on the training half. The
 size of the network and the number of epochs were chosen to stay within two minutes; at that time,
-results on the test half were already known. No epoch was selected by its results. The head and the weights
-of the losses are those of [the benchmark](results_drawings.md), whose validation third has
+results on the test half were already known. No epoch was selected by its results. The head and the
+weights of the losses are those of [the benchmark](results_drawings.md), whose validation third has
 characters in common with this test half.
 """
 

@@ -2,7 +2,7 @@
 
     python examples/plain_loop.py
 
-It prints the retrieval of unseen characters before and after training.
+It prints retrieval metrics on unseen characters before and after training.
 """
 
 import torch

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 4 -- examples/train_folder.py IMAGES --batch-size 128
 
 This is the same as `pml-tacl train`. The script writes to runs/folder/: the model, embeddings.npy,
-files.json and index.faiss for search.py, metrics.json, figures, records, and a checkpoint of each
-epoch.
+files.json and index.faiss for search.py, metrics.json, figures, records, and the last
+checkpoints.
 """
 
 import sys

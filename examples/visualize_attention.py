@@ -4,8 +4,8 @@
     python examples/visualize_attention.py            # glyphs, with the model of the quickstart
 
 The script writes overlay.png (the attention in each image), pair.png (whether the attention between
-the first image and its nearest one follows a shift) and similar.png (the similar regions of the
-first image and its nearest ones).
+the first image and its nearest one follows a rotation and a shift) and similar.png (the similar
+regions of the first image and its nearest ones).
 """
 
 import argparse

@@ -273,7 +273,9 @@ class ImageIndex:
         if not rows:
             there = sorted({file.rpartition("/")[0] or "." for file in self.files})
             named = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
-            raise InputError(f"folder={folder!r} contains no indexed image; there are {named}")
+            raise InputError(
+                f"folder={folder!r} contains no indexed image; the indexed folders are {named}"
+            )
         return np.array(rows, dtype=np.int64)
 
     def paths(self, rows: Sequence[int] | IntArray) -> list[Path]:
@@ -413,8 +415,8 @@ class ImageIndex:
         complete = np.array_equal(np.unique(entries), np.arange(index.ntotal))
         if not complete or not len(entries) == len(files) == len(stamps):
             raise InputError(
-                f"{folder} contains {index.ntotal} embeddings in {_INDEX} and {len(files)} images "
-                f"in {_FILES}: they belong to different runs, train and index again"
+                f"{_INDEX} and {_FILES} in {folder} do not fit together ({index.ntotal} "
+                f"embeddings, {len(files)} images): train and index again"
             )
         loaded = cls.__new__(cls)
         loaded._set(index, entries, files, root, kind)
@@ -446,8 +448,8 @@ class ImageIndex:
     def _check_dim(self, unit: UnitRows) -> None:
         if unit.dim != self._index.d:
             raise InputError(
-                f"embeddings have {unit.dim} dimensions and the index {self._index.d}: embed the "
-                "queries with the model that made the index"
+                f"embeddings have {unit.dim} dimensions and the index {self._index.d}: embed "
+                "with the model that made the index"
             )
 
 

@@ -283,7 +283,7 @@ def test_wrong_arguments(monkeypatch):
         pmls(cb.Evaluate(labelled(), metric="recall")).train()
     with pytest.raises(ValueError, match="number of images must be an integer of at least 2"):
         cb.LogImages(Written(), make_images(1), None)
-    with pytest.raises(ValueError, match=r"^names .*, 3, got 1"):
+    with pytest.raises(ValueError, match=r"^names must have as many entries as .*, 3, got 1"):
         cb.LogImages(Written(), make_images(3), None, names=["a"])
 
 
@@ -437,7 +437,7 @@ def test_weights_and_biases_gets_numbers_images_and_a_table(monkeypatch):
         WandbLogger(fake, project="p")
     for wrong, message in (
         ((torch.ones(3), ["a"]), r"embeddings must be \(N, D\), got \(3,\)"),
-        ((torch.ones(2, 3), ["a"]), "^names .*, 2, got 1"),
+        ((torch.ones(2, 3), ["a"]), "^names must have as many entries as .*, 2, got 1"),
         ((torch.ones(1, 3), ["a"], []), "^thumbnails .*, 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -450,5 +450,5 @@ def test_anything_that_is_a_image_can_be_logged():
     assert as_image(Figure(figsize=(2, 1), dpi=50)).size == (100, 50)
     assert as_image(torch.zeros(3, 5, 7)).size == (7, 5)
     assert as_image(np.zeros((5, 7, 3), np.uint8)).mode == "RGB"
-    with pytest.raises(TypeError, match="must contain PIL images"):
+    with pytest.raises(TypeError, match="must be a PIL image, array or tensor"):
         as_image("x.png")

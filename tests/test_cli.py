@@ -430,7 +430,7 @@ def test_report_is_written_where_it_is_asked_for(run, tmp_path, capsys):
         (["search", "{run}", "--images={no}", "--update"], "give --images"),
         (["duplicates", "{no}"], "{no} is not a folder: give a run, or a folder of images"),
         (["evaluate", "{no}", "{photos}"], "{no} is not a folder: give the folder of a run"),
-        (["evaluate", "{run}", "{photos}/a"], "lie in no sub-folder"),
+        (["evaluate", "{run}", "{photos}/a"], "are not in a sub-folder"),
         (["evaluate", "{run}", "{photos}", "--reference={run}/.."], "--reference '{run}/..' has"),
         (["report", "{photos}"], "{photos} is not a run folder"),
         (["serve", "{photos}"], "{photos} contains no index.faiss: give the folder of a run"),
@@ -459,8 +459,11 @@ def test_what_is_wrong_is_one_line_and_code_1(arguments, line, run, photos, tmp_
         ([], "the following arguments are required: COMMAND"),
         (["watch"], "argument COMMAND: invalid choice: 'watch'"),
         (["serve"], "the following arguments are required: RUN"),
-        (["train"], "the folder of images is missing: give it first"),
-        (["train", "--resume", "--run=x"], "x contains no run to resume: give its folder as --run"),
+        (["train"], "no folder of images is given: put it first"),
+        (
+            ["train", "--resume", "--run=x"],
+            "x contains no run to resume: give the folder of a run as --run",
+        ),
         (["train", "x", "--epochs=-1"], "argument --epochs: must be a whole number of at least 0"),
         (
             ["train", "x", "--device=cuda:77"],
@@ -522,7 +525,7 @@ def test_ctrl_c_ends_with_130_and_debug_shows_where(monkeypatch, capsys):
         ("dataset must have a length", "dataset must have a length"),
         ("epochs are many", "epochs are many"),
         ("give --resume (resume=True), or another", "give --resume, or another"),
-        ("3 broken files, and strict=True: a", "3 broken files, and --strict: a"),
+        ("3 files are broken (strict=True): a", "3 files are broken (--strict): a"),
         (
             "pretrained=True: none; pass pretrained=False",
             "--weights pretrained: none; pass --weights none",
@@ -572,9 +575,12 @@ def test_a_training_stopped_before_its_first_step_is_begun_again(
         patch.setattr("pml_tacl.cli.train.tell_start", stop)
         with pytest.raises(SystemExit) as ended:
             call("train", photos, *TINY, "--run", run)
-    again = f"pml-tacl train --resume --run {run} begins again"
+    again = f"pml-tacl train --resume --run {run} starts again"
     assert ended.value.code == 130
-    assert capsys.readouterr().err == f"stopped by SIGINT: {again}, for nothing is saved yet\n"
+    assert (
+        capsys.readouterr().err
+        == f"stopped by SIGINT: {again}, because nothing has been saved yet\n"
+    )
     with pytest.raises(SystemExit, match=f"stopped before the first checkpoint; {again}"):
         call("search", run, photos / "a" / "00.png")
     call("train", "--resume", "--run", run, "--quiet", "--workers=0")
@@ -607,7 +613,7 @@ def test_a_stopped_training_is_searched_with_the_model_of_its_last_checkpoint(
     printed = capsys.readouterr()
     assert (run / "index.faiss").stat().st_mtime_ns == written
     last = checkpoints(run / "checkpoints")[-1].name
-    assert f"has not ended: searching with the model of {last}" in printed.err
+    assert f"was not completed: searching with the model of {last}" in printed.err
     assert f"pml-tacl train --resume --run '{run}' resumes it" in printed.err
     call("duplicates", run, "--quiet")
     call("report", run, "--points=30", "--queries=1", "--quiet")
@@ -648,7 +654,7 @@ def test_the_start_says_what_is_trained_and_a_log_file_gets_lines(photos, tmp_pa
         "metrics": {"before": kept["before"], "after": kept["after"]},
         "verdict": None,
     }
-    assert "all 2 epochs are trained: give more --epochs to continue" in notes
+    assert "the run has completed all 2 epochs: give more --epochs to continue" in notes
 
 
 @pytest.mark.slow
@@ -761,6 +767,6 @@ def test_a_training_begins_from_what_a_run_has_learnt(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "grown")
     shutil.copy(photos / "a" / "00.png", tmp_path / "grown" / "new.png")
     with pytest.raises(
-        SystemExit, match=f"pml-tacl search {run} --update .* --weights {weights} begins"
+        SystemExit, match=f"pml-tacl search {run} --update .* --weights {weights} starts"
     ):
         call("train", tmp_path / "grown", *given, "--resume")

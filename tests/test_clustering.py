@@ -269,7 +269,7 @@ def test_bad_inputs():
     embeddings = blobs()[0]
     labeler = KMeansPseudoLabeler(200)
     with pytest.raises(
-        ValueError, match=r"num_clusters=200 is more than the 150 embeddings: lower it"
+        ValueError, match=r"num_clusters=200 is more than the number of embeddings, 150: lower it"
     ):
         labeler(embeddings)
     with pytest.raises(TypeError, match="embeddings must be a tensor or an array, got list"):

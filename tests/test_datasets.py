@@ -330,8 +330,8 @@ class TestImageFiles:
         images = ImageFiles(tmp_path, progress=False)
         assert images.names == ["x.png"]
         assert images.broken == [
-            (tmp_path / "camera.NEF", ".nef files are not read: convert it to .png or .jpg"),
-            (tmp_path / "phone.HEIC", ".heic files are not read: convert it to .png or .jpg"),
+            (tmp_path / "camera.NEF", ".nef files are not read: convert them to .png or .jpg"),
+            (tmp_path / "phone.HEIC", ".heic files are not read: convert them to .png or .jpg"),
         ]
         assert [path.name for path in images.skipped] == [
             "Thumbs.db", "clip.mp4", "empty", "none", "notes.txt", "page.eps"
@@ -391,7 +391,7 @@ class TestImageFiles:
         assert data.broken == [(tree / "top.png", "in no sub-folder, so it has no class")]
         assert "left out 1 of 4 files" in caplog.text
         assert len(ImageFiles(tree, progress=False)) == 4  # without classes it is one of them
-        with pytest.raises(ValueError, match="lie in no sub-folder: sort them into one for"):
+        with pytest.raises(ValueError, match="sort them into one sub-folder for"):
             ImageFiles(tree / "b/deep", labels="folder", progress=False)
 
     def test_a_linked_class_keeps_its_images(self, tree):
@@ -428,7 +428,7 @@ class TestImageFiles:
         assert reasons["text.jpg"] == "not an image of a known format"
         assert "truncated" in reasons["cut.jpg"]
         message, skipped = (record.getMessage() for record in caplog.records)
-        assert skipped == f"skipped 1 files that are not images: {tree / 'a/notes.txt'}"
+        assert skipped == f"skipped 1 file that is not an image: {tree / 'a/notes.txt'}"
         assert message.startswith("left out 3 of 6 files: ")
         assert "\n" not in message
         assert all(str(path) in message for path, _ in data.broken)
@@ -454,7 +454,7 @@ class TestImageFiles:
 
     def test_strict_raises_with_the_names(self, tree):
         (tree / "empty.jpg").touch()
-        with pytest.raises(ValueError, match=r"1 broken files.*empty\.jpg \(empty file\)"):
+        with pytest.raises(ValueError, match=r"1 file is broken .*empty\.jpg \(empty file\)"):
             ImageFiles(tree, strict=True, progress=False)
 
     def test_without_a_image_names_the_folder(self, tmp_path):

@@ -39,8 +39,8 @@ class Items(Dataset):
     [
         (7, "dataset gives 7 items and its length is 10"),
         (0, "dataset gives 0 items and its length is 10"),
-        (11, "dataset gives more than the 10 items of its length"),
-        (12, "dataset gives more than the 10 items of its length"),
+        (11, "dataset gives more items than its length, 10"),
+        (12, "dataset gives more items than its length, 10"),
     ],
 )
 def test_a_length_that_is_off_is_an_error(batch_size, gives, message):

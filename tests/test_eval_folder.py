@@ -28,15 +28,15 @@ def test_what_weakens_the_test_is_said(tmp_path, capsys):
     write(tmp_path, "a/1.png", "a/2.png", "b/1.png", "train/1.png", "train/2.png")
     images_to_test_on(tmp_path, ImageFiles(tmp_path / "train", progress=False))
     assert capsys.readouterr().out == (
-        "testing on 5 images of 3 classes; 1 of the classes have one image, which has no match; "
-        "2 of the images are also training images\n"
+        "testing on 5 images of 3 classes; classes with only one image, which has no match: 1; "
+        "images that are also training images: 2\n"
     )
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["1.png", "2.png"], "lie in no sub-folder"),
+        (["1.png", "2.png"], "are not in a sub-folder"),
         (["a/1.png", "a/2.png"], "contains one class, 'a': every neighbour would be right"),
         (["a/b/1.png", "a/c/2.png"], "contains one class, 'a': every neighbour would be right"),
         (["a/1.png", "b/1.png"], "contains 2 classes of one image each"),

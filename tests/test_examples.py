@@ -227,7 +227,7 @@ def test_search_says_what_is_missing(trained, images, tmp_path):
     assert "index.faiss is not a faiss index, or is damaged" in failure("search", broken, good)
     ImageIndex(np.eye(2, 32), ["a", "b"], images).save(tmp_path / "other")
     (broken / "index.faiss").write_bytes((tmp_path / "other" / "index.faiss").read_bytes())
-    assert "contains 2 embeddings in index.faiss and 297 images" in failure("search", broken, good)
+    assert "do not fit together (2 embeddings, 297 images)" in failure("search", broken, good)
 
 
 @pytest.mark.parametrize("stop", [(1, 0), (3, 1)])
@@ -297,8 +297,11 @@ def test_resuming_an_ended_run_changes_nothing(few, unbroken):
     [
         (["{empty}"], "no image in '{empty}' or below it"),
         (["{empty}/none"], "'{empty}/none' is not a folder: give a folder of images"),
-        (["{few}", "--num-clusters=25"], "--num-clusters 25 is more than the 24 images"),
-        (["{few}", "--num-clusters=3"], "3 clusters are fewer than the 4 that a batch of 16"),
+        (["{few}", "--num-clusters=25"], "--num-clusters 25 is more than the number of images, 24"),
+        (
+            ["{few}", "--num-clusters=3"],
+            "a batch of 16 with --images-per-cluster 4 needs 4 clusters, got 3",
+        ),
         (["{few}", "--batch-size=28"], "--batch-size must be from 1 to the number of images, 24"),
         (["{few}", "--batch-size=0"], "--batch-size: must be a whole number of at least 1, got 0"),
         (["{few}", "--batch-size=6"], "--images-per-cluster must divide --batch-size 6"),
@@ -318,7 +321,7 @@ def test_resuming_an_ended_run_changes_nothing(few, unbroken):
             "--learning-rate: must be finite and at least 0, got inf",
         ),
         (["{few}", "--eval-folder={empty}"], "no image in '{empty}' or below it"),
-        (["{images}", "--strict"], "3 broken files, and --strict: "),
+        (["{images}", "--strict"], "3 files are broken (--strict): "),
         (["{images}/broken"], "no readable image in '{images}/broken': "),
         (["{few}", "--resume"], "--resume and --overwrite exclude each other"),
         (["{run}"], "must be in separate folders"),

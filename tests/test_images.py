@@ -199,7 +199,7 @@ class TestLayouts:
             (
                 "x.png",
                 TypeError,
-                "^image must contain PIL images, arrays or tensors, got str: open",
+                "^image must be a PIL image, array or tensor, got str: open",
             ),
             ([[1, 2]], TypeError, "got list"),
             (np.zeros((4, 4), np.complex64), TypeError, "got complex64"),

@@ -323,7 +323,7 @@ class TestVisualizeAttention:
         ("arguments", "message"),
         [
             (["one.png"], "give at least two"),
-            ([], "contains no config.json: no saved model"),
+            ([], "contains no config.json, so it is not a saved model"),
             (["a.png", "b.png", "--backbone=resnet5O", "--weights=none"], "did you mean"),
         ],
     )

@@ -115,7 +115,7 @@ def test_a_run_that_was_stopped_goes_on_and_no_flag_harms_it(
     assert [path for path in sorted(same) if ended[path] != expected[path]] == []
     for flag, message in (
         ("--batch-size=99999", "batch_size must be from 1"),
-        ("--num-clusters=4", "4 clusters are fewer than the 8"),
+        ("--num-clusters=4", "needs 8 clusters, got 4"),
         ("--learning-rate=inf", "must be finite"),
         ("--backbone=vit_tiny", "unrecognized arguments"),
         ("--images-per-cluster=3", "images_per_cluster must divide batch_size"),

@@ -291,7 +291,7 @@ OTHERS = {
     "float32": (list(np.array([2**24] * 6, np.float32)), "reach 16777216, beyond .* float32"),
     "float16": (list(np.array([2**11] * 6, np.float16)), "reach 2048, beyond .* float16"),
     "float64": ([2.0**53] * 6, "reach 9007199254740992, beyond .* float64"),
-    "ragged": ([(1, 2), (1,), (1, 2), (1, 2), (1,), (1,)], "one or one for each level"),
+    "ragged": ([(1, 2), (1,), (1, 2), (1, 2), (1,), (1,)], "one for each image, or for each image"),
     "objects": (np.array(["a"] * 6, dtype=object), r"whole numbers, got 'a' \(str\)"),
     "deep": (list(torch.zeros(6, 2, 2)), r"got shape \(6, 2, 2\)"),
 }  # fmt: skip
@@ -428,15 +428,15 @@ def test_queries_elsewhere_in_the_reference_are_told(caplog):
     embeddings, labels = queries.tensors
     copies = TensorDataset(embeddings.clone(), labels)
     assert recall(queries, reference=ConcatDataset([noise(50, 1), copies])) == 1
-    assert "200 of 200 queries find themselves in the reference" in caplog.text
+    assert "200 of 200 sampled queries find themselves in the reference" in caplog.text
     caplog.clear()
     third = Subset(queries, range(100, 160))
     assert 0.3 <= recall(queries, reference=third) < 0.4
-    assert "60 of 200 queries find themselves" in caplog.text
+    assert "60 of 200 sampled queries find themselves" in caplog.text
     caplog.clear()
     calculator = RetrievalCalculator("recall_at_1", ks=(1,), device="cpu")
     calculator.get_accuracy(embeddings, labels, embeddings, labels)
-    assert "200 of 200 queries find themselves" in caplog.text
+    assert "200 of 200 sampled queries find themselves" in caplog.text
     caplog.clear()
     assert recall(queries, reference=noise(300, 5)) < 0.1
     calculator.get_accuracy(embeddings, labels)

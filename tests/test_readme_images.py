@@ -61,5 +61,7 @@ def test_four_images_the_same_each_time(script, monkeypatch, tmp_path, capsys):
 
 def test_a_folder_without_a_model(script, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["readme_images.py", str(tmp_path)])
-    with pytest.raises(FileNotFoundError, match=r"contains no config\.json: no saved model"):
+    with pytest.raises(
+        FileNotFoundError, match=r"contains no config\.json, so it is not a saved model"
+    ):
         script.main()

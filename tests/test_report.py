@@ -633,7 +633,7 @@ def test_the_head_of_the_page_is_the_verdict_and_the_better_number(
     head = page.header(read)
     assert f"<dt>Recall@1</dt><dd>{large}<" in head
     assert f">{said}<" in head
-    worse = "Training made retrieval worse: search with the model from before it."
+    worse = "Training made retrieval worse: search with the model from before training."
     wanted = f"{guard[:1].upper()}{guard[1:]}." if guard else worse
     assert f'<p class="verdict">{wanted}</p>' in head
     assert head.index("verdict") < head.index("facts")

@@ -431,7 +431,7 @@ def test_wrong_arguments_are_named(kwargs, error, message):
 @pytest.mark.parametrize(
     ("image", "error", "message"),
     [
-        ("a.png", TypeError, "image must contain PIL images, arrays or tensors, got str"),
+        ("a.png", TypeError, "image must be a PIL image, array or tensor, got str"),
         (torch.full((3, 4, 4), 255.0), ValueError, "image contains values from 255 to 255"),
         (torch.zeros(2, 4, 9, dtype=torch.uint8), ValueError, r"got \(2, 4, 9\)"),
         (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ValueError, r"got \(2, 3, 4, 4\)"),

@@ -264,7 +264,9 @@ class LogImages:
         count = len(images)
         names = [str(at) for at in range(count)] if names is None else list(names)
         if len(names) != count:
-            raise InputError(f"names must have one name per image, {count}, got {len(names)}")
+            raise InputError(
+                f"names must have as many entries as images, {count}, got {len(names)}"
+            )
         self.logger, self.images, self.transform, self.names = logger, images, transform, names
         self.every, self.shown, self.neighbours = every, shown, neighbours
         self._offset: tuple[float, float] | None = None

@@ -62,8 +62,8 @@ def images_to_test_on(
             "images aside, outside of that folder"
         )
     lone = int((sizes == 1).sum())
-    notes = [f"{lone} of the classes have one image, which has no match"] if lone else []
-    notes += [f"{same} of the images are also training images"] if same else []
+    notes = [f"classes with only one image, which has no match: {lone}"] if lone else []
+    notes += [f"images that are also training images: {same}"] if same else []
     print("; ".join([f"testing on {len(images)} images of {len(sizes)} classes", *notes]))
     return images
 

@@ -223,7 +223,10 @@ def bars(args: argparse.Namespace) -> bool:
 def add_device(parser: Any) -> None:
     """Add --device, such as cpu, cuda, cuda:1 or mps; the default is None."""
     parser.add_argument(
-        "--device", type=device, metavar="NAME", help="cpu, cuda or mps; default: a GPU if any"
+        "--device",
+        type=device,
+        metavar="NAME",
+        help="cpu, cuda or mps; default: cuda if there is a GPU, else cpu",
     )
 
 
@@ -361,26 +364,35 @@ _FLAGS: dict[str, tuple[Any, str]] = {
     "weights": (weights, "pretrained, none, or a local file"),
     "embedding_dim": (at_least(1), "dimensions of an embedding"),
     "image_size": (at_least(1), "side in pixels; default: the backbone's own"),
-    "freeze_batchnorm": (bool, "keep BatchNorm statistics; default: if pretrained"),
+    "freeze_batchnorm": (
+        bool,
+        "keep BatchNorm's statistics and weights fixed; default: on if pretrained",
+    ),
     "num_clusters": (
         _number_or_auto,
-        "a number; auto: a tenth of the images, but at least what a batch needs",
+        "a number; auto: a tenth of the images, at least what a batch needs, at most 10 000",
     ),
     "images_per_cluster": (at_least(1), "images of one cluster in a batch; default: 4"),
-    "batch_size": (at_least(1), "images in a batch, of all processes; default: 64"),
+    "batch_size": (at_least(1), "images in a batch, over all processes; default: 64"),
     "epochs": (
         at_least(0),
-        "passes; 0 only indexes; default: by the number of images",
+        "passes over the images; 0 indexes without training; default: by their number",
     ),
     "warmup_epochs": (
         at_least(0),
-        "epochs before the first clustering; default: 0, or half of all from scratch",
+        "epochs before the first clustering; default: 0, or half of the epochs from scratch",
     ),
-    "learning_rate": (_rate, "highest rate of the backbone; default: by the backbone"),
-    "guard": (bool, "keep the better of before and after; default: if pretrained"),
+    "learning_rate": (
+        _rate,
+        "highest learning rate of the backbone; default: depends on the backbone",
+    ),
+    "guard": (
+        bool,
+        "keep the better network, from before or after training; default: on if pretrained",
+    ),
     "weight_decay": (_rate, "weight decay of AdamW"),
     "swap": (bool, "swap backgrounds between images; switch off if backgrounds matter"),
-    "device": (device, "cpu, cuda or mps; default: a GPU if there is one"),
+    "device": (device, "cpu, cuda or mps; default: cuda if there is a GPU, else cpu"),
     "seed": (at_least(0), "seed of all random numbers"),
     "workers": (at_least(0), "processes that read images"),
     "strict": (bool, "stop at broken files instead of leaving them out"),

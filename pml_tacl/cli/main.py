@@ -1,7 +1,7 @@
 """The console command `pml-tacl`, which runs a sub-command.
 
 Each command has a module with `run(args, results)`: parsed arguments, and the stream for results.
-What `run` prints otherwise are notes. It returns the result, which --json prints.
+Anything else that `run` prints is a note. It returns the result, which --json prints.
 """
 
 import argparse

@@ -93,7 +93,7 @@ def given_index(args: Any, folder: Path | None = None) -> ImageIndex:
         again = flags.command_line("train", "--resume", "--run", folder)
         raise InputError(
             f"{folder} contains no index: its training was stopped before the first checkpoint; "
-            f"{again} begins again"
+            f"{again} starts again"
         )
     index = ImageIndex.load(folder)
     index.root = moved.absolute() if moved else index.root

@@ -73,9 +73,9 @@ def _train(arguments: Sequence[str] | None, program: str | None) -> argparse.Nam
         parser.set_defaults(**_settings_of_run(Path(args.run), set(vars(args))))
         args = parser.parse_args(arguments)
     if args.images is None and args.resume:
-        parser.error(f"{args.run} contains no run to resume: give its folder as --run")
+        parser.error(f"{args.run} contains no run to resume: give the folder of a run as --run")
     if args.images is None:
-        parser.error("the folder of images is missing: give it first")
+        parser.error("no folder of images is given: put it first")
     return args
 
 
@@ -143,10 +143,19 @@ def _search(arguments: Sequence[str] | None, program: str | None) -> argparse.Na
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="folder of a run")
-    add("queries", nargs="*", metavar="QUERY", help="images, folders of images, or - for a pipe")
+    add(
+        "queries",
+        nargs="*",
+        metavar="QUERY",
+        help="images, folders of images, or - to read standard input",
+    )
     add("-k", type=flags.at_least(1), default=8, metavar="N", help="images to find per query")
     add("--folder", metavar="DIR", help="search only in this sub-folder of the indexed images")
-    add("--update", action="store_true", help="first index new, changed and deleted images")
+    add(
+        "--update",
+        action="store_true",
+        help="first add new and changed images to the index, and remove deleted ones",
+    )
     add("--out", type=Path, metavar="FILE",
         help="file of the gallery; default: RUN/search.png, search-2.png, ...")  # fmt: skip
     add("--images", type=Path, metavar="DIR", help="folder of the indexed images, if moved")
@@ -168,12 +177,12 @@ def _serve(arguments: Sequence[str] | None, program: str | None) -> argparse.Nam
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="folder of a run")
-    add("--port", type=_port, default=8765, metavar="N", help="0: any free port")
+    add("--port", type=_port, default=8765, metavar="N", help="port of the page; 0: any free port")
     add("--open", action=argparse.BooleanOptionalAction, default=True,
         help="open the page in a browser")  # fmt: skip
     add("--images", type=Path, metavar="DIR", help="folder of the indexed images, if moved")
     add("--also", type=Path, action="append", default=[], metavar="DIR",
-        help="another folder that links among the images may lead to")  # fmt: skip
+        help="a further folder that links among the images may point to; repeatable")  # fmt: skip
     flags.add_common(parser, json=True)
     return parser.parse_args(arguments)
 
@@ -199,7 +208,8 @@ def _duplicates(arguments: Sequence[str] | None, program: str | None) -> argpars
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="folder for duplicates.csv and duplicates.png; default: RUN/duplicates, or none",
+        help="folder for duplicates.csv and duplicates.png; default: RUN/duplicates, or none for "
+        "a folder of images",
     )  # fmt: skip
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="where the images of a run are, if moved"
@@ -247,9 +257,27 @@ def _report(arguments: Sequence[str] | None, program: str | None) -> argparse.Na
     add("--images", type=Path, metavar="DIR", help="folder of the indexed images, if moved")
     add("--labels", choices=("none", "folder"), default="none",
         help="folder: judge clusters by the sub-folders of the images")  # fmt: skip
-    add("--queries", type=number, default=6, metavar="N", help="best and worst queries to show")
-    add("--clusters", type=number, default=4, metavar="N", help="clusters of each kind to show")
-    add("--points", type=number, default=4000, metavar="N", help="most points on the map")
+    add(
+        "--queries",
+        type=number,
+        default=6,
+        metavar="N",
+        help="number of best and of worst queries to show",
+    )
+    add(
+        "--clusters",
+        type=number,
+        default=4,
+        metavar="N",
+        help="number of clusters of each kind to show",
+    )
+    add(
+        "--points",
+        type=number,
+        default=4000,
+        metavar="N",
+        help="largest number of points on the map",
+    )
     add("--seed", type=flags.at_least(0), default=0, metavar="N",
         help="seed of random samples and of the map")  # fmt: skip
     flags.add_json(parser)

@@ -135,11 +135,12 @@ def _other_images(folder: Path, config: Mapping[str, Any]) -> str:
     """Return what to do with a folder of images that has changed since the run began."""
     if not {"images", "backbone", "image_size"} <= config.keys():  # not of the command line
         return ""
-    hint = f"; {command_line('search', folder, '--update')} indexes these images with its model"
+    command = command_line("search", folder, "--update")
+    hint = f"; {command} indexes these images with the model of the run"
     if config.get("weights") is False:
         return hint
     model = shlex.quote(str(folder / "model" / "model.safetensors"))
-    return f"{hint}, and then --weights {model} begins a new run from what it has learnt"
+    return f"{hint}, and then --weights {model} starts a new run from its trained weights"
 
 
 def _as_kept(config: Mapping[str, Any]) -> dict[str, Any]:

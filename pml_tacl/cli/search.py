@@ -73,7 +73,7 @@ def run(args: Any, results: TextIO) -> dict[str, Any]:
         if gone:
             first, more = min(gone), len(gone) - 1
             named = f"{first} and {more} more are" if more else f"{first} is"
-            print(f"{named} indexed and can no longer be read: give --update", file=sys.stderr)
+            print(f"{named} in the index but can no longer be read: give --update", file=sys.stderr)
     return made
 
 

@@ -18,7 +18,9 @@ def run(args: Any, results: TextIO) -> None:
 
     for folder in args.also:
         if not folder.is_dir():
-            raise InputError(f"--also {folder} is not a folder: give one that links lead to")
+            raise InputError(
+                f"--also {folder} is not a folder: give one that links among the images point to"
+            )
     index = given_index(args)
     loaded = load_model(args.run, device=args.device)
     searcher = RunSearcher(

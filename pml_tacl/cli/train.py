@@ -51,7 +51,7 @@ def run(args: Any, results: TextIO) -> dict[str, Any] | None:
         if not (args.run / "run.json").is_file():
             raise
         saved = checkpoints(args.run / "checkpoints")
-        how = "resumes it" if saved else "begins again, for nothing is saved yet"
+        how = "resumes it" if saved else "starts again, because nothing has been saved yet"
         print(f"stopped by SIGINT: {again} {how}", file=sys.stderr)
         sys.exit(130)
 
@@ -203,8 +203,8 @@ def tell_start(
     epochs, warmup = config["epochs"], config["warmup_epochs"]
     ended = int(saved[-1].stem.split("_")[1]) if saved else 0
     if saved and ended >= epochs:
-        trained = "the epoch is" if epochs == 1 else f"all {epochs} epochs are"
-        print(f"{trained} trained: give more --epochs to continue; indexing again")
+        done = "its only epoch" if epochs == 1 else f"all {epochs} epochs"
+        print(f"the run has completed {done}: give more --epochs to continue; indexing again")
     elif saved:
         print(f"resuming {args.run} after epoch {ended} of {epochs} ({saved[-1].name})")
     print(f"training: {what}")

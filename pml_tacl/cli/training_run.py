@@ -215,7 +215,7 @@ class TrainingRun:
             test: test function as in :meth:`train`, called with 0.
             num_workers: processes that read images.
             progress: show a progress bar.
-            fitted: do not fit the projection.
+            fitted: whether the projection is fitted already; it is then not fitted again.
 
         Returns:
             "before" and "after", which are equal.

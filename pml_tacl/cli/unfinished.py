@@ -49,9 +49,10 @@ def index_stopped(
         return False
     place = stopped_at(run)
     known = place == saved[-1].name and (run / "index.faiss").is_file()
+    doing = "searching" if known else "indexing its images"
     print(
-        f"{run} has not ended: {'searching' if known else 'indexing its images'} with the model "
-        f"of {saved[-1].name}; {flags.command_line('train', '--resume', '--run', run)} resumes it",
+        f"the training of {run} was not completed: {doing} with the model of {saved[-1].name}; "
+        f"{flags.command_line('train', '--resume', '--run', run)} resumes it",
         file=sys.stderr,
     )
     if known:

@@ -106,7 +106,9 @@ def pseudo_labels_from(
             f"labels must have the shape ({len(rows)},) of the embeddings, got {given.shape}"
         )
     if given.dtype.kind not in "iu":
-        raise InputError(f"labels must be integers, got dtype {given.dtype}: pass labels.long()")
+        raise InputError(
+            f"labels must be integers, got dtype {given.dtype}: convert them to integers"
+        )
     found, numbers = np.unique(given, return_inverse=True)
     return _summarise(numbers, found >= 0, rows, min_cluster_size)
 
@@ -128,9 +130,9 @@ class KMeansPseudoLabeler:
 
     Args:
         num_clusters: at least 2, or "auto": a tenth of the images, at least 2 and at most
-            10 000. About ten images per cluster give enough positive pairs. A cluster that splits a
-            class does less harm than one that merges two classes. The upper limit keeps the time
-            proportional to the number of images.
+            10 000. About ten images per cluster give enough positive pairs. Splitting a class into
+            several clusters does less harm than merging two classes into one. The upper limit keeps
+            the time proportional to the number of images.
         num_iterations: number of iterations of k-means.
         seed: seed of k-means and of the sample.
         max_points: largest number of embeddings that k-means trains on. If there are more, it
@@ -217,8 +219,8 @@ class KMeansPseudoLabeler:
         number = self.number_for(len(rows))
         if number > len(rows):
             raise InputError(
-                f"num_clusters={number} is more than the {len(rows)} embeddings: lower it or add "
-                "images"
+                f"num_clusters={number} is more than the number of embeddings, {len(rows)}: "
+                "lower it or add images"
             )
         if spread < _COLLAPSED:
             raise InputError(

@@ -31,10 +31,10 @@ def characters() -> dict[str, tuple[str, ...]]:
     digit (Unicode L* without modifiers, Nd), is in at least eight faces, and has no decomposition
     (accented letters and ligatures look like other characters).
 
-    Characters that look alike are removed by measurement. Each character is drawn with up to
-    three reference faces, cropped, and scaled to 24 x 24. In code point order, a character is
-    dropped if its cosine similarity to a kept character is above 0.9 in any of these faces (o
-    after O, Greek Alpha after A, l after 1).
+    Characters that look alike are detected by measurement and removed. Each character is drawn with
+    up to three reference faces, cropped, and scaled to 24 x 24. In code point order, a character is
+    dropped if its cosine similarity to a kept character is above 0.9 in any of these faces (o after
+    O, Greek Alpha after A, l after 1).
 
     Returns:
         File names of the faces by character, in code point order.

@@ -34,18 +34,18 @@ _GLYPH = 0.72
 class Glyphs(Dataset[tuple[Any, int]]):
     """Coloured, rotated, shifted characters on cluttered backgrounds, one class per character.
 
-    A class is a letter or digit that is in at least eight of matplotlib's text faces; each image
-    shows it in one face. Characters that look alike are left out by measurement
+    A class is a letter or digit that is in at least eight of matplotlib's text fonts; each image
+    shows it in one font. Characters that look alike are detected by measurement and left out
     (``pml_tacl.datasets.characters``). The two halves have 280 characters each and share no class.
-    An image depends only on ``(seed, character, instance)``, not on the order of access, the
-    split or the number of classes. Images are rendered on first access (0.4 ms at 64 pixels) and
-    kept in memory. Call :meth:`preload` before you pass the data set to the workers of a loader;
-    otherwise each worker renders its own images.
+    For given drawing arguments, an image depends only on ``(seed, character, instance)``, not on
+    the order of access, the split or the number of classes. Images are rendered on first access
+    (0.4 ms at 64 pixels) and kept in memory. Call :meth:`preload` before you pass the data set to
+    the workers of a loader; otherwise each worker renders its own images.
 
     Args:
         split: ``"train"`` or ``"test"`` (halves of the characters), or ``"all"``.
         size: Side of the square image in pixels, from 16 to 1024.
-        seed: Seed of face order, position, angle, colours and background, at least 0. The split
+        seed: Seed of font order, position, angle, colours and background, at least 0. The split
             is the same for every seed.
         num_classes: Use only the first classes of the split; ``None`` for all.
         images_per_class: Images of each class; faces are repeated if there are fewer.

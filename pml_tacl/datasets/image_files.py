@@ -22,6 +22,7 @@ from tqdm import tqdm
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.images import to_rgb
 from pml_tacl.utils.names import Names, Paths
+from pml_tacl.utils.words import verbed
 
 # Pillow recognises these by name only, or needs another program to draw them.
 _NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
@@ -115,8 +116,8 @@ class ImageFiles(Dataset[tuple[Any, int]]):
             raise InputError(f"no image in {str(root)!r} or below it{others}")
         if not self.paths and all(reason == _NO_CLASS for _, reason in self.broken):
             raise InputError(
-                f"the {len(self.broken)} images of {str(root)!r} lie in no sub-folder: sort them "
-                "into one for each class"
+                f"images are not in a sub-folder of {str(root)!r} ({len(self.broken)} images): "
+                "sort them into one sub-folder for each class"
             )
         if check:
             reasons = _decode_all(self.paths, progress)
@@ -203,13 +204,19 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         if not self.paths:
             raise InputError(f"no readable image in {str(self.root)!r}: {named}")
         if self.broken and strict:
-            raise InputError(f"{len(self.broken)} broken files, and strict=True: {named}")
+            raise InputError(
+                f"{verbed(len(self.broken), 'file', 'is', 'are')} broken (strict=True): {named}"
+            )
         if self.broken:
             total = len(self.broken) + len(self.paths)
             _logger.warning("left out %d of %d files: %s", len(self.broken), total, named)
         if self.skipped:
             named = _named(list(map(str, self.skipped)))
-            _logger.warning("skipped %d files that are not images: %s", len(self.skipped), named)
+            _logger.warning(
+                "skipped %s: %s",
+                verbed(len(self.skipped), "file", "that is not an image", "that are not images"),
+                named,
+            )
 
 
 def _matches(parts: tuple[str, ...], pattern: str) -> bool:
@@ -396,7 +403,7 @@ def _what_is_it(path: str, endings: frozenset[str]) -> str | None:
     ending = os.path.splitext(path)[1].lower()
     if ending in endings:
         return "" if os.path.isfile(path) or os.path.islink(path) else None
-    other = f"{ending} files are not read: convert it to .png or .jpg"
+    other = f"{ending} files are not read: convert them to .png or .jpg"
     reason = other if ending in _OTHER_IMAGES else None
     if not os.path.isfile(path):
         return reason if os.path.islink(path) else None

@@ -80,7 +80,7 @@ def session(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= gpus:
             sys.exit(
-                f"error: process {local} of this machine has no GPU, there are {gpus}: give "
+                f"error: process {local} of this machine has no GPU (number of GPUs: {gpus}): give "
                 f"torchrun --nproc-per-node {gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU"
             )
         torch.cuda.set_device(local)
@@ -224,6 +224,6 @@ def naming(doing: str) -> Iterator[None]:
         reason = re.sub(r"^\[\S+\]\s*", "", " ".join(str(error).split())).split(". ")[0]
         raise ProcessLost(
             f"process {rank()} lost another of the {world_size()} processes while {doing} "
-            f"({reason[:160]}): it has ended, see its own message (none if it was killed, often "
-            "for lack of memory), or hangs; resume from the last checkpoint"
+            f"({reason[:160]}): that process hangs, or has ended (see its own message; there is "
+            "none if it was killed, often for lack of memory). Resume from the last checkpoint"
         ) from error

@@ -57,7 +57,7 @@ class EmbeddingFile:
     def create(
         cls, path: str | PathLike[str], count: int, dim: int, dtype: torch.dtype = torch.float32
     ) -> "EmbeddingFile":
-        """Create a file of zeros, and replace an existing one. Only one process must call this.
+        """Create a file of zeros, and replace an existing one. Only one process may call this.
 
         If the file system supports sparse files, the file uses disk space only for written rows.
         Processes that have mapped an existing file keep the old contents.

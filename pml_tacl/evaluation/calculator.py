@@ -55,7 +55,7 @@ class RetrievalCalculator(AccuracyCalculator):
         exclude: names of metrics to leave out, or one name.
         avg_of_avgs: average within each class first, and then average these values.
         return_per_class: return a list with one value for each class that has a query with a
-            correct result, in ascending order of labels.
+            correct result in the gallery, in ascending order of labels.
         k: number of results per query that mean_reciprocal_rank and mean_average_precision use:
             an integer; "max_bin_count", the largest number of correct results of any query; or
             None for all results.
@@ -277,8 +277,8 @@ def _warn_of_queries_in_reference(
     itself &= agree if agree.ndim == 1 else agree.all(dim=1)
     if 10 * int(itself.sum()) > len(rows):
         c_f.LOGGER.warning(
-            "%d of %d queries find themselves in the reference, which counts as correct: remove "
-            "them, or put them first and pass ref_includes_query=True",
+            "%d of %d sampled queries find themselves in the reference, which counts as correct: "
+            "remove them, or put them first and pass ref_includes_query=True",
             int(itself.sum()),
             len(rows),
         )

@@ -83,12 +83,12 @@ def embed_in_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the embeddings and labels of each batch; the arguments are those of :func:`embed`.
 
-    Returns:
+    Yields:
         Embeddings (n, D) on the device of the model, and labels (n,) or (n, L) on the CPU.
 
     Raises:
-        ValueError: as :func:`embed`, also after the last batch for items that are missing.
-        TypeError: as :func:`embed`.
+        ValueError: as for :func:`embed`; missing items are reported after the last batch.
+        TypeError: as for :func:`embed`.
     """
     check_count("batch_size", batch_size, 1)
     check_count("num_workers", num_workers, 0)
@@ -114,7 +114,7 @@ def embed_in_batches(
             images, batch_labels = _pair(batch)
             if done + len(images) > count:
                 raise InputError(
-                    f"dataset gives more than the {count} items of its length: fix its __len__"
+                    f"dataset gives more items than its length, {count}: fix its __len__"
                 )
             # Not inference mode: torch's fully_shard keeps the tensors that it gathers here.
             with torch.no_grad():
@@ -233,7 +233,7 @@ def evaluate(
             )
             ref_includes_query = True
             c_f.LOGGER.warning(
-                "reference contains the images of dataset: each is left out of its own answers "
+                "reference contains the images of dataset: each is left out of its own results "
                 "(ref_includes_query=False keeps it)"
             )
         if ref_includes_query is None and query[0].shape[1] == gallery[0].shape[1]:
@@ -241,7 +241,7 @@ def evaluate(
             if ref_includes_query:
                 c_f.LOGGER.warning(
                     "reference starts with the images of dataset: each is left out of its own "
-                    "answers (ref_includes_query=False keeps it)"
+                    "results (ref_includes_query=False keeps it)"
                 )
     elif ref_includes_query is None:
         ref_includes_query = True

@@ -106,7 +106,8 @@ def _as_array(name: str, labels: Any) -> Any:
     except (TypeError, ValueError, RuntimeError) as error:  # ragged lists or unsupported types
         text = " ".join(str(error).split())
         raise InputError(
-            f"{name} must be whole numbers, one or one for each level: {text}"
+            f"{name} must be whole numbers, one for each image, or for each image and "
+            f"level ({text})"
         ) from error
     return given
 

@@ -19,7 +19,7 @@ from pml_tacl.utils.pml_compat import (
 
 _FIXED = {
     "distance": "attention is compared by cosine",
-    "embedding_regularizer": "feature maps have no norm of embeddings",
+    "embedding_regularizer": "this loss gets feature maps, and no embeddings to regularize",
 }
 
 
@@ -40,8 +40,8 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
     Args:
         temperature: how the best cell in j is chosen. None takes the largest cosine; t > 0 takes
             a soft maximum over all cells.
-        max_pairs: largest total number of pairs with the same label. If there are more, pairs
-            whose positions in the batch are close to each other are used first. It does not limit
+        max_pairs: largest total number of pairs with the same label. If there are more, pairs of
+            images that are close to each other in the batch are used first. It does not limit
             the pairs of ``indices_tuple``.
         chunk_size: number of pairs compared at once; None chooses it for the device. It does not
             change the result.
@@ -49,9 +49,9 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
 
     Raises:
         ValueError: if an argument is out of range, or if ``distance`` or
-            ``embedding_regularizer`` is given (attention is always compared by cosine, and feature
-            maps have no norm of embeddings). When called: if shapes do not match, if a label is
-            not an integer or is below -1, or if both labels and indices_tuple are missing.
+            ``embedding_regularizer`` is given (attention is always compared by cosine, and the
+            loss gets no embeddings to regularize). When called: if shapes do not match, if a label
+            is not an integer or is below -1, or if both labels and indices_tuple are missing.
 
     Example:
         >>> import torch
@@ -73,7 +73,7 @@ class AttentionConsistencyLoss(BaseMetricLossFunction):
         for name, why in _FIXED.items():
             if kwargs.get(name) is not None:
                 got = type(kwargs[name]).__name__
-                raise InputError(f"{name} must be left out: {why}, got {got}")
+                raise InputError(f"{name} must be left out, got {got}: {why}")
         super().__init__(**kwargs)
         if temperature is not None:
             check_number("temperature", temperature, 0, above=True, alternative="or None")

@@ -26,7 +26,8 @@ class ContrastiveClusteringLoss(Centroids, BaseMetricLossFunction):
     embedding is weighted by how often it occurs in it, as in PML's classification losses.
 
     Args:
-        margin: on the scale of the distance; a cosine distance lies in [0, 2].
+        margin: margin of the triplet loss, in the unit of the distance; a cosine distance lies in
+            [0, 2].
         num_negatives: number of nearest other centroids that an embedding is compared with; all of
             them if there are fewer.
         **kwargs: ``distance`` (default CosineSimilarity, which works in every floating type),

@@ -29,11 +29,11 @@ _Self = TypeVar("_Self", bound="AttentionEmbedder")
 class AttentionEmbedder(nn.Module):
     """Model that turns images into embeddings of unit norm, feature maps and an attention map.
 
-    `model.trunk` is the backbone, which is *trained*. `model.embedder` turns its output into the
-    embedding by a projection, which is not trained but *fitted*: :meth:`fit_projection` computes it
-    from images without labels. Call it before the first search, and again after training. Until it
-    is fitted, the model returns the pooled feature of the backbone, which retrieves exactly like
-    `timm.create_model(backbone, num_classes=0)`.
+    `model.trunk` is the backbone, which is *trained*. With the default `pooling="backbone"`,
+    `model.embedder` turns its output into the embedding by a projection, which is not trained but
+    *fitted*: :meth:`fit_projection` computes it from images without labels. Call it before the
+    first search, and again after training. Until it is fitted, the model returns the pooled feature
+    of the backbone, which retrieves exactly like `timm.create_model(backbone, num_classes=0)`.
 
     Trainers and testers of pytorch-metric-learning take the two modules: `embedder(trunk(x))`
     equals `model(x)`.
@@ -48,10 +48,11 @@ class AttentionEmbedder(nn.Module):
             the projection.
         feature_index: the stage (CNN) or block (ViT) whose maps are used for attention; a negative
             number counts from the end. None: the last one with a stride of at most 16 pixels.
-        attention: how the attention map is computed. `"border"` is the default: cells that look
-            like the image's own border count less. Others are `"relative_border"`, `"pool"`,
-            `"distinctive"`, `"none"`, or a module from `TrunkOutput` to (N, H, W) logits; see
-            `Embedder`.
+        attention: how the attention map is computed. `"border"`: cells that look like the image's
+            own border count less. Others are `"relative_border"`, `"pool"`, `"distinctive"`,
+            `"none"`, or a module from `TrunkOutput` to (N, H, W) logits; see `Embedder`. None:
+            `"border"` for `pooling="backbone"`, `"relative_border"` for `"covariance"`, `"pool"`
+            for `"average"`.
         pooling: `"backbone"`, the pooling of timm. For networks trained from scratch:
             `"covariance"` of the maps used for attention (later stages are then removed), or
             `"average"` of the last stage. With these two, the projection is trained.
@@ -174,8 +175,8 @@ class AttentionEmbedder(nn.Module):
             image_size: side or (height, width) in pixels; None uses the data config.
 
         Raises:
-            ValueError: if the size is not in pixels, is too small, or is not accepted by the
-                backbone.
+            ValueError: if the size is not one or two positive integers, is too small, or is not
+                accepted by the backbone.
         """
         return measure_grid(*self._of_images(image_size))
 
@@ -187,11 +188,12 @@ class AttentionEmbedder(nn.Module):
     ) -> tuple[float, float]:
         """Return the offset (x, y) of receptive-field centres from their cell centres, in cells.
 
-        The receptive field of a cell is the part of the image that influences it. Its centre is
-        half a cell up and left for most convolutional networks, and not shifted for ViTs. Pass the
-        offset to `SiameseTransform`, `BackgroundSwap` and `functional.to_image`, which need exact
-        positions. By default, it depends only on the architecture and the image size, and not on
-        the weights or on random numbers. It needs a forward pass, so call it once and keep it.
+        The receptive field of a cell is the part of the image that influences it. In most
+        convolutional networks its centre is half a cell above and to the left of the centre of the
+        cell; in ViTs it is not shifted. Pass the offset to `SiameseTransform`, `BackgroundSwap` and
+        `functional.to_image`, which need exact positions. By default, the offset depends only on
+        the architecture and the image size, and not on the weights or on random numbers. This
+        method runs a forward pass, so call it once and keep the result.
 
         Args:
             image_size: side or (height, width) in pixels; None uses the data config.
@@ -259,7 +261,7 @@ class AttentionEmbedder(nn.Module):
     def parameter_groups(
         self, lr: float, head_lr: float | None = None, layer_decay: float | None = None
     ) -> list[dict[str, Any]]:
-        """Return groups of the trainable parameters for any torch optimiser.
+        """Return groups of the trainable parameters for any torch optimizer.
 
         Args:
             lr: learning rate of the trunk; with `layer_decay`, of its last layer.
@@ -330,7 +332,7 @@ class AttentionEmbedder(nn.Module):
         backbone: nn.Module | None = None,
         attention: nn.Module | None = None,
     ) -> _Self:
-        """Read a model written by `save_pretrained`, in evaluation mode; download nothing.
+        """Load a model that `save_pretrained` wrote, in evaluation mode. Nothing is downloaded.
 
         Args:
             folder: the folder.
@@ -346,7 +348,7 @@ class AttentionEmbedder(nn.Module):
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
-                    f"folder={str(folder)!r} contains no {name}: no saved model"
+                    f"folder={str(folder)!r} contains no {name}, so it is not a saved model"
                 )
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         version = config.pop("format_version", None)
@@ -356,15 +358,16 @@ class AttentionEmbedder(nn.Module):
                 config["attention"] = "relative_border"
         if not isinstance(version, int) or version > _FORMAT_VERSION:
             raise InputError(
-                f"folder={str(folder)!r} has format version {version!r}, this pml_tacl reads up to "
-                f"{_FORMAT_VERSION}: upgrade pml_tacl"
+                f"folder={str(folder)!r} has format version {version!r}, but this pml_tacl reads "
+                f"versions up to {_FORMAT_VERSION}: upgrade pml_tacl"
             )
-        if (config["backbone"] is None) != (backbone is not None):
-            need = "needs backbone=module" if backbone is None else "needs no backbone"
-            raise InputError(f"folder={str(folder)!r} {need}: saved with {config['backbone']!r}")
-        if (config["attention"] == "module") != (attention is not None):
-            need = "needs attention=module" if attention is None else "needs no attention"
-            raise InputError(f"folder={str(folder)!r} {need}: saved with {config['attention']!r}")
+        for name, given in (("backbone", backbone), ("attention", attention)):
+            saved = config[name]
+            if (saved in (None, "module")) == (given is not None):
+                continue
+            need = f"needs {name}=..." if given is None else f"takes no {name}"
+            how = "a module" if given is None else f"{name}={saved!r}"
+            raise InputError(f"folder={str(folder)!r} {need}: the model was built with {how}")
         timm_kwargs = config.pop("timm_kwargs")
         config["backbone"] = backbone or config["backbone"]
         config["attention"] = attention or config["attention"]

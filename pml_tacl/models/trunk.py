@@ -137,7 +137,8 @@ class Trunk(nn.Module):
         channels = self.data_config["input_size"][0]
         if images.shape[1] != channels:
             raise InputError(
-                f"images have {images.shape[1]} channels and the backbone takes {channels}: "
+                f"number of channels of images must be {channels} for this backbone, got "
+                f"{images.shape[1]}: "
                 f"convert them, or build the model with in_chans={images.shape[1]}"
             )
         try:
@@ -154,7 +155,8 @@ class Trunk(nn.Module):
                 raise
             raise InputError(
                 f"the backbone does not accept images of {tuple(images.shape[2:])} px ({error}): "
-                "resize them, or pass img_size= or dynamic_img_size=True where timm has it"
+                "resize them, or pass img_size= or dynamic_img_size=True if the timm model "
+                "supports it"
             ) from error
         if self.stop_at_maps:
             return TrunkOutput(found[0], found[0])

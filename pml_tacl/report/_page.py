@@ -74,7 +74,7 @@ def _verdict(run: Run) -> str:
     if before == after:
         return ""
     if before > after:
-        return "Training made retrieval worse: search with the model from before it."
+        return "Training made retrieval worse: search with the model from before training."
     return "Training made retrieval better."
 
 

@@ -112,7 +112,9 @@ def check_arguments(
     if checkpoint_every is not None:
         check_count("checkpoint_every", checkpoint_every, 1, "or None")
     if amp_dtype not in (None, torch.bfloat16, torch.float16):
-        raise InputError(f"amp_dtype must be torch.bfloat16, float16 or None, got {amp_dtype}")
+        raise InputError(
+            f"amp_dtype must be torch.bfloat16, torch.float16 or None, got {amp_dtype}"
+        )
     for name, function in {"labeler": labeler, **functions}.items():
         if not callable(function):
             raise InputError(f"{name} must be callable, got {function!r}")
@@ -126,17 +128,20 @@ def check_arguments(
     check_loss_names(names)
     if unknown := set(miners) - _MINERS:
         raise InputError(
-            f"mining_funcs may have the keys tuple_miner and attention_miner, got {sorted(unknown)}"
+            f"mining_funcs may only have the keys tuple_miner and attention_miner, got "
+            f"{sorted(unknown)}"
         )
     if unknown := set(weights) - set(names):
         raise InputError(
-            f"loss_weights may have the keys of loss_funcs, {sorted(names)}, got {sorted(unknown)}"
+            f"loss_weights may only have the keys of loss_funcs, {sorted(names)}, got "
+            f"{sorted(unknown)}"
         )
     clusters = clusters_of(labeler, count)
     if clusters is not None:
         if clusters > count:
             raise InputError(
-                f"num_clusters={clusters} is more than the {count} images: lower it or add images"
+                f"num_clusters={clusters} is more than the number of images, {count}: lower it "
+                "or add images"
             )
         check_clusters(clusters, batch_size, images_per_cluster)
 
@@ -241,7 +246,7 @@ def as_models(models: object) -> tuple[dict[str, nn.Module], nn.Module, bool]:
         if isinstance(part, nn.parallel.DistributedDataParallel):
             raise InputError(
                 f"models[{name!r}] must not be wrapped in DistributedDataParallel: give the module "
-                "itself, the trainer sums the gradients of all processes"
+                "itself; the trainer sums the gradients of all processes"
             )
     both = {"trunk": models["trunk"], "embedder": models.get("embedder", nn.Identity())}
     return both, nn.Sequential(OrderedDict(both)), compiled
@@ -302,8 +307,8 @@ def check_classes(losses: Mapping[str, nn.Module], needed: int, of: str) -> None
             classes = classes_of(module)
             if classes is not None and classes < needed:
                 raise InputError(
-                    f"loss_funcs[{name!r}]: {type(module).__name__} has {classes} classes, and "
-                    f"labels are of {needed} {of}"
+                    f"loss_funcs[{name!r}]: {type(module).__name__} has {classes} classes, but "
+                    f"there are {needed} {of}"
                 )
 
 

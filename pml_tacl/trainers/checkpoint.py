@@ -207,7 +207,7 @@ def load_checkpoint(path: str | Path) -> Saved:
     """Read a checkpoint to the CPU, without running pickled code.
 
     Args:
-        path: a checkpoint, or a folder, of which the last undamaged checkpoint is read. Damaged
+        path: a checkpoint, or a folder, whose last undamaged checkpoint is read. Damaged
             ones after it are renamed to ``*.damaged``, with a warning.
 
     Returns:
@@ -225,8 +225,9 @@ def load_checkpoint(path: str | Path) -> Saved:
 def load_checkpoint_distributed(path: str | Path) -> Saved:
     """Read a checkpoint on all ranks, see :func:`load_checkpoint`. Collective.
 
-    The main process chooses the file and names it, and each rank reads it. Only if a rank does not
-    find the same file there, as without a common disk, the main process sends the state itself.
+    The main process chooses the file and names it, and each rank reads it. The main
+    process sends the state only if a rank does not find the same file, for example because there is
+    no shared disk.
 
     Raises:
         Exception: the errors of :func:`load_checkpoint`, on all ranks.
@@ -296,8 +297,8 @@ def _read(path: Path) -> Saved:
         raise DamagedError(f"checkpoint {path} is damaged") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise InputError(
-            f"checkpoint {path} is of another version of pml_tacl: resume with that version, or "
-            "start again in another folder"
+            f"checkpoint {path} was written by another version of pml_tacl: resume with that "
+            "version, or start again in another folder"
         )
     return cast(Saved, state)
 
@@ -564,31 +565,35 @@ def _network_of(trainer: Trainer) -> dict[str, bool]:
 def _check_fit(trainer: Trainer, state: Saved) -> None:
     count = len(trainer.state.labels)
     if "labels" not in state:
-        raise InputError("checkpoint is of a PML trainer: restore it into a trainer of that class")
+        raise InputError(
+            "checkpoint was written by a PML trainer: restore it into a trainer of that class"
+        )
     if len(state["labels"]) != count:
         raise InputError(
-            f"checkpoint is of {len(state['labels'])} images and the data set has "
+            f"checkpoint was written with {len(state['labels'])} images, but the data set has "
             f"{count}: resume on the same images"
         )
     _check_kinds(trainer, state)
     if (state["ema"] is None) != (trainer.average is None):
         had = "without" if state["ema"] is None else "with"
-        raise InputError(f"checkpoint is {had} averaged weights: resume with the same ema_decay")
+        raise InputError(
+            f"checkpoint was written {had} averaged weights: resume with the same ema_decay"
+        )
     network = _network_of(trainer)
     for name, value in state["network"].items():
         if network.get(name, value) != value:
             how = "set model.from_scratch" if name == "from_scratch" else f"build it with {name}"
             raise InputError(
-                f"checkpoint is of a model with {name}={value}, but the trainer's model has "
-                f"{network[name]}, which changes training: {how}={value}"
+                f"checkpoint was written with a model with {name}={value}, but the trainer's model "
+                f"has {network[name]}, which changes training: {how}={value}"
             )
     config = _config_of(trainer)
     for name in ("batch_size", "iterations_per_epoch"):  # the order of an epoch depends on them
         had_value = state["config"][name]
         if state["order"] is not None and had_value != config[name]:
             raise InputError(
-                f"checkpoint is within an epoch of {name}={had_value}, got {config[name]}: "
-                "resume with the same"
+                f"checkpoint is from within an epoch with {name}={had_value}, got "
+                f"{config[name]}: resume with the same value"
             )
 
 

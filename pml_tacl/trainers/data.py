@@ -222,7 +222,7 @@ class Unreadable:
                 f"storage and resume, or raise max_unreadable; the last is {trouble}"
             )
         _LOGGER.warning(
-            "an unreadable image was replaced by another (%d of at most %d): %s",
+            "an unreadable image was left out or replaced by another (%d of at most %d): %s",
             count,
             self.most,
             trouble,
@@ -347,7 +347,7 @@ def _wait_for_lost_worker() -> RuntimeError | None:
     end = time.monotonic() + _LOSS
     while time.monotonic() < end:
         try:
-            signal_handling._error_if_any_worker_fails()
+            signal_handling._error_if_any_worker_fails()  # type: ignore[attr-defined]
         except RuntimeError as error:
             return error
         time.sleep(0.01)

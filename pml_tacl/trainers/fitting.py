@@ -29,7 +29,7 @@ def fit_to(
         model: any model; one that is not an AttentionEmbedder is not changed.
         dataset: items (image as the model takes it, anything).
         num_workers: processes that read images.
-        max_images: largest number of images used; a random sample is taken of more.
+        max_images: largest number of images used; if there are more, a random sample of this size.
         progress: show a progress bar.
 
     Returns:
@@ -51,6 +51,9 @@ def fit_to(
         model.fit_projection(loader, max_images, progress)
     except InputError as error:
         model.reset_projection()
-        _LOGGER.warning("searching with the backbone's own embedding: %s", error)
+        _LOGGER.warning(
+            "the projection was not fitted, so searches use the backbone's own embedding (%s)",
+            error,
+        )
         return False
     return True

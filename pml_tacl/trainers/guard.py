@@ -111,14 +111,16 @@ class Guard:
         last = self.values[max(self.values)]
         if self.start_is_kept:
             return (
-                "training did not help: the pretrained network is kept (mutual neighbours "
-                f"{100 * start:.1f} % before, {100 * last:.1f} % at the end)"
+                "training did not help: the pretrained network is kept; mutual neighbours: "
+                f"{100 * start:.1f} % before training, {100 * last:.1f} % at the end"
             )
-        how = "" if self.share == 1 else f", averaged {self.share:.0%} with the pretrained one"
+        share = round(100 * self.share)
+        mean = f", as a mean of its weights ({share} %) and the pretrained ones ({100 - share} %)"
+        found = "training helped" if kept > start + TOLERANCE else "training changed little"
         return (
-            f"{'training helped' if kept > start + TOLERANCE else 'training changed little'}: the "
-            f"network of epoch {self.kept} is kept{how} (mutual neighbours {100 * start:.1f} % "
-            f"before, {100 * kept:.1f} % after it)"
+            f"{found}: the network of epoch {self.kept} is kept{'' if share == 100 else mean}; "
+            f"mutual neighbours: {100 * start:.1f} % before training, {100 * kept:.1f} % after "
+            f"epoch {self.kept}"
         )
 
     def summary(self) -> dict[str, Any]:

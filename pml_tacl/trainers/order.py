@@ -49,8 +49,8 @@ def draw_by_clusters(
     members, starts, counts = _members(labels, generator)
     if len(counts) < of_batch:
         raise InputError(
-            f"{len(counts)} clusters are fewer than the {of_batch} that a batch of {batch_size} "
-            f"with images_per_cluster={images_per_cluster} needs: lower batch_size"
+            f"a batch of {batch_size} with images_per_cluster={images_per_cluster} needs "
+            f"{of_batch} clusters, got {len(counts)}: lower batch_size"
         )
     clusters = _subsets(len(counts), of_batch, size // batch_size, generator).ravel()
     turns = _number_among_equal(clusters, len(counts))

@@ -231,9 +231,9 @@ def check_clusters(clusters: int, batch_size: int, images_per_cluster: int) -> N
     needed = batch_size // images_per_cluster
     if clusters < needed:
         raise InputError(
-            f"{clusters} clusters are fewer than the {needed} that a batch of {batch_size} with "
-            f"images_per_cluster={images_per_cluster} needs: lower batch_size, raise "
-            "images_per_cluster or ask for more clusters"
+            f"a batch of {batch_size} with images_per_cluster={images_per_cluster} needs {needed} "
+            f"clusters, got {clusters}: lower batch_size, raise images_per_cluster or ask for more "
+            "clusters"
         )
 
 

@@ -23,10 +23,11 @@ class Recipe:
         images_per_cluster: images of one cluster in a batch.
         warmup: share of the epochs before the first clustering, in which each image is a cluster.
         freeze_batchnorm: do not train BatchNorm's statistics and weights.
-        centroid_momentum: in [0, 1], of the centroids, which follow the batches; 1 fixes them.
+        centroid_momentum: momentum, in [0, 1], with which the centroids follow the batches; 1 keeps
+            them fixed.
         swap: share of the views whose background is swapped, in [0, 1].
-        guard: select the best network by a criterion without labels, which may be the
-            pretrained one.
+        guard: select the best network, which may be the pretrained one, by a criterion without
+            labels.
         trained_share: weight of the trained network in the mean that the guard keeps, in (0, 1].
         attention_temperature: temperature of the soft maximum in the attention loss; None for the
             hard maximum.
@@ -72,7 +73,10 @@ class Recipe:
         return max(1, -(-self.steps(count) // max(1, count // self.batch_size_for(count))))
 
     def clusters(self, count: int) -> int:
-        """Return the number of clusters: a tenth of `count`, but at least what a batch needs."""
+        """Return the number of clusters: a tenth of `count`.
+
+        It is at least what a batch needs, and at most 10 000.
+        """
         needed = self.batch_size_for(count) // self.images_per_cluster
         return auto_clusters(count, least=needed)
 

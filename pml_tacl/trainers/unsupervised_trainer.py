@@ -97,6 +97,7 @@ from pml_tacl.utils.pml_compat import called_by_step, needs_of
 from pml_tacl.utils.precision import at_least_float32
 from pml_tacl.utils.signals import Interrupted, Signals
 
+_FAULTY = "faulty network hardware or RAM is the likely cause: resume from the last checkpoint"
 _LOGGER = logging.getLogger(__name__)
 _NARROW = 120  # columns that a bar with several losses needs
 _LOOK_EVERY = 10  # iterations: reading a loss makes the CPU wait for a GPU
@@ -114,11 +115,12 @@ class UnsupervisedTrainer(BaseTrainer):
     (:mod:`pml_tacl.distributed.inference`), all processes train one model, and the main process
     calls the hooks. The method follows Li et al. 2020; the exact definitions are our own.
 
-    Only the model and the data set are required. The defaults of other arguments come from
-    :func:`pml_tacl.trainers.recipe.recipe_for`. If you pass ``loss_funcs``, the background swap,
-    the guard and the warm-up are off by default. If the data set is given as a folder,
-    :meth:`train` ends with :meth:`finish`, which writes a model and a search index and prints
-    whether training helped.
+    For an :class:`AttentionEmbedder`, only the model and the data set are required; other models
+    also need ``transform`` and ``eval_transform``. The defaults of most settings of the training
+    come from :func:`pml_tacl.trainers.recipe.recipe_for`. If you pass ``loss_funcs``, the
+    background swap, the guard and the warm-up are off by default. If the data set is given as a
+    folder, :meth:`train` ends with :meth:`finish`, which writes a model and a search index and
+    prints whether training helped.
 
     Args:
         models: an :class:`AttentionEmbedder`, or {"trunk": ..., "embedder": ...}; the embedder
@@ -131,8 +133,8 @@ class UnsupervisedTrainer(BaseTrainer):
             gets feature maps and points. PML's SelfSupervisedLoss gets the embeddings of the two
             views. Any other loss gets the embeddings of both views with their pseudo-labels. Losses
             that use centroids receive them, even inside PML's wrappers or user-defined modules.
-            PML's SelfSupervisedLoss and CrossBatchMemory do not work with centroids, so the trainer
-            bypasses them and calls the wrapped loss directly.
+            PML's SelfSupervisedLoss and CrossBatchMemory do not work with centroids: if one of them
+            wraps a loss that has centroids, the trainer calls the wrapped loss directly.
         dataset: its items are (image, anything), with images that ``transform`` accepts; labels
             are ignored. Or the path of a folder of images.
         image_size: side or (height, width) in pixels, for the default transforms; None for the
@@ -149,7 +151,8 @@ class UnsupervisedTrainer(BaseTrainer):
         recluster_every: number of epochs from one clustering to the next, at least 1.
         recluster_when_moved: skip a clustering that is due if the embeddings have moved less than
             this threshold: the mean cosine distance, in [0, 2], of a sample of 1000 embeddings to
-            those of the last clustering (0.02 is little, 0.2 is much). None: never skip.
+            those of the last clustering (0.02 is a small change, 0.2 a large one). None: never
+            skip.
         warmup_epochs: number of epochs before the first clustering, at least 0.
         centroid_momentum: in [0, 1]. After each step, the centroids move towards the embeddings of
             the batch with this momentum (``ContrastiveClusteringLoss.move_centroids``); 1 keeps
@@ -165,21 +168,22 @@ class UnsupervisedTrainer(BaseTrainer):
             average. The averaged weights are for evaluation and export. The clustering uses the
             trained weights, because the losses compare centroids with embeddings of those weights.
         compile: apply torch.compile to trunk and embedder together; parameter names do not change.
-        max_unreadable: number of images that may become unreadable before training stops. Such an
-            image counts as noise, and another image of its cluster replaces it.
-        checkpoint_folder: folder for a checkpoint at the end of each epoch. SIGINT or SIGTERM then
-            end the training after a checkpoint, with :class:`Interrupted` (a SystemExit, code 130
-            or 143); a second signal ends it immediately. None: checkpoints are written only by
-            calls of :meth:`save_checkpoint`.
+        max_unreadable: number of images that may become unreadable before training stops. Within
+            an epoch, another image of its cluster replaces such an image; at the next clustering it
+            counts as noise.
+        checkpoint_folder: folder for a checkpoint at the end of each epoch. If it is set, SIGINT or
+            SIGTERM ends the training after one more checkpoint, with :class:`Interrupted` (a
+            SystemExit, code 130 or 143); a second signal ends it immediately. None: checkpoints are
+            written only by calls of :meth:`save_checkpoint`.
         checkpoint_every: number of iterations between additional checkpoints within an epoch; None
             for no additional checkpoints.
         keep: number of checkpoints to keep, at least 1.
-        record_keeper: record-keeper's RecordKeeper (``hooks.record_keeper``). Its records are
-            saved in checkpoints, so a crash neither loses nor duplicates records.
+        record_keeper: record-keeper's RecordKeeper (``hooks.record_keeper``). Checkpoints store the
+            position in its records, so a crash neither loses nor duplicates records.
         progress: show progress bars.
         **kwargs: arguments of PML's BaseTrainer (loss_weights, iterations_per_epoch,
             lr_schedulers, gradient_clippers, freeze_these, dataloader_num_workers,
-            end_of_epoch_hook, ...). Arguments that concern labels of the data set (sampler,
+            end_of_epoch_hook, ...). Arguments that would have no effect here (sampler, dtype,
             dataset_labels, ...) raise ValueError.
         guard: select the best network, which may be the pretrained one, by a measurement that needs
             no labels, and stop early if training does harm
@@ -455,8 +459,8 @@ class UnsupervisedTrainer(BaseTrainer):
     def train(self, start_epoch: int = 1, num_epochs: int = 1) -> None:
         """Train the epochs from ``start_epoch`` to ``num_epochs``, both included.
 
-        The training ends early if end_of_epoch_hook returns False, or if the guard finds that it does
-        harm.
+        The training ends early if end_of_epoch_hook returns False, or if the guard finds that it
+        does harm.
 
         Args:
             start_epoch: first epoch, counted from 1; after :meth:`load_checkpoint`, pass
@@ -570,7 +574,7 @@ class UnsupervisedTrainer(BaseTrainer):
     def forward_and_backward(self) -> None:
         """Run one training step: load a batch, compute the losses and update the weights.
 
-        The step does not call ``calculate_loss`` and ``backward`` of PML's trainers: to change the
+        The step does not call ``calculate_loss`` or ``backward`` of PML's trainers: to change the
         step, override this method.
         """
         self.zero_losses()
@@ -764,7 +768,7 @@ class UnsupervisedTrainer(BaseTrainer):
         labels, centroids, moved_from = broadcast(made)
         assert labels is not None
         assert centroids is not None
-        check_same("pseudo-labels", [labels, centroids], "a network or memory is at fault, resume")
+        check_same("pseudo-labels", [labels, centroids], _FAULTY)
         self.set_pseudo_labels(labels, centroids)
         state.moved_from = moved_from
         if is_main():
@@ -785,8 +789,8 @@ class UnsupervisedTrainer(BaseTrainer):
             centroids: (K, D), or None for no centroids.
 
         Raises:
-            ValueError: if there are fewer clusters than a batch needs or more than a loss has
-                classes, or if labels do not match the centroids or the number of images.
+            ValueError: if there are fewer clusters than a batch needs, or more clusters than a loss
+                has classes, or if labels do not match the centroids or the number of images.
         """
         labels = pseudo_labels(labels).cpu()
         if labels.shape != self.labels.shape:
@@ -798,7 +802,7 @@ class UnsupervisedTrainer(BaseTrainer):
         if centroids is not None and needed > len(centroids):
             raise InputError(
                 f"labels must index the {len(centroids)} centroids, got label {needed - 1}: give "
-                "those of the same clustering"
+                "labels and centroids of the same clustering"
             )
         there = int(labels[labels >= 0].unique().numel())
         check_clusters(there, self.batch_size, self.images_per_cluster)
@@ -913,12 +917,12 @@ class UnsupervisedTrainer(BaseTrainer):
     ) -> Path:
         """Write a checkpoint, from which :meth:`load_checkpoint` resumes exactly.
 
-        In distributed training the main process writes. All processes must call this method, or
-        only end_of_epoch_hook, which runs on the main process.
+        In distributed training the main process writes. All processes must call this method. The
+        exception is end_of_epoch_hook, which runs only on the main process and may call it there.
 
         Args:
-            folder: the file is ``epoch_NNNN.pt`` in it, named by the number of epochs completed,
-                or ``epoch_NNNN_iteration_NNNNNN.pt`` within the next epoch.
+            folder: folder to write to. The file is named ``epoch_NNNN.pt`` after the number of
+                epochs completed, or ``epoch_NNNN_iteration_NNNNNN.pt`` within the next epoch.
             keep: number of checkpoints to keep, at least 1.
             extra: entries to add to ``trainer.extra``.
 
@@ -952,7 +956,7 @@ class UnsupervisedTrainer(BaseTrainer):
         """Restore a checkpoint; continue with ``train(trainer.epoch + 1, num_epochs)``.
 
         Args:
-            path: a file, or a folder, of which the last readable checkpoint is taken; None for
+            path: a file, or a folder, whose last readable checkpoint is loaded; None for
                 ``checkpoint_folder``.
 
         Returns:
@@ -1039,7 +1043,8 @@ class UnsupervisedTrainer(BaseTrainer):
         the model stays without one.
 
         Args:
-            max_images: largest number of images used; if there are more, a random sample of this size.
+            max_images: largest number of images used; if there are more, a random sample of this
+                size.
         """
         images = OneView(self.dataset, self.eval_transform)
         workers, progress = self.dataloader_num_workers, self.progress and is_main()

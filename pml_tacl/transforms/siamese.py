@@ -75,10 +75,11 @@ class SiameseTransform:
             default is that of ImageNet.
         std: for each channel, the value by which the result is divided.
         interpolation: how crops are resized: "bilinear", "bicubic" or "nearest".
-        cell_offset: (x, y) in cells, as `AttentionEmbedder.cell_offset` returns it. The receptive
-            field of a cell is the part of the image that influences it. This is the offset of its
-            centre from the centre of the cell. In most convolutional networks it is half a cell up
-            and left. If only one view is mirrored, its offset has the opposite sign there.
+        cell_offset: (x, y) in cells, as `AttentionEmbedder.cell_offset` returns it: the offset of
+            the centre of a cell's receptive field (the part of the image that influences the cell)
+            from the centre of the cell. In most convolutional networks, the receptive field is half
+            a cell too far up and left. In a mirrored view, the x offset has the opposite
+            sign relative to the content of the image; the points take this into account.
 
     Raises:
         ValueError: at construction, for an argument out of range.

@@ -64,7 +64,7 @@ def to_rgb(image: AnyImage, name: str = "image") -> Image.Image:
     if isinstance(image, np.ndarray | Tensor):
         return _opaque(_from_array(image, name))
     raise InputTypeError(
-        f"{name} must contain PIL images, arrays or tensors, got {type(image).__name__}: "
+        f"{name} must be a PIL image, array or tensor, got {type(image).__name__}: "
         "open files with PIL.Image.open first"
     )
 
@@ -137,8 +137,8 @@ def _from_array(image: npt.NDArray[Any] | Tensor, name: str) -> Image.Image:
         low, high = float(array.min()), float(array.max())
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN lands here too
             raise InputError(
-                f"{name} contains values from {low:.3g} to {high:.3g}, floating-point images go "
-                "from 0 to 1: undo the normalisation (x * std + mean) or divide by 255"
+                f"{name} contains values from {low:.3g} to {high:.3g}, but floating-point images "
+                "go from 0 to 1: undo the normalisation (x * std + mean) or divide by 255"
             )
         array = _eight_bits(array, name, 1)
     elif array.dtype == bool:

@@ -83,7 +83,9 @@ class Signals:
             raise Interrupted(signum, self._safe_now)
         # Not through logging or print, because the signal may have interrupted one of them.
         name = signal.Signals(signum).name
-        text = "training ends after this iteration and a checkpoint; a second signal ends it now"
+        text = (
+            "training saves a checkpoint and ends after this iteration; a second signal ends it now"
+        )
         os.write(2, f"\n{name}: {text}\n".encode())
 
 

@@ -142,7 +142,7 @@ class TestGuard:
         guard = Guard(0.75)
         guard.values, guard.kept = {0: 0.5, 3: after}, 3
         assert said in guard.verdict()
-        assert f"50.0 % before, {100 * after:.1f} % after it" in guard.verdict()
+        assert f"50.0 % before training, {100 * after:.1f} % after epoch" in guard.verdict()
 
     def test_the_untrained_network_is_kept_if_training_does_harm(self, folder, tmp_path, capsys):
         model = pretrained_model()

@@ -341,7 +341,7 @@ def once(labeler, epoch_calls):
         ),
         (
             lambda e, c=None: pseudo_labels_from(torch.arange(len(e)) % 3, e),
-            "3 clusters are fewer than the 4 that a batch of 8 with --images-per-cluster 2 needs: ",
+            "a batch of 8 with --images-per-cluster 2 needs 4 clusters, got 3: ",
         ),
         (
             lambda e, c=None: KMeansPseudoLabeler(4)(e * float("nan")),
@@ -414,7 +414,7 @@ def test_a_signal_ends_after_the_iteration_and_a_checkpoint(tmp_path, signum, co
     assert steps == [(1, 0), (1, 1), (2, 0), "the iteration goes on"]
     *_, first, last = capfd.readouterr().err.strip().splitlines()
     name = signal.Signals(signum).name
-    assert first.startswith(f"{name}: training ends after this iteration and a checkpoint")
+    assert first.startswith(f"{name}: training saves a checkpoint and ends after this iteration")
     path = tmp_path / "epoch_0001_iteration_000001.pt"
     saved = f"saved at epoch 2, iteration 1 of 2, in {path}"
     assert last == f"stopped by {name}: {saved}: continue with --resume"

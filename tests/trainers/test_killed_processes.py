@@ -58,7 +58,7 @@ def test_the_other_process_ends_and_the_resumed_run_is_whole(
     assert len(logs[1 - victim]) == 1
     line = logs[1 - victim][0]
     assert line.startswith(f"error: process {1 - victim} lost another of the 2 processes while")
-    assert line.endswith("resume from the last checkpoint")
+    assert line.endswith("Resume from the last checkpoint")
     last = checkpoints(tmp_path / "run")[-1].name
     within = place == "waiting for a checkpoint"  # the other has written it
     assert last == ("epoch_0001_iteration_000001.pt" if within else "epoch_0001.pt")

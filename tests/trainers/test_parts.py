@@ -280,16 +280,16 @@ def test_losses_of_too_few_classes_are_refused_at_the_start(name):
     loss = CLASSIFIERS[name](4)
     assert [classes_of(m) for m in loss.modules() if classes_of(m)][:1] == [4]
     make_trainer(loss_funcs={"loss": loss})  # 4 clusters
-    message = rf"^loss_funcs\['loss'\]: \w+ has 4 classes, and labels are of {COUNT} images, each"
+    message = rf"^loss_funcs\['loss'\]: \w+ has 4 classes, but there are {COUNT} images, each"
     with pytest.raises(ValueError, match=message):
         make_trainer(loss_funcs={"loss": loss}, warmup_epochs=1)
-    with pytest.raises(ValueError, match="has 4 classes, and labels are of 5 clusters"):
+    with pytest.raises(ValueError, match="has 4 classes, but there are 5 clusters"):
         make_trainer(loss_funcs={"loss": loss}, labeler=KMeansPseudoLabeler(5))
 
     def five(embeddings, initial_centroids=None):
         return KMeansPseudoLabeler(5)(embeddings)
 
-    with pytest.raises(ValueError, match="has 4 classes, and labels are of 5 clusters"):
+    with pytest.raises(ValueError, match="has 4 classes, but there are 5 clusters"):
         make_trainer(loss_funcs={"loss": Own(loss)}, labeler=five).train()
 
 

@@ -223,7 +223,7 @@ PARTS = {
     ),
     "groups": ({"groups": 2}, r"has \d+ parameters in 1 group and .* parameters in 2 groups"),
     "averaged": ({"ema_decay": 0.5}, "without averaged weights"),
-    "count": ({"dataset": 20}, "is of 24 images and the data set has 20"),
+    "count": ({"dataset": 20}, "was written with 24 images, but the data set has 20"),
 }
 
 

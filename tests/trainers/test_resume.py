@@ -235,7 +235,7 @@ def test_a_checkpoint_within_an_epoch_is_of_that_epoch(tmp_path):
         trainer.train(start_epoch=2, num_epochs=2)
     again = trainer.save_checkpoint(tmp_path / "again")
     assert again.name == path.name
-    with pytest.raises(ValueError, match="within an epoch of batch_size=8, got 4: resume with"):
+    with pytest.raises(ValueError, match="within an epoch with batch_size=8, got 4: resume with"):
         fresh(tmp_path, batch_size=4, images_per_cluster=2).load_checkpoint(path)
     with pytest.raises(ValueError, match="with averaged weights: resume with the same ema_decay"):
         fresh(tmp_path, ema_decay=None).load_checkpoint(path)
@@ -346,7 +346,7 @@ def test_no_readable_checkpoint_says_so(tmp_path):
     assert (tmp_path / "epoch_0001.pt").exists()
     torch.save({"epoch": 1}, tmp_path / "epoch_0001.pt")
     for path in (tmp_path, tmp_path / "epoch_0001.pt"):  # whole, so it keeps its name
-        with pytest.raises(ValueError, match=r"of another version of pml_tacl: resume with that"):
+        with pytest.raises(ValueError, match=r"by another version of pml_tacl: resume with that"):
             load_checkpoint(path)
     assert (tmp_path / "epoch_0001.pt").exists()
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
