@@ -1,5 +1,6 @@
 import os
 import sys
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
@@ -35,6 +36,20 @@ def pytest_generate_tests(metafunc):
 
             names = metafunc.config.getoption("dtype").split(",")
             metafunc.parametrize("dtype", [getattr(torch, name) for name in names], ids=str)
+
+
+def pytest_configure(config):
+    # Keep the order of `pytest_collection_modifyitems`. xdist sorts files by their number of tests,
+    # so that one process would still run a few long ones when the others have ended.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Run the files with the most slow tests first."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture

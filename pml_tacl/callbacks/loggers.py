@@ -178,5 +178,6 @@ def check_embeddings(embeddings: Tensor, names: Sequence[str], thumbnails: Thumb
     for name, values in (("names", names), ("thumbnails", thumbnails)):
         if values is not None and len(values) != len(embeddings):
             raise InputError(
-                f"{name} must have as many entries as embeddings, {len(embeddings)}, got {len(values)}"
+                f"{name} must have as many entries as embeddings, {len(embeddings)}, "
+                f"got {len(values)}"
             )

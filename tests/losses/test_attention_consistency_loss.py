@@ -167,7 +167,7 @@ def call(first=FIRST, second=SECOND, points=POINTS, labels=LABELS, *rest):
         (lambda: AttentionConsistencyLoss(chunk_size=1.5), "chunk_size must be .* got 1.5"),
         (
             lambda: AttentionConsistencyLoss(distance=LpDistance()),
-            "distance must be left out: attention is compared by cosine, got LpDistance$",
+            "distance must be left out, got LpDistance: attention is compared by cosine$",
         ),
         (
             lambda: AttentionConsistencyLoss(embedding_regularizer=LpRegularizer()),

@@ -252,7 +252,7 @@ def test_channels(family, channels):
     model, size, *_ = build(family, in_chans=channels)
     assert model.data_config["input_size"][0] == len(model.data_config["mean"]) == channels
     check_output(model.eval(), images(size, channels))
-    with pytest.raises(ValueError, match=rf"3 channels and the backbone takes {channels}"):
+    with pytest.raises(ValueError, match=rf"must be {channels} for this backbone, got 3"):
         model(images(size))
 
 
