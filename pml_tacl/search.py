@@ -22,12 +22,12 @@ from pml_tacl.utils.names import Names
 
 # Up to this size an exact search takes hundredths of a second, and a graph would not be faster.
 FLAT_UP_TO = 50_000
-# A graph takes 4 D + 270 bytes of memory for each image, 2.3 GB here with D = 512.
+# A graph takes 4 D + 270 bytes of memory for each image: 2.3 GB at this size with D = 512.
 HNSW_UP_TO = 1_000_000
 # Each part of a code has 256 codewords, and faiss needs about 39 images to train each of them.
 IVFPQ_FROM = 10_000
 _KINDS = ("auto", "flat", "hnsw", "ivfpq")
-# A search this wide also leaves groups of near copies, such as the frames of a film.
+# A narrower search would get stuck in groups of near copies, such as the frames of a film.
 _LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 100, 256
 _ROUNDING = 1e-6  # embeddings of copies may differ by this much in each number
 _EMBEDDINGS, _FILES, _INDEX = "embeddings.npy", "files.json", "index.faiss"
@@ -224,7 +224,7 @@ class ImageIndex:
     def _look_through(
         self, queries: FloatArray, selected: IntArray, k: int
     ) -> tuple[FloatArray, IntArray]:
-        """Compare with the embeddings of some entries, in chunks; the entries are ascending."""
+        """Search the embeddings of some entries, given in ascending order, chunk by chunk."""
         assert self._rows is not None
         firsts = self._first_rows()[selected]
         best = faiss.ResultHeap(len(queries), k, keep_max=True)
@@ -254,7 +254,7 @@ class ImageIndex:
         counts = np.bincount(self._entries[inside], minlength=self._index.ntotal)
         starts = np.cumsum(counts) - counts
         before = np.cumsum(counts[entries], axis=1) - counts[entries]
-        taken = np.clip(k - before, 0, counts[entries]).ravel()  # of each entry; k of each query
+        taken = np.clip(k - before, 0, counts[entries]).ravel()  # images per entry, k per query
         number = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)
         rows = members[np.repeat(starts[entries.ravel()], taken) + number]
         return np.repeat(similarities.ravel(), taken).reshape(-1, k), rows.reshape(-1, k)
@@ -332,7 +332,7 @@ class ImageIndex:
         self._stamps = np.concatenate([self._stamps[kept], stamps])
 
     def remove(self, files: Sequence[str]) -> None:
-        """Remove images. An hnsw index is rebuilt, because nodes cannot be removed from a graph.
+        """Remove images, and rebuild the index: nodes cannot be removed from an hnsw graph.
 
         Raises:
             ValueError: if one of them is not in the index, or none would be left.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pml_tacl.cli import flags
+from pml_tacl.cli import flags, parsers
 from pml_tacl.cli import run_folder as runs
 
 CONFIG = {
@@ -121,3 +121,11 @@ def test_a_run_goes_on_with_what_changes_nothing_of_it(flag):
 def test_the_parser_takes_arguments_of_the_scripts_own():
     assert isinstance(flags.training_parser("Train.", {}), argparse.ArgumentParser)
     assert parse("here", root={"type": Path}).root == Path("here")
+
+
+@pytest.mark.parametrize(("saved", "given"), [([64, 64], 64), ([64, 32], None)])
+def test_a_resumed_run_has_its_image_size(tmp_path, saved, given):
+    config = {"images": str(tmp_path), "image_size": saved}
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    args = parsers.parse("train", ["--resume", "--run", str(tmp_path)])
+    assert args.image_size == given  # None is the backbone's own size, which alone is not square

@@ -194,6 +194,14 @@ def test_a_page_without_labels_and_with_a_image_gone(tmp_path):
     assert sorted(sizes.tolist()) == [10, 10, 10, 10]  # whole clusters
 
 
+@pytest.mark.parametrize("points", [1, 2, 3])
+def test_a_map_of_few_points(run, tmp_path, capsys, points):
+    page = write_report(run, tmp_path / "page.html", queries=1, points=points, progress=False)
+    sets = data_of(page.read_text(encoding="utf-8"))["sets"]
+    assert [len(one["x"]) for one in sets] == [1, 1]
+    assert capsys.readouterr().err == ""
+
+
 def test_clusters_are_judged_by_folders_if_asked(run):
     training = read_run(run, folders_are_classes=True).training
     assert training.classes == ["a<", "b", "c", "d"]  # the first folder of each path

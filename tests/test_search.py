@@ -14,6 +14,7 @@ from PIL import Image
 
 from pml_tacl import AttentionEmbedder
 from pml_tacl.cli import run_folder as runs
+from pml_tacl.cli.main import main
 from pml_tacl.cli.queries import ImageList, query_paths
 from pml_tacl.datasets import ImageFiles
 from pml_tacl.datasets.image_files import load_rgb
@@ -348,6 +349,15 @@ def test_the_script_updates_the_index(run, capsys, monkeypatch):
     assert printed.splitlines()[-2].split() == ["1", "1.0000", "new.png"]
     index = ImageIndex.load(run / "run")
     assert index.changes() == (["broken.png"], [], [])
+    capsys.readouterr()
+    changed = folder / "new.png"
+    changed.write_text("no image any more")
+    os.utime(changed, (1, 1))
+    arguments = [run / "run", folder, "--update", "--quiet", "--json"]  # a folder of queries
+    main(["search", *map(str, arguments)])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["update"] == {"embedded": 0, "removed": 1, "indexed": 5}
+    assert "checking" not in printed.err
 
 
 def crowded(count, share, crowds, jitter=0.0, dim=64):

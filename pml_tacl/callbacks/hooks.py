@@ -138,10 +138,11 @@ class EarlyStopping:
     """End-of-epoch hook that stops a training when a criterion no longer rises.
 
     Two criteria need no labels and almost no time. They use the pseudo-labels and embeddings of
-    :class:`UnsupervisedTrainer` (definitions ours, measured in ``docs/records.md``):
+    :class:`UnsupervisedTrainer`. The definitions are ours; ``docs/records.md`` has measurements.
 
     - "stability": agreement of the pseudo-labels with those of the previous clustering, as
-      adjusted mutual information in [0, 1]. It is low while the embedding still changes.
+      adjusted mutual information: at most 1, and about 0 for random pseudo-labels. The agreement
+      is low while the embedding still changes.
     - "separation": mean difference between the cosine of an image to its own centroid and the
       cosine to the nearest other centroid.
 
@@ -237,7 +238,7 @@ class LogImages:
     Args:
         logger: receives figures and embeddings over epochs.
         images: N PIL images, at least 2.
-        transform: image -> (3, S, S), as the model takes it.
+        transform: image -> (3, height, width), as the model takes it.
         names: N names of the images for the projector; None for numbers.
         every: epochs from one log to the next, at least 1.
         shown: number of images in the overlay, and of queries in the gallery, at least 1.

@@ -23,7 +23,7 @@ Thumbnails = Sequence[Image.Image] | None
 class Logger(Protocol):
     """Interface of loggers. Any class with these methods works.
 
-    ``step`` increases from call to call: the iteration for losses, the epoch for everything else.
+    ``step`` is the iteration for losses, and the epoch for everything else.
     """
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:

@@ -150,7 +150,7 @@ def restore(trainer: Trainer, folder: str | Path) -> int:
 
 
 def stability(trainer: Trainer, memory: dict[str, Any]) -> float | None:
-    """Return the agreement of the last two clusterings in [0, 1]; None before the second."""
+    """Return the agreement of the last two clusterings, at most 1; None before the second."""
     labels, centroids, _ = _pseudo_labels(trainer)
     if centroids is None:
         return None

@@ -51,7 +51,7 @@ def export_onnx(loaded: Loaded, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     config = loaded.model.data_config
-    # A batch size other than 1, which the exporter would treat as a constant.
+    # Not a batch size of 1, which the exporter would treat as a constant.
     images = torch.zeros(2, int(config["input_size"][0]), *loaded.image_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():

@@ -1,7 +1,8 @@
 """The console command `pml-tacl`, which runs a sub-command.
 
-Each command has a module with `run(args, results)`: parsed arguments, and the stream for results.
-Anything else that `run` prints is a note. It returns the result, which --json prints.
+Each command has a module with a function `run(args, results)`. It takes the parsed arguments and
+the stream for results, and returns the result that --json prints. Everything else that `run` prints
+is a note.
 """
 
 import argparse

@@ -86,12 +86,12 @@ def _settings_of_run(run: Path, known: set[str]) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text("utf-8"))
-    except ValueError:  # opening the run says so
+    except ValueError:  # opening the run raises the error
         return {}
     found = {name: value for name, value in config.items() if name in known}
     size = found.get("image_size")
-    if isinstance(size, list):
-        found["image_size"] = size[0]
+    if isinstance(size, list):  # one that is not square is the backbone's own
+        found["image_size"] = size[0] if size[0] == size[1] else None
     for name in ("images", "eval_folder", "files"):
         if found.get(name) is not None:
             found[name] = Path(found[name])

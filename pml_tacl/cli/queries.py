@@ -56,7 +56,9 @@ class ImageList(Dataset[tuple[Any, int]]):
         return (image if self.transform is None else self.transform(image)), -1
 
 
-def query_paths(query: str | Path, piped: IO[bytes], scratch: Path) -> Sequence[Path]:
+def query_paths(
+    query: str | Path, piped: IO[bytes], scratch: Path, progress: bool = True
+) -> Sequence[Path]:
     """Return the paths of the images of a query.
 
     Args:
@@ -64,13 +66,14 @@ def query_paths(query: str | Path, piped: IO[bytes], scratch: Path) -> Sequence[
             paths of images, one per line.
         piped: standard input, as bytes.
         scratch: folder in which a piped image is saved.
+        progress: show a progress bar while the images of a folder are checked.
 
     Raises:
         ValueError: for an empty pipe, or a folder without images.
     """
     if str(query) != "-":
         path = Path(query)
-        return ImageFiles(path).paths if path.is_dir() else [path]
+        return ImageFiles(path, progress=progress).paths if path.is_dir() else [path]
     content = piped.read()
     if not content.strip():
         raise InputError("query is - but the piped input is empty: pipe an image, or image paths")

@@ -19,6 +19,7 @@ def run(args: Any, results: TextIO) -> dict[str, Any]:
         clusters=args.clusters,
         points=args.points,
         seed=args.seed,
+        progress=flags.bars(args),
     )
     size = path.stat().st_size
     print(f"{path}: {size / 1e6:.1f} MB, one file, opens in any browser")

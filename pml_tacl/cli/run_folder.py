@@ -54,7 +54,7 @@ def open_run(
 ) -> Path:
     """Create a run folder, or open one to resume; the config is saved in ``run.json``.
 
-    Validate all other arguments first: ``overwrite`` deletes the files of the earlier run here.
+    Validate all other arguments before this call: ``overwrite`` deletes the earlier run here.
 
     Args:
         folder: folder of the run, which is created if needed.
@@ -225,9 +225,9 @@ def one_line_errors() -> Iterator[None]:
     """End a script with a message of one line instead of a traceback, for errors of the user.
 
     These are errors of this package (:class:`pml_tacl.utils.errors.PmlTaclError`) and of the
-    operating system. Other errors are bugs and keep their traceback; with ``--debug`` in the
-    script's arguments all errors do. The exit code is 1 for an error, 130 for SIGINT and 143 for
-    SIGTERM.
+    operating system. Other errors are bugs and keep their traceback. With ``--debug`` in the
+    script's arguments, all errors keep it. The exit code is 1 for an error, 130 for SIGINT and 143
+    for SIGTERM.
     """
     try:
         yield

@@ -41,7 +41,7 @@ def run(args: Any, results: TextIO) -> dict[str, Any]:
             asked = [
                 path
                 for query in args.queries
-                for path in query_paths(query, sys.stdin.buffer, Path(scratch))
+                for path in query_paths(query, sys.stdin.buffer, Path(scratch), flags.bars(args))
             ]
             embeddings, _ = embed(loaded.model, ImageList(asked, loaded.transform), **settings)
             shown = [thumbnail(path) for path in asked[:SHOWN]]
@@ -85,7 +85,9 @@ def update_index(
     num_workers: int = 0,
     progress: bool = True,
 ) -> dict[str, int]:
-    """Update an index to its folder; unreadable images are left out with a warning.
+    """Update an index to the current images of its folder.
+
+    Unreadable images are left out with a warning.
 
     Args:
         index: index to update, in memory only.
@@ -104,7 +106,8 @@ def update_index(
         embeddings, _ = embed(model, images, num_workers=num_workers, progress=progress)
         index.add(embeddings, [path.relative_to(index.root).as_posix() for path in images.paths])
     read = set(images.paths)
-    index.remove([*removed, *(file for file in changed if index.root / file not in read)])
+    removed = [*removed, *(file for file in changed if index.root / file not in read)]
+    index.remove(removed)
     return {"embedded": len(images), "removed": len(removed), "indexed": len(index)}
 
 

@@ -44,7 +44,7 @@ def run(args: Any, results: TextIO) -> None:
 
 
 def _has_a_screen() -> bool:
-    """Return whether a browser can open a window; it must not start inside the terminal."""
+    """Return whether a browser can open a window, so that none starts inside the terminal."""
     if sys.platform != "linux":
         return True
     return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))

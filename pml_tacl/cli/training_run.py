@@ -99,7 +99,9 @@ class TrainingRun:
         self._config: dict[str, Any] | None = None
 
     def open(self, config: Mapping[str, Any], free: Collection[str] = ("epochs",)) -> None:
-        """Create or open the folder, see `open_run`. Validate all other arguments first.
+        """Create or open the folder, see `open_run`.
+
+        Validate all other arguments before this call, because it may delete an earlier run.
 
         Args:
             config: settings of the run, saved in ``run.json`` and ``metrics.json``.
@@ -136,9 +138,10 @@ class TrainingRun:
                 if this is more than before. Learning rate schedules for the new length continue
                 as if training had used them from the start.
             test: function from the epoch to metrics in [0, 1]. All processes call it before
-                training (epoch 0), after ``test_epochs`` and at the end, each time after a
-                checkpoint. The results are shown but never used to select a model. Values may be
-                NumPy numbers or 0-d tensors; NaN is left out with a warning.
+                training (epoch 0), after ``test_epochs`` and at the end. At the end of an epoch, a
+                checkpoint is saved first. The results are shown but never used to select a model.
+                Values may be NumPy numbers or 0-d tensors; NaN and infinite values are left out
+                with a warning.
             test_epochs: further epochs to test after.
             rows: metrics of other methods, to show beside those of the training.
 

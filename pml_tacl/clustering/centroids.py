@@ -125,9 +125,9 @@ class CentroidTable:
 class Centroids:
     """Mixin for losses and miners that compare embeddings with centroids.
 
-    The centroids are those that were set. If none are set, they are the mean of each label in
+    The centroids are those that were set. If none are set, they are the means of the labels in
     the batch. The table is a plain attribute, and ``state_dict`` stores it as extra state. It is
-    not a buffer because record-keeper would write a buffer at every step, and because the number
+    not a buffer, because record-keeper would write a buffer at every step, and because the number
     of centroids changes with each clustering.
     """
 

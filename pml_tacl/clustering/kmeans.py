@@ -18,7 +18,7 @@ from pml_tacl.utils.neighbours import flat_index
 _COLLAPSED = 1e-6
 _MOST_CLUSTERS = 10_000
 _CHUNK = 16384  # rows in memory at once
-# Default training sample of k-means, for larger data sets: a number of points, and per cluster.
+# Default for max_points, the sample that k-means trains on: a million, or 50 per cluster if more.
 _MOST_POINTS, _POINTS_A_CLUSTER = 1_000_000, 50
 TWO_LEVELS_ABOVE = 20_000
 """Largest number of clusters for which k-means has a single level.
@@ -239,7 +239,7 @@ class KMeansPseudoLabeler:
     ) -> npt.NDArray[np.int32]:
         """Return the nearest centroid of each embedding, in every `parts`-th chunk only.
 
-        Chunks are the same for any number of parts, because rounding depends on them.
+        The chunks do not depend on `parts`, because rounding depends on the chunks.
         """
         levels = len(centroids) > TWO_LEVELS_ABOVE
         index = _cells_of(centroids, self.seed) if levels else flat_index(centroids)
@@ -344,7 +344,7 @@ class KMeansPseudoLabeler:
 
 
 def _shares(number: int, sizes: list[int]) -> list[int]:
-    """Divide a number among groups in proportion to their sizes, as integers of at most a size."""
+    """Divide a number among groups in proportion to their sizes; no share exceeds its size."""
     exact = np.array(sizes) * (number / sum(sizes))
     shares = np.floor(exact).astype(np.int64)
     left = int(number - shares.sum())
@@ -376,7 +376,7 @@ def _nearest(index: Any, rows: FloatArray) -> IntArray:
 
 
 def have_collapsed(embeddings: Embeddings) -> bool:
-    """Return whether all embeddings (N, D) are equal up to rounding errors.
+    """Return whether all embeddings (N, D) have the same direction up to rounding errors.
 
     Embeddings that are NaN, infinite or zero are ignored. Fewer than two count as collapsed.
     """

@@ -25,7 +25,7 @@ class UnitRows:
         embeddings: array, memory map or tensor.
         chunk_size: number of embeddings in each slice of `chunks()`.
         index: (N,), the rows of `embeddings` that are used; None for all.
-        check: call `check`.
+        check: check the embeddings now, with `check`.
 
     Raises:
         TypeError: if `embeddings` is neither a tensor nor an array, or not of real numbers.
@@ -98,7 +98,7 @@ class UnitRows:
         return (slice(start, start + self.chunk_size) for start in starts)
 
     def take(self, index: IntArray) -> FloatArray:
-        """Return the embeddings at some indices; reads at most a chunk of the source at a time."""
+        """Return the embeddings at some indices, reading at most one chunk at a time."""
         taken = np.empty((len(index), self.dim), dtype=np.float32)
         for chunk in self.chunks(len(index)):
             taken[chunk] = self[index[chunk]]
@@ -161,7 +161,7 @@ def _is_real(embeddings: Embeddings) -> bool:
 
 
 def _as_float32(rows: npt.NDArray[Any]) -> FloatArray:
-    """Copy rows, of which only the direction is asked for; those beyond float32 are scaled."""
+    """Copy rows as float32; rows beyond its range are scaled, because only directions matter."""
     if rows.dtype.kind == "f" and rows.dtype.itemsize > 4:
         largest = np.abs(rows).max(axis=1, keepdims=True)
         beyond = np.isfinite(largest) & ((largest > 1e30) | (largest < 1e-30)) & (largest > 0)

@@ -127,9 +127,8 @@ class Cars196(Benchmark, pml_datasets.Cars196):  # type: ignore[misc]
     """Stanford Cars: models 1 to 98 for training, 99 to 196 for testing.
 
     ``root`` contains ``names.csv``, ``anno_train.csv``, ``anno_test.csv``, and
-    ``car_data/car_data/`` with ``train/`` and ``test/`` (another split; both parts are read). 8054
-    and 8131 images.
-    Arguments: see :class:`Benchmark`.
+    ``car_data/car_data/`` with ``train/`` and ``test/`` (a different split, of which both parts are
+    read). 8054 and 8131 images. Arguments: see :class:`Benchmark`.
 
     Example:
         >>> cars = Cars196("data/cars", split="train")  # doctest: +SKIP

@@ -48,8 +48,8 @@ class ImageFiles(Dataset[tuple[Any, int]]):
     lower case), and files with another ending or none whose content starts like an image. Files
     that cannot be decoded are found once, at the start, and left out. The logger
     ``pml_tacl.datasets.image_files`` names them in one warning. Images that Pillow does not open,
-    such as .heic and raw files of cameras, are also left out. A second warning gives
-    the number and the names of the files that are not images. Hidden files and folders (with a
+    such as .heic and raw files of cameras, are also left out. A second warning gives the number of
+    files that are not images, and up to ten of their names. Hidden files and folders (with a
     leading dot) are skipped. Links to folders are followed, and each folder is read once.
     :func:`load_rgb` describes the conversion of image modes.
 
@@ -259,7 +259,7 @@ def _listed(root: Path, files: Sequence[str | Path] | str | Path) -> set[str]:
 
 
 def _shown_list(files: Sequence[str | Path] | str | Path) -> str:
-    """Return the path of a list in quotes; a list that has none is "[...]"."""
+    """Return the path of a list file in quotes, or "[...]" for a list of paths."""
     return repr(str(files)) if isinstance(files, str | Path) else "[...]"
 
 
@@ -383,7 +383,7 @@ def _place(name: str) -> str:
 def _files_below(
     top: str, seen: set[str], onerror: Callable[[OSError], None]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder below another, and its files."""
+    """Yield a folder and all folders below it, each with its files."""
     for folder, subfolders, files in os.walk(top, onerror=onerror, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link to a folder that was read already

@@ -110,7 +110,7 @@ def gather_rows(rows: Tensor, count: int, batch_size: int) -> Tensor | None:
     """
     if world_size() == 1:
         return rows
-    barrier()  # processes may be of different speeds, and gathering is less patient
+    barrier()  # processes may differ in speed, and the timeout of gathering is shorter
     # A process without images does not know the shape; the main process has the first batch.
     known: list[Any] = [(tuple(rows.shape[1:]), rows.dtype)]
     with naming("gathering embeddings"):

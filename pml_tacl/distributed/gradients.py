@@ -40,7 +40,7 @@ def start_alike(
     remedy = "start all processes with the same arguments and images"
     check_same("settings", [*settings, shapes], remedy)
     if device.type == "cuda":
-        from timm.layers import convert_sync_batchnorm  # torch's drops activations
+        from timm.layers import convert_sync_batchnorm  # torch's version drops activations
 
         for model in models.values():
             convert_sync_batchnorm(model)  # in place, keeps the parameters
@@ -52,7 +52,7 @@ def sum_gradients(models: Modules, losses: Modules) -> None:
 
     Model gradients come from a rank's own images. Loss parameters have the gradient of the whole
     batch on each rank. A parameter without gradient on one rank, such as in a skipped layer,
-    counts as zero there. A parameter without gradient on all ranks stays without.
+    counts as zero there. A parameter without gradient on any rank stays without one.
     """
     if world_size() == 1:
         return

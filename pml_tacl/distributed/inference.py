@@ -1,4 +1,4 @@
-"""Distributed training for scripts that are started with torchrun. Without torchrun: one process.
+"""Distributed training for scripts that are started with torchrun; otherwise a single process.
 
 Example of a script::
 
@@ -154,7 +154,7 @@ def evaluate_distributed(
         query, *gallery = [TensorDataset(*part) for part in found if part is not None]
         searched: Dataset[Any] | None = gallery[0] if gallery else None
         if searched is not None and order is not None:
-            searched = Subset(searched, order)  # it is seen to start with the queries
+            searched = Subset(searched, order)  # `evaluate` detects the queries at its start
         settings: dict[str, Any] = {"metrics": metrics, "progress": False}
         return evaluate(nn.Identity(), query, reference=searched, **settings)
 

@@ -130,7 +130,7 @@ def run_on_main(function: Callable[[], _T], doing: str) -> _T:
 
     Raises:
         Exception: the error of the function, on all processes. The other processes raise an error
-            of a built-in type or of this package, with the same text.
+            of a built-in type or of this package, with the same text followed by ``doing``.
     """
     if not in_use():
         return function()

@@ -15,7 +15,7 @@ from pml_tacl.utils.errors import InputError
 
 IN_MEMORY_UP_TO = 1_000_000
 """Largest data set, in images, whose embeddings a training keeps in memory (2 GB at D = 512)."""
-_WRITTEN_AT_ONCE = 1 << 25  # bytes, after which their pages no longer count as memory
+_WRITTEN_AT_ONCE = 1 << 25  # bytes written before the memory of their pages is released
 _TYPES: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype("<f4"),
     torch.float16: np.dtype("<f2"),
@@ -103,7 +103,7 @@ class EmbeddingFile:
         self.rows[start:stop] = rows.detach().to("cpu", torch.float32).numpy()
         self._held += self.rows[start:stop].nbytes
         if self._held > _WRITTEN_AT_ONCE:
-            self._release()  # the system writes them to the disk when it likes
+            self._release()  # the operating system writes the pages to the disk later
 
     def flush(self) -> None:
         """Write changes to the disk, and release the memory of the mapped pages."""

@@ -50,8 +50,8 @@ def embed(
 
     Raises:
         ValueError: if the data set is empty, gives more or fewer items than its length, or is
-            iterable with ``num_workers``; if the model does not return (N, D); or if labels are
-            not whole numbers (number the classes).
+            iterable and ``num_workers`` is not 0; if the model does not return (N, D); or if
+            labels are not whole numbers (number the classes).
         TypeError: if the data set has no length, or items are not (image, label) pairs with a
             tensor as the image.
     """

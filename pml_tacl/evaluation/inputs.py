@@ -48,8 +48,8 @@ def finite_rows(name: str, embeddings: Embeddings, device: torch.device) -> Tens
 def whole_labels(name: str, labels: Any, count: int | None = None) -> Tensor:
     """Return labels (N,) or (N, L) as int64, which keeps large ids distinct.
 
-    Whole numbers of any type are accepted, and True and False become 1 and 0. Strings are not:
-    number the classes first.
+    Whole numbers of any type are accepted, and True and False become 1 and 0. Strings are not
+    accepted: number the classes first.
 
     Args:
         name: name of the argument, used in error messages.

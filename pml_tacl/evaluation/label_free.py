@@ -19,9 +19,9 @@ def mutual_neighbours(
 
     A neighbour j of i is mutual if i is also among the k nearest of j. The fraction is high if
     images form groups, and low if there are hubs or noise. Compare it only between embeddings of
-    the same images, and in the learned space, because whitening changes it. After Jégou et al.
-    2007 (contextual dissimilarity) and Radovanović et al. 2010 (hubs). Its use to choose between
-    networks is our own, with measurements in docs/results.md.
+    the same images, and in the learned space, because whitening changes it. It follows Jégou et
+    al. 2007 (contextual dissimilarity) and Radovanović et al. 2010 (hubs). Choosing between
+    networks by this fraction is our own idea; docs/results.md has measurements.
 
     Args:
         embeddings: (N, D), of any norm; embeddings with NaN or infinite values are ignored.

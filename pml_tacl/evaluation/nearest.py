@@ -172,7 +172,10 @@ class Nearest:
     def _ordered(
         self, rows: Tensor, distances: Tensor, radius: Tensor, indices: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sort by distance: by the exact distance within the error, then by index."""
+        """Sort by distance, and equal distances by index.
+
+        Distances that are too close for their order to be certain are recomputed exactly.
+        """
         order = distances.argsort(dim=1)
         distances, radius, indices = (x.gather(1, order) for x in (distances, radius, indices))
         reached = (distances + radius).cummax(dim=1).values

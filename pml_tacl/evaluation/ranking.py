@@ -8,7 +8,7 @@ from torch import Tensor
 # Entries of the largest array of search results in memory.
 RESULT_ENTRIES = 2**21
 CHUNK = 2**14
-# Factor of the search depth in each round, for queries without a correct result so far.
+# Factor by which each round deepens the search, for queries without a correct result so far.
 WIDEN = 16
 
 # (indices of queries (N,), k) -> indices (N, k) of the nearest references, nearest first.

@@ -1,4 +1,4 @@
-"""Pure torch functions for the losses and attention; does not import pytorch-metric-learning."""
+"""Pure torch functions for the losses and attention, without pytorch-metric-learning."""
 
 from pml_tacl.functional.background import border_similarity, covariance_pooling
 from pml_tacl.functional.consistency import (

@@ -224,8 +224,8 @@ def _hard_backward(
     """Return the gradient of all rows through the maximum and the normalisation x / |x|.
 
     The gradient of the normalisation is ``(g - (g . f) f) / |x|``. Because g is a weighted sum of
-    rows, g . f is the sum of the same weights times the attention. It costs one more entry per
-    bag, and no extra pass.
+    rows, g . f is the sum of the same weights times the attention. This costs one more entry per
+    bag, but no extra pass.
     """
     starts, zero_row = _starts(shapes), len(table) - 1
     rows = torch.arange(zero_row, device=table.device)

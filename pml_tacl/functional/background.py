@@ -45,7 +45,7 @@ def foreground_scores(background: Tensor) -> Tensor:
     rare = -at_least_float32(background.detach())
     rare = rare - rare.mean(dim=(1, 2), keepdim=True)
     deviation = rare.square().mean(dim=(1, 2), keepdim=True).sqrt()
-    # The scores are cosines: smaller deviations are rounding errors.
+    # The scores are cosines, so deviations below 1e-6 are rounding errors.
     return torch.where(deviation > 1e-6, rare / deviation.clamp_min(1e-12), 0.0)
 
 

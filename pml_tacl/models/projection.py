@@ -95,7 +95,7 @@ class Projection(nn.Module):
             return F.normalize(covariance_pooling(reduced, weights), dim=1)
 
     def reset(self) -> None:
-        """Mark the projection as not fitted."""
+        """Mark the projection as not fitted, and set its buffers to zero."""
         self.fitted = False
         for buffer in self.buffers():
             buffer.zero_()
@@ -122,9 +122,9 @@ def fit_projection(
 
     The principal directions of the maps come from the first 256 images. Moments are summed in
     float64. For fewer than 1000 images the whole is whitened less, because its small variances
-    are poorly estimated. If there are fewer images than dimensions, the missing directions are a
-    fixed random basis of the remaining space: principal directions of a few images alone would
-    not generalise to other images.
+    are poorly estimated. If a descriptor has at least as many dimensions as there are images, at
+    most half of them are principal directions, because those of a few images do not generalise to
+    other images. The rest is a fixed random basis of the remaining space.
 
     Args:
         model: a model with `pooling="backbone"`; its projection is overwritten, or kept if an
@@ -187,8 +187,7 @@ def fit_projection(
         (parts, _PARTS_SHRINKAGE, projection.parts_mean, projection.parts_basis),
     ):
         centre, covariance = moments.covariance("batches")
-        # Embeddings of identical images differ only by rounding.
-        varies = float(covariance.trace()) > 1e-10 * float(centre.square().sum())
+        varies = _varies(centre, covariance)
         projection.fitted = projection.fitted or varies
         mean.copy_(centre)
         basis.zero_()
@@ -252,11 +251,11 @@ def whiten_linear(
 ) -> None:
     """Initialise the trained projection of `pooling="covariance"` or `"average"` by whitening.
 
-    The weight rows become `v / sqrt(l + shrinkage * mean(l))` for the largest eigenvalues l of
-    the covariance of the pooled features, with eigenvectors v. The bias subtracts the mean. For
-    covariance pooling, an extra pass first sets the reducing convolution to the principal
-    directions of the maps, so the batches are read twice. If D is larger than the number of
-    directions, the last rows are zero.
+    Up to a common factor, the weight rows become `v / sqrt(l + shrinkage * mean(l))` for the
+    largest eigenvalues l of the covariance of the pooled features, with eigenvectors v. The bias
+    subtracts the mean. For covariance pooling, an extra pass first sets the reducing convolution to
+    the principal directions of the maps, so the batches are read twice. If D is larger than the
+    number of directions, the last rows are zero.
 
     Args:
         model: its projection is overwritten.
@@ -293,15 +292,23 @@ def whiten_linear(
                 f"batches contain {counted(images_seen, 'image')}: the projection needs at least 2"
             )
         mean, covariance = found.covariance("batches")
-        if not covariance.any():
+        if not _varies(mean, covariance):
             raise InputError(f"batches contain {images_seen} images that all look the same")
         return mean, covariance
+
+    reduce = None if model.embedder.covariance is None else model.embedder.covariance.reduce.weight
+    before = None if reduce is None else reduce.clone()
 
     with evaluating(model):
         if model.embedder.covariance is not None:
             maps = moments(lambda x: model.trunk(x).feature_maps.movedim(1, -1).flatten(0, 2))
             model.embedder.covariance.fit(maps[1])
-        mean, covariance = moments(lambda x: model.embedder.pool(model.trunk(x))[0])
+        try:
+            mean, covariance = moments(lambda x: model.embedder.pool(model.trunk(x))[0])
+        except InputError:
+            if reduce is not None and before is not None:
+                reduce.copy_(before)
+            raise
     values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp_min(0).flip(0)[: projection.out_features]
     floor = shrinkage * covariance.trace() / len(covariance)
@@ -339,6 +346,11 @@ class _Moments:
                 f"{name} give features that are NaN or infinite: check the images and the weights"
             )
         return mean, covariance
+
+
+def _varies(mean: Tensor, covariance: Tensor) -> bool:
+    """Return whether vectors differ by more than rounding, as those of identical images do."""
+    return float(covariance.trace()) > 1e-10 * float(mean.square().sum())
 
 
 def _first(batches: Batches, max_images: int, progress: bool) -> Iterable[Tensor]:

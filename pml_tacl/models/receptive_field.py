@@ -63,8 +63,8 @@ def measure_cell_offset(
     does not depend on the weights or on random numbers. It is measured by one forward pass in
     double precision, on an image whose values are its own coordinates. In this pass all weights
     are equal, normalisations and activations do nothing, and paddings extrapolate the image. The
-    output then holds the receptive-field centre of each cell. If a network has different paths,
-    their mean counts. If the pass gives no valid result, the offset is measured by gradients,
+    output then holds the receptive-field centre of each cell. If a network has several paths, the
+    result is their mean. If the pass gives no valid result, the offset is measured by gradients,
     with weights drawn from a fixed seed. The definition is our own.
 
     Args:
@@ -76,7 +76,7 @@ def measure_cell_offset(
             squared gradient of central cells with respect to noise images.
 
     Raises:
-        ValueError: if images of that size are too small.
+        ValueError: if images of that size are too small, or the offset cannot be measured.
     """
     with evaluating(trunk), _too_small_named(trunk, image_size):
         measure_grid(trunk, image_size, channels, least)

@@ -311,7 +311,7 @@ def _networks(place: str, content: dict[str, Any]) -> Iterator[tuple[str, dict[s
 
 
 def _rank(place: str) -> int:
-    """Return the rank of a copy of a network: the index in _USED of the first word in its name."""
+    """Return the rank of a copy of a network: the first index in _USED of a word in its name."""
     parts = place.replace("_", ".").split(".")
     return next((at for at, word in enumerate(_USED) if word in parts), len(_USED))
 

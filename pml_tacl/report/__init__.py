@@ -41,6 +41,7 @@ def write_report(
     clusters: int = 4,
     points: int = 4000,
     seed: int = 0,
+    progress: bool = True,
 ) -> Path:
     """Write the report of a run of `pml-tacl train`, quickstart.py or train_folder.py.
 
@@ -53,6 +54,7 @@ def write_report(
         clusters: number of clusters of each kind to show, at least 1.
         points: largest number of points on all maps together, at least 1.
         seed: seed of random samples and of the map.
+        progress: show progress bars.
 
     Returns:
         The path of the page.
@@ -63,7 +65,7 @@ def write_report(
     """
     for name, value in (("queries", queries), ("clusters", clusters), ("points", points)):
         check_count(name, value, 1)
-    run = read_run(folder, images, folders_are_classes=folders_are_classes)
+    run = read_run(folder, images, folders_are_classes=folders_are_classes, progress=progress)
     html = report_html(run, queries=queries, clusters=clusters, points=points, seed=seed)
     path = Path(folder) / "report.html" if out is None else Path(out)
     with atomic_write(path) as file:
@@ -79,7 +81,7 @@ def report_html(run: Run, *, queries: int, clusters: int, points: int, seed: int
     shown = run.training
     if run.test is not None:
         shown = run.test
-        each = points // 2
+        each = max(1, points // 2)
         sets = [
             _map_set(run.training, "cluster", each, first, seed),
             _map_set(run.test, "class", each, [], seed),

@@ -55,8 +55,8 @@ def best_and_worst(
     """Find the queries with the best and the worst retrieval, each of a different class.
 
     With labels, queries are ranked by the average precision of their neighbours; ties are broken
-    by higher mean similarity. Without labels they are ranked by mean similarity alone, each of a
-    different cluster.
+    by higher mean similarity. Without labels they are ranked by mean similarity alone, and each is
+    of a different cluster.
 
     Args:
         images: images to choose from.
@@ -149,7 +149,7 @@ def ranked_clusters(clusters: list[Cluster], count: int) -> dict[str, list[Clust
 
 
 def sample_of(groups: IntArray, cap: int, first: list[int], seed: int = 0) -> IntArray:
-    """Choose the points of the map: all if possible, else whole groups up to ``cap`` points.
+    """Choose the points of the map: all if possible, else group by group up to ``cap`` points.
 
     Args:
         groups: (N,) group of each point.

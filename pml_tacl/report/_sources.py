@@ -94,7 +94,11 @@ class Run:
 
 
 def read_run(
-    folder: str | Path, images: str | Path | None = None, *, folders_are_classes: bool = False
+    folder: str | Path,
+    images: str | Path | None = None,
+    *,
+    folders_are_classes: bool = False,
+    progress: bool = True,
 ) -> Run:
     """Read a run of `pml-tacl train`, quickstart.py or train_folder.py.
 
@@ -102,6 +106,7 @@ def read_run(
         folder: folder of the run.
         images: folder of the training images, if it has moved.
         folders_are_classes: judge clusters by the sub-folders of the training images.
+        progress: show progress bars.
 
     Raises:
         ValueError: if the folder contains no completed run.
@@ -133,9 +138,9 @@ def read_run(
         training = _indexed(folder, images, folders_are_classes)
         if config.get("epochs") == 0:
             training.title = "Indexed images"  # nothing was trained
-        test = _labelled_files(model, transform, config.get("eval_folder"), notes)
+        test = _labelled_files(model, transform, config.get("eval_folder"), notes, progress)
     else:
-        training, test = (_glyphs(model, transform, split) for split in ("train", "test"))
+        training, test = (_glyphs(model, transform, s, progress) for s in ("train", "test"))
         notes.append(
             "Clusters are judged by labels of the training characters, which training did not use."
         )
@@ -165,16 +170,18 @@ def read_run(
     )
 
 
-def _embedded(model: AttentionEmbedder, dataset: Dataset[Any]) -> tuple[FloatArray, IntArray]:
+def _embedded(
+    model: AttentionEmbedder, dataset: Dataset[Any], progress: bool
+) -> tuple[FloatArray, IntArray]:
     model = model.to(memory_format=torch.channels_last)
-    embeddings, labels = embed(model, dataset)
+    embeddings, labels = embed(model, dataset, progress=progress)
     return UnitRows("embeddings", embeddings, 16384).hold(), labels.numpy()
 
 
-def _glyphs(model: AttentionEmbedder, transform: Any, split: str) -> ImageSet:
+def _glyphs(model: AttentionEmbedder, transform: Any, split: str, progress: bool) -> ImageSet:
     images = Glyphs(split, size=GLYPH_SIDE, transform=transform)
-    images.preload()
-    embeddings, labels = _embedded(model, images)
+    images.preload(progress=progress)
+    embeddings, labels = _embedded(model, images, progress)
     counts = np.arange(len(labels)) - np.searchsorted(labels, labels)
     names = [f"{images.classes[y]} {n + 1}" for y, n in zip(labels, counts, strict=True)]
     what = "Training characters" if split == "train" else "Characters never seen in training"
@@ -210,15 +217,19 @@ def _indexed(folder: Path, images: str | Path | None, by_folder: bool) -> ImageS
 
 
 def _labelled_files(
-    model: AttentionEmbedder, transform: Any, folder: str | None, notes: list[str]
+    model: AttentionEmbedder,
+    transform: Any,
+    folder: str | None,
+    notes: list[str],
+    progress: bool,
 ) -> ImageSet | None:
     if not folder:
         return None
     if not Path(folder).is_dir():
         notes.append(f"The labelled images are no longer in {folder}, so none are shown.")
         return None
-    images = ImageFiles(folder, labels="folder", transform=transform)
-    embeddings, labels = _embedded(model, images)
+    images = ImageFiles(folder, labels="folder", transform=transform, progress=progress)
+    embeddings, labels = _embedded(model, images, progress)
     return ImageSet(
         "Labelled images",
         images.names,
@@ -230,7 +241,7 @@ def _labelled_files(
 
 
 def _last_checkpoint(folder: Path) -> dict[str, Any]:
-    # Not with load_checkpoint, because checkpoints of other versions also contain clusters.
+    # load_checkpoint would reject checkpoints of other versions, which also contain clusters.
     for path in reversed(checkpoints(folder / "checkpoints")):
         with suppress(Exception):  # damaged bytes raise many types of errors
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

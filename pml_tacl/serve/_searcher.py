@@ -69,7 +69,7 @@ class RunSearcher:
         return {"all": len(rows), "images": images}
 
     def neighbours(self, row: int, k: int) -> dict[str, Any]:
-        """Return the k images that are most similar to an indexed image, except itself.
+        """Return the k images that are most similar to an indexed image, without that image.
 
         Raises:
             LookupError: for a row that is not in the index.

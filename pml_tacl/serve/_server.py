@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, kind, content)
 
     def _check_origin(self) -> None:
-        """Refuse requests from pages of other sites, also if their host name resolves to here."""
+        """Refuse requests from other sites, even if their host name resolves to this machine."""
         hosts = self.server.hosts
         if self.headers.get("Host", "").lower() not in hosts:
             raise _Refused(HTTPStatus.FORBIDDEN, f"open {self.server.url}")

@@ -155,14 +155,15 @@ def clusters_of(labeler: PseudoLabeler, count: int) -> int | None:
 
 
 def check_loss_names(names: Iterable[object]) -> None:
-    """Check that the names of losses can be names of files, tables and columns in the records.
+    """Check that the names of losses are valid names of files, tables and columns of the records.
 
     Records, checkpoints and PML's own checks use the names unchanged. A name begins with a letter
     or an underscore, followed by letters, digits and underscores. Two names must not differ by
     case alone.
 
     Raises:
-        InputError: for a name that does not fit.
+        InputError: for a name that is invalid, reserved, or longer than 100 bytes, or for two
+            names that differ by case alone.
     """
     seen: dict[str, str] = {}
     for name in names:
@@ -328,7 +329,7 @@ def check_dimensions(losses: Mapping[str, nn.Module], dim: int) -> None:
 def check_memories(losses: Mapping[str, nn.Module], batch_size: int) -> None:
     """Raise InputError if a CrossBatchMemory cannot hold the two views of a batch."""
     for name, loss in losses.items():
-        # User-defined modules may pass fewer embeddings.
+        # Not inside user-defined modules, which may pass fewer embeddings to the memory.
         parts = loss.modules() if isinstance(loss, CrossBatchMemory | MultipleLosses) else ()
         for module in parts:
             if isinstance(module, CrossBatchMemory) and module.memory_size < 2 * batch_size:

@@ -61,7 +61,7 @@ class Stateful(Protocol):
 
 
 class Parts(Protocol):
-    """Parts with a state of any trainer, of this package or of PML."""
+    """The parts of a trainer, of this package or of PML, that have a state."""
 
     models: dict[str, nn.Module]
     loss_funcs: dict[str, nn.Module]
@@ -216,8 +216,8 @@ def load_checkpoint(path: str | Path) -> Saved:
     Raises:
         FileNotFoundError: if there is no checkpoint.
         InputError: if the file, or every file in the folder, is damaged, if it was written by
-            another version, or if it contains a type that can only be read by running code. The
-            last two cases rename nothing.
+            another version, or if it contains a type that can only be read by running code.
+            Nothing is renamed then.
     """
     return _find(Path(path))[1]
 
@@ -225,9 +225,8 @@ def load_checkpoint(path: str | Path) -> Saved:
 def load_checkpoint_distributed(path: str | Path) -> Saved:
     """Read a checkpoint on all ranks, see :func:`load_checkpoint`. Collective.
 
-    The main process chooses the file and names it, and each rank reads it. The main
-    process sends the state only if a rank does not find the same file, for example because there is
-    no shared disk.
+    The main process chooses the file, and each rank reads it. The main process sends the state
+    only if a rank does not find the same file, for example because there is no shared disk.
 
     Raises:
         Exception: the errors of :func:`load_checkpoint`, on all ranks.
@@ -241,7 +240,7 @@ def load_checkpoint_distributed(path: str | Path) -> Saved:
 
     place, stamp = run_on_main(choose, "reading a checkpoint")
     if not is_main():
-        with suppress(Exception):  # the main process sends it then
+        with suppress(Exception):  # the main process then sends the state
             if _stamp(Path(place)) == stamp:
                 own.append(_read(Path(place)))
     if all_reduce_max(int(not own)):
@@ -272,7 +271,7 @@ def _find(path: Path) -> tuple[Path, Saved]:
         except DamagedError as error:
             _LOGGER.warning("%s: reading the one before it", error)
             continue
-        for damaged in there[there.index(last) + 1 :]:  # else it would sort after new ones
+        for damaged in there[there.index(last) + 1 :]:  # else they would sort after new ones
             damaged.rename(damaged.with_suffix(".pt.damaged"))
         return last, state
     raise DamagedError(f"no checkpoint in {path} can be read: start again")
@@ -384,7 +383,7 @@ def states_of_others(unreadable: Unreadable) -> list[OtherRank]:
         unreadable: unreadable images of this rank.
 
     Returns:
-        One entry for each rank from 1 on; empty on the other ranks.
+        On the main process one entry for each other rank; empty on the other ranks.
     """
     if world_size() == 1:
         return []
@@ -396,7 +395,7 @@ def states_of_others(unreadable: Unreadable) -> list[OtherRank]:
 
 
 def restore_random(state: Saved, batch_size: int) -> None:
-    """Restore this rank's random state; the checkpoint may be of a different number of ranks."""
+    """Restore this rank's random state, even if the checkpoint has another number of ranks."""
     if is_main():
         set_random_state(state["random"])
     elif len(state["others"]) == world_size() - 1:
@@ -489,8 +488,9 @@ def restore_trainer(trainer: Trainer, state: Saved) -> None:
     as if training had used it from the start.
 
     Raises:
-        InputError: if the number of images, models, losses, optimizers or schedulers differ from
-            those of the state, or if the state is from within an epoch with other batches.
+        InputError: if state and trainer differ in the number of images, in models, losses,
+            optimizers or schedulers, or in whether weights are averaged; or if the state is from
+            within an epoch with other batches.
     """
     _check_fit(trainer, state)
     now = trainer.state
@@ -498,18 +498,22 @@ def restore_trainer(trainer: Trainer, state: Saved) -> None:
     parts = _all_parts(trainer)
     parts += [trainer.scaler] if trainer.scaler.is_enabled() else []
     parts += [trainer.average] if trainer.average is not None else []
+    counters = [
+        (vars(loss.get_submodule(path)), values)
+        for name, loss in trainer.loss_funcs.items()
+        for path, values in state["counters"][name].items()
+    ]
     with _unchanged_on_error(parts):
         _load_parts(trainer, state)
         _load_schedules(trainer, state, schedules)
-        for name, loss in trainer.loss_funcs.items():
-            for path, counters in state["counters"][name].items():
-                vars(loss.get_submodule(path)).update(counters)
         if state["scaler"] and trainer.scaler.is_enabled():  # else the precision has changed
             trainer.scaler.load_state_dict(state["scaler"])
         if trainer.average is not None and state["ema"] is not None:
             _load_module("ema_model", trainer.average, state["ema"])
         if trainer.record_keeper is not None and state["records"] is not None and is_main():
             restore_records(trainer.record_keeper, state["records"])
+    for variables, values in counters:
+        variables.update(values)
     now.ended, now.done, now.order = state["epoch"], state["iteration"], state["order"]
     now.stopped, now.labels = state["stopped"], state["labels"]
     now.table.values, now.moved_from = state["centroids"], state["moved_from"]
@@ -518,7 +522,7 @@ def restore_trainer(trainer: Trainer, state: Saved) -> None:
     now.loaded_within_epoch = now.order is not None
     trainer.epoch = now.ended
     _lay_cells(trainer, state["cells"])
-    if trainer.guard is not None and state["guard"]:
+    if trainer.guard is not None and state["guard"] is not None:
         trainer.guard.load_state_dict(state["guard"])
     changed = {
         name: f"{name} {state['versions'].get(name)} (now {here})"
@@ -578,6 +582,11 @@ def _check_fit(trainer: Trainer, state: Saved) -> None:
         had = "without" if state["ema"] is None else "with"
         raise InputError(
             f"checkpoint was written {had} averaged weights: resume with the same ema_decay"
+        )
+    if trainer.guard is not None and state["guard"] is None:
+        raise InputError(
+            "checkpoint was written without a guard, which compares with the pretrained network: "
+            "resume with guard=False"
         )
     network = _network_of(trainer)
     for name, value in state["network"].items():
@@ -686,10 +695,10 @@ def _groups(sizes: list[int]) -> str:
 
 
 def fresh_schedules(trainer: Parts) -> Schedules:
-    """Return a copy of the schedules of a trainer, which must not have made a step yet.
+    """Return a copy of a trainer's schedules. No schedule may have made a step yet.
 
-    NumPy numbers in optimizers and schedulers are replaced by Python numbers, in place. They are
-    Python numbers after a resume, and the training must compute with the same types.
+    NumPy numbers in optimizers and schedulers are replaced by Python numbers, in place. A resumed
+    training has Python numbers, and every training must compute with the same types.
     """
     rates: dict[str, list[StateDict]] = {}
     for name, optimizer in trainer.optimizers.items():
@@ -733,7 +742,10 @@ def _load_schedules(trainer: Trainer, state: Saved, schedules: Schedules) -> Non
 
 
 def _is_of_another_function(schedule: LRScheduler, state: dict[str, Any]) -> bool:
-    """Return whether a LambdaLR gives other rates than its state, which lacks its functions."""
+    """Return whether a LambdaLR gives other rates than those in its saved state.
+
+    The state does not contain the functions of the LambdaLR, so the rates are compared.
+    """
     if not isinstance(schedule, LambdaLR):
         return False
     at = state["last_epoch"]
@@ -758,7 +770,7 @@ def replay(
         iterations_per_epoch: iterations per epoch of the training.
         epochs: number of epochs completed.
         iterations: number of iterations completed in the next epoch.
-        others: names of the new schedulers, for messages.
+        others: names of the schedulers whose settings have changed, for messages.
 
     Raises:
         InputError: if a OneCycleLR has fewer steps.
@@ -812,7 +824,7 @@ def _as_tuple(value: Any) -> Any:
 def _lay_cells(trainer: Trainer, cells: dict[str, Cells]) -> None:
     """Set the cell offsets of a trainer's transform and swap to those of :func:`_cells_of`.
 
-    A different grid means another size of views, which needs another offset: such an offset is
+    If the grid differs, the views have another size, which needs another offset. The offset is then
     not changed, and a warning is logged.
     """
     now = _cells_of(trainer)

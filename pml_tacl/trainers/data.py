@@ -38,12 +38,12 @@ exact order of earlier trainings on smaller data sets.
 """
 _ITEMS = 1 << 16  # images of an order that are converted to Python numbers at once
 _TRIES = 5  # after so many unreadable images in a row, the storage has probably failed
-_LOSS = 5.0  # seconds in which a worker that is lost ends
+_LOSS = 5.0  # seconds to wait for the end of a lost worker
 _LOGGER = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    """A batch of N images: two views (N, 3, S, S), points (N, G, 2) and pseudo-labels (N,)."""
+    """A batch of N images: views (N, 3, height, width), points (N, G, 2), pseudo-labels (N,)."""
 
     views: Tensor
     transformed: Tensor
@@ -54,9 +54,10 @@ class Batch(NamedTuple):
 class TwoViews(Dataset[Item]):
     """Data set of two views: item (index, seed) -> (view, transformed view, points, index, "").
 
-    The random numbers of an item depend on its seed alone. The number of workers, or the place
-    where an epoch was resumed, does not change them. If an image cannot be read, another image of
-    its cluster is returned, with its own index; the last entry is then the error.
+    The random numbers of an item depend on its seed alone, and not on the number of workers or on
+    where an epoch was resumed. If an image cannot be read, the item is another image of its
+    cluster, with that image's index, and the last entry is the error. If no other image of the
+    cluster is left, an image of any cluster is taken.
 
     Args:
         dataset: items (image, anything).
@@ -112,7 +113,7 @@ class OneView(Dataset[tuple[Tensor, int]]):
 
     Args:
         dataset: items (image, anything).
-        transform: image -> (3, S, S).
+        transform: image -> (3, height, width).
 
     Raises:
         OSError: on access to an item, if the images after it cannot be read either.
@@ -235,7 +236,7 @@ def draw_order(
     """Draw the images of an epoch, with the global random state.
 
     Up to ``ORDER_OF_PML_UP_TO`` images, PML's MPerClassSampler or torch's RandomSampler draws the
-    order. For more images it is drawn in arrays, with a seed from torch's generator.
+    order. For more images, array operations draw the order, with a seed from torch's generator.
 
     Args:
         labels: (N,) pseudo-labels, -1 for noise.
@@ -343,7 +344,7 @@ def make_loader(
 
 
 def _wait_for_lost_worker() -> RuntimeError | None:
-    """Return torch's error about a worker that has ended, or None if none ends in this time."""
+    """Return torch's error about a worker that has ended, or None after ``_LOSS`` seconds."""
     end = time.monotonic() + _LOSS
     while time.monotonic() < end:
         try:
@@ -364,12 +365,12 @@ def lost_workers_named() -> Iterator[None]:
     """
     handler = None
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal_handling._set_SIGCHLD_handler()  # torch sets it once: not inside the block
+        signal_handling._set_SIGCHLD_handler()  # now, or torch would set it inside the block
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield
-    # The last three occur if a worker dies while it sends a batch. It ends only after that, so wait
-    # for it: torch's handler, which comes back below, would raise its error again.
+    # The last three occur if a worker dies while it sends a batch. Its process ends a little later.
+    # Wait for that end; otherwise torch's handler, which is restored below, raises its own error.
     except (RuntimeError, EOFError, ConnectionResetError, ConnectionRefusedError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise

@@ -45,7 +45,7 @@ def default_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
 def default_schedule(optimizer: torch.optim.Optimizer, steps: int) -> OneCycleLR:
     """Return one cycle of learning rates over `steps`; the optimizer's rates are the maxima."""
     rates = [group["lr"] for group in optimizer.param_groups]
-    rises = 0.1 if steps > 9 else 2 / (steps + 1)  # 1 step or more, or torch divides by zero
+    rises = 0.1 if steps > 9 else 2 / (steps + 1)  # a rise of 1 step or more, or torch divides by 0
     return OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=rises)
 
 

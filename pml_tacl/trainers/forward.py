@@ -44,7 +44,7 @@ def forward_of(models: dict[str, nn.Module]) -> Callable[[Tensor], Features]:
 def forward_in_chunks(
     forward: Callable[[Tensor], Features], images: Tensor, chunks: int, models: list[nn.Module]
 ) -> Features:
-    """Compute the features of a batch in chunks, so that activations of only one are in memory.
+    """Compute the features of a batch in chunks; only one chunk's activations are in memory.
 
     Losses still see every pair of the batch, and the gradient equals that of one pass over the
     batch, unless a layer mixes images: BatchNorm computes its statistics for each chunk. The
@@ -112,8 +112,8 @@ def swap_background(
         amp_dtype: autocast type for the pass of the trunk; None for no autocast.
 
     Returns:
-        Both views (N, 3, S, S), and the share of each cell of the first view that both views
-        kept: (N, H*W) in [0, 1], or None without a grid.
+        Both views (N, 3, height, width), and the share of each cell of the first view that both
+        views kept: (N, H*W) in [0, 1], or None without a grid.
 
     Raises:
         ValueError: if the mask needs feature maps and the trunk returns none.

@@ -21,9 +21,9 @@ def draw_by_clusters(
     Each batch has ``batch_size / images_per_cluster`` different clusters; all sets of clusters are
     equally likely. The images of a cluster are used in turn, in a random order that each call
     draws. No image is repeated in a batch, or before all others of its cluster were used, unless
-    the cluster is smaller than ``images_per_cluster``. In that case the numbers of repetitions in
-    a batch differ by at most one. PML's sampler draws each batch independently, so it uses some
-    images often and others never.
+    the cluster is smaller than ``images_per_cluster``. In that case, the numbers of times that its
+    images occur in a batch differ by at most one. PML's sampler draws each batch independently, so
+    it uses some images often and others never.
 
     Time and memory depend on the number of images and ``size``, not on the number of clusters.
 
@@ -59,7 +59,7 @@ def draw_by_clusters(
     for start in range(0, len(clusters), step):
         part = clusters[start : start + step, None]
         place = turns[start : start + step, None] * images_per_cluster
-        # Consecutive images of a cycle are different, also across its end.
+        # Consecutive images of a cycle are different, also where the cycle starts again.
         place = (place + np.arange(images_per_cluster)) % counts[part]
         order[start : start + step] = members[starts[part] + place]
     return order.ravel()

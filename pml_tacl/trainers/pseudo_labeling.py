@@ -138,7 +138,7 @@ def cluster(
     """Cluster the embeddings of readable images on the main process. Collective.
 
     If k-means clusters embeddings in a file, all ranks assign images to the centroids. Labels and
-    centroids are those of a single process.
+    centroids equal those of a single process.
 
     Args:
         labeler: the clustering algorithm.

@@ -12,7 +12,7 @@ class Recipe:
     """Default settings of a training, which depend on the kind of network and its weights.
 
     `UnsupervisedTrainer`, the command line and `benchmarks/retrieval.py` take their defaults from
-    here. They were chosen on validation data, see docs/results.md.
+    here. They were chosen on validation data (see docs/results.md).
 
     Attributes:
         pooling: pooling of the `AttentionEmbedder`.
@@ -21,7 +21,8 @@ class Recipe:
         weight_decay: weight decay of AdamW.
         batch_size: images in a batch; each comes in two views.
         images_per_cluster: images of one cluster in a batch.
-        warmup: share of the epochs before the first clustering, in which each image is a cluster.
+        warmup: share of the epochs that come before the first clustering. In these epochs, each
+            image is its own cluster.
         freeze_batchnorm: do not train BatchNorm's statistics and weights.
         centroid_momentum: momentum, in [0, 1], with which the centroids follow the batches; 1 keeps
             them fixed.

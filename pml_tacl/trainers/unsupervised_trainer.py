@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,11 @@ class UnsupervisedTrainer(BaseTrainer):
     calls the hooks. The method follows Li et al. 2020; the exact definitions are our own.
 
     For an :class:`AttentionEmbedder`, only the model and the data set are required; other models
-    also need ``transform`` and ``eval_transform``. The defaults of most settings of the training
-    come from :func:`pml_tacl.trainers.recipe.recipe_for`. If you pass ``loss_funcs``, the
-    background swap, the guard and the warm-up are off by default. If the data set is given as a
-    folder, :meth:`train` ends with :meth:`finish`, which writes a model and a search index and
-    prints whether training helped.
+    also need ``transform`` and ``eval_transform``. The defaults of most training settings come from
+    :func:`pml_tacl.trainers.recipe.recipe_for`. If you pass ``loss_funcs``, the background swap,
+    the guard and the warm-up are off by default. If the data set is given as a folder,
+    :meth:`train` ends with :meth:`finish`, which writes a model and a search index and prints
+    whether training helped.
 
     Args:
         models: an :class:`AttentionEmbedder`, or {"trunk": ..., "embedder": ...}; the embedder
@@ -142,7 +143,7 @@ class UnsupervisedTrainer(BaseTrainer):
         run: folder that :meth:`finish` writes to; None means "runs/" followed by the name of the
             data set's folder.
         transform: image -> (view, transformed view, points): a :class:`SiameseTransform`.
-        eval_transform: image -> (3, S, S), for the embedding pass.
+        eval_transform: image -> (3, height, width), for the embedding pass.
         labeler: embeddings (N, D) -> PseudoLabels, such as :class:`KMeansPseudoLabeler`. Images
             with the label -1 are noise and are not used in batches.
         mining_funcs: "tuple_miner" for the metric losses, "attention_miner" (gets feature maps and
@@ -169,8 +170,8 @@ class UnsupervisedTrainer(BaseTrainer):
             trained weights, because the losses compare centroids with embeddings of those weights.
         compile: apply torch.compile to trunk and embedder together; parameter names do not change.
         max_unreadable: number of images that may become unreadable before training stops. Within
-            an epoch, another image of its cluster replaces such an image; at the next clustering it
-            counts as noise.
+            an epoch, such an image is replaced by another image of its cluster; at the next
+            clustering it counts as noise.
         checkpoint_folder: folder for a checkpoint at the end of each epoch. If it is set, SIGINT or
             SIGTERM ends the training after one more checkpoint, with :class:`Interrupted` (a
             SystemExit, code 130 or 143); a second signal ends it immediately. None: checkpoints are
@@ -451,7 +452,7 @@ class UnsupervisedTrainer(BaseTrainer):
         return "" if self.guard is None else self.guard.verdict()
 
     def modify_schema(self) -> None:
-        """Allow any names of losses, and exact names of miners; PML checks only their beginning."""
+        """Allow all names of losses, but only exact names of miners; PML checks name prefixes."""
         self.schema["loss_funcs"].keys = [name for name in self.loss_names if name != "total_loss"]
         self.schema["mining_funcs"].keys = ["tuple_miner", "attention_miner"]
         self.schema["optimizers"].important = []
@@ -587,7 +588,7 @@ class UnsupervisedTrainer(BaseTrainer):
             if self.loss_weights[name] != 0
         }
 
-        # Views: two of each image, and the points of the second where cells of the first lie.
+        # Views: two of each image, and the points in the second where the cells of the first lie.
         batch = self.get_batch()
         views, transformed, weights = batch.views, batch.transformed, None
 
@@ -712,7 +713,7 @@ class UnsupervisedTrainer(BaseTrainer):
         return bool(made)
 
     def step_lr_schedulers(self, end_of_epoch: bool = False) -> None:
-        """Step the schedulers as in PML, except per-iteration ones of optimizers that skipped."""
+        """Step the schedulers as in PML, except per-iteration ones whose optimizer did not step."""
         waiting = {id(self.optimizers[name]) for name in self._skipped}
         if end_of_epoch or not waiting:
             super().step_lr_schedulers(end_of_epoch)
@@ -741,8 +742,8 @@ class UnsupervisedTrainer(BaseTrainer):
     def relabel(self) -> None:
         """Embed and cluster the whole data set, and set the new pseudo-labels and centroids.
 
-        In distributed training the main process clusters and sends the result to all ranks. For
-        embeddings in a file, all ranks assign images to the centroids of k-means.
+        In distributed training the main process clusters and sends the result to all ranks. If the
+        embeddings are in a file, all ranks assign images to the centroids of k-means.
 
         Raises:
             ValueError: if there are too few clusters for a batch. Errors of the labeler are not
@@ -857,7 +858,8 @@ class UnsupervisedTrainer(BaseTrainer):
     def initialize_dataloader(self) -> None:
         """Draw an epoch, or take the rest of a loaded epoch, and make a new loader for it.
 
-        A new loader is needed because a running one would return the old pseudo-labels.
+        Each epoch needs a new loader, because a running one keeps the old order, and the old
+        pseudo-labels, by which it replaces unreadable images.
         """
         state = self.state
         if not state.loaded_within_epoch or state.order is None:
@@ -898,7 +900,8 @@ class UnsupervisedTrainer(BaseTrainer):
     def _call_end_of_epoch_hooks(self) -> bool:
         """Call test_hook on all ranks, then end_of_epoch_hook on the main process.
 
-        States of other ranks are gathered before, because the hook may save a checkpoint.
+        The states of the other ranks are gathered first, because end_of_epoch_hook may save a
+        checkpoint.
 
         Returns:
             Whether end_of_epoch_hook ends the training.
@@ -972,8 +975,8 @@ class UnsupervisedTrainer(BaseTrainer):
             raise InputError("load_checkpoint needs a path: the trainer has no checkpoint_folder")
         found = Path(path)
         state = load_checkpoint_distributed(found)
-        self._prepare_schedule(state)
-        restore_trainer(self, state)
+        with self._prepared_schedule(state):
+            restore_trainer(self, state)
         restore_random(state, self.batch_size)
         self._own_folder = found if found.is_dir() else found.parent
         return self.extra
@@ -1001,12 +1004,28 @@ class UnsupervisedTrainer(BaseTrainer):
         self._own_folder = self.checkpoint_folder
         return self.save_checkpoint(self.checkpoint_folder, self.keep)
 
-    def _prepare_schedule(self, state: Saved) -> None:
-        """Create the default schedule, so that its state can be loaded from a checkpoint."""
+    @contextmanager
+    def _prepared_schedule(self, state: Saved) -> Iterator[None]:
+        """Create the default schedule, so that the block can load its state from a checkpoint.
+
+        If the block raises, the schedule is removed again.
+        """
         saved = state["parts"]["lr_schedulers"].get(defaults.SCHEDULE)
         steps = None if saved is None else saved.get("total_steps")
-        if isinstance(steps, int) and self._schedule_is_own and not self.lr_schedulers:
-            self._make_schedule(steps - 1)
+        if not isinstance(steps, int) or not self._schedule_is_own or self.lr_schedulers:
+            yield
+            return
+        (optimizer,) = self.optimizers.values()
+        before = [dict(group) for group in optimizer.param_groups]
+        self._make_schedule(steps - 1)
+        try:
+            yield
+        except Exception:
+            del self.lr_schedulers[defaults.SCHEDULE]
+            for group, earlier in zip(optimizer.param_groups, before, strict=True):
+                group.clear()
+                group.update(earlier)
+            raise
 
     def _make_schedule(self, steps: int) -> None:
         """Create the default schedule for a number of steps, advanced to the current step."""
@@ -1099,7 +1118,7 @@ def _check_unused(run: Path) -> None:
 
 
 def _that_fit(losses: str, columns: int | None) -> str:
-    """Return the losses for a bar of so many columns: only their sum if all would be cut."""
+    """Return the losses that fit a bar with this number of columns: all, or only the total."""
     if columns is None or columns >= _NARROW:
         return losses
     return next((one for one in losses.split(", ") if one.startswith("total ")), losses)

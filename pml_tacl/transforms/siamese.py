@@ -83,6 +83,7 @@ class SiameseTransform:
 
     Raises:
         ValueError: at construction, for an argument out of range.
+        TypeError: at construction, if `geometric` or `photometric` is not callable.
 
     Example:
         >>> transform = SiameseTransform(size=64, grid=8, geometric=v2.RandomRotation(20))
@@ -210,9 +211,10 @@ class SiameseTransform:
             is outside that range, the second view does not show the cell.
 
         Raises:
-            TypeError: if the image has another type.
-            ValueError: if `to_rgb` cannot convert it, if `photometric` changes the shape, or if
-                `geometric` changes the channels or the number of points.
+            TypeError: if the image has another type, or if `geometric` does not return an image
+                and KeyPoints.
+            ValueError: if `to_rgb` cannot convert the image, if `photometric` changes its shape,
+                or if `geometric` changes the channels or the number of points.
         """
         source = tvf.pil_to_tensor(to_rgb(image))
         view, (top, left, height, width) = self._crop(source)

@@ -43,7 +43,7 @@ def first_copies(rows: Rows, tolerance: float = 0.0) -> IntArray:
 
 
 def _near_firsts(rows: Rows, firsts: IntArray, tolerance: float) -> IntArray:
-    """Also match rows that differ by a tolerance, among rows in the same cell of a grid."""
+    """Also match rows that differ by at most a tolerance and are in the same cell of a grid."""
     distinct = np.flatnonzero(firsts == np.arange(len(firsts)))
     cells = np.empty(len(distinct), dtype=np.uint64)
     for start in range(0, len(distinct), CHUNK):

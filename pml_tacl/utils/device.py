@@ -4,5 +4,5 @@ import torch
 
 
 def device_or_default(device: torch.device | str | None = None) -> torch.device:
-    """Return a device; for None CUDA's if there is one, otherwise the CPU."""
+    """Return the given device; for None return CUDA if there is a GPU, otherwise the CPU."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

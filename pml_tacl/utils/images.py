@@ -31,13 +31,13 @@ def to_rgb(image: AnyImage, name: str = "image") -> Image.Image:
 
     - The EXIF orientation of a PIL image is applied.
     - Transparent pixels become white.
-    - Values with more than 8 bits are scaled by a white point. It is given by the bits per sample
-      of a TIFF file, if fewer than 16; otherwise it is the smallest of 1, 3, 15, 255, 1023, 4095,
-      16383 and 65535 that is not below the values. The highest thousandth of the values is
-      ignored (at least one value, in images of 64 pixels or more). For 8-bit values multiplied by
-      256 or 257 the white point is 65535. If values are below 0 or above 65535, the range from
-      smallest to largest is scaled, with a thousandth ignored at both ends.
-      16-bit colour files are an exception: Pillow opens them as 8 bits (the high bytes).
+    - Values with more than 8 bits are scaled by a white point. It is 65535 for JPEG 2000 and PPM
+      files, and given by the bits per sample of a TIFF file with fewer than 16. Otherwise it is the
+      smallest of 1, 3, 15, 255, 1023, 4095, 16383 and 65535 that is not below the values. The
+      highest thousandth of the values is ignored (at least one value, in images of 64 pixels or
+      more). For 8-bit values multiplied by 256 or 257 the white point is 65535. If values are below
+      0 or above 65535, the range from smallest to largest is scaled, with a thousandth ignored at
+      both ends. 16-bit colour files are an exception: Pillow opens them as 8 bits (the high bytes).
 
     Args:
         image: a PIL image of any mode and size; or an array or tensor (H, W), (H, W, C) or

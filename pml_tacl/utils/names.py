@@ -46,10 +46,10 @@ class _Column(Sequence[_Item]):
 
 
 class Names(_Column[str]):
-    """Strings in one buffer of bytes, with 8 bytes more for each.
+    """Strings in one buffer of bytes, with 8 bytes more for each string.
 
-    A list of Python strings takes about 60 bytes more for each, and the processes of a DataLoader
-    copy it as they read it. They share this buffer.
+    A list of Python strings takes about 60 bytes more for each string, and each process of a
+    DataLoader copies the list as it reads it. This buffer is shared by the processes.
 
     Args:
         names: the strings.

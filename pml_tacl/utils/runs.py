@@ -8,7 +8,7 @@ from typing import Any
 from pml_tacl.utils.errors import InputError
 
 MARK = "run.json"  # file with the settings of a run
-STOPPED = "stopped.json"  # file with the checkpoint of a stopped run's model and index
+STOPPED = "stopped.json"  # names the checkpoint from which a stopped run was indexed
 _OTHERS = {"mean_average_precision_at_r": "MAP@R", "NMI": "NMI"}
 
 

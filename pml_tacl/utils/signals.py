@@ -32,8 +32,8 @@ class Interrupted(SystemExit):
 class Signals:
     """Handlers of SIGINT and SIGTERM for a training in the main thread.
 
-    The first signal is stored in ``received``; the training ends at the next safe place. Inside
-    :meth:`at_once` it ends immediately. The second signal calls the previous handler.
+    The first signal is stored in ``received``, and the training ends at the next safe place. Inside
+    :meth:`at_once` the training ends immediately. The second signal calls the previous handler.
 
     Args:
         active: False changes no handlers.
@@ -114,9 +114,9 @@ def obey_parent_alone(parent: int | None, _worker: int) -> None:
     iteration; a worker that ends earlier would break that iteration.
 
     Args:
-        parent: process id of the training. It also detects a training that is killed while the
-            worker starts, which torch's own check misses. None if a fork server starts the
-            workers.
+        parent: process id of the training. With it, the worker also ends if the training is
+            killed while the worker starts, which torch's own check misses. None if a fork server
+            starts the workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # only Linux tells the sender of a signal

@@ -118,9 +118,9 @@ def cross_attention_pair(
             in [-1, 1], in row-major order. Points outside are not visible.
 
     Returns:
-        A figure with seven axes in the order above, then two colour scales. Both scales have the
-        same range width, so that the brightness of the difference and of the attention can be
-        compared.
+        A figure with seven axes in the order above, then two colour scales. The ranges of both
+        scales are equally wide, so that the brightness of the difference and of the attention can
+        be compared.
 
     Raises:
         ValueError: if counts or shapes do not match, or values are out of range.

@@ -187,7 +187,7 @@ def _beside(
 def spread_apart(values: Sequence[float], gap: float) -> list[float]:
     """Return the positions nearest to ``values``, in the same order, at least ``gap`` apart."""
     order = np.argsort(values, kind="stable")
-    blocks: list[tuple[float, int]] = []  # (mean of lowest position, members)
+    blocks: list[tuple[float, int]] = []  # (position of the lowest member, members)
     for index in order:
         start, size = float(values[index]), 1
         while blocks and start < blocks[-1][0] + blocks[-1][1] * gap:

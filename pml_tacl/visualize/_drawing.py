@@ -215,7 +215,7 @@ def cells(
 def tracked_cells(
     axes: Any, pixels: Pixels, points: npt.NDArray[np.float64], visible: npt.NDArray[np.bool_]
 ) -> None:
-    """Draw a dot at each cell, in its own colour to identify it in several images."""
+    """Draw a dot at each visible cell; a cell has the same colour in every image."""
     size = np.array([pixels.shape[1], pixels.shape[0]])
     places = (points + 1) / 2 * size - 0.5
     colours = colormaps["turbo"](np.linspace(0, 1, len(points)))

@@ -528,7 +528,7 @@ class TestErrors:
 
     def test_whiten(self):
         model = build(6, "covariance")
-        before = model.embedder.projection.weight.clone()
+        before = copy.deepcopy(model.state_dict())
         for wrong in (0, "a"):
             with pytest.raises(ValueError, match=f"shrinkage must be .* above 0, got {wrong!r}"):
                 whiten_linear(model, [images()], shrinkage=wrong)
@@ -536,6 +536,8 @@ class TestErrors:
             ([images(1)], "batches contain 1 image:"),
             ([], "batches contain 0 images"),
             ([images() * torch.nan], "features that are NaN or infinite"),
+            ([images(1).expand(2, -1, -1, -1)], "batches contain 2 images that all look the same"),
+            ([images(1).expand(49, -1, -1, -1)], "contain 49 images that all look the same"),
             # Of one cell, which has no covariance.
             ([images()[:, :, :8, :8]], "batches contain 24 images that all look the same"),
             (iter([images()]), "batches are read twice, which list_iterator does not allow: give"),
@@ -544,7 +546,8 @@ class TestErrors:
                 model.fit_projection(wrong, progress=False)
         with pytest.raises(ValueError, match=r"max_images must be .*2.* got 1"):
             model.fit_projection([images()], max_images=1)
-        assert torch.equal(model.embedder.projection.weight, before)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name]), name
         with pytest.raises(ValueError, match="embedding_dim is None: there is no projection"):
             build(None, "average").fit_projection([images()], progress=False)
         build(6, "average").fit_projection(iter([images()]), progress=False)  # in one pass

@@ -1,5 +1,6 @@
 """A trainer that is given a model and a data set alone, and the guard that it has."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -94,6 +95,33 @@ def test_a_model_that_cannot_be_written_is_refused_before_the_training(folder, t
     given = {"trunk": torch.nn.Flatten()}
     with pytest.raises(ValueError, match=r"needs an AttentionEmbedder.* got Sequential: .*ImageF"):
         UnsupervisedTrainer(given, dataset=folder, transform=len, eval_transform=len)
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_default_schedule_out(folder, tmp_path):
+    def begin(run, dataset=folder, **kwargs):
+        return trainer_of(pretrained_model(), dataset, tmp_path / run, **kwargs)
+
+    begin("run", checkpoint_folder=tmp_path / "saved").train(num_epochs=1)
+    images = ImageFiles(folder, files=[f"{i:02}.png" for i in range(40)], progress=False)
+    trainer = UnsupervisedTrainer(pretrained_model(), dataset=images, image_size=SIZE)
+    before = copy.deepcopy(trainer.optimizers["trunk_optimizer"].state_dict())
+    with pytest.raises(ValueError, match="written with 48 images, but the data set has 40"):
+        trainer.load_checkpoint(tmp_path / "saved")
+    assert trainer.lr_schedulers == {}
+    assert trainer.optimizers["trunk_optimizer"].state_dict() == before
+
+
+def test_a_guard_is_not_added_on_a_resume(folder, tmp_path):
+    def begin(run, **kwargs):
+        saved = tmp_path / "saved"
+        return trainer_of(
+            pretrained_model(), folder, tmp_path / run, checkpoint_folder=saved, **kwargs
+        )
+
+    begin("run", guard=False).train(num_epochs=1)
+    with pytest.raises(ValueError, match=r"written without a guard.*: resume with guard=False"):
+        begin("again").load_checkpoint()
+    begin("once more", guard=False).load_checkpoint()
 
 
 def test_a_run_that_is_there_is_not_written_over(folder, tmp_path):
