@@ -103,8 +103,8 @@ def measured(run: Path, classes: int | None, seed: int) -> tuple[dict[str, dict[
     height, width = maps[f"{config['attention']}, trained"].shape[1:]
     about = (
         f"{len(test)} images of {len(test.classes)} characters that are not in the training, "
-        f"{SIZE} x {SIZE} pixels; attention of `{config['backbone']}` on {height} x {width} "
-        f"cells; the box covers {masks.double().mean():.1%} of an image on average"
+        f"{SIZE} x {SIZE} pixels. The attention of `{config['backbone']}` has {height} x {width} "
+        f"cells. The box of a glyph covers {masks.double().mean():.1%} of its image on average"
     )
     looks = trained.cell_offset(SIZE)
     return {name: scores(attention, masks, looks) for name, attention in maps.items()}, about
@@ -119,8 +119,8 @@ def report(rows: dict[str, dict[str, float]], about: str) -> str:
         f"of `examples/quickstart.py`: Python {platform.python_version()}, torch "
         f"{torch.__version__.partition('+')[0]}, timm {timm.__version__}, pml_tacl {__version__}.",
         "",
-        f"On {about}. Attention is upsampled bicubically to the image, with each cell at its "
-        "receptive-field centre (`AttentionEmbedder.cell_offset`).",
+        f"Measured on {about}. Attention is upsampled bicubically to the image, with each cell at "
+        "its receptive-field centre (`AttentionEmbedder.cell_offset`).",
         "",
         f"| attention | {' | '.join(names)} |",
         "| --- |" + " ---: |" * len(names),
@@ -134,13 +134,15 @@ def report(rows: dict[str, dict[str, float]], about: str) -> str:
         "",
         "- ratio: mean attention inside the glyph's box divided by the mean outside, averaged over "
         "images. Ratio of means: both means are averaged over images before the division.",
-        "- pointing game: how often the maximum lies inside the box. Tied places count by their "
-        "share, so a uniform map scores the area of the box.",
+        "- pointing game: how often the maximum lies inside the box. If several positions share "
+        "the maximum, each counts in part, so a uniform map scores the area of the box.",
         "- even: the same weight everywhere, as in average pooling.",
-        "- border, relative_border: low where the image looks like its border; only the features "
-        "are trained, not the attention.",
-        f"- distinctive: the same trunk without training of the attention; {REFERENCES} images of "
-        "the training half are the references, see `Embedder.set_attention_references`.",
+        "- border, relative_border: low where the image looks like its own border. Only the "
+        "features are trained, not the attention. On pages written before 2026-11-26, border is "
+        "what is now called `relative_border`.",
+        '- distinctive: the same trunk with `attention="distinctive"`, which is not trained. '
+        f"{REFERENCES} images of the training half are the references, see "
+        "`Embedder.set_attention_references`.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -97,23 +97,23 @@ def report(rows: list[str]) -> str:
         f"{__version__}.",
         "",
         f"`AttentionEmbedder(name)` for one image of {SIDE} x {SIDE} pixels. Dimensions are "
-        "those of the backbone's own embedding, which is what is trained; after `fit_projection` "
-        f"there are {DIMENSIONS} (`embedding_dim`). `feature_index` is the one taken by default: "
-        "the last stage of stride 16 or finer, for a plain ViT its last block. Its maps carry "
-        'attention; with `pooling="covariance"` the trunk ends there. Prefix tokens (class, '
-        "registers) are no places and are left out of the maps. Parameters are the trunk's, "
-        "without its classifier.",
+        "those of the backbone's own embedding, which is trained; after `fit_projection` "
+        f"there are {DIMENSIONS} (`embedding_dim`). `feature_index` is the default: the last "
+        "stage of stride 16 or finer, or the last block of a plain ViT. Attention is computed on "
+        'the maps of this stage; with `pooling="covariance"`, the trunk ends there. Prefix tokens '
+        "(class, registers) have no position in the image and are left out of the maps. "
+        "Parameters are those of the trunk, without its classifier.",
         "",
         "| family | model | dimensions | parameters | feature_index | grid of the maps | channels "
         "| parameters, covariance |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         *rows,
         "",
-        "The families are tested in `tests/models/test_backbones.py`, at a small size: forward, "
-        "backward, frozen, 1 and 4 channels, odd sizes (CoaT and EfficientViM: shapes alone; "
+        "`tests/models/test_backbones.py` tests the families at a small size: forward, backward, "
+        "frozen, 1 and 4 channels, odd sizes (CoaT and EfficientViM: only shapes; "
         "EfficientNet-Lite: with its ImageNet weights). Any other timm model with "
-        "`forward_intermediates` goes the same way, and so does a module that maps (N, C, H, W) "
-        "images to (N, C, H, W) maps or a list of them.",
+        "`forward_intermediates` works in the same way, and so does a module that maps "
+        "(N, C, H, W) images to (N, C, H, W) maps or a list of them.",
     ]
     return "\n".join(lines) + "\n"
 

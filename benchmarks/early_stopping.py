@@ -109,9 +109,10 @@ def page(results: dict[int, list[tuple[int, float, float, float]]], classes: int
         f"Written by `benchmarks/early_stopping.py` on {datetime.date.today()}: {cpu_model()}; "
         f"{versions}.",
         "",
-        f"Glyphs ({half}), the quickstart's network and losses at a constant rate of {RATE}, "
-        f"{CONFIG['warmup_epochs']} epochs of warm-up. R@1 is on characters never seen in "
-        "training; training and both criteria read no label.",
+        f"Data: Glyphs ({half}). The network and losses are those of the quickstart, with a "
+        f"constant learning rate of {RATE} and {CONFIG['warmup_epochs']} epochs of warm-up. R@1 is "
+        "measured on characters that are not in the training. Neither the training nor the two "
+        "criteria use labels.",
     ]
     for seed, rows in results.items():
         lines += ["", f"## Seed {seed}", "", "| epoch | R@1, % | stability | separation |"]

@@ -106,11 +106,11 @@ def report(
         f"{torch.__version__.partition('+')[0]}, faiss {faiss.__version__}, "
         f"pytorch-metric-learning {pytorch_metric_learning.__version__}, pml_tacl {__version__}.",
         "",
-        f"{count} embeddings of {DIMENSIONS} dimensions, {classes} classes, each image searched "
-        "among all others. One run, one process for each row; peak memory is of the process, "
-        "libraries and data included; CPU seconds are over all threads. Stock is PML's "
+        f"{count} embeddings of {DIMENSIONS} dimensions in {classes} classes; each image is "
+        "searched among all others. Each row is one run in its own process. Peak memory includes "
+        "libraries and data. CPU seconds are summed over all threads. Stock is PML's "
         'AccuracyCalculator with `k="max_bin_count"`, for which only the metrics compared here '
-        f"are right; with `k=None` it would need about {61e-9 * count * count:.0f} GB.",
+        f"are right. With `k=None`, it would need about {61e-9 * count * count:.0f} GB.",
         "",
         "| | seconds | CPU seconds | peak memory |",
         "| --- | ---: | ---: | ---: |",
@@ -143,13 +143,14 @@ def report(
         )
     lines += [
         "",
-        "Clustering is the same k-means in both; AMI is then scikit-learn's in the one, and in the "
-        "other a sum over the different sizes of groups. All is every metric that a calculator has "
-        "by default, in one call: recall at 1, 2, 4 and 8 beside those of the table in ours.",
+        "Both calculators use the same k-means for clustering. Stock computes AMI with "
+        "scikit-learn, and ours as a sum over the different sizes of groups. All means every "
+        "metric that a calculator has by default, in one call. Ours then computes recall at 1, 2, "
+        "4 and 8 in addition to the metrics of the first comparison.",
         "",
-        f"Beside a bare `faiss.knn` as deep, at 6000 x {DIMENSIONS}, ranking metrics and recall: "
-        f"{floor['ours'] / floor['floor']:.2f} x (medians of turns, {floor['floor']:.3f} s and "
-        f"{floor['ours']:.3f} s).",
+        f"Compared with a bare `faiss.knn` of the same depth, at 6000 x {DIMENSIONS}, the ranking "
+        f"metrics and recall take {floor['ours'] / floor['floor']:.2f} x as long (medians of "
+        f"alternating runs, {floor['floor']:.3f} s and {floor['ours']:.3f} s).",
     ]
     return "\n".join(lines) + "\n"
 

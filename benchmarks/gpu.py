@@ -104,7 +104,7 @@ def tests(device: torch.device, sizes: Sizes, seconds: float) -> dict[str, Any]:
 
 def loss_ratios(device: torch.device, sizes: Sizes) -> _TABLE:
     """Return forward and backward of each loss over its dense floor, as docs/benchmarks/losses."""
-    rows = [["loss or miner", "of the case", "time", "over the first"]]
+    rows = [["loss or miner", "case", "time", "relative to the first"]]
     for case, make in losses.CASES.items():
         if sizes.cases not in case:
             continue
@@ -120,7 +120,7 @@ def loss_ratios(device: torch.device, sizes: Sizes) -> _TABLE:
 
 def steps(device: torch.device, sizes: Sizes) -> _TABLE:
     """Return training steps and embedding passes beside timm's own, as docs/benchmarks/overhead."""
-    rows = [["backbone", "base / with pml_tacl", "base", "ours", "ratio", "of the turns"]]
+    rows = [["backbone, batch", "base / with pml_tacl", "base", "ours", "ratio", "ratio, range"]]
     for backbone, batch in sizes.backbones.items():
         arguments = Namespace(
             device=device.type,
@@ -187,7 +187,7 @@ def loading(device: torch.device, sizes: Sizes) -> _TABLE:
 
         times = take_turns({"step": step}, sizes.rounds, device.type == "cuda")["step"]
         speed = batch / float(np.median(times))
-        rows.append([f"`{backbone}` trains on two views of, tensors on the device", f"{speed:.0f}"])
+        rows.append([f"training of `{backbone}` on two views, data on the device", f"{speed:.0f}"])
     return rows
 
 
@@ -199,7 +199,7 @@ def evaluation(device: torch.device, sizes: Sizes) -> _TABLE:
         "`AccuracyCalculator` of PML": AccuracyCalculator(names, k="max_bin_count", device=device),
         "`RetrievalCalculator`": RetrievalCalculator(include=names, device=device),
     }
-    rows, first = [["calculator", "time", "over PML's", "R@1"]], 0.0
+    rows, first = [["calculator", "time", "relative to PML", "R@1"]], 0.0
     for name, calculator in calculators.items():
         calculator.get_accuracy(embeddings[:500], labels[:500])  # kernels are loaded now
         start = time.perf_counter()
@@ -239,7 +239,7 @@ def clustering(device: torch.device, sizes: Sizes) -> _TABLE:
 
     engines["faiss, CPU"] = of_faiss
     engines[f"torch, {device.type}"] = lambda: kmeans_of_torch(there, clusters).cpu()
-    rows, first = [["k-means, 20 iterations", "time", "over faiss", "mean similarity"]], 0.0
+    rows, first = [["k-means, 20 iterations", "time", "relative to faiss", "mean similarity"]], 0.0
     for name, run in engines.items():
         if name.startswith("torch"):
             run()  # kernels are loaded now
@@ -284,7 +284,7 @@ def page(found: dict[str, Any], sizes: Sizes) -> str:
         "",
     ]
     if not found["cuda"]:
-        lines += ["**There was no CUDA device**: this is the same code on the CPU, small.", ""]
+        lines += ["**There was no CUDA device**: small sizes of the same code on the CPU.", ""]
     lines += [f"Tests of the marker `gpu`: {tested['summary']}.", ""]
     lines += [f"- failed: `{name}`" for name in tested["failed"]]
     for title, body in found["parts"].items():

@@ -34,20 +34,20 @@ def main() -> None:
     found = {name: seconds(code, arguments.rounds) for name, code in codes.items()}
     floor = found["PML and timm"]
     lines = [
-        "# What importing costs",
+        "# Cost of imports",
         "",
         f"Written by `benchmarks/imports.py` on {datetime.date.today()}: {cpu_model()}, Python "
-        f"{platform.python_version()}, pml_tacl {pml_tacl.__version__}. Seconds of a fresh "
+        f"{platform.python_version()}, pml_tacl {pml_tacl.__version__}. Seconds in a new "
         f"interpreter, best of {arguments.rounds}.",
         "",
-        "| import | seconds | beside PML and timm |",
+        "| import | seconds | relative to PML and timm |",
         "| --- | ---: | ---: |",
     ]
     lines += [f"| {name} | {time:.3f} | {time / floor:.3f} x |" for name, time in found.items()]
     lines += [
         "",
-        "What a name imports of faiss, matplotlib, record-keeper, timm and PML is tested in "
-        "`tests/test_packaging.py`: none of the first three comes before it is needed.",
+        "`tests/test_packaging.py` tests which of faiss, matplotlib, record-keeper, timm and PML "
+        "each name imports. The first three are only imported when they are needed.",
     ]
     publish("\n".join(lines) + "\n", arguments.output)
 

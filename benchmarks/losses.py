@@ -176,17 +176,18 @@ def report(results: Results, rounds: int) -> str:
         f"fp32, Python {platform.python_version()}, torch {torch.__version__.partition('+')[0]}, "
         f"pytorch-metric-learning {pytorch_metric_learning.__version__}, pml_tacl {__version__}.",
         "",
-        f"Forward + backward (miners: the call), median of {rounds} rounds in which all contenders "
-        "of a table take turns, over the median of the first row. N = 240 embeddings of "
-        "D = 512, five of each cluster; attention losses: 120 images of 24 clusters. Memory: what "
-        "the allocator held at its peak beyond the inputs, over two normalised maps and their "
-        "gradients.",
+        "Time is that of forward + backward (for miners: of the call). It is the median of "
+        f"{rounds} rounds, divided by the median of the first row; in each round, all rows of a "
+        "table take turns. There are N = 240 embeddings of D = 512, five of each cluster; for the "
+        "attention losses, 120 images of 24 clusters. Memory is the peak that the allocator held "
+        "beyond the inputs, divided by the size of two normalised maps and their gradients.",
         "",
         "- Floor of the centroid losses: normalise, one matmul with K centroids, top-k, backward.",
         "- Floor of the attention losses: normalise, two batched matmuls, maximum, backward; dense,"
         " by autograd.",
-        "- ProxyAnchorLoss and SoftTripleLoss have K proxies and train them; ours is given its "
-        "centroids. Means of the batch and MultiSimilarityLoss know of no K.",
+        "- ProxyAnchorLoss and SoftTripleLoss have K proxies and train them. "
+        "ContrastiveClusteringLoss gets K centroids. Its variant with the means of the batch and "
+        "MultiSimilarityLoss do not use K.",
     ]
     for case, (times, memory) in results.items():
         first = next(iter(times.values()))

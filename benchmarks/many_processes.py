@@ -122,7 +122,7 @@ def report(results: list[dict], count: int) -> str:
     apart = [f["after"] - ones[f["seed"]]["after"] for f in many]
     seeds = [f["after"] for f in ones.values()]
     width = 100 * (max(seeds) - min(seeds))
-    head = ["seed", "processes", "same labels, epoch 1", "difference of weights after it"]
+    head = ["seed", "processes", "same labels, epoch 1", "difference of weights, epoch 1"]
     head += ["labels of epoch 2, AMI", "R@1 before", "R@1 after", "difference to one process"]
     head += ["seconds"]
     rows = [
@@ -138,18 +138,18 @@ Written by `benchmarks/many_processes.py` on {datetime.date.today()}: {cpu_model
 {count} images of the training half of Glyphs; R@1, in per cent, on characters that are not in the \
 training. `{" ".join(SETTINGS)}`, with ImageNet weights. BatchNorm keeps its statistics and no \
 backgrounds are swapped, so the mathematics is the same as for one process. The learning rate was \
-lowered to 3e-5 after a trial at 1e-4. There the clusters of epoch 2 differed more (AMI 0.81 to \
-0.89), and R@1 by up to 0.9 points.
+lowered to 3e-5 after a trial at 1e-4, in which the clusters of epoch 2 differed more (AMI 0.81 to \
+0.89) and R@1 differed by up to 0.9 points.
 
 {chr(10).join(rows)}
 
 "Same labels" is the percentage of images with the same pseudo-label as with one process. In epoch \
-1, the labels come from the same weights. Then the order of sums changes the last bits of the \
-weights, and the clusters of epoch 2 differ slightly: AMI is the adjusted mutual information with \
-the clusters of one process, 1 if they are equal. Identical in epoch 1: {same} of {len(many)} \
-runs. Largest difference of R@1 to one process: \
-{100 * max(map(abs, apart)):.1f} points, mean {100 * sum(apart) / len(apart):+.1f}; between the \
-seeds of one process: {width:.1f}.
+1, the labels come from the same weights, and they are identical in {same} of {len(many)} runs. \
+Then the order of sums changes the last bits of the weights, and the clusters of epoch 2 differ \
+slightly. AMI is the adjusted mutual information with the clusters of one process; it is 1 if they \
+are equal. The largest difference of R@1 to one process is {100 * max(map(abs, apart)):.1f} \
+points, and the mean is {100 * sum(apart) / len(apart):+.1f}. Between the seeds of one process, \
+R@1 differs by {width:.1f}.
 """
 
 

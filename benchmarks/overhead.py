@@ -148,10 +148,10 @@ def report(arguments: argparse.Namespace, rows: list[str]) -> str:
         f"{arguments.amp or 'fp32'}, channels_last, Python {platform.python_version()}, torch "
         f"{torch.__version__.partition('+')[0]}, timm {timm.__version__}, pml_tacl {__version__}.",
         "",
-        f"`{arguments.backbone}`, {arguments.side} x {arguments.side} pixels; each row in "
-        f"{arguments.rounds} turns of both sides.",
+        f"`{arguments.backbone}`, {arguments.side} x {arguments.side} pixels. In each row, both "
+        f"sides take {arguments.rounds} turns.",
         "",
-        "| base / with pml_tacl | base | ours | ratio, median | of the turns |",
+        "| base / with pml_tacl | base | ours | ratio, median | ratio, range |",
         "| --- | ---: | ---: | ---: | ---: |",
         *rows,
     ]

@@ -116,15 +116,15 @@ def report(rows: list[tuple[str, str, int, list[str]]], seconds: float) -> str:
         f"Python {platform.python_version()}, torch {torch.__version__.partition('+')[0]}, "
         f"pml_tacl {__version__}; {seconds:.0f} s.",
         "",
-        f"Each run trains for {EPOCHS} epochs of {ITERATIONS} iterations on Glyphs, from a file of "
-        "weights and with backgrounds swapped. It is tested after each epoch, and saves a "
-        "checkpoint every four iterations and after each epoch. It is killed with `kill -9`, "
-        "either at a chosen moment, in the middle of the call named in the table, or at a random "
-        "moment, where the table names the last step that the run logged. It is resumed with the "
-        "same command and compared, bit for bit, with a run that was not killed: weights, averaged "
-        "weights, the whole last checkpoint, metrics, every csv file and every row of the "
-        "database. Every other run is killed together with a loader process and resumed without "
-        "one.",
+        f"Each run trains for {EPOCHS} epochs of {ITERATIONS} iterations on Glyphs, with initial "
+        "weights from a file and with background swap. It is tested after each epoch, and saves a "
+        "checkpoint every four iterations and after each epoch. It is killed with `kill -9`. If "
+        "the moment is chosen, this is in the middle of the call named in the table. If it is "
+        "random, the table names the last step that the run logged. Then the run is resumed with "
+        "the same command and compared, bit for bit, with a run that was not killed: weights, "
+        "averaged weights, the whole last checkpoint, metrics, every csv file and every row of "
+        "the database. Every other run has a loader process when it is killed, and none when it "
+        "is resumed.",
         "",
         f"**{equal} of {len(rows)} are equal.**",
         "",

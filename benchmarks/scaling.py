@@ -27,10 +27,10 @@ from pml_tacl import KMeansPseudoLabeler
 # Speed of a data-centre GPU, and of faiss on it. Assumed, not measured.
 INTRODUCTION = """## A training of many images, run
 
-What a training does beside the network, really done and measured: `benchmarks/simulation.py`. A \
-generator stands for the network, and each part is a process of its own, which reads what the last \
-has left in the folder. "Of a core" is the processor time, which other programs on the machine \
-disturb less than the time. Mapped files count as memory while they are read."""
+`benchmarks/simulation.py` runs and measures what a training does apart from the network. A \
+generator replaces the network. Each part runs in its own process, and reads what the previous \
+part has written to the folder. Other programs on the machine disturb the CPU time less than the \
+time. Memory-mapped files count as memory while they are read."""
 GPUS = Gpus(count=8, embed=2_000.0, train=300.0, flops=2e13)
 
 

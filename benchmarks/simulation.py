@@ -56,25 +56,38 @@ from pml_tacl.trainers.data import draw_order
 from pml_tacl.trainers.state import TrainingState
 
 LARGER = (10**7, 10**8)
-LEFT = """What is left of the bottleneck:
+LEFT = """The remaining bottlenecks:
 
-- **Training of k-means** is done by one process, and the others wait. Its sample of 50 images a
-  cluster lies in the memory of that process: 25.6 GB of 128 numbers at a hundred million images,
-  and four times that of 512. All processes share the assignment of all images, which at a hundred
-  million is about a fifth of the comparisons. The table counts one process.
-- **Labels and order** are 24 bytes an image, in every process and in every checkpoint: 2.4 GB at a
-  hundred million.
-- **The list of files** is small once it is made, but Python's strings are sorted on the way, in
-  every process. `files.json` of an index is read as one text. At a hundred million, shards of tar
-  files (WebDataset) are the better data set.
-- **A clusterer other than k-means** runs in one process. If an image cannot be read, it gets a copy
-  of all other embeddings in memory."""
+- **Training of k-means** runs in one process while the others wait. The sample of 50 images per
+  cluster is in the memory of that process. For a hundred million images it takes 25.6 GB with
+  embeddings of 128 numbers, and four times that with 512. All processes share the assignment of
+  images to centroids, which is about a fifth of the comparisons for a hundred million images. The
+  table is for one process.
+- **Labels and order** take 24 bytes per image, in every process and in every checkpoint: 2.4 GB
+  for a hundred million images.
+- **The list of files** is small in the end, but every process sorts Python strings to make it.
+  `files.json` of an index is read as one text. For a hundred million images, shards of tar files
+  (WebDataset) are the better data set.
+- **A clusterer other than k-means** runs in one process. If an image cannot be read, the clusterer
+  gets a copy of all other embeddings in memory."""
 NOISE = 0.8
 BATCH, PER_CLUSTER, BATCHES, SIDE = 32, 4, 200, 32
 A_FOLDER = 1_000  # links to one empty file: what is in an image is not read
 QUERIES, SEARCHED, NEIGHBOURS = 50_000, 1_000, 10
 ITERATIONS, POINTS_A_CLUSTER = 10, 50
 PER_MIB = 1 << 20 if sys.platform == "darwin" else 1 << 10
+# What the page calls the values of the parts, where the JSON files have another name.
+SHOWN = {
+    "bytes an image": "bytes per image",
+    "listed in seconds": "seconds to list",
+    "of a core": "CPU seconds to list",
+    "pairs of a cluster that are of one class": "share of pairs of a cluster with the same class",
+    "drawn in seconds": "seconds to draw",
+    "images that come": "share of images in the epoch",
+    "the order is that of the first process": "order equal to that of the first process",
+    "bytes an image, of codes": "bytes of codes per image",
+    "milliseconds a query": "milliseconds per query",
+}
 Found = dict[str, Any]
 
 
@@ -376,14 +389,16 @@ def table_of(run: Found) -> str:
         "",
         f"`benchmarks/simulation.py --images {run['images']}` on {run['date']}: {run['machine']}, "
         f"{run['threads']} threads, {run['versions']}. Embeddings of {run['dim']} numbers in "
-        f"{run['dtype']}. Together {whole:.0f} s, and {busy:.0f} s of a core.{others}",
+        f"{run['dtype']}. Together {whole:.0f} s, and {busy:.0f} s of CPU time.{others}",
         "",
-        "| part | time | of a core | peak memory | |",
+        "| part | time | CPU time | peak memory | |",
         "| --- | ---: | ---: | ---: | --- |",
     ]
     for name, one in run["parts"].items():
         said = ", ".join(
-            f"{what} {value:.4g}" if isinstance(value, float) else f"{what} {value}"
+            f"{SHOWN.get(what, what)}: {value:.4g}"
+            if isinstance(value, float)
+            else f"{SHOWN.get(what, what)}: {value}"
             for what, value in one["said"].items()
         )
         times = f"{one['seconds']:.1f} s | {one['of a core']:.1f} s"
@@ -406,14 +421,14 @@ def extrapolated(*runs: Found) -> str:
     lines = [
         "### Ten and a hundred million images",
         "",
-        "Extrapolated from the largest run of each part, not measured: time of a core, and peak "
-        f"memory. A hundredth of the images are clusters. The {base / 1024:.1f} GiB of the "
-        "libraries stay, and all else grows with the images, but for the evaluation, whose "
-        "queries are a sample. So what a part takes at any size, such as making a model or "
-        "training codes, grows too: the numbers are too high rather than too low, most of all "
-        "where the largest run is small. The time of clustering grows with the comparisons, which "
-        f"above {spaced(TWO_LEVELS_ABOVE)} clusters two levels make fewer (but slower, which is "
-        "not counted).",
+        "CPU time and peak memory, not measured but extrapolated from the largest run of each "
+        "part. There is a cluster for every hundred images. Time and memory grow in proportion to "
+        f"the images, except for the {base / 1024:.1f} GiB of the libraries and for the "
+        "evaluation, whose queries are a sample. Fixed costs, such as making a model or training "
+        "codes, are also scaled up. So the numbers are too high rather than too low, especially "
+        "where the largest run is small. The time of clustering grows with the number of "
+        f"comparisons. Above {spaced(TWO_LEVELS_ABOVE)} clusters, two levels need fewer "
+        "comparisons, but each is slower, which is not taken into account.",
         "",
         "| part | from | " + " | ".join(spaced(images) for images in LARGER) + " |",
         "| --- |" + " ---: |" * (1 + len(LARGER)),

@@ -107,10 +107,10 @@ def report(found: dict[str, tuple[float, float]], count: int, rounds: int) -> st
         f"{torch.__version__.partition('+')[0]}, torchvision "
         f"{torchvision.__version__.partition('+')[0]}, pml_tacl {__version__}.",
         "",
-        f"Images a second of CPU time from a JPEG file of {WIDTH} x {HEIGHT} pixels to two "
-        f"normalised views of {SIZE} x {SIZE}, decoding included; a grid of {GRID} x {GRID} "
-        "points. Without points: torchvision's own steps with the same amounts and photometric "
-        f"transforms. Medians of {rounds} turns of {count} images each.",
+        f"Images per second of CPU time, from a JPEG file of {WIDTH} x {HEIGHT} pixels to two "
+        f"normalised views of {SIZE} x {SIZE}, including decoding. With points: a grid of "
+        f"{GRID} x {GRID} points. Without points: torchvision's own steps with the same parameters "
+        f"and photometric transforms. Medians of {rounds} turns of {count} images each.",
         "",
         "| geometric | with points | without | ratio |",
         "| --- | ---: | ---: | ---: |",

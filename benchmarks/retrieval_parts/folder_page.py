@@ -16,84 +16,99 @@ Result = dict[str, Any]
 _INTRODUCTION = """# Retrieval on photographs
 
 Written by `python benchmarks/retrieval.py folders-page` from `benchmarks/photographs.json`, which \
-`python benchmarks/retrieval.py folders ROOT --json benchmarks/photographs.json` makes. The sets \
-are not part of the repository: *grocery* (81 products in shops, by phone; the queries were taken \
-in other shops; github.com/marcusklasson/GroceryStoreDataset, MIT), *clothing* (17 garments; the \
-queries are of other photographers; github.com/alexeygrigorev/clothing-dataset, CC0), *caltech101* \
-(100 kinds of objects, 40 images each) and *ucmerced* (21 kinds of land use from the air). Put \
-each as NAME/CLASS/FILE below ROOT, with the queries' paths in NAME/queries.txt.
+`python benchmarks/retrieval.py folders ROOT --json benchmarks/photographs.json` makes. The data \
+sets are not part of the repository: *grocery* (81 products, photographed in shops by phone; the \
+queries are from other shops; github.com/marcusklasson/GroceryStoreDataset, MIT), *clothing* (17 \
+garments; the queries are by other photographers; github.com/alexeygrigorev/clothing-dataset, \
+CC0), *caltech101* (100 kinds of objects, 40 images each) and *ucmerced* (21 kinds of land use \
+from the air). Store each as NAME/CLASS/FILE below ROOT, with the queries' paths in \
+NAME/queries.txt.
 
-EfficientNet-Lite0 with ImageNet weights. Classes are cut in thirds that share none: a run trains \
-on the first, without its labels, choices were made on the second, and the numbers are of the \
-last, at the last step. All methods share network, views, batches, steps and seeds; there are \
-a tenth as many clusters as images. `zero_shot` is the backbone's own embedding. `+projection` \
-is what `fit_projection` fits afterwards, without labels, at most 512 numbers. `+averaged` takes \
-the mean of the trained and the untrained weights before that. `+whitened` is the usual \
-PCA-whitening of the embedding alone. `ms` is k-means with MultiSimilarityLoss, `ntxent` PML's \
-NTXentLoss on the two views of an image, and `stml` our implementation of Kim et al., CVPR 2022. \
-`full` is `ms+ccl+tac+swap+averaged+projection` of what the guard keeps. `supervised` knows the \
-labels.
+The network is EfficientNet-Lite0 with ImageNet weights. The classes are split into thirds. A run \
+trains on the first third without its labels. Choices were made on the second third. The numbers \
+are measured on the last third, after the last step. All methods share network, views, batches \
+and steps. The column "seeds" says over how many seeds a row is averaged. There are a tenth as \
+many clusters as images.
+
+- `zero_shot`: the backbone's own embedding.
+- `+projection`: the projection of `fit_projection`, fitted after training without labels; at \
+most 512 dimensions.
+- `+averaged`: a weighted mean of the trained and the untrained weights, taken before the \
+projection is fitted.
+- `+whitened`: the usual PCA whitening of the embedding, without the parts of the image.
+- `ms`: k-means with MultiSimilarityLoss. `ccl`, `tac`, `swap`: with the clustering loss, the \
+attention loss and the background swap of this package.
+- `ntxent`: PML's NTXentLoss on the two views of an image.
+- `stml`: our implementation of Kim et al., CVPR 2022.
+- `full`: `ms+ccl+tac+swap+averaged+projection` of the network that the guard keeps.
+- `supervised`: trained with the labels.
 """
 
 _PARTS = """## What each part is worth: validation, 96 px
 
 Written from `benchmarks/photographs_parts.json`, the results of `python benchmarks/retrieval.py \
-folders-parts ROOT --json FILE`. Trained on the training third and measured on the validation \
-third, or the other way round (*reverse*). In the first row: R@1 with half of the trained weights \
-and the projection. In the others: the difference to the first row with the same seeds, whose \
-number is in brackets. `tac_temperature=0` is the hard maximum in the attention loss, the default \
-is 0.3. Measured on an NVIDIA H200 on 2026-11-26; the images travelled there as WebP at a quality \
-of 94 or 84, and only equal images are compared.
+folders-parts ROOT --json FILE`. The networks were trained on the training third and measured on \
+the validation third, or the other way round (*reverse*). The first row is R@1 with the projection \
+and with the mean of the trained and the untrained weights in equal parts. The other rows are \
+differences from the first row with the same seeds. The number of seeds is in brackets. \
+`tac_temperature=0` is the hard maximum in the attention loss; the default is 0.3. Measured on an \
+NVIDIA H200 on 2026-11-26. The images were sent to this machine as WebP with a quality of 94 or \
+84, and only runs with the same quality are compared.
 
-The background swap is worth most. The hard maximum of the attention loss costs a little nearly \
-everywhere, probably because its gradient comes from one best match, which at 6 x 6 cells and in \
-impure clusters is often wrong. A soft maximum (0.3) spreads the gradient over all near matches \
-and gains on each set where it was measured, so it is the default for pretrained networks. The \
-contrastive clustering loss changes little on photographs.
+The background swap is worth most. The attention loss with a hard maximum costs a little nearly \
+everywhere. The reason is probably that its gradient comes from one best match, which is often \
+wrong with 6 x 6 cells and impure clusters. A soft maximum (0.3) spreads the gradient over all \
+near matches. It gains on each set where it was measured, so it is the default for pretrained \
+networks. The contrastive clustering loss changes little on photographs.
 """
 
 _DRAWN = """## Drawings with the defaults for photographs: test, 96 px
 
-`full` of [the drawings](results_drawings.md) learns through the covariance head at 1e-3, and has \
-none of the defaults chosen on photographs. It gives 62.2 on openemoji and 42.8 on openemoji-busy. \
-The defaults for pretrained networks, which fit the projection after training, give less:
+`full` in [Retrieval on drawings](results_drawings.md) is trained through the covariance head at a \
+learning rate of 1e-3, and uses none of the defaults chosen on photographs. It gives 62.2 on \
+openemoji and 42.8 on openemoji-busy. The defaults for pretrained networks, which fit the \
+projection after training, give less:
 """
 
-_RAW = """The same for the last weights without a projection:
+_RAW = """The same differences for the last weights, without averaging and without a projection:
 """
 
 _HISTORY = """## How the defaults were chosen, and what was measured on test before
 
-On validation, and in the other direction (trained on the validation third, measured on the \
-training third), with R@1 of the projected embeddings:
+The choices were made on validation data, also in the other direction (trained on the validation \
+third, measured on the training third). The values are R@1 of the projected embeddings.
 
-- **Mean of weights.** Halfway between the untrained and the trained weights, a training at 5e-4 \
-gives 78.6 on clothing and 73.9 on grocery, where the last weights give 77.8 and 74.3; in the \
-other direction of clothing 69.4 and 65.6. At 2e-4 the same mean over seven measurements is \
-83.0, at three quarters of the way 82.7. The rate was set between, to 3e-4. With the soft maximum \
-in the attention loss, three quarters of the trained weights gave 79.5 instead of 79.2 (clothing \
-in both directions and grocery, 3 to 4 seeds each); in the other groups of the table above it gave \
-the same or up to 0.3 more. So the share is three quarters now.
-- **Whitening of the whole.** On such averaged networks (ten measurements): both parts whitened \
-81.9, the whole half whitened 81.5, not whitened 81.0. On untrained ones (eight measurements): \
-81.2, 81.1 and 81.5.
-- **Sizes.** 128 numbers for the whole and 384 for the parts give 81.4 instead of 81.9 on \
-averaged networks, 81.5 instead of 81.2 on untrained ones. Giving the parts 1.4 times the weight \
-costs 0.6 to 1.1 on photographs and gains 4 to 5 on drawings (openemoji-busy).
+- **Mean of weights.** With a learning rate of 5e-4, the mean of the untrained and the trained \
+weights in equal parts gives 78.6 on clothing and 73.9 on grocery, and the last weights give 77.8 \
+and 74.3. In the other direction of clothing, the values are 69.4 and 65.6. With 2e-4, this mean \
+gives 83.0 on average over seven measurements, and three quarters of the trained weights give \
+82.7. The learning rate was set in between, to 3e-4. With the soft maximum in the attention loss, \
+three quarters of the trained weights gave 79.5 instead of 79.2 (clothing in both directions and \
+grocery, 3 to 4 seeds each). In the other columns of the table above, they gave the same or up to \
+0.3 more. So the share is now three quarters.
+- **Whitening of the whole.** The projection describes the whole image and its parts. On averaged \
+networks (ten measurements), whitening both gives 81.9, half whitening of the whole 81.5, and no \
+whitening of the whole 81.0. On untrained networks (eight measurements), the values are 81.2, 81.1 \
+and 81.5.
+- **Sizes.** With 128 dimensions for the whole and 384 for the parts, R@1 is 81.4 instead of 81.9 \
+on averaged networks, and 81.5 instead of 81.2 on untrained ones. Giving the parts 1.4 times the \
+weight costs 0.6 to 1.1 on photographs and gains 4 to 5 on drawings (openemoji-busy).
 - **Number of steps** (`folders-parts ROOT --methods ms+ccl+tac+swap --settings steps=200`, one \
-seed, three quarters of the trained weights). 200 instead of 100 steps give 80.3 instead of 79.0 \
-on grocery, 81.3 instead of 79.7 on clothing, 83.9 instead of 85.4 in its other direction and \
-92.2 instead of 93.0 on caltech101: 0.15 more on average, in twice the time.
-- **Number of clusters** (`--settings num_clusters=n/5`). A fifth instead of a tenth of the images \
-gives 78.7 instead of 79.0 on grocery and 77.8 instead of 79.7 on clothing (one seed).
+seed, three quarters of the trained weights). With 200 instead of 100 steps, R@1 is 80.3 instead \
+of 79.0 on grocery, 81.3 instead of 79.7 on clothing, 83.9 instead of 85.4 in the other direction \
+of clothing, and 92.2 instead of 93.0 on caltech101. This is 0.15 more on average, in twice the \
+time.
+- **Number of clusters** (`--settings num_clusters=n/5`). With a fifth instead of a tenth as many \
+clusters as images, R@1 is 78.7 instead of 79.0 on grocery and 77.8 instead of 79.7 on clothing \
+(one seed).
 
-An earlier reading of the test part, one seed, with a rate of 2e-4, without the mean of weights \
-and without whitening of the whole, gave `full` 71.8 on grocery, 67.0 on clothing, 89.4 on \
-caltech101 and 92.3 on ucmerced. Grocery and clothing were also read once (71.7 and 71.3) at \
-3e-4 before the whole was whitened. Then all four sets were read with half of the weights: with \
-the hard maximum (seed 0) `full` gave 74.0, 67.9, 90.3 and 92.1 on grocery, clothing, caltech101 \
-and ucmerced, with the soft one (seeds 0 to 2) 71.6, 68.9, 90.4 and 91.5. Nothing was chosen \
-by these.
+The test part was also measured before, and nothing was chosen by these measurements. The first \
+one had one seed, a learning rate of 2e-4, no mean of weights and no whitening of the whole: \
+`full` gave 71.8 on grocery, 67.0 on clothing, 89.4 on caltech101 and 92.3 on ucmerced. Grocery \
+and clothing were also measured once (71.7 and 71.3) at 3e-4 before the whole was whitened. Then \
+all four sets were measured with half of the trained weights. With the hard maximum (seed 0), \
+`full` gave 74.0, 67.9, 90.3 and 92.1 on grocery, clothing, caltech101 and ucmerced. With the soft \
+maximum (seeds 0 to 2), it gave 71.6, 68.9, 90.4 and 91.5.
 """
 
 
@@ -174,8 +189,8 @@ def _answers(group: list[Result]) -> str:
         lines.append([f"`{method}`", *(f"{gain:+.1f}" for gain in gains), f"{mean(gains):+.1f}"])
     if not lines:
         return ""
-    text = "What `full` gives more than each, in points:\n\n"
-    text += rows(["than", *names, "mean"], lines)
+    text = "R@1 of `full` minus that of each other method, in points:\n\n"
+    text += rows(["method", *names, "mean"], lines)
     ends = [_of(group, m, n) for n in names for m in ("zero_shot", "full", "supervised+projection")]
     if all(ends):
         low, full, high = (mean(mean(v) for v in ends[i::3]) for i in range(3))
@@ -213,7 +228,8 @@ def _guard(group: list[Result]) -> str:
     heads = ["set", "seed", "mutual at the start", "at the end", "kept step", "R@1 `full`"]
     heads += ["R@1 of the last weights", "R@1 untrained"]
     return (
-        "What the guard kept: per cent of mutual neighbours among the training images, and R@1 of "
-        "`full`, of the last weights and of the untrained ones, all with their projection.\n\n"
+        "What the guard kept: the percentage of mutual neighbours among the training images at the "
+        "start and at the end, the step of the network that was kept, and R@1 of `full`, of the "
+        "last weights and of the untrained weights, each with its own projection.\n\n"
         + rows(heads, lines)
     )

@@ -24,33 +24,39 @@ from retrieval_parts.tables import (
 CHOICES = "choices.json"
 INTRODUCTION = """# Retrieval on drawings
 
-For photographs, see [Retrieval on photographs](results.md): the defaults for pretrained networks \
-were chosen there. The runs below have a learning rate of 1e-3 for pretrained networks and learn \
-through the covariance head (`pooling="covariance"`), which is still what networks from scratch do.
+For photographs, see [Retrieval on photographs](results.md), where the defaults for pretrained \
+networks were chosen. The runs below use a learning rate of 1e-3 for pretrained networks. Methods \
+with a head are trained through the covariance head (`pooling="covariance"`), which is still the \
+default for networks from scratch.
 
-Written by `python benchmarks/retrieval.py page` from the files of `benchmarks/results/` alone; \
-`python benchmarks/retrieval.py all` makes those, and goes on where it was stopped.
+Written by `python benchmarks/retrieval.py page` from the files of `benchmarks/results/` alone. \
+`python benchmarks/retrieval.py all` makes these files, and continues where it was stopped.
 
-Classes are split in thirds that share none: the labels of the training third are never read \
-(except by *supervised*, the ceiling, and to report purity), every choice was made on the \
-validation third, and the test third was measured at the last step. All methods share network, \
-views, batches of 64 images in two views, steps and seeds.
+The classes are split into thirds. The labels of the training third are only used by *supervised* \
+(the upper bound), for the number of clusters (which is the number of classes), and to report \
+purity. Every choice was made on the validation third. The test third was measured after the last \
+step. All methods share network, views, batches of 64 images in two views, steps and seeds.
 
-- **glyphs**: characters on cluttered ground, drawn by the package.
-- **openemoji**: {emoji}, each emoji a class and each drawing an instance, on white. Skin tones, \
-drawings that a set uses twice, and emoji that not all sets draw are left out.
-- **openemoji-busy**: the same on crops of photographs (of scikit-image) and on patterns, \
-everywhere on the image.
+- **glyphs**: characters on cluttered backgrounds, drawn by the package.
+- **openemoji**: {emoji}, on white. Each emoji is a class, and each drawing of it is an image. \
+Skin tones, repeated drawings of a set, and emoji that are not in all sets are left out.
+- **openemoji-busy**: the same drawings, at random positions on crops of photographs (from \
+scikit-image) and on patterns.
 
-*scratch* is a small ResNet (resnet10t, 64 pixels), *pretrained* EfficientNet-Lite0 with \
-ImageNet weights and frozen BatchNorm. `ms` is k-means and PML's MultiSimilarityLoss, the \
-baseline. `+head` is `AttentionEmbedder`'s: attention that leaves out what looks like the \
-image's own border, covariance pooling at stride 16 (8 on 64 pixels) and a whitening of it to \
-start from; without it embeddings are the mean of the last stage. `+swap` is `BackgroundSwap`, \
-with the mask of the same attention by the network as it starts. `full` is \
-`ms+ccl+tac+head+swap`; `ntxent` is PML's SelfSupervisedLoss on the two views; \
-`stml` is our implementation of Kim et al., CVPR 2022, from its formulas. The paper that this \
-package follows is not measured: the definitions here are our own.
+*scratch* is a small ResNet (resnet10t, 64 pixels). *pretrained* is EfficientNet-Lite0 with \
+ImageNet weights and frozen BatchNorm.
+
+- `ms`: k-means and PML's MultiSimilarityLoss, the baseline.
+- `+head`: a head of `AttentionEmbedder`. Its attention leaves out what looks like the image's own \
+border. It pools covariances at stride 16 (8 for 64 pixels), and its projection starts as a \
+whitening of them. Without `+head`, embeddings are the mean of the last stage.
+- `+swap`: `BackgroundSwap`, with masks from the image's own border too. The network computes them \
+at the start and at the first clustering.
+- `full`: `ms+ccl+tac+head+swap`.
+- `ntxent`: PML's SelfSupervisedLoss on the two views.
+- `stml`: our implementation of Kim et al., CVPR 2022, from its formulas.
+
+The paper that this package follows is not measured: the definitions here are our own.
 """
 
 
@@ -105,7 +111,7 @@ def rows(heads: list[str], lines: list[list[str]]) -> str:
 
 
 def _overview(table: Table) -> str:
-    parts = ["## R@1 of every method\n\nPer cent, mean and deviation over the seeds."]
+    parts = ["## R@1 of every method\n\nIn per cent, mean and standard deviation over the seeds."]
     for regime, size in sorted({setting[:2] for setting in table}):
         settings = [setting for setting in table if setting[:2] == (regime, size)]
         names = list({name: None for s in settings for name in table[s]})
@@ -138,20 +144,22 @@ def _asked(table: Table) -> str:
     there = [at for at in range(len(heads)) if any(line[at] for line in lines)]
     heads, *lines = [[line[at] for at in there] for line in [heads, *lines]]
     parts = [
-        "## The full method\n\nR@1 of `full` less that of each other method, in points, and how "
-        "much of the way from zero-shot (or untrained) to supervised it goes.",
+        "## The full method\n\nR@1 of `full` minus that of each other method, in points. The last "
+        "columns say which part of the gap from zero-shot (or untrained) to supervised `full` "
+        "closes.",
         rows(heads, lines),
     ]
     untrained = {s: gap_closed(m, "zero_shot+head", ceiling="full") for s, m in table.items()}
     shares = [f"{100 * share:.0f} % on {s.dataset}" for s, share in untrained.items() if share]
     if shares:
         parts.append(
-            "Of what `full` gains over zero-shot the head alone, whitened and never trained, has "
-            f"{', '.join(shares)}: the losses are compared fairly among methods with the same head."
+            "Of the gain of `full` over zero-shot, the head alone, whitened and never trained, has "
+            f"{', '.join(shares)}: the losses should only be compared among methods with the same "
+            "head."
         )
     removal = cost_of_removal(table)
     if removal:
-        parts.append("What each part is worth: R@1 that is lost without it, in points.")
+        parts.append("What each part is worth: the R@1 that `full` loses without it, in points.")
         settings = list({s: None for lost in removal.values() for s in lost})
         lines = [
             [
@@ -184,8 +192,8 @@ def _figures(table: Table, page: Path, images: Path) -> str:
 
 def _details(table: Table) -> str:
     parts = [
-        "## All numbers\n\nPer cent; purity of the last clusters; seconds as run. Memory is the "
-        "most that the process held, which keeps what earlier runs took."
+        "## All numbers\n\nMetrics are in per cent. Purity is that of the last clusters. Memory is "
+        "the peak of the process, which may include memory kept from earlier runs."
     ]
     for setting, methods in table.items():
         lines = []
@@ -202,7 +210,7 @@ def _details(table: Table) -> str:
                     str(len(group)),
                 ]
             )
-        heads = ["method", *COLUMNS.values(), "purity", "s a step", "memory", "seeds"]
+        heads = ["method", *COLUMNS.values(), "purity", "s per step", "memory", "seeds"]
         parts += [f"### {setting}", rows(heads, lines)]
     return "\n\n".join(parts)
 
@@ -219,12 +227,12 @@ def _choices(path: Path) -> str:
 
 _TRIED = """## What was tried on validation
 
-Every setting that was tried, the ones that did harm too: R@1 on the validation third in per cent, \
-and the difference to the method as it is now, where that was measured on validation as well."""
+Every setting that was tried, including those that did harm: R@1 on the validation third in per \
+cent, and the difference from the current method, if it was measured on validation as well."""
 _EARLIER = """## Measured on test before, and changed since
 
-R@1 on the test third in per cent, and what the method as it is now gives more (less: -). The \
-changes were chosen on validation, but after this was seen."""
+R@1 on the test third in per cent, and how much more the current method gives (-: less). The \
+changes were chosen on validation, but after these test results were seen."""
 
 
 def _trials(found: list[dict[str, Any]], split: str, introduction: str) -> str:
@@ -245,7 +253,8 @@ def _trials(found: list[dict[str, Any]], split: str, introduction: str) -> str:
             for trial in tried
             if trial.setting == setting
         ]
-        parts += [f"### {setting}", rows(["method", "changed", "R@1", "", "seeds"], lines)]
+        heads = ["method", "changed", "R@1", "difference", "seeds"]
+        parts += [f"### {setting}", rows(heads, lines)]
     return "\n\n".join(parts)
 
 

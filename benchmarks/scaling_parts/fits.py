@@ -84,5 +84,5 @@ class Gpus(NamedTuple):
             "k-means": 2.0 * min(n, PER_CENTROID * k) * k * D * ITERATIONS / flops,
             "assignment": 2.0 * n * k * D / flops,
             "epoch of training": n / (self.count * self.train),
-            "exact search, all in all": 2.0 * n * n * D / flops,
+            "exact search, all against all": 2.0 * n * n * D / flops,
         }

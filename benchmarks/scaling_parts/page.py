@@ -72,7 +72,7 @@ def report(
     ]
     columns = ["embedding pass", "k-means", "assignment", "two-level k-means", "epoch of training"]
     others = ["list of files", "order of an epoch", "store and read embeddings"]
-    others += ["exact search, all in all", "IVF search, all in all"]
+    others += ["exact search, all against all", "IVF search, all against all"]
     parts = {n: memory(held, n, k) for n, k in PLANS.items()}
 
     def each(cells: Callable[[int, int], Iterable[str]]) -> list[list[str]]:
@@ -93,62 +93,65 @@ Written by `benchmarks/scaling.py` on {datetime.date.today()} in {duration(secon
 Everything above the largest size measured is extrapolated; no network was run on more images.
 
 `{BACKBONE}` at {SIDE} px, embeddings of {D} numbers in float32, JPEG images of 500 x 375 \
-pixels. K-means trains {ITERATIONS} iterations on at most {PER_CENTROID} points a cluster \
-(`max_points`).
+pixels. K-means trains {ITERATIONS} iterations on at most {PER_CENTROID} points per \
+cluster (`max_points`).
 
 ## Measured
 
-One process for each, one run. The error is of the largest size, predicted by the line through the \
-smaller ones, before it was measured into the line.
+Each size was measured once, in its own process. The error is that of the prediction for the \
+largest size, by a line that was fitted to the smaller sizes only.
 
 {table(["term", "work", "sizes, N or N x k", "time", "error"], measured)}
 
-Peak memory of the terms where it grows with the work, beyond what was there before:
+Peak memory of each step, without what the process used before it, if this memory grows with the \
+work:
 
 {table(["term", "peak, same sizes", "error"], peaks)}
 
 ## Extrapolated to more images, this machine
 
-Time of each part: median and, in brackets, 90 % of 4000 draws. A draw multiplies the fitted line \
-by a log-normal factor, as wide as the error above (at least 5 %) and half as wide again with \
-each decade beyond the largest work measured. What the lines do not know is in no bracket: slower \
-memory and disks, a network, other images.
+Time of each part: the median of 4000 draws and, in brackets, their middle 90 %. A draw multiplies \
+the fitted line by a log-normal factor. The spread of this factor is the error above (at least \
+5 %), and half of that more for each decade beyond the largest work measured. The brackets do not \
+include other causes of error, such as slower memory and disks, a network, or other images.
 
 {table(["images / clusters", *columns], spans(columns))}
 
-The embedding pass and the training decode on the same cores as they compute. Two-level k-means \
-(`two_level` of the script: the root of k clusters, and each clustered again) takes the place of \
-k-means and assignment. At 20 000 x 900 the mean cosine distance to the own centroid is \
-{distances["levels"]:.4f}, and {distances["flat"]:.4f} with all clusters at once.
+The embedding pass and the training decode images on the cores that also run the network. \
+Two-level k-means (`two_level` of the script) replaces k-means and assignment: it makes about \
+sqrt(k) clusters, and clusters each of them again. For 20 000 images and 900 clusters, the mean \
+cosine distance to the own centroid is {distances["levels"]:.4f}, and {distances["flat"]:.4f} with \
+all clusters at once.
 
 {table(["images / clusters", *others], spans(others))}
 
 ## Memory of the first process
 
-Arrays are counted, the lists measured. The other processes hold neither embeddings nor points. \
-Each process adds the model and its batch: {amount(step.a + 32 * step.b)} at 32 images in fp32.
+The sizes of arrays are computed, and those of lists are measured. The other processes hold \
+neither embeddings nor points. Each process also needs memory for the model and its batch: \
+{amount(step.a + 32 * step.b)} at 32 images in fp32.
 
 {table(["images / clusters", *next(iter(parts.values())), "together"], kept)}
 
 ## With GPUs
 
-**Assumed, not measured**: {gpus.count} GPUs of {gpus.embed:g} images/s embedding and \
-{gpus.train:g} images/s training each (two views, bf16), faiss at {gpus.flops:g} operations/s \
-each, storage and cores that keep up. Put your own in at the top of the script.
+**Assumed, not measured**: {gpus.count} GPUs, each of which embeds {gpus.embed:g} images/s, trains \
+on {gpus.train:g} images/s (two views, bf16) and runs faiss at {gpus.flops:g} operations/s; \
+storage and cores are fast enough. Put your own numbers at the top of the script.
 
 {table(["images / clusters", *gpus.seconds(1, 1)], on_gpus)}
 
-To decode {gpus.count * gpus.train:g} images/s takes \
-{gpus.count * gpus.train * times["decode and two views"].b:.0f} cores like these.
+Decoding {gpus.count * gpus.train:g} images/s needs \
+{gpus.count * gpus.train * times["decode and two views"].b:.0f} cores like those of this machine.
 
 ## Which engine takes over where
 
 {takeovers(drawn, parts)}
 
-Exchanges of processes: a step sums the gradients, twice the size of the weights a process \
-(`{BACKBONE}`: 2 x {amount(weights())}), and gathers the embeddings of a batch (kilobytes); an \
-embedding pass sends {4 * D} bytes an image to the first process, which broadcasts 8 bytes a \
-image and {4 * D} a cluster. A network was not measured here.
+Traffic between processes: a step sums the gradients, for which each process exchanges twice the \
+size of the weights (`{BACKBONE}`: 2 x {amount(weights())}), and gathers the embeddings of a batch \
+(kilobytes). An embedding pass sends {4 * D} bytes per image to the first process, which then \
+broadcasts 8 bytes per image and {4 * D} per cluster. No network was measured here.
 """
 
 
@@ -167,38 +170,38 @@ def takeovers(drawn: dict[int, dict[str, np.ndarray]], parts: dict[int, dict[str
             "training and embedding on this machine",
             "an epoch takes more than a day",
             first(slow("epoch of training", day)),
-            "`torchrun` with a GPU for each process; a model too large for one GPU: FSDP, which "
-            "this trainer does not wrap",
+            "`torchrun` with a GPU for each process; for a model too large for one GPU: FSDP, "
+            "which this trainer does not apply",
         ],
         [
             "k-means of faiss on the CPU, all clusters at once",
-            "longer than the embedding pass",
+            "it takes longer than the embedding pass",
             first(
                 lambda n: (
                     np.median(drawn[n]["k-means"] + drawn[n]["assignment"])
                     > np.median(drawn[n]["embedding pass"])
                 )
             ),
-            "faiss with GPUs (used if installed); several: `IndexShards`; "
-            "above 20 000 clusters `KMeansPseudoLabeler` has two levels",
+            "faiss with GPUs (used if installed), with `IndexShards` for several; "
+            "above 20 000 clusters, `KMeansPseudoLabeler` has two levels",
         ],
         [
             "all embeddings in the first process's memory",
-            "more than 16 GB together",
+            "all arrays and lists above take more than 16 GB",
             first(lambda n: sum(parts[n].values()) > 16e9),
             "one file that all processes write (above 1 000 000 images, with `checkpoint_folder`); "
-            "k-means learns from a sample of it",
+            "k-means is trained on a sample of it",
         ],
         [
-            "exact search of everything in everything",
-            "more than an hour",
-            first(slow("exact search, all in all", 3600.0)),
-            'faiss on GPUs, or an IVF index (`kind="ivfpq"` of the index of images); '
+            "exact search of all images among all images",
+            "it takes more than an hour",
+            first(slow("exact search, all against all", 3600.0)),
+            'faiss on GPUs, or an IVF index (`kind="ivfpq"` of `ImageIndex`); '
             "evaluation on a sample of queries",
         ],
         [
             "list of files and order of an epoch",
-            "more than 16 GB in each process",
+            "they take more than 16 GB in each process",
             first(lambda n: parts[n]["order of an epoch"] + parts[n]["list of files"] > 16e9),
             "shards of tar files (WebDataset) as the data set",
         ],

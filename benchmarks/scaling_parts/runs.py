@@ -40,7 +40,9 @@ def decode(count: int, _: int) -> Run:
 
 
 def embed(count: int, _: int) -> Run:
-    model = AttentionEmbedder(BACKBONE, D).eval().to(memory_format=torch.channels_last)
+    model = (
+        AttentionEmbedder(BACKBONE, embedding_dim=D).eval().to(memory_format=torch.channels_last)
+    )
     images = torch.randn(8, 3, SIDE, SIDE).to(memory_format=torch.channels_last)
 
     def run() -> None:
@@ -53,10 +55,13 @@ def embed(count: int, _: int) -> Run:
 
 
 def train(count: int, _: int) -> Run:
-    model = AttentionEmbedder(BACKBONE, D).train().to(memory_format=torch.channels_last)
+    model = (
+        AttentionEmbedder(BACKBONE, embedding_dim=D).train().to(memory_format=torch.channels_last)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     clusters, attention = ContrastiveClusteringLoss(), AttentionConsistencyLoss()
-    clusters.set_centroids(torch.randn(1000, D))
+    # The training uses the backbone's own embedding; the projection is fitted afterwards.
+    clusters.set_centroids(torch.randn(1000, model.embedder.embedding_dim))
     labels, points = torch.arange(count) // 4, torch.rand(count, 196, 2) * 2 - 1
 
     def run(size: int = count) -> None:

@@ -69,10 +69,10 @@ TERMS = {
     "list of files": Term(
         runs.listing, make_images, [(50_000, 0), (100_000, 0), (500_000, 0)], "images", True
     ),
-    "exact search, all in all": Term(
+    "exact search, all against all": Term(
         runs.search, lambda n, k: n * n, [(8_000, 0), (16_000, 0), (40_000, 0)], "images squared"
     ),
-    "IVF search, all in all": Term(
+    "IVF search, all against all": Term(
         runs.ivf,
         lambda n, k: n * (lists(n) + NPROBE * n / lists(n)),
         [(10_000, 0), (30_000, 0), (80_000, 0)],

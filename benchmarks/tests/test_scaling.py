@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scaling import GPUS
+from scaling_parts import runs
 from scaling_parts.clusters import rows, two_level
 from scaling_parts.config import PLANS
 from scaling_parts.fits import Fit, fitted
@@ -37,6 +38,13 @@ def test_two_levels_give_as_many_clusters_and_nearly_as_tight():
     assert 56 <= len(found.centroids) <= 72
     flat = KMeansPseudoLabeler(64)(embeddings)
     assert found.distances.mean() < 1.2 * flat.distances.mean()
+
+
+@pytest.mark.slow
+def test_the_steps_of_the_network_run(monkeypatch):
+    monkeypatch.setattr(runs, "BACKBONE", "test_resnet")
+    for run in (runs.embed(8, 0), runs.train(4, 0), runs.decode(1, 0)):
+        run()
 
 
 def test_the_page_names_every_size_and_says_what_is_assumed():
