@@ -26,6 +26,10 @@ from scaling_parts.config import BACKBONE, ITERATIONS, NPROBE, SIDE, D
 Run = Callable[[], Any]
 
 
+def make_model() -> AttentionEmbedder:
+    return AttentionEmbedder(BACKBONE, embedding_dim=D).to(memory_format=torch.channels_last)
+
+
 def make_image() -> bytes:
     rng = np.random.default_rng(0)
     cells = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
@@ -61,7 +65,7 @@ def train(count: int, _: int) -> Run:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     clusters, attention = ContrastiveClusteringLoss(), AttentionConsistencyLoss()
     # The training uses the backbone's own embedding; the projection is fitted afterwards.
-    clusters.set_centroids(torch.randn(1000, model.embedder.embedding_dim))
+    clusters.set_centroids(torch.randn(1000, model.trunk.num_features))
     labels, points = torch.arange(count) // 4, torch.rand(count, 196, 2) * 2 - 1
 
     def run(size: int = count) -> None:
