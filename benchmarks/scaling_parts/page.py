@@ -10,6 +10,7 @@ import torch
 from _common import cpu_model
 
 from pml_tacl import AttentionEmbedder, __version__
+from pml_tacl.trainers.data import ORDER_OF_PML_UP_TO
 from scaling_parts.config import BACKBONE, ITERATIONS, PER_CENTROID, PLANS, SIDE, D
 from scaling_parts.fits import Gpus, fitted, memory, simulate
 from scaling_parts.terms import TERMS
@@ -99,7 +100,9 @@ cluster (`max_points`).
 ## Measured
 
 Each size was measured once, in its own process. The error is that of the prediction for the \
-largest size, by a line that was fitted to the smaller sizes only.
+largest size, by a line that was fitted to the smaller sizes only. The order of an epoch is drawn \
+in arrays above {ORDER_OF_PML_UP_TO:,} images, and measured there; below, PML's sampler draws it, in \
+about a second at most.
 
 {table(["term", "work", "sizes, N or N x k", "time", "error"], measured)}
 
