@@ -237,7 +237,7 @@ def test_auto_is_a_tenth(count, expected):
         ({"num_clusters": "ten"}, "num_clusters must be .* got 'ten'"),
         ({"num_clusters": True}, "num_clusters must be .* got True"),
         ({"num_iterations": 0}, "num_iterations must be an integer of at least 1, got 0"),
-        ({"seed": -1}, "seed must be .* at least 0, got -1"),
+        ({"seed": -1}, "seed must be an integer from 0 to 2147483647, got -1"),
         ({"max_points": 1}, "max_points must be .* at least 2 or None, got 1"),
         ({"num_clusters": 50, "max_points": 20}, "num_clusters=50 is more than max_points=20"),
         ({"min_cluster_size": 0}, "min_cluster_size must be .* got 0"),

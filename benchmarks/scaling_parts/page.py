@@ -101,8 +101,8 @@ cluster (`max_points`).
 
 Each size was measured once, in its own process. The error is that of the prediction for the \
 largest size, by a line that was fitted to the smaller sizes only. The order of an epoch is drawn \
-in arrays above {ORDER_OF_PML_UP_TO:,} images, and measured there; below, PML's sampler draws it, in \
-about a second at most.
+in arrays above {ORDER_OF_PML_UP_TO:,} images, and measured there; below, PML's sampler draws it, \
+in about a second at most.
 
 {table(["term", "work", "sizes, N or N x k", "time", "error"], measured)}
 

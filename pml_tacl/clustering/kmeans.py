@@ -167,12 +167,13 @@ class KMeansPseudoLabeler:
         if num_clusters != "auto":
             check_count("num_clusters", num_clusters, 2, 'or "auto"')
         check_count("num_iterations", num_iterations, 1)
-        check_count("seed", seed, 0)
+        check_count("seed", seed, 0, most=2**31 - 1)
         if max_points is not None:
             check_count("max_points", max_points, 2, "or None")
         check_count("min_cluster_size", min_cluster_size, 1)
         check_count("chunk_size", chunk_size, 1)
-        if isinstance(num_clusters, int) and max_points is not None and num_clusters > max_points:
+        given = None if isinstance(num_clusters, str) else num_clusters
+        if given is not None and max_points is not None and given > max_points:
             raise InputError(
                 f"num_clusters={num_clusters} is more than max_points={max_points}: "
                 "k-means needs a point for each cluster, raise max_points"
@@ -337,7 +338,8 @@ class KMeansPseudoLabeler:
             empty = norms[:, 0] < 1e-6
             centroids = np.where(empty[:, None], centroids, means / np.maximum(norms, 1e-6))
             # Move centroids of empty clusters to a point of a large cluster.
-            large = np.argsort(-np.bincount(labels, minlength=number), kind="stable")
+            counts = np.bincount(labels, minlength=number)
+            large = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
             for place, cluster in zip(np.flatnonzero(empty), large, strict=False):
                 centroids[place] = points[rng.choice(np.flatnonzero(labels == cluster))]
         return np.ascontiguousarray(centroids, dtype=np.float32)

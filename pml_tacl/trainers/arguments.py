@@ -283,6 +283,15 @@ def check_losses(
                         f"{own} is within {type(part).__name__}, which gives it embeddings, but it "
                         "needs feature maps: give it in loss_funcs under its own name"
                     )
+                memory = isinstance(module, CrossBatchMemory) and kind == "loss_funcs"
+                unused = (
+                    memory and module.miner is None and not hasattr(module.loss, "set_centroids")
+                )
+                if unused and "tuple_miner" in miners:
+                    raise InputError(
+                        f"{own} cannot use the pairs of tuple_miner, which index the batch and not "
+                        "the memory: give the miner to CrossBatchMemory(miner=...)"
+                    )
                 if processes > 1 and gathers_itself(module):
                     raise InputError(
                         f"{own} joins the batches of all processes, which the trainer does itself: "

@@ -30,7 +30,7 @@ from pml_tacl.distributed.session import (
     run_on_main,
     world_size,
 )
-from pml_tacl.trainers.data import Unreadable, seed_apart
+from pml_tacl.trainers.data import Unreadable, image_of, seed_apart
 from pml_tacl.trainers.guard import Guard
 from pml_tacl.trainers.records import RecordsState, records_state, restore_records
 from pml_tacl.trainers.state import Schedules, StateDict, TrainingState
@@ -82,6 +82,8 @@ class Trainer(Parts, Protocol):
     transform: Callable[[Any], tuple[Tensor, Tensor, Tensor]]
     swap: BackgroundSwap | None
     epoch: int
+    iteration: int
+    warmup_is_open: bool
     batch_size: int
     iterations_per_epoch: int
     images_per_cluster: int
@@ -498,13 +500,13 @@ def restore_trainer(trainer: Trainer, state: Saved) -> None:
     parts = _all_parts(trainer)
     parts += [trainer.scaler] if trainer.scaler.is_enabled() else []
     parts += [trainer.average] if trainer.average is not None else []
-    counters = [
-        (vars(loss.get_submodule(path)), values)
-        for name, loss in trainer.loss_funcs.items()
-        for path, values in state["counters"][name].items()
-    ]
     with _unchanged_on_error(parts):
         _load_parts(trainer, state)
+        counters = [
+            (vars(loss.get_submodule(path)), values)
+            for name, loss in trainer.loss_funcs.items()
+            for path, values in state["counters"][name].items()
+        ]
         _load_schedules(trainer, state, schedules)
         if state["scaler"] and trainer.scaler.is_enabled():  # else the precision has changed
             trainer.scaler.load_state_dict(state["scaler"])
@@ -518,9 +520,11 @@ def restore_trainer(trainer: Trainer, state: Saved) -> None:
     now.stopped, now.labels = state["stopped"], state["labels"]
     now.table.values, now.moved_from = state["centroids"], state["moved_from"]
     now.extra, now.schedules = state["extra"], schedules
-    now.unreadable.known = set(state["unreadable"])
+    now.unreadable.known = {image_of(each) for each in state["unreadable"]}
     now.loaded_within_epoch = now.order is not None
-    trainer.epoch = now.ended
+    trainer.epoch, trainer.iteration = now.ended, max(0, now.done - 1)
+    if trainer.warmup_is_open:
+        trainer.warmup_epochs = int(state["config"]["warmup_epochs"])
     _lay_cells(trainer, state["cells"])
     if trainer.guard is not None and state["guard"] is not None:
         trainer.guard.load_state_dict(state["guard"])

@@ -200,6 +200,11 @@ def _finite(image: Tensor, index: int) -> Tensor:
     return image
 
 
+def image_of(trouble: str) -> str:
+    """Return which image a line is about; the rest may differ each time that it is read."""
+    return trouble.partition(":")[0]
+
+
 class Unreadable:
     """Record of unreadable images, with an upper bound. Each image is reported once.
 
@@ -209,13 +214,14 @@ class Unreadable:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.known: set[str] = set()
+        self.known: set[str] = set()  # "image 5"
 
     def add(self, trouble: str) -> None:
         """Add one line about an image; raise OSError if there are too many."""
-        if trouble in self.known:
+        image = image_of(trouble)
+        if image in self.known:
             return
-        self.known.add(trouble)
+        self.known.add(image)
         count = len(self.known)
         if count > self.most:
             raise OSError(

@@ -1,5 +1,6 @@
 """Choice of the best network of a training without labels, or of the pretrained network."""
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,10 @@ class Guard:
         self.kept: int | None = None
         self._start: dict[str, Any] = {}
         self._state: dict[str, Any] = {}
+
+    def reset(self) -> None:
+        """Forget all measurements and networks, for a training that starts again."""
+        self.values, self.kept, self._start, self._state = {}, None, {}, {}
 
     def look(self, trainer: "UnsupervisedTrainer", embeddings: Tensor | None) -> None:
         """Measure the current network, and keep it if it is close enough to the best.
@@ -150,7 +155,10 @@ def network_state(trainer: "UnsupervisedTrainer") -> dict[str, Any]:
     if trainer.average is not None:
         models["average"] = trainer.average
     return {
-        name: {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+        name: {
+            key: value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+            for key, value in model.state_dict().items()
+        }
         for name, model in models.items()
     }
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -224,6 +225,19 @@ def distance_moved(embeddings: Tensor, readable: Tensor, before: Tensor) -> floa
     """Return the mean cosine distance, in [0, 2], between new and earlier embeddings (M, D)."""
     distance = 1 - F.cosine_similarity(embeddings, before)
     return float(distance[readable & distance.isfinite()].mean())
+
+
+class UnusableClusters(InputError):
+    """The clusters of the current embeddings cannot be trained on."""
+
+
+@contextmanager
+def clusters_named() -> Iterator[None]:
+    """Raise an InputError of the block as UnusableClusters."""
+    try:
+        yield
+    except InputError as error:
+        raise UnusableClusters(str(error)) from error
 
 
 def check_clusters(clusters: int, batch_size: int, images_per_cluster: int) -> None:

@@ -80,8 +80,10 @@ from pml_tacl.trainers.forward import (
 from pml_tacl.trainers.guard import Guard, load_network, network_state
 from pml_tacl.trainers.pseudo_labeling import (
     EmbeddingPass,
+    UnusableClusters,
     check_clusters,
     cluster,
+    clusters_named,
     distance_moved,
     forget_labels,
     sample,
@@ -91,6 +93,7 @@ from pml_tacl.trainers.recipe import recipe_for
 from pml_tacl.trainers.records import LossesFile
 from pml_tacl.trainers.state import StateDict, TrainingState
 from pml_tacl.transforms import BackgroundSwap
+from pml_tacl.utils.checks import check_count
 from pml_tacl.utils.errors import DivergedError, InputError
 from pml_tacl.utils.files import write_json
 from pml_tacl.utils.labels import pseudo_labels
@@ -298,10 +301,12 @@ class UnsupervisedTrainer(BaseTrainer):
         self._image_size = image_size
         if labeler is None:
             labeler = defaults.default_labeler(recipe, count)
+        if not isinstance(swap, BackgroundSwap | None) and swap != "default":
+            raise InputError(f'swap must be a BackgroundSwap, None or "default", got {swap!r}')
         if isinstance(swap, str):
             swap = None if plain_pml else defaults.default_swap(recipe, transform)
         # The recipe gives warm-up as a share of the epochs, whose number only `train` knows.
-        self._warmup_is_open = warmup_epochs is None and not plain_pml and recipe.warmup > 0
+        self.warmup_is_open = warmup_epochs is None and not plain_pml and recipe.warmup > 0
         warmup_epochs = warmup_epochs or 0
         self._schedule_is_own = optimizers is None and not kwargs.get("lr_schedulers")
         if optimizers is None:
@@ -309,12 +314,13 @@ class UnsupervisedTrainer(BaseTrainer):
         if guard is None:
             guard = recipe.guard and not plain_pml and not warmup_epochs
         self.guard = Guard(recipe.trained_share) if guard else None
-        if self.guard is not None and (warmup_epochs or self._warmup_is_open):
+        if self.guard is not None and (warmup_epochs or self.warmup_is_open):
             raise InputError(
                 "guard compares with the pretrained network, but warm-up epochs train it before "
                 "the first clustering: give warmup_epochs=0, or guard=False"
             )
         self._last: dict[str, dict[str, Tensor]] | None = None  # last trained network
+        self._loaded = False  # whether a checkpoint was loaded and not trained yet
         compile = compile or compiled
         kwargs = {name: plain_number(value) for name, value in kwargs.items()}
         check_pml_arguments(kwargs)
@@ -368,7 +374,8 @@ class UnsupervisedTrainer(BaseTrainer):
         self._own_folder: Path | None = None
         self._signals = Signals(active=False)
         kwargs.setdefault("data_device", device_of(models["trunk"]))
-        kwargs.setdefault("iterations_per_epoch", max(1, count // batch_size))
+        if kwargs.get("iterations_per_epoch") is None:
+            kwargs["iterations_per_epoch"] = max(1, count // batch_size)
         kwargs.setdefault("dataloader_num_workers", 0)
         super().__init__(
             models,
@@ -380,7 +387,7 @@ class UnsupervisedTrainer(BaseTrainer):
             loss_weights={name: weights.get(name, 1.0) for name in loss_funcs},
             **kwargs,
         )
-        self.whole = whole
+        self.whole, self.iteration = whole, 0
         device = torch.device(self.data_device)
         settings = (count, self.batch_size, self.iterations_per_epoch, self.loss_weights)
         start_alike(self.models, self.loss_funcs, settings, device)
@@ -469,17 +476,24 @@ class UnsupervisedTrainer(BaseTrainer):
             num_epochs: last epoch.
 
         Raises:
-            ValueError: if ``start_epoch`` does not continue a checkpoint from within an epoch, or
-                checkpoint_folder contains checkpoints of a training that was not loaded.
+            ValueError: if ``start_epoch`` skips an epoch, or does not continue the checkpoint that
+                was loaded, or checkpoint_folder contains checkpoints of a training that was not
+                loaded.
             Interrupted: after SIGINT or SIGTERM, with a checkpoint_folder.
         """
         state = self.state
         start_epoch, num_epochs = plain_number(start_epoch), plain_number(num_epochs)
+        check_count("start_epoch", start_epoch, 1)
+        check_count("num_epochs", num_epochs, 0)
+        self._check_start(start_epoch)
         if self._last is not None:
             load_network(self, self._last)
             self._last = None
         self.reset_projection()  # fitted again after training
-        if self._warmup_is_open:
+        self._within_step = False
+        if start_epoch <= state.ended:
+            self._restart(start_epoch)
+        if self.warmup_is_open and self.centroids is None:
             self.warmup_epochs = self.recipe.warmup_epochs(num_epochs)
         self._make_schedule(num_epochs * self.iterations_per_epoch)
         with Signals(self.checkpoint_folder is not None) as self._signals, lost_workers_named():
@@ -494,7 +508,7 @@ class UnsupervisedTrainer(BaseTrainer):
                 self.epoch = epoch
                 try:
                     self._begin_epoch()
-                except InputError as error:
+                except UnusableClusters as error:
                     # Clusters of the untrained network fail for reasons the caller must fix.
                     if self.guard is None or not state.ended:
                         raise
@@ -510,19 +524,43 @@ class UnsupervisedTrainer(BaseTrainer):
                 state.stopped = stops or (self.guard is not None and self.guard.falls)
                 self._between_iterations(due=True)
             if self.guard is not None and (state.stopped or state.ended >= num_epochs):
-                self._keep_better(self.guard)
+                with self._signals.at_once(f"saved at the end of epoch {state.ended}"):
+                    self._keep_better(self.guard)
         state.stopped = False
         if self.run is not None:
             self.finish()
 
+    def _check_start(self, start_epoch: int) -> None:
+        """Raise InputError if a training cannot start with this epoch."""
+        state, due = self.state, self.state.ended + 1
+        if self._loaded and start_epoch != due:
+            within = state.loaded_within_epoch
+            place = f"within epoch {due}" if within else f"the end of epoch {state.ended}"
+            raise InputError(
+                f"the checkpoint is from {place}, got start_epoch={start_epoch}: train with "
+                "start_epoch=trainer.epoch + 1"
+            )
+        if start_epoch > due and (state.ended or state.done):
+            raise InputError(
+                f"start_epoch={start_epoch} skips epoch {due}, which is not complete: train with "
+                f"start_epoch={due}"
+            )
+
+    def _restart(self, start_epoch: int) -> None:
+        """Count epochs from an earlier one again: start the guard and the default schedule anew."""
+        state = self.state
+        state.ended, state.done, state.order = start_epoch - 1, 0, None
+        if self.guard is not None:
+            self.guard.reset()
+        if self._schedule_is_own and self.lr_schedulers.pop(defaults.SCHEDULE, None) is not None:
+            (optimizer,) = self.optimizers.values()
+            for group in optimizer.param_groups:
+                group["lr"] = group["max_lr"]
+            state.schedules = None
+
     def _begin(self, start_epoch: int) -> None:
         """Prepare the state and the checkpoint folder, so that a killed training can resume."""
-        state = self.state
-        if state.loaded_within_epoch and start_epoch != state.ended + 1:
-            raise InputError(
-                f"the checkpoint is from within epoch {state.ended + 1}, got start_epoch="
-                f"{start_epoch}: train with start_epoch=trainer.epoch + 1"
-            )
+        state, self._loaded = self.state, False
         if not state.loaded_within_epoch:
             state.ended, state.done, state.order = start_epoch - 1, 0, None
         state.schedules = state.schedules or fresh_schedules(self)
@@ -691,15 +729,24 @@ class UnsupervisedTrainer(BaseTrainer):
         due = {
             name: optimizer
             for name, optimizer in self.optimizers.items()
+            # An optimizer named after a frozen part may also have parameters of another part.
             if name.removesuffix("_optimizer") not in self.freeze_these
+            or any(parameter.requires_grad for parameter in parameters_of(optimizer))
         }
         self._skipped = set()
+        if self.scaler.is_enabled():  # it refuses optimizers without gradients
+            due = {
+                name: optimizer
+                for name, optimizer in due.items()
+                if any(parameter.grad is not None for parameter in parameters_of(optimizer))
+            }
         for name, optimizer in due.items():
             if self.scaler.is_enabled() and not self._steps(optimizer):
                 self._skipped.add(name)
             elif not self.scaler.is_enabled():
                 optimizer.step()
-        self.scaler.update()
+        if due:
+            self.scaler.update()
         return not due or self._skipped != set(due)
 
     def _steps(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -759,7 +806,10 @@ class UnsupervisedTrainer(BaseTrainer):
             embeddings, readable = embed_images.readable(found, state.unreadable)
 
         run_on_main(read_again, "reading images a second time")
-        clusters = cluster(self.labeler, embeddings, readable, self.centroids, embed_images.file)
+        with clusters_named():
+            clusters = cluster(
+                self.labeler, embeddings, readable, self.centroids, embed_images.file
+            )
         made: list[Tensor | None] = [None, None, None]
         if clusters is not None and embeddings is not None:
             state.embeddings = embeddings
@@ -770,7 +820,8 @@ class UnsupervisedTrainer(BaseTrainer):
         assert labels is not None
         assert centroids is not None
         check_same("pseudo-labels", [labels, centroids], _FAULTY)
-        self.set_pseudo_labels(labels, centroids)
+        with clusters_named():
+            self.set_pseudo_labels(labels, centroids)
         state.moved_from = moved_from
         if is_main():
             noise = int((labels < 0).sum())
@@ -938,6 +989,7 @@ class UnsupervisedTrainer(BaseTrainer):
             OSError: if the file cannot be written; earlier checkpoints are kept.
             ValueError: if called in end_of_iteration_hook, where the iteration is not complete.
         """
+        check_count("keep", keep, 1)
         if self._within_step:
             raise InputError(
                 "a checkpoint within an iteration would be incomplete: set checkpoint_every, or "
@@ -948,12 +1000,19 @@ class UnsupervisedTrainer(BaseTrainer):
             self.losses_file.flush()
         if self._others is not None:  # in end_of_epoch_hook, on the main process
             return save_checkpoint(folder, trainer_state(self, self._others), keep)
+        kept = None if self._last is None else network_state(self)
+        if self._last is not None:  # a resumed training goes on with the last trained network
+            load_network(self, self._last)
         equalise([*self.models.values(), self.average])
         others = states_of_others(self.state.unreadable)
-        return run_on_main(
-            lambda: save_checkpoint(folder, trainer_state(self, others), keep),
-            "writing a checkpoint",
-        )
+        try:
+            return run_on_main(
+                lambda: save_checkpoint(folder, trainer_state(self, others), keep),
+                "writing a checkpoint",
+            )
+        finally:
+            if kept is not None:
+                load_network(self, kept)
 
     def load_checkpoint(self, path: str | Path | None = None) -> StateDict:
         """Restore a checkpoint; continue with ``train(trainer.epoch + 1, num_epochs)``.
@@ -977,6 +1036,7 @@ class UnsupervisedTrainer(BaseTrainer):
         state = load_checkpoint_distributed(found)
         with self._prepared_schedule(state):
             restore_trainer(self, state)
+        self._last, self._loaded, self._within_step = None, True, False
         restore_random(state, self.batch_size)
         self._own_folder = found if found.is_dir() else found.parent
         return self.extra
@@ -1109,6 +1169,12 @@ class UnsupervisedTrainer(BaseTrainer):
         run_on_main(write, "writing the run")
         if self.progress and is_main():
             print(f"{self.verdict}\n{len(dataset)} images indexed in {run}".strip())
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Yield all parameters of an optimizer."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
 
 
 def _check_unused(run: Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
@@ -117,7 +117,8 @@ def _plain(value: Any, name: str, within: tuple[int, ...]) -> Any:
 
 
 def _mapping(value: Mapping[Any, Any], name: str, within: tuple[int, ...]) -> dict[Any, Any]:
-    made: dict[Any, Any] = OrderedDict() if isinstance(value, OrderedDict) else {}
+    kind = next((one for one in (OrderedDict, Counter) if isinstance(value, one)), dict)
+    made: dict[Any, Any] = kind()
     for key, each in value.items():
         simple = _plain(key, f"a key of {name}", within)
         try:

@@ -65,6 +65,8 @@ Needs = Literal["pairs", "labels", "views", "feature_maps"]
 def needs_of(module: nn.Module) -> Needs:
     """Return the inputs that a loss or miner needs."""
     needs: Needs = "views" if isinstance(module, SelfSupervisedLoss) else "pairs"
+    if isinstance(module, CrossBatchMemory):  # it takes indices of a batch for those of the memory
+        needs = "labels"
     return getattr(module, "needs", needs)
 
 

@@ -163,8 +163,8 @@ def test_a_read_error_that_comes_again_is_told_and_counted(caplog, times):
     assert trainer.labels[3] == -1
     assert (trainer.labels >= 0).sum() == COUNT - 1
     (trouble,) = trainer.state.unreadable.known
-    assert trouble.startswith("image 3: ")
-    assert trouble in caplog.text
+    assert trouble == "image 3"
+    assert f"{trouble}: " in caplog.text
     trainer = make_trainer(dataset=Hiccuping({3: times, 5: times}), max_unreadable=1)
     trainer.epoch = 1
     with pytest.raises(OSError, match="2 images cannot be read, more than max_unreadable=1"):
