@@ -19,6 +19,7 @@ from pml_tacl.utils.copies import first_copies
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.files import atomic_write
 from pml_tacl.utils.names import Names
+from pml_tacl.utils.runs import INDEX
 
 # Up to this size an exact search takes hundredths of a second, and a graph would not be faster.
 FLAT_UP_TO = 50_000
@@ -30,7 +31,7 @@ _KINDS = ("auto", "flat", "hnsw", "ivfpq")
 # A narrower search would get stuck in groups of near copies, such as the frames of a film.
 _LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 100, 256
 _ROUNDING = 1e-6  # embeddings of copies may differ by this much in each number
-_EMBEDDINGS, _FILES, _INDEX = "embeddings.npy", "files.json", "index.faiss"
+_EMBEDDINGS, _FILES = "embeddings.npy", "files.json"
 _CHUNK = 16384
 _DIMS_A_BYTE = 8  # dimensions that one byte of a code encodes
 _POINTS_A_LIST, _LISTS_SEARCHED, _RANKED_AGAIN = 64, 32, 200
@@ -376,7 +377,7 @@ class ImageIndex:
             listed["entries"] = self._entries
         with atomic_write(folder / _FILES) as file:
             _save_columns(file, {**listed, "stamps": self._stamps})
-        with atomic_write(folder / _INDEX) as file:
+        with atomic_write(folder / INDEX) as file:
             faiss.write_index(self._index, faiss.PyCallbackIOWriter(file.write))  # type: ignore
 
     @classmethod
@@ -388,7 +389,7 @@ class ImageIndex:
             ValueError: if a file is damaged, or the numbers of embeddings and files differ.
         """
         folder = Path(folder)
-        for name in (_INDEX, _FILES):
+        for name in (INDEX, _FILES):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
                     f"{folder} contains no {name}: give the folder of a run that train or "
@@ -409,13 +410,13 @@ class ImageIndex:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{folder / _FILES} is not a list of images: {error}") from error
         try:
-            index = faiss.read_index(str(folder / _INDEX))
+            index = faiss.read_index(str(folder / INDEX))
         except RuntimeError as error:
-            raise InputError(f"{folder / _INDEX} is not a faiss index, or is damaged") from error
+            raise InputError(f"{folder / INDEX} is not a faiss index, or is damaged") from error
         complete = np.array_equal(np.unique(entries), np.arange(index.ntotal))
         if not complete or not len(entries) == len(files) == len(stamps):
             raise InputError(
-                f"{_INDEX} and {_FILES} in {folder} do not fit together ({index.ntotal} "
+                f"{INDEX} and {_FILES} in {folder} do not fit together ({index.ntotal} "
                 f"embeddings, {len(files)} images): train and index again"
             )
         loaded = cls.__new__(cls)

@@ -87,6 +87,65 @@ def test_train_writes_a_run_and_quiet_says_nothing(run, photos, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("empty_figures")
+def test_what_would_harm_a_run_is_refused_and_changes_nothing(photos, tmp_path, capsys):
+    def contents():
+        paths = (path for path in run.rglob("*") if path.is_file())
+        return {path: path.read_bytes() for path in paths}
+
+    run = tmp_path / "run"
+    call("train", photos, *TINY, "--run", run, "--epochs", 2)
+    before = contents()
+    resume = ["train", "--resume", "--run", run]
+    for command, message in [
+        ([*resume, "--epochs", 0], "--epochs 0 is below the 2 epochs that .* was trained for"),
+        ([*resume, "--epochs", 1], "--epochs 1 is below the 2 epochs that .* was trained for"),
+        ([*resume, "--weights", "pretrained"], "began from scratch: resume without --weights"),
+        (["export", run, "--onnx", run / "run.onnx"], r"would overwrite .*run\.json of the run"),
+        (["duplicates", run, "--exclude", "a"], "--exclude: for a folder of images, and .* is a"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            call(*command)
+        assert contents() == before
+    files = run / "files.txt"
+    files.write_text("a/00.png")
+    with pytest.raises(SystemExit, match="must be in separate folders"):
+        call("train", photos, *TINY, "--run", run, "--overwrite", "--files", files)
+    assert files.exists()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as wrong:
+        call("export", run, "--onnx", tmp_path / "model.json")
+    assert wrong.value.code == 2
+    assert "must end with .onnx" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("empty_figures")
+def test_a_new_model_is_never_used_with_an_old_index(photos, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    run, query = tmp_path / "run", photos / "a" / "00.png"
+    call("train", photos, *TINY, "--run", run, "--epochs", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("pml_tacl.cli.train.embed_distributed", stop)
+        with pytest.raises(SystemExit):
+            call("train", "--resume", "--run", run, "--epochs", 2)
+    with pytest.raises(
+        SystemExit, match=r"stopped before it was written; .* --resume --run .* writ"
+    ):
+        call("search", run, query)
+    call("train", "--resume", "--run", run)
+    call("search", run, query)
+
+
+def test_duplicates_leave_no_gallery_of_another_threshold(run, tmp_path):
+    for threshold, shown in ((0.5, True), (1, False)):
+        call("duplicates", run, "--threshold", threshold, "--out", tmp_path)
+        assert (tmp_path / "duplicates.png").exists() == shown
+
+
 def test_help_of_train_shows_what_matters_first(capsys):
     with pytest.raises(SystemExit) as stop:
         call("train", "--help")

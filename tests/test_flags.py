@@ -123,6 +123,31 @@ def test_the_parser_takes_arguments_of_the_scripts_own():
     assert parse("here", root={"type": Path}).root == Path("here")
 
 
+@pytest.mark.parametrize("content", ["[]", '{"images": 3}', "{"])
+def test_a_run_that_cannot_be_read_gives_no_settings(tmp_path, content, capsys):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(SystemExit):
+        parsers.parse("train", ["--resume", "--run", str(tmp_path)])
+    assert "contains no run to resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["-1", "4294967296", "a"])
+def test_seeds_are_those_that_numpy_takes(tmp_path, text, capsys):
+    with pytest.raises(SystemExit):
+        parsers.parse("report", ["run", "--seed", text])
+    assert "at least 0 and at most 4294967295" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["run=3", "seed=1/out=2", "/x/run=a"])
+def test_names_of_folders_stay(name):
+    assert flags.by_flags(f"{name} contains no index") == f"{name} contains no index"
+
+
+def test_command_lines_can_be_pasted():
+    words = flags.command_line("search", "MY PHOTOS; RM", "QUERY")
+    assert words == "pml-tacl search 'MY PHOTOS; RM' QUERY"
+
+
 @pytest.mark.parametrize(("saved", "given"), [([64, 64], 64), ([64, 32], None)])
 def test_a_resumed_run_has_its_image_size(tmp_path, saved, given):
     config = {"images": str(tmp_path), "image_size": saved}

@@ -21,6 +21,7 @@ from PIL import Image
 from pml_tacl import AttentionEmbedder
 from pml_tacl.cli import run_folder as runs
 from pml_tacl.datasets import Glyphs
+from pml_tacl.datasets.image_files import listing_place
 from pml_tacl.report import _charts as charts
 from pml_tacl.report import _choices as choices
 from pml_tacl.report import _images as images
@@ -53,6 +54,7 @@ def write_run(folder, *, count=60, labelled=True):
     """A run as train_folder.py leaves it, of a model that was not trained."""
     images, rng = folder / "images", np.random.default_rng(0)
     files = [*HOSTILE, *(f"{'cd'[i % 2]}/{i}.png" for i in range(count - len(HOSTILE)))]
+    files.sort(key=listing_place)
     for number, file in enumerate(files):
         path = images / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,6 +204,24 @@ def test_a_map_of_few_points(run, tmp_path, capsys, points):
     assert capsys.readouterr().err == ""
 
 
+def test_an_update_has_moved_images(tmp_path):
+    run = write_run(tmp_path, labelled=False)
+    assert read_run(run).training.clusters[0] == 0
+    index = ImageIndex.load(run)
+    changed = index.files[0]
+    index.add(index.embeddings[:1], [changed])  # as search --update does
+    index.save(run)
+    notes = " ".join(read_run(run).notes)
+    assert "contains no pseudo-labels of these images; the clusters were computed" in notes
+
+
+def test_one_image_is_one_cluster(tmp_path):
+    run = write_run(tmp_path, labelled=False)
+    files = ImageIndex.load(run).files[:1]
+    ImageIndex(np.eye(1, 16, dtype=np.float32), files, tmp_path / "images").save(run)
+    assert "too few different images for clusters" in write_report(run).read_text("utf-8")
+
+
 def test_clusters_are_judged_by_folders_if_asked(run):
     training = read_run(run, folders_are_classes=True).training
     assert training.classes == ["a<", "b", "c", "d"]  # the first folder of each path
@@ -210,7 +230,7 @@ def test_clusters_are_judged_by_folders_if_asked(run):
     ]  # fmt: skip
     found = choices.clusters_of(training)
     assert [c.number for c in found] == [0, 1, 2, 3, 4]
-    assert found[0].purity == 0.4
+    assert found[0].purity == 0.5
     assert list(choices.ranked_clusters(found, 1)) == ["Largest", "Purest", "Most mixed"]
 
 

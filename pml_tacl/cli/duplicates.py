@@ -28,6 +28,17 @@ def run(args: Any, results: TextIO) -> dict[str, Any]:
         raise InputError(f"{folder} is not a folder: give a run, or a folder of images")
     is_run = (folder / "run.json").is_file()
     if is_run:
+        given = {
+            "--exclude": bool(args.exclude),
+            "--files": args.files is not None,
+            "--image-size": args.image_size is not None,
+            "--model": str(args.model) != "resnet50",
+        }
+        if unused := [flag for flag, is_given in given.items() if is_given]:
+            raise InputError(
+                f"{', '.join(unused)}: for a folder of images, and {folder} is a run, whose index "
+                "is searched"
+            )
         index = given_index(args, folder)
         embeddings: Any = index.embeddings
     else:
@@ -90,6 +101,7 @@ def write_groups(out: str | Path, index: ImageIndex, groups: Sequence[Group]) ->
             shown.append((group, thumbnail(index.paths(group.rows[:1])[0])))
         except OSError:  # deleted or damaged after indexing
             continue
+    (out / "duplicates.png").unlink(missing_ok=True)  # from another threshold
     if shown:
         write_gallery(
             index,

@@ -8,20 +8,28 @@ from typing import Any, TextIO
 import torch
 
 from pml_tacl.cli.models import Loaded, given_run
-from pml_tacl.utils.errors import MissingPackageError
+from pml_tacl.utils.errors import InputError, MissingPackageError
 from pml_tacl.utils.files import write_json
 
 OPSET = 20
 
 
+# Files of a run that the description of the preprocessing must not overwrite.
+_OF_RUN = ("run.json", "metrics.json", "files.json", "stopped.json")
+
+
 def run(args: Any, results: TextIO) -> dict[str, Any]:
     """Write the model and its preprocessing; see `pml_tacl.cli.main`."""
+    described = args.onnx.with_suffix(".json")
+    if described.name in _OF_RUN and (described.parent / "run.json").exists():
+        raise InputError(
+            f"--onnx {args.onnx} would overwrite {described} of the run: give another name"
+        )
     args.device = torch.device("cpu")
     if args.run.is_dir():
         _check_packages()  # fail before the work, not after it
     loaded = given_run(args)
     export_onnx(loaded, args.onnx)
-    described = args.onnx.with_suffix(".json")
     channels = int(loaded.model.data_config["input_size"][0])
     height, width = loaded.image_size
     print(

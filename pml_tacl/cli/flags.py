@@ -149,7 +149,7 @@ def flag_of(name: str) -> str:
 
 def command_line(*words: Any) -> str:
     """Return a command line that can be pasted into a shell: ``pml-tacl search 'my run' QUERY``."""
-    return " ".join(w if w.isupper() else shlex.quote(w) for w in map(str, ("pml-tacl", *words)))
+    return shlex.join(map(str, ("pml-tacl", *words)))
 
 
 def by_flags(message: str) -> str:
@@ -168,7 +168,7 @@ def by_flags(message: str) -> str:
     if first is not None and first[1] in _NAMES:
         message = flag_of(first[1]) + message[first.end() :]
     # What is in quotes is a path or another value.
-    return re.sub(r"(?<!\w)'[^']*'|(?<![\w.-])(\w+)=(True\b|False\b)?", _by_flag, message)
+    return re.sub(r"(?<!\w)'[^']*'|(?<![\w./-])(\w+)=(True\b|False\b)?", _by_flag, message)
 
 
 def _by_flag(found: re.Match[str]) -> str:
@@ -176,8 +176,11 @@ def _by_flag(found: re.Match[str]) -> str:
     name, value = found[1], found[2]
     if name == "pretrained":
         return "--weights " + {"True": "pretrained", "False": "none"}.get(value, "")
-    if name not in _NAMES:
+    rest = found.string[found.end() :]
+    if name not in _NAMES or "/" in rest.partition(" ")[0].partition("'")[0]:
         return found[0]
+    if name in _PATHS and value is None and not rest.startswith(("'", '"', "[", "...")):
+        return found[0]  # part of the name of a file or folder
     if value is None:
         return f"{flag_of(name)} "
     return flag_of(name if value == "True" else f"no_{name}")
@@ -311,12 +314,14 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Return an argument type for whole numbers of at least `least`."""
+def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return an argument type for whole numbers of at least `least` and at most `most`."""
 
     def count(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
+        number = int(text) if text.isdecimal() else -1
+        if number < least or (most is not None and number > most):
             wanted = f"must be a whole number of at least {least}"
+            wanted += "" if most is None else f" and at most {most}"
             raise argparse.ArgumentTypeError(f"{wanted}, got {text}")
         return int(text)
 
@@ -358,6 +363,7 @@ def weights(text: str) -> bool | str:
     return _WEIGHTS[text] if text in _WEIGHTS else str(Path(text).resolve())
 
 
+SEEDS = 2**32 - 1  # the largest seed that NumPy accepts
 _FLAGS: dict[str, tuple[Any, str]] = {
     "run": (Path, "folder for the results"),
     "backbone": (str, "name of a timm model"),
@@ -393,7 +399,7 @@ _FLAGS: dict[str, tuple[Any, str]] = {
     "weight_decay": (_rate, "weight decay of AdamW"),
     "swap": (bool, "swap backgrounds between images; switch off if backgrounds matter"),
     "device": (device, "cpu, cuda or mps; default: cuda if there is a GPU, else cpu"),
-    "seed": (at_least(0), "seed of all random numbers"),
+    "seed": (at_least(0, SEEDS), "seed of all random numbers"),
     "workers": (at_least(0), "processes that read images"),
     "strict": (bool, "stop at broken files instead of leaving them out"),
     "checkpoint_every": (at_least(1), "iterations between checkpoints within an epoch"),
@@ -407,6 +413,7 @@ _METAVARS: dict[Any, str] = {
     _number_or_auto: "N",
     device: "NAME",
 }
+_PATHS = {"run", "weights", "eval_folder", "reference", "model", "out", "onnx", "files", "exclude"}
 _NAMES = frozenset(_FLAGS) | {
     "eval_folder",
     "threshold",

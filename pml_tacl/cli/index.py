@@ -12,7 +12,8 @@ from pml_tacl.utils.words import counted
 
 def run(args: Any, results: TextIO) -> dict[str, Any]:
     """Write a run folder for `search` and `report`; see `pml_tacl.cli.main`."""
-    run = TrainingRun(args.run, overwrite=args.overwrite, apart_from=[args.images])
+    apart = [args.images, args.files if args.overwrite else None]
+    run = TrainingRun(args.run, overwrite=args.overwrite, apart_from=apart)
     settings = {"num_workers": args.workers, "progress": flags.bars(args)}
     loaded, images = given_folder(args, args.images)
     run.open(

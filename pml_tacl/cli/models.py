@@ -88,9 +88,13 @@ def given_index(args: Any, folder: Path | None = None) -> ImageIndex:
     folder = args.run if folder is None else folder
     moved = getattr(args, "images", None)
     index_stopped(folder, images=moved, **_settings(args))
-    begun = (folder / "run.json").is_file() and not (folder / "metrics.json").exists()
-    if begun and not (folder / "index.faiss").exists():
+    if (folder / "run.json").is_file() and not (folder / "index.faiss").exists():
         again = flags.command_line("train", "--resume", "--run", folder)
+        if (folder / "metrics.json").exists():
+            raise InputError(
+                f"{folder} contains no index: the command was stopped before it was written; "
+                f"{again} writes it (for a run of index, give index --overwrite again)"
+            )
         raise InputError(
             f"{folder} contains no index: its training was stopped before the first checkpoint; "
             f"{again} starts again"

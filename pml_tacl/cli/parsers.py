@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,18 +83,20 @@ def _train(arguments: Sequence[str] | None, program: str | None) -> argparse.Nam
 def _settings_of_run(run: Path, known: set[str]) -> dict[str, Any]:
     """Return the flags of an existing run; empty if there is none."""
     path = run / "run.json"
-    if not path.is_file():
+    if not os.path.isfile(path):  # False also if the folder cannot be read
         return {}
     try:
         config = json.loads(path.read_text("utf-8"))
-    except ValueError:  # opening the run raises the error
+    except (OSError, ValueError):  # opening the run raises the error
+        return {}
+    if not isinstance(config, dict) or not isinstance(config.get("images"), str | None):
         return {}
     found = {name: value for name, value in config.items() if name in known}
     size = found.get("image_size")
     if isinstance(size, list):  # one that is not square is the backbone's own
         found["image_size"] = size[0] if size[0] == size[1] else None
     for name in ("images", "eval_folder", "files"):
-        if found.get(name) is not None:
+        if isinstance(found.get(name), str):
             found[name] = Path(found[name])
     return found
 
@@ -278,7 +281,7 @@ def _report(arguments: Sequence[str] | None, program: str | None) -> argparse.Na
         metavar="N",
         help="largest number of points on the map",
     )
-    add("--seed", type=flags.at_least(0), default=0, metavar="N",
+    add("--seed", type=flags.at_least(0, flags.SEEDS), default=0, metavar="N",
         help="seed of random samples and of the map")  # fmt: skip
     flags.add_json(parser)
     flags.add_quiet(parser)
@@ -297,7 +300,10 @@ def _export(arguments: Sequence[str] | None, program: str | None) -> argparse.Na
     flags.add_json(parser)
     flags.add_quiet(parser)
     flags.add_debug(parser)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.onnx.suffix.lower() != ".onnx":
+        parser.error(f"argument --onnx: must end with .onnx, got {args.onnx}")
+    return args
 
 
 _PARSERS: dict[str, Callable[[Sequence[str] | None, str | None], argparse.Namespace]] = {

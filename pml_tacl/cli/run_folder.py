@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import re
 import shlex
@@ -237,6 +238,9 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has ended, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (PmlTaclError, OSError, sqlite3.DatabaseError) as error:
         of_disk = not isinstance(error, sqlite3.DatabaseError) or _DISK.search(str(error))
         if "--debug" in sys.argv[1:] or not of_disk:

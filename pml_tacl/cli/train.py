@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from time import perf_counter
 from typing import Any, TextIO
 
@@ -30,7 +31,7 @@ from pml_tacl.trainers.checkpoint import checkpoints
 from pml_tacl.trainers.recipe import recipe_for
 from pml_tacl.transforms import SiameseTransform
 from pml_tacl.utils.device import device_or_default
-from pml_tacl.utils.errors import MissingPackageError
+from pml_tacl.utils.errors import InputError, MissingPackageError
 from pml_tacl.utils.signals import Interrupted
 from pml_tacl.utils.words import counted
 
@@ -56,13 +57,37 @@ def run(args: Any, results: TextIO) -> dict[str, Any] | None:
         sys.exit(130)
 
 
+def _check_resumed(args: Any, run: TrainingRun) -> None:
+    """Raise InputError if the weights would differ in kind from those that a run began with."""
+    before = runs.read_config(args.run).get("weights") if run.begun else args.weights
+    if (before is False) != (args.weights is False):
+        began = "from scratch" if before is False else "with pretrained weights"
+        raise InputError(f"{args.run} began {began}: resume without --weights, or give another run")
+
+
+def _check_epochs(run: Path, epochs: int, begun: bool) -> None:
+    """Raise InputError if a run to resume was trained for more epochs."""
+    saved = checkpoints(run / "checkpoints") if begun else []
+    if not saved:
+        return
+    words = saved[-1].stem.split("_")  # epoch_0002, or epoch_0002_iteration_000003
+    trained = max(1, int(words[1]) + (len(words) > 2))
+    if epochs < trained:
+        raise InputError(
+            f"epochs={epochs} is below the {counted(trained, 'epoch')} that {run} was trained for: "
+            "give at least as many, or another run"
+        )
+
+
 def train(args: Any) -> dict[str, Any] | None:
     """Train with parsed arguments; return the result on the main process, None on the others."""
     # open() may delete an earlier run, so validate all arguments first.
     if args.tensorboard and find_spec("tensorboard") is None:
         raise MissingPackageError("--tensorboard needs tensorboard: pip install tensorboard")
     begin = {"resume": args.resume, "overwrite": args.overwrite}
-    run = TrainingRun(args.run, apart_from=[args.images, args.eval_folder], **begin)
+    apart = [args.images, args.eval_folder, args.files if args.overwrite else None]
+    run = TrainingRun(args.run, apart_from=apart, **begin)
+    _check_resumed(args, run)
     runs.seed_everything(args.seed)
     device = device_or_default(args.device)
     bars = flags.bars(args)
@@ -85,6 +110,7 @@ def train(args: Any) -> dict[str, Any] | None:
     tested = labelled if labelled and can_measure(labelled) else None
     count = len(images)
     epochs = recipe.epochs(count) if args.epochs is None else args.epochs
+    _check_epochs(args.run, epochs, run.begun)
     warmup = recipe.warmup_epochs(epochs) if args.warmup_epochs is None else args.warmup_epochs
     rate = recipe.learning_rate if args.learning_rate is None else args.learning_rate
     clusters = recipe.clusters(count) if args.num_clusters == "auto" else args.num_clusters

@@ -25,6 +25,7 @@ from pml_tacl.utils.errors import InputError, InputTypeError
 from pml_tacl.utils.files import write_json
 from pml_tacl.utils.modes import evaluating
 from pml_tacl.utils.plain import number
+from pml_tacl.utils.runs import remove_index
 from pml_tacl.utils.versions import versions
 
 if TYPE_CHECKING:
@@ -314,6 +315,7 @@ class TrainingRun:
     def _write_model(self, trainer: "UnsupervisedTrainer") -> None:
         model = trainer.whole if trainer.average is None else trainer.ema_model
         if isinstance(model, AttentionEmbedder):
+            remove_index(self.folder)
             model.save_pretrained(self.folder / "model")
 
     def _write(self, trainer: "UnsupervisedTrainer", rows: Rows) -> None:

@@ -14,7 +14,7 @@ from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
 from pml_tacl.trainers.fitting import fit_to
 from pml_tacl.utils.device import device_or_default
 from pml_tacl.utils.files import write_json
-from pml_tacl.utils.runs import STOPPED, read_config, stopped_at
+from pml_tacl.utils.runs import STOPPED, read_config, remove_index, stopped_at
 
 
 def index_stopped(
@@ -72,6 +72,7 @@ def index_stopped(
     )
     fit_to(model, dataset, num_workers, progress=progress)
     found, _ = embed(model, dataset, num_workers=num_workers, progress=progress)
+    remove_index(run)
     model.save_pretrained(run / "model")
     ImageIndex.of(dataset, found).save(run)
     write_json(run / STOPPED, {"checkpoint": saved[-1].name})

@@ -370,11 +370,11 @@ def _find_images(
         for folder in _shown(folders):
             below = _files_below(os.path.join(root, folder), {os.path.realpath(root)}, remember)
             found += sort(below)
-    found.sort(key=_place)
+    found.sort(key=listing_place)
     return found, sorted(broken), sorted(skipped)
 
 
-def _place(name: str) -> str:
+def listing_place(name: str) -> str:
     """Return a key that sorts names as paths, folder by folder."""
     name = name.replace("/", "\0")
     return name.lower() if os.name == "nt" else name

@@ -131,7 +131,7 @@ def report_html(run: Run, *, queries: int, clusters: int, points: int, seed: int
                          "tile": _images.TILE, "columns": _images.COLUMNS})  # fmt: skip
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     parts = {
-        "TITLE": escape(run.folder.name),
+        "TITLE": escape(run.folder.resolve().name),
         "HASH": digest,
         "STYLE": _template("style.css"),
         "BODY": body,

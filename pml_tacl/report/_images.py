@@ -12,6 +12,7 @@ from pml_tacl.visualize._overlays import attention_of
 
 TILE = 64  # pixels; a multiple of 16, so that WebP compression does not mix tiles
 COLUMNS = 40
+_LARGEST = 16383  # side of a WebP image in pixels
 _THUMBNAIL = 128
 _QUALITIES = (72, 60, 48, 36, 24, 14)
 
@@ -54,6 +55,7 @@ def sheet(
     Returns:
         The data URI, and the number of images on it.
     """
+    rows = rows[: COLUMNS * (_LARGEST // TILE)]
     count = len(rows)
     tiles = [
         ImageOps.fit(opened(open_row, row).convert("RGB"), (TILE, TILE), Image.Resampling.LANCZOS)

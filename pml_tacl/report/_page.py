@@ -43,8 +43,9 @@ def header(run: Run) -> str:
     parts = [config.get("backbone"), _epochs(config.get("epochs")), f"seed {config.get('seed')}"]
     said = " · ".join(escape(str(part)) for part in parts if part and "None" not in str(part))
     verdict = f'<p class="verdict">{escape(_verdict(run))}</p>' if _verdict(run) else ""
+    name = escape(run.folder.resolve().name)
     return (
-        f'<header id="top"><p class="kicker">Run report</p><h1>{escape(run.folder.name)}</h1>'
+        f'<header id="top"><p class="kicker">Run report</p><h1>{name}</h1>'
         f'<p class="lede">{said}</p>{verdict}<dl class="facts">{cells}</dl></header>'
     )
 

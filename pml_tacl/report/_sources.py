@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from pml_tacl.clustering import KMeansPseudoLabeler
 from pml_tacl.clustering.unit_embeddings import FloatArray, IntArray, UnitRows
 from pml_tacl.datasets import Glyphs, ImageFiles
-from pml_tacl.datasets.image_files import load_rgb
+from pml_tacl.datasets.image_files import listing_place, load_rgb
 from pml_tacl.evaluation import embed
 from pml_tacl.models import AttentionEmbedder
 from pml_tacl.search import ImageIndex
@@ -145,6 +145,8 @@ def read_run(
             "Clusters are judged by labels of the training characters, which training did not use."
         )
     state = _last_checkpoint(folder)
+    if "images" in config and list(training.names) != sorted(training.names, key=listing_place):
+        state = {**state, "labels": None}  # an update has moved images since the training
     training.clusters, clusters_are, own = _clusters(training, state)
     notes += [] if own else [clusters_are]
     others = ("config", "versions", "guard")
@@ -259,7 +261,11 @@ def _clusters(training: ImageSet, state: Mapping[str, Any]) -> tuple[IntArray, s
         why = "The training never clustered, because all epochs were warm-up"
     else:
         why = "The run contains no pseudo-labels of these images"
-    found = KMeansPseudoLabeler("auto")(training.embeddings)
+    try:
+        found = KMeansPseudoLabeler("auto")(training.embeddings)
+    except InputError:  # one image, or copies of one
+        one = np.zeros(len(training), dtype=np.int64)
+        return one, "There are too few different images for clusters.", False
     made = f"{why}; the clusters were computed for this page, and training did not use them."
     return np.asarray(found.labels.numpy(), dtype=np.int64), made, False
 

@@ -99,6 +99,7 @@ from pml_tacl.utils.files import write_json
 from pml_tacl.utils.labels import pseudo_labels
 from pml_tacl.utils.pml_compat import called_by_step, needs_of
 from pml_tacl.utils.precision import at_least_float32
+from pml_tacl.utils.runs import remove_index
 from pml_tacl.utils.signals import Interrupted, Signals
 
 _FAULTY = "faulty network hardware or RAM is the likely cause: resume from the last checkpoint"
@@ -1157,6 +1158,7 @@ class UnsupervisedTrainer(BaseTrainer):
 
         def write() -> None:
             assert found is not None
+            remove_index(run)
             model.save_pretrained(run / "model")
             size = size_in_pixels(model.data_config, self._image_size)
             images = str(dataset.root.resolve())

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterable
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from pml_tacl.utils.errors import InputError
 
 MARK = "run.json"  # file with the settings of a run
+INDEX = "index.faiss"  # the vectors of the index of a run
 STOPPED = "stopped.json"  # names the checkpoint from which a stopped run was indexed
 _OTHERS = {"mean_average_precision_at_r": "MAP@R", "NMI": "NMI"}
 
@@ -39,3 +41,11 @@ def columns_of(metrics: Iterable[str]) -> dict[str, str]:
     ks = sorted(int(at) for name in there if (at := name.removeprefix("recall_at_")).isdecimal())
     recalls = {f"recall_at_{k}": f"R@{k}" for k in ks}
     return recalls | {name: head for name, head in _OTHERS.items() if name in there}
+
+
+def remove_index(run: str | PathLike[str]) -> None:
+    """Remove the index of a run, before another model is written to the run.
+
+    A search would otherwise use the index with a model that did not make it.
+    """
+    (Path(run) / INDEX).unlink(missing_ok=True)
