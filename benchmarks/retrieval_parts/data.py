@@ -62,7 +62,8 @@ def load(
         ValueError: for an unknown name or split.
         FileNotFoundError: if photographs are missing.
     """
-    if data_root is not None and name not in NAMES:
+    own = data_root is not None and name in ("glyphs", *DRAWN) and (data_root / name).is_dir()
+    if data_root is not None and (own or name not in NAMES):
         return _folder(name, split, size, cache, data_root)
     if split not in SPLITS:
         raise InputError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")

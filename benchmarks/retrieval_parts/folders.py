@@ -87,15 +87,24 @@ def listed(root: Path, split: str) -> Listed:
     labels = np.array([kept[found.classes[found.labels[row]]] for row in rows], np.int64)
     _check(root, split, count, labels)
     asked = _queries(root)
+    unknown = sorted(asked - set(found.names)) if base == root or split == "test" else []
+    if unknown:
+        raise InputError(f"{root / QUERIES} names {unknown[0]}, which is not an image of {base}")
     queries = np.array([found.names[row] in asked for row in rows]) if asked else None
     if queries is not None and (split.startswith("train") or not queries.any() or queries.all()):
         queries = None
+    if queries is not None and not np.isin(labels[queries], labels[~queries]).any():
+        raise InputError(
+            f"{root}: no image in {QUERIES} has another of its class to find in the {split} part"
+        )
     return Listed([str(found.paths[row]) for row in rows], labels, queries)
 
 
 def _queries(root: Path) -> set[str]:
     path = root / QUERIES
-    return set(path.read_text("utf-8").splitlines()) - {""} if path.is_file() else set()
+    if not path.is_file():
+        return set()
+    return {line.strip() for line in path.read_text("utf-8-sig").splitlines()} - {""}
 
 
 def _check(root: Path, split: str, count: int, labels: np.ndarray) -> None:

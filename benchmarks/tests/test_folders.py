@@ -136,8 +136,14 @@ def test_queries_search_among_the_others_only(command, sets):
             asked.append(f"{folder.name}/{name}")
     given = short("folders", sets, "--sets", "thirds", "--methods", "zero_shot")
     assert float(command(*given)[-1].split()[5]) == 100
-    (root / "queries.txt").write_text("\n".join(asked))
-    assert float(command(*given)[-1].split()[5]) < 100
+    for mark in ("", "\ufeff"):  # an editor may write a byte order mark
+        folders.listed.cache_clear()
+        (root / "queries.txt").write_text(mark + "\n".join(asked), "utf-8")
+        assert float(command(*given)[-1].split()[5]) < 100
+    (root / "queries.txt").write_text("none.png")
+    folders.listed.cache_clear()
+    with pytest.raises(InputError, match=r"queries\.txt names none\.png, which is not an image of"):
+        folders.listed(root, "test")
 
 
 def test_a_set_that_is_not_there_is_named(command, sets):

@@ -31,7 +31,8 @@ def finite_rows(name: str, embeddings: Embeddings, device: torch.device) -> Tens
             f"{name} must be (N, D) and not empty, got {tuple(rows.shape)}"
             f"{' complex numbers' if rows.is_complex() else ''}"
         )
-    wide = rows.dtype in (torch.float64, torch.int32, torch.int64)
+    whole = (torch.int32, torch.int64, torch.uint32, torch.uint64)
+    wide = rows.dtype in (torch.float64, *whole)
     rows = rows.to(device, torch.float64 if wide else torch.float32).contiguous()
     # Checking a sum is much faster; count the embeddings only if it is not finite.
     bad = 0

@@ -110,14 +110,15 @@ def to_image(
         raise InputError(f"maps must be (N, H, W), got {tuple(maps.shape)}")
     if cell_offset == (0.0, 0.0):
         return F.interpolate(maps.unsqueeze(1), size, mode=mode).squeeze(1)
+    wide = wide_dtype(maps)
     centres = [
-        (2 * torch.arange(n, device=maps.device, dtype=maps.dtype) + 1) / n - 1 - 2 * shift / cells
+        (2 * torch.arange(n, device=maps.device, dtype=wide) + 1) / n - 1 - 2 * shift / cells
         for n, shift, cells in zip(size, reversed(cell_offset), maps.shape[1:], strict=True)
     ]
     grid = torch.stack(torch.meshgrid(*centres, indexing="ij")[::-1], dim=-1)
     grid = grid.expand(len(maps), -1, -1, -1)
-    large = F.grid_sample(maps.unsqueeze(1), grid, mode, "border", align_corners=False)
-    return large.squeeze(1)
+    large = F.grid_sample(maps.unsqueeze(1).to(wide), grid, mode, "border", align_corners=False)
+    return large.squeeze(1).to(maps.dtype)
 
 
 def attention_consistency(

@@ -62,7 +62,7 @@ class ContrastiveClusteringMiner(Centroids, PairMiner):
         sure = near.has_own
         if near.valid is not None:
             others = torch.where(near.valid, others, torch.inf)
-        if others.shape[1] > 0:
+        if others.shape[1] > 0 and self.max_ambiguity != torch.inf:  # inf * 0 is NaN
             sure = sure & (own <= self.max_ambiguity * others[:, 0])
         if self.collect_stats:
             self.num_ambiguous = int((near.has_own & ~sure).sum())

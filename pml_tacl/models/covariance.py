@@ -1,5 +1,6 @@
 """Second-order pooling: the covariance of the channels, weighted by attention."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,7 +42,18 @@ class Covariance(nn.Module):
         self.reduce.weight.copy_(rows[:, :, None, None])
 
 
+def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, ascending, and eigenvectors (F, F) in columns of a symmetric matrix."""
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    # It may fail to converge for features of few images that are mostly zero.
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        found = np.linalg.eigh(matrix.cpu().numpy())
+        values, vectors = (torch.from_numpy(part).to(matrix) for part in found)
+    return values, vectors
+
+
 def principal_directions(second_moments: Tensor, count: int) -> Tensor:
     """Return `count` principal directions (count, C) of second moments (C, C), largest last."""
-    vectors: Tensor = torch.linalg.eigh(second_moments.double()).eigenvectors
+    vectors = symmetric_eigen(second_moments.double())[1]
     return vectors[:, -count:].T

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from pml_tacl.functional import covariance_pooling
-from pml_tacl.models.covariance import CHANNELS, principal_directions
+from pml_tacl.models.covariance import CHANNELS, principal_directions, symmetric_eigen
 from pml_tacl.utils.checks import check_count, check_number
 from pml_tacl.utils.errors import InputError
 from pml_tacl.utils.modes import evaluating
@@ -219,7 +219,7 @@ def principal_basis(covariance: Tensor, dimensions: int, count: int, shrinkage: 
         shrinkage: added to each variance, as a fraction of the mean variance; above 0.
     """
     total = len(covariance)
-    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = symmetric_eigen(covariance)
     values, vectors = values.clamp_min(0).flip(0), vectors.flip(1)
 
     def gain(variance: Tensor) -> Tensor:
@@ -309,7 +309,7 @@ def whiten_linear(
             if reduce is not None and before is not None:
                 reduce.copy_(before)
             raise
-    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = symmetric_eigen(covariance)
     values = values.clamp_min(0).flip(0)[: projection.out_features]
     floor = shrinkage * covariance.trace() / len(covariance)
     gains = (values + floor).clamp_min(1e-24).rsqrt()

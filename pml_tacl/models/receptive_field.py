@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from pml_tacl.utils.errors import InputError
-from pml_tacl.utils.modes import evaluating
+from pml_tacl.utils.modes import evaluating, for_functional_call
 
 _STEPS = {torch.float64: 1e-6, torch.float32: 1e-3}  # of coordinates added to a grey image
 _FARTHEST = 2.0  # cells; offsets of convolutions are smaller
@@ -114,7 +114,8 @@ def _by_coordinates(
         return torch.full((), weight, dtype=dtype, device=device).expand(value.shape)
 
     with _StraightThrough():
-        maps = functional_call(trunk, _replaced(trunk, equal), (images,)).feature_maps
+        model = for_functional_call(trunk)
+        maps = functional_call(model, _replaced(trunk, equal), (images,)).feature_maps
     # Use differences, which cancel constants that the network adds or multiplies.
     maps = maps.to(dtype).mean(1)
     seen = (maps[2:] - maps[0]) / (maps[1] - maps[0])
@@ -154,7 +155,7 @@ def _by_gradients(
     else:
         state = _replaced(trunk, drawn)
     images = draw(4, channels, *image_size).requires_grad_()
-    maps = functional_call(trunk, state, (images,)).feature_maps
+    maps = functional_call(for_functional_call(trunk), state, (images,)).feature_maps
     rows, columns = maps.shape[-2:]
     cells = set()
     for inward in range(2):

@@ -61,6 +61,8 @@ def self_attention_map(model: nn.Module, images: Tensor, block: int = -1) -> Ten
     if not seen or seen[0].ndim != 4 or seen[0].shape[-1] < places:
         raise InputError(f"{named} has no attention over all patches: {_ELSE}")
     weights = seen[0].float()
-    rows = weights[:, :, 0] if getattr(model, "cls_token", None) is not None else weights.mean(2)
+    # Some models add the class token only after this block.
+    has_class = getattr(model, "cls_token", None) is not None and weights.shape[-1] > places
+    rows = weights[:, :, 0] if has_class else weights.mean(2)
     onto_places = rows.mean(1)[:, -places:]
     return (onto_places / onto_places.sum(1, keepdim=True)).view(-1, height, width)

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pml_tacl.models.weights import Pretrained, create_timm_model, model_data_config
 from pml_tacl.utils.errors import InputError, InputTypeError
-from pml_tacl.utils.modes import evaluating
+from pml_tacl.utils.modes import evaluating, for_functional_call
 
 _USEFUL_STRIDE = 16  # a stride of 32 gives 7 x 7 cells at 224 px: too coarse to locate parts
 _SIZES = {"in_chans", "img_size"}
@@ -150,7 +150,7 @@ class Trunk(nn.Module):
                 stop_early=self.stop_at_maps,
                 intermediates_only=self.stop_at_maps,
             )
-        except (AssertionError, RuntimeError) as error:
+        except (AssertionError, IndexError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not self._wrong_size(images):
                 raise
             raise InputError(
@@ -191,7 +191,13 @@ class Trunk(nn.Module):
                 f"backbone {type(self.model).__name__} has no gradient checkpointing: use a timm "
                 "model, or leave checkpointing off"
             )
-        cast(Any, self.model).set_grad_checkpointing(enable)
+        try:
+            cast(Any, self.model).set_grad_checkpointing(enable)
+        except AssertionError as error:
+            raise InputError(
+                f"backbone {type(self.model).__name__} has no gradient checkpointing ({error}): "
+                "leave checkpointing off"
+            ) from error
 
     def _wrong_size(self, images: Tensor) -> bool:
         fixed = getattr(self.model, "pretrained_cfg", {}).get("fixed_input_size", False)
@@ -221,9 +227,11 @@ class Trunk(nn.Module):
 
     def _pool(self, final: Any) -> Tensor | None:
         try:
-            return cast(Tensor, cast(Any, self.model).forward_head(final))
+            pooled = cast(Any, self.model).forward_head(final)
         except NotImplementedError:  # raised by timm encoders without a classifier
             return None
+        # A model that was built with global_pool="" does not pool.
+        return pooled if isinstance(pooled, Tensor) and pooled.ndim == 2 else None
 
     def _as_maps(self, final: Any, last: Tensor) -> Tensor:
         """Return timm's final features as maps (N, C, H, W).
@@ -257,7 +265,8 @@ class Trunk(nn.Module):
             images = torch.empty(1, *self.data_config["input_size"], dtype=first.dtype)
             try:
                 with torch.enable_grad():
-                    output = functional_call(self, state, (images.to("meta"),))
+                    model = for_functional_call(self)
+                    output = functional_call(model, state, (images.to("meta"),))
                     pooled = output.features if output.pooled is None else output.pooled
                     total = pooled.sum() + output.feature_maps.sum()
                     used = _used_by(total, weights)

@@ -126,6 +126,7 @@ class SiameseTransform:
                 )
         self.mean = _as_channels("mean", mean, "3 finite numbers")
         self.std = _as_channels("std", std, "3 finite numbers above 0", above=0)
+        interpolation = getattr(interpolation, "value", interpolation)
         if interpolation not in ("nearest", "bilinear", "bicubic"):
             raise InputError(
                 f"interpolation must be 'nearest', 'bilinear' or 'bicubic', got {interpolation!r}"

@@ -1,5 +1,6 @@
 """Context manager for evaluation mode."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,11 +10,20 @@ from torch import nn
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Set a model to evaluation mode for the block, then restore the mode of each module."""
-    # Not with model.train(), which would also change modules that were in evaluation mode.
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        model.train(modes[0][1])  # modules may do more in their own train()
+        for module, training in modes:
+            module.training = training
+
+
+def for_functional_call(model: nn.Module) -> nn.Module:
+    """Return the model, or a copy of it if a module has several names.
+
+    torch's functional_call would leave the given tensors in such a module.
+    """
+    names = sum(1 for _ in model.named_modules(remove_duplicate=False))
+    return model if names == sum(1 for _ in model.modules()) else copy.deepcopy(model)
