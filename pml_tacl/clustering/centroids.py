@@ -241,7 +241,6 @@ class Centroids:
         ref_emb, ref_labels = reference
         same = (ref_labels[:, None] == ref_labels) & (ref_labels >= 0)
         first = same.byte().argmax(dim=1)
-        ref_emb = torch.where((ref_labels >= 0)[:, None], ref_emb, 0)  # noise may be NaN
         members = same.to(ref_emb.dtype)
         means = members @ self.distance.maybe_normalize(ref_emb)
         means = means / members.sum(dim=1, keepdim=True).clamp(min=1)

@@ -10,7 +10,6 @@ from torchvision.transforms import v2
 
 from pml_tacl import AttentionEmbedder, RetrievalCalculator, SiameseTransform
 from pml_tacl.functional import to_image
-from pml_tacl.losses import ContrastiveClusteringLoss
 from pml_tacl.miners import ContrastiveClusteringMiner
 from pml_tacl.models.covariance import symmetric_eigen
 from pml_tacl.utils.modes import evaluating
@@ -132,13 +131,6 @@ def test_large_whole_embeddings_are_compared_exactly(dtype):
     rows = np.array([[2**24], [2**24 + 1], [2**24 + 3]], dtype)
     calculator = RetrievalCalculator(include="precision_at_1")
     assert calculator.get_accuracy(rows, [0, 1, 1])["precision_at_1"] == 0.5
-
-
-def test_noise_may_be_nan():
-    embeddings, labels = torch.randn(8, 4), torch.tensor([0, 0, 1, 1, 2, 2, 0, -1])
-    clean = ContrastiveClusteringLoss()(embeddings, labels)
-    embeddings[7] = float("nan")
-    torch.testing.assert_close(ContrastiveClusteringLoss()(embeddings, labels), clean)
 
 
 def test_no_limit_of_ambiguity_keeps_images_on_another_centroid():
