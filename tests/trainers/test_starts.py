@@ -15,6 +15,7 @@ from pml_tacl.trainers.checkpoint import checkpoints, load_checkpoint
 from tests.trainers.small import Images, make_model, make_trainer, same, state_of
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:one cluster contains"),
 ]
