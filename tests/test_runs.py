@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import re
 import sqlite3
 import stat
@@ -300,3 +302,19 @@ def test_records_of_any_name_are_written_apart(tmp_path, groups, tables):
         rows = keeper.query(f"SELECT margin FROM [{name}]")
         assert [row["margin"] for row in rows] == [at / 2, (at + len(groups)) / 2]
     assert not list(tmp_path.glob("*.csv"))
+
+
+def test_a_pipe_that_is_not_the_output_is_an_error_in_a_line():
+    with pytest.raises(SystemExit, match=r"error: .*Broken pipe"), runs.one_line_errors():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_an_output_that_nobody_reads_ends_silently(warm):
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "from pml_tacl.cli.run_folder import one_line_errors\n"
+    code += "with one_line_errors():\n    print('x', flush=True)"
+    with open(writing, "wb") as output:
+        process = warm.start(["-c", code], stdout=output)
+    assert process.wait() == 141
+    assert process.errors() == ""

@@ -32,7 +32,7 @@ def run(args: Any, results: TextIO) -> dict[str, Any]:
             "--exclude": bool(args.exclude),
             "--files": args.files is not None,
             "--image-size": args.image_size is not None,
-            "--model": str(args.model) != "resnet50",
+            "--model": args.model != flags.DUPLICATES_MODEL,
         }
         if unused := [flag for flag, is_given in given.items() if is_given]:
             raise InputError(

@@ -10,18 +10,19 @@ import torch
 from pml_tacl.cli.models import Loaded, given_run
 from pml_tacl.utils.errors import InputError, MissingPackageError
 from pml_tacl.utils.files import write_json
+from pml_tacl.utils.runs import MARK, STOPPED
 
 OPSET = 20
 
 
 # Files of a run that the description of the preprocessing must not overwrite.
-_OF_RUN = ("run.json", "metrics.json", "files.json", "stopped.json")
+_OF_RUN = (MARK, "metrics.json", "files.json", STOPPED)
 
 
 def run(args: Any, results: TextIO) -> dict[str, Any]:
     """Write the model and its preprocessing; see `pml_tacl.cli.main`."""
     described = args.onnx.with_suffix(".json")
-    if described.name in _OF_RUN and (described.parent / "run.json").exists():
+    if described.name in _OF_RUN and (described.parent / MARK).exists():
         raise InputError(
             f"--onnx {args.onnx} would overwrite {described} of the run: give another name"
         )

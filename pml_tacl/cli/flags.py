@@ -233,6 +233,9 @@ def add_device(parser: Any) -> None:
     )
 
 
+DUPLICATES_MODEL = "resnet50"  # that embeds a folder of images which is not indexed
+
+
 def add_model(parser: Any, default: str | None = None) -> None:
     """Add --model, --weights and --image-size; --model is required without a default."""
     parser.add_argument(

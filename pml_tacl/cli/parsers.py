@@ -217,7 +217,7 @@ def _duplicates(arguments: Sequence[str] | None, program: str | None) -> argpars
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="where the images of a run are, if moved"
     )
-    flags.add_model(parser, default="resnet50")
+    flags.add_model(parser, default=flags.DUPLICATES_MODEL)
     flags.add_choice(parser)
     flags.add_common(parser, json=True)
     return parser.parse_args(arguments)

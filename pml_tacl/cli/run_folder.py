@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import select
 import shlex
 import shutil
 import sqlite3  # record-keeper's
@@ -221,6 +222,19 @@ def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def _output_is_closed() -> bool:
+    """Return whether the reader of standard output has ended, such as head."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # it is not a file
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End a script with a message of one line instead of a traceback, for errors of the user.
@@ -238,10 +252,10 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read the output has ended, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except (PmlTaclError, OSError, sqlite3.DatabaseError) as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
         of_disk = not isinstance(error, sqlite3.DatabaseError) or _DISK.search(str(error))
         if "--debug" in sys.argv[1:] or not of_disk:
             raise

@@ -27,7 +27,7 @@ from pml_tacl.distributed.inference import (
 )
 from pml_tacl.search import ImageIndex
 from pml_tacl.trainers import UnsupervisedTrainer, defaults
-from pml_tacl.trainers.checkpoint import checkpoints
+from pml_tacl.trainers.checkpoint import checkpoints, place_of
 from pml_tacl.trainers.recipe import recipe_for
 from pml_tacl.transforms import SiameseTransform
 from pml_tacl.utils.device import device_or_default
@@ -70,8 +70,8 @@ def _check_epochs(run: Path, epochs: int, begun: bool) -> None:
     saved = checkpoints(run / "checkpoints") if begun else []
     if not saved:
         return
-    words = saved[-1].stem.split("_")  # epoch_0002, or epoch_0002_iteration_000003
-    trained = max(1, int(words[1]) + (len(words) > 2))
+    ended, iterations = place_of(saved[-1])
+    trained = max(1, ended + (iterations > 0))
     if epochs < trained:
         raise InputError(
             f"epochs={epochs} is below the {counted(trained, 'epoch')} that {run} was trained for: "
@@ -227,7 +227,7 @@ def tell_start(
         print(f"indexing without training: {what}")
         return
     epochs, warmup = config["epochs"], config["warmup_epochs"]
-    ended = int(saved[-1].stem.split("_")[1]) if saved else 0
+    ended = place_of(saved[-1])[0] if saved else 0
     if saved and ended >= epochs:
         done = "its only epoch" if epochs == 1 else f"all {epochs} epochs"
         print(f"the run has completed {done}: give more --epochs to continue; indexing again")

@@ -185,7 +185,7 @@ def save_checkpoint(folder: str | Path, state: Mapping[str, object], keep: int =
         whole = [p.name for p in checkpoints(folder)]
         kept = f"{whole[-1]} is intact: free space and resume from it" if whole else "free space"
         raise OSError(f"cannot write checkpoint {path} ({reason}); {kept}") from error
-    earlier = [there for there in checkpoints(folder) if _place(there) < _place(path)]
+    earlier = [there for there in checkpoints(folder) if place_of(there) < place_of(path)]
     for old in earlier[: len(earlier) + 1 - keep]:
         old.unlink()
     return path
@@ -193,10 +193,11 @@ def save_checkpoint(folder: str | Path, state: Mapping[str, object], keep: int =
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """Return the checkpoints in a folder, earliest first."""
-    return sorted((p for p in Path(folder).glob("*.pt") if _NAME.fullmatch(p.name)), key=_place)
+    return sorted((p for p in Path(folder).glob("*.pt") if _NAME.fullmatch(p.name)), key=place_of)
 
 
-def _place(path: Path) -> tuple[int, int]:
+def place_of(path: Path) -> tuple[int, int]:
+    """Return the epochs, and the iterations of the next epoch, that a checkpoint's name gives."""
     found = _NAME.fullmatch(path.name)
     return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
 
@@ -258,7 +259,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _find(path: Path) -> tuple[Path, Saved]:
     """Return the checkpoint at a path, or the last undamaged one in a folder, and its state."""
     if not path.is_dir():
-        earlier = [there for there in checkpoints(path.parent) if _place(there) < _place(path)]
+        earlier = [there for there in checkpoints(path.parent) if place_of(there) < place_of(path)]
         try:
             return path, _read(path)
         except DamagedError as error:
@@ -339,7 +340,7 @@ def open_folder(folder: Path, own: Path | None, place: tuple[int, int]) -> bool:
     for path in folder.glob(".epoch_*.pt.*.tmp"):
         path.unlink()
     for path in there:
-        if _place(path) > place:
+        if place_of(path) > place:
             path.rename(path.with_suffix(".pt.superseded"))
     return new
 

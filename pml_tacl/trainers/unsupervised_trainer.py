@@ -1001,19 +1001,26 @@ class UnsupervisedTrainer(BaseTrainer):
             self.losses_file.flush()
         if self._others is not None:  # in end_of_epoch_hook, on the main process
             return save_checkpoint(folder, trainer_state(self, self._others), keep)
-        kept = None if self._last is None else network_state(self)
-        if self._last is not None:  # a resumed training goes on with the last trained network
-            load_network(self, self._last)
-        equalise([*self.models.values(), self.average])
-        others = states_of_others(self.state.unreadable)
-        try:
+        with self._last_network():
+            equalise([*self.models.values(), self.average])
+            others = states_of_others(self.state.unreadable)
             return run_on_main(
                 lambda: save_checkpoint(folder, trainer_state(self, others), keep),
                 "writing a checkpoint",
             )
+
+    @contextmanager
+    def _last_network(self) -> Iterator[None]:
+        """Set the last trained weights for the block, with which a resumed training continues."""
+        if self._last is None:  # the guard has not replaced them
+            yield
+            return
+        kept = network_state(self)
+        try:
+            load_network(self, self._last)
+            yield
         finally:
-            if kept is not None:
-                load_network(self, kept)
+            load_network(self, kept)
 
     def load_checkpoint(self, path: str | Path | None = None) -> StateDict:
         """Restore a checkpoint; continue with ``train(trainer.epoch + 1, num_epochs)``.
